@@ -1,0 +1,135 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Projectors, alignment losses and the schedules of their weight. No I/O, no knowledge of data or trainers."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class MLPProjector(nn.Module):
+    """
+    Maps tokens of the transformer into the space of the encoder's tokens, one by one (REPA, arXiv 2410.06940, §3.2).
+
+    Args:
+        in_dim (`int`): Width of the transformer.
+        out_dim (`int`): Width of the encoder.
+        hidden_dim (`int`, *optional*, defaults to 2048): Width of the two hidden layers.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 2048) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim),
+            nn.SiLU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.SiLU(),
+            nn.Linear(hidden_dim, out_dim),
+        )
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.layers(tokens)  # (B, N, out_dim)
+
+
+class AlignedTransformer(nn.Module):
+    """
+    A transformer and the projector on its intermediate tokens, as the one module that is trained: one forward for
+    DistributedDataParallel and FSDP to hook.
+
+    Args:
+        transformer ([`ERWTransformer2DModel`]): The model.
+        projector (`nn.Module`, *optional*): Maps its tokens `(B, N, D)` to the encoder's. `None` trains without.
+        depth (`int`): The block, counted from 1, whose output is projected.
+        warmup (`bool`, *optional*, defaults to `False`): Run no block after `depth` and predict no velocity.
+    """
+
+    def __init__(self, transformer: nn.Module, projector: nn.Module | None, depth: int, warmup: bool = False) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.projector = projector
+        self.depth = depth
+        self.warmup = warmup
+
+    def forward(
+        self, x_t: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None, drop: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """
+        Args:
+            x_t (`torch.Tensor` of shape `(B, C, H, W)`): Noised (in warmup: clean) latents.
+            t (`torch.Tensor` of shape `(B,)`): Flow time in [0, 1].
+            class_labels (`torch.LongTensor` of shape `(B,)`, *optional*): Class ids.
+            drop (`torch.Tensor` of shape `(B,)`): Non-zero where the label is dropped.
+
+        Returns:
+            `tuple`: the velocity `(B, C, H, W)` (`None` in warmup) and the projected tokens `(B, N, out_dim)` (`None`
+            without a projector).
+        """
+        depths = () if self.projector is None else (self.depth,)
+        output = self.transformer(
+            x_t, t, class_labels, force_drop_ids=drop, hidden_states_depths=depths, tokens_only=self.warmup
+        )
+        if self.projector is None:
+            return output.sample, None
+        return output.sample, self.projector(output.hidden_states[0])
+
+
+def cosine_alignment_loss(projected: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """
+    Patch-wise alignment, one minus the cosine similarity of each token pair (REPA, arXiv 2410.06940, Eq. 8; ERW, arXiv
+    2504.10188, Eq. 13 as its code has it).
+
+    Args:
+        projected (`torch.Tensor` of shape `(B, N, D)`): Projected tokens of the transformer.
+        target (`torch.Tensor` of shape `(B, N, D)`): Tokens of the frozen encoder.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: The mean over each sample's tokens, in [0, 2], float32. The loss is the mean
+        over all samples; the published code took the last sample of a batch alone.
+    """
+    return (1 - F.cosine_similarity(projected.float(), target.float(), dim=-1)).mean(dim=1)
+
+
+def alignment_weight(
+    step: int, schedule: str, initial: float, half_life: int | None = None, stop_step: int | None = None
+) -> float:
+    """
+    The weight lambda of the alignment loss at a step of full training.
+
+    Args:
+        step (`int`): Steps of full training done so far; the first step has 0.
+        schedule (`str`):
+            `"constant"` (REPA); `"half_life"`: `initial * 2 ** (-step / half_life)` (ERW, arXiv 2504.10188, Eq. 14 ff:
+            `c0 exp(-k / tau)` with tau = half_life / ln 2); `"stop"`: `initial` before `stop_step`, then 0 (HASTE,
+            arXiv 2505.16792).
+        initial (`float`): lambda at step 0.
+        half_life (`int`, *optional*): Steps in which lambda halves; `"half_life"` only.
+        stop_step (`int`, *optional*): First step without alignment; `"stop"` only.
+
+    Returns:
+        `float`: lambda.
+
+    Raises:
+        ValueError: if the schedule is unknown or its parameter is missing.
+    """
+    if schedule == "constant":
+        return initial
+    if schedule == "half_life":
+        if not half_life:
+            raise ValueError('the alignment schedule "half_life" needs alignment_half_life')
+        return initial * 2 ** (-step / half_life)
+    if schedule == "stop":
+        if stop_step is None:
+            raise ValueError('the alignment schedule "stop" needs alignment_stop_step')
+        return initial if step < stop_step else 0.0
+    raise ValueError(f'the alignment schedule must be "constant", "half_life" or "stop", got {schedule!r}')

@@ -1,0 +1,282 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""From a `datasets` source to training samples whose every random draw is a function of (seed, epoch, sample key)."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, load_dataset, load_from_disk
+from PIL import Image
+
+from erw_hf.data.digits import load_digits_dataset
+
+
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
+LABEL_COLUMNS = ("label", "cls", "labels", "class")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that has been checked: its columns exist and its labels are classes.
+
+    Args:
+        dataset (`datasets.Dataset`): The rows.
+        image_column (`str`): Column of images.
+        label_column (`str`, *optional*): Column of class ids; `None` for data without labels.
+        num_classes (`int`): Number of classes; 0 without labels.
+        id2label (`dict[int, str]`, *optional*): Names of the classes, where the data set has them.
+    """
+
+    dataset: Dataset
+    image_column: str
+    label_column: str | None
+    num_classes: int
+    id2label: dict[int, str] | None
+
+
+def load_source(
+    dataset_name: str,
+    split: str = "train",
+    dataset_config_name: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    num_classes: int | None = None,
+) -> Source:
+    """
+    Opens a data set and checks what can be checked before training.
+
+    Args:
+        dataset_name (`str`):
+            Hub id, local folder (parquet, imagefolder, webdataset, or `save_to_disk`), or `"digits"` for the embedded
+            one.
+        split (`str`, *optional*, defaults to `"train"`): Split to read.
+        dataset_config_name (`str`, *optional*): Configuration of the Hub data set.
+        image_column (`str`, *optional*): Column of images. By default the first of `IMAGE_COLUMNS` that exists.
+        label_column (`str`, *optional*):
+            Column of labels. By default the first of `LABEL_COLUMNS` that exists; without any the data has no labels.
+        num_classes (`int`, *optional*): Number of classes. By default the data set's own, else the largest label + 1.
+
+    Returns:
+        [`Source`]: The data set and what is known of it.
+
+    Raises:
+        ValueError: for a missing column, an empty data set, labels that are no classes.
+    """
+    dataset = _load(dataset_name, split, dataset_config_name)
+    if len(dataset) == 0:
+        raise ValueError(f"the data set {dataset_name!r} (split {split!r}) is empty")
+    image_column = _find_column(dataset, image_column, IMAGE_COLUMNS, "image_column")
+    if image_column is None:
+        raise ValueError(
+            f"no image column among {dataset.column_names}: tried {list(IMAGE_COLUMNS)}; name it with --image_column"
+        )
+    label_column = _find_column(dataset, label_column, LABEL_COLUMNS, "label_column")
+    if label_column is None:
+        return Source(dataset, image_column, None, 0, None)
+
+    if dataset.features[label_column].dtype == "string":
+        dataset = dataset.class_encode_column(label_column)
+    feature = dataset.features[label_column]
+    labels = np.asarray(dataset[label_column])
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"labels must be class ids or names, column {label_column!r} holds {feature}")
+    names = feature.names if isinstance(feature, ClassLabel) else None
+    if num_classes is None:
+        num_classes = len(names) if names is not None else int(labels.max()) + 1
+    outside = (labels < 0) | (labels >= num_classes)
+    if outside.any():
+        row = int(outside.argmax())
+        raise ValueError(
+            f"label {int(labels[row])} in row {row} of {dataset_name!r} is not in [0, {num_classes - 1}] "
+            f"(num_classes={num_classes}); {int(outside.sum())} of {len(labels)} rows are outside"
+        )
+    id2label = dict(enumerate(names[:num_classes])) if names is not None else None
+    return Source(dataset, image_column, label_column, num_classes, id2label)
+
+
+def _load(dataset_name: str, split: str, dataset_config_name: str | None) -> Dataset:
+    if dataset_name == "digits":
+        return load_digits_dataset()[split]
+    if os.path.isfile(os.path.join(dataset_name, "dataset_dict.json")):
+        return load_from_disk(dataset_name)[split]
+    if os.path.isfile(os.path.join(dataset_name, "state.json")):
+        return load_from_disk(dataset_name)
+    return load_dataset(dataset_name, dataset_config_name, split=split)
+
+
+def _find_column(dataset: Dataset, wanted: str | None, candidates: tuple[str, ...], option: str) -> str | None:
+    if wanted is None:
+        return next((name for name in candidates if name in dataset.column_names), None)
+    if wanted not in dataset.column_names:
+        raise ValueError(f"{option}={wanted!r} is no column of the data set; it has {dataset.column_names}")
+    return wanted
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """
+    ADM's preprocessing (arXiv 2105.05233): the largest centred square, resized to `size`.
+
+    Args:
+        image (`PIL.Image.Image`): Any image.
+        size (`int`): Side of the result in pixels.
+
+    Returns:
+        `PIL.Image.Image`: The square image.
+    """
+    # Box-halving down to less than twice the size, then bicubic: what the reference statistics of FID were made with.
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def sample_rng(seed: int, epoch: int, key: str | int) -> np.random.Generator:
+    """
+    The random numbers of one sample in one epoch, whoever draws them: any process, any loader worker, any restart.
+
+    Args:
+        seed (`int`): Seed of the run.
+        epoch (`int`): Epoch, from 0.
+        key (`str` or `int`): What identifies the sample in its data set.
+
+    Returns:
+        `numpy.random.Generator`: A counter-based generator keyed by the three.
+    """
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+
+class TrainingSamples(torch.utils.data.Dataset):
+    """
+    Rows as training samples: the image and all random draws that training makes of it.
+
+    Args:
+        source ([`Source`]): The data.
+        image_size (`int`): Side of the image in pixels.
+        channels (`int`): 3 for RGB, 1 for grey.
+        latent_shape (`tuple[int, int, int]`): Shape (C, h, w) of the noise.
+        seed (`int`): Seed of the run.
+        class_dropout_prob (`float`): Probability of the null class.
+        random_flip (`bool`): Mirror half of the images.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        image_size: int,
+        channels: int,
+        latent_shape: tuple[int, int, int],
+        seed: int,
+        class_dropout_prob: float,
+        random_flip: bool,
+    ) -> None:
+        self.source = source
+        self.image_size = image_size
+        self.mode = {1: "L", 3: "RGB"}[channels]
+        self.latent_shape = latent_shape
+        self.seed = seed
+        self.class_dropout_prob = class_dropout_prob
+        self.random_flip = random_flip
+
+    def __len__(self) -> int:
+        return len(self.source.dataset)
+
+    def __getitem__(self, position: tuple[int, int]) -> dict[str, torch.Tensor]:
+        epoch, index = position
+        row = self.source.dataset[index]
+        rng = sample_rng(self.seed, epoch, index)
+        # The order of the draws is part of the reproducibility promise: append, never insert.
+        flip = rng.random() < 0.5
+        drop = rng.random() < self.class_dropout_prob
+        time_normal = rng.standard_normal(dtype=np.float32)
+        noise = rng.standard_normal(self.latent_shape, dtype=np.float32)
+        posterior_noise = rng.standard_normal(self.latent_shape, dtype=np.float32)
+
+        image = center_crop(row[self.source.image_column].convert(self.mode), self.image_size)
+        if flip and self.random_flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = np.asarray(image).reshape(self.image_size, self.image_size, -1).transpose(2, 0, 1)
+        return {
+            "pixels": torch.from_numpy(pixels.copy()),  # (C, H, W) uint8
+            "label": torch.tensor(0 if self.source.label_column is None else row[self.source.label_column]),
+            "drop": torch.tensor(drop or self.source.label_column is None),
+            "time_normal": torch.tensor(time_normal),
+            "noise": torch.from_numpy(noise),  # (c, h, w)
+            "posterior_noise": torch.from_numpy(posterior_noise),
+        }
+
+
+class StepSampler(torch.utils.data.Sampler[list[tuple[int, int]]]):
+    """
+    The batches of one process as a pure function of the step, so that resuming needs no state but the step.
+
+    The run reads an endless row of positions, each epoch a fresh permutation. Step s takes the positions
+    `[s B, (s + 1) B)`, B being the batch over all processes and accumulation steps; so the same samples make up a step
+    however B is divided.
+
+    Args:
+        num_samples (`int`): Rows of the data set.
+        batch_size (`int`): Samples of one process in one forward.
+        accumulation_steps (`int`): Forwards of one process in a step.
+        num_processes (`int`): Number of processes.
+        process_index (`int`): This process.
+        start_step (`int`): First step, counted from 0.
+        end_step (`int`): Step after the last one.
+        seed (`int`): Seed of the run.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        accumulation_steps: int,
+        num_processes: int,
+        process_index: int,
+        start_step: int,
+        end_step: int,
+        seed: int,
+    ) -> None:
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.accumulation_steps = accumulation_steps
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.start_step = start_step
+        self.end_step = end_step
+        self.seed = seed
+        self._permutations: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return (self.end_step - self.start_step) * self.accumulation_steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.start_step, self.end_step):
+            for micro_step in range(self.accumulation_steps):
+                chunk = (step * self.accumulation_steps + micro_step) * self.num_processes + self.process_index
+                first = chunk * self.batch_size
+                yield [self._row(position) for position in range(first, first + self.batch_size)]
+
+    def _row(self, position: int) -> tuple[int, int]:
+        epoch, offset = divmod(position, self.num_samples)
+        if epoch not in self._permutations:
+            # A batch spans two epochs at most times, so older permutations can go.
+            self._permutations = {e: p for e, p in self._permutations.items() if e >= epoch - 1}
+            self._permutations[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+        return epoch, int(self._permutations[epoch][offset])

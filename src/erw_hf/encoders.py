@@ -1,0 +1,134 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Frozen vision encoders of transformers as teachers: images in, patch tokens out."""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from transformers import AutoImageProcessor, AutoModel
+
+
+class RepresentationEncoder(nn.Module):
+    """
+    A frozen vision encoder that turns images into a square grid of patch tokens, the alignment target of REPA
+    (arXiv 2410.06940) and ERW (arXiv 2504.10188).
+
+    Args:
+        model (`transformers.PreTrainedModel`): A vision model whose `last_hidden_state` holds prefix and patch tokens.
+        image_mean (`list[float]`): Mean of each RGB channel that the model was trained with, on images in [0, 1].
+        image_std (`list[float]`): Standard deviation of each RGB channel, likewise.
+        token_grid (`int`): Side of the grid of patch tokens that is wanted: the transformer's own token grid.
+        image_size (`int`, *optional*):
+            Side of the image given to the model, in pixels. Defaults to `token_grid` times the model's patch size.
+
+    Raises:
+        ValueError: if the model cannot give `token_grid` x `token_grid` patch tokens.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        image_mean: list[float],
+        image_std: list[float],
+        token_grid: int,
+        image_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.token_grid = token_grid
+        patch_size = model.config.patch_size
+        self.image_size = token_grid * patch_size if image_size is None else image_size
+        self.register_buffer("image_mean", torch.tensor(image_mean).reshape(1, -1, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(image_std).reshape(1, -1, 1, 1), persistent=False)
+
+        grid = self.image_size / patch_size
+        if grid != token_grid:
+            raise ValueError(
+                f"the encoder's token grid does not match the latent's: {self.image_size} px images in patches of "
+                f"{patch_size} px give {grid:g}x{grid:g} encoder tokens, the latent has {token_grid}x{token_grid}. "
+                f"Leave encoder_image_size out, or set it to {token_grid * patch_size}"
+            )
+        with torch.no_grad():
+            tokens = self._hidden_states(torch.zeros(1, 3, self.image_size, self.image_size, dtype=self.dtype))
+        # Class and register tokens come first in every encoder that has them; how many is worked out, not assumed.
+        self.num_prefix_tokens = tokens.shape[1] - token_grid**2
+        if not 0 <= self.num_prefix_tokens < 32:
+            side = math.isqrt(tokens.shape[1])
+            raise ValueError(
+                f"the encoder's token grid does not match the latent's: {type(model).__name__} gives {tokens.shape[1]} "
+                f"tokens (about {side}x{side}) for a {self.image_size} px image, the latent has "
+                f"{token_grid}x{token_grid}"
+            )
+        self.embed_dim = tokens.shape[2]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        token_grid: int,
+        image_size: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+    ) -> "RepresentationEncoder":
+        """
+        Loads an encoder from the Hub or from a folder.
+
+        Args:
+            pretrained_model_name_or_path (`str`): Hub id (`"facebook/dinov2-base"`) or local folder.
+            token_grid (`int`): Side of the wanted grid of tokens, `sample_size // patch_size` of the transformer.
+            image_size (`int`, *optional*): Side of the image given to the encoder; see the class.
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of the weights.
+            revision (`str`, *optional*): Commit, branch or tag of the Hub repo.
+
+        Returns:
+            [`RepresentationEncoder`]: The encoder, frozen, on the CPU.
+
+        Raises:
+            OSError: if there is no such model.
+            ValueError: if its tokens do not fit the grid.
+        """
+        model = AutoModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype, revision=revision)
+        # Mean and deviation come from the model's own processor: constants in the code were wrong for half of the
+        # encoders that published training code supports.
+        processor = AutoImageProcessor.from_pretrained(
+            pretrained_model_name_or_path, revision=revision, backend="pil"
+        )
+        return cls(model, processor.image_mean, processor.image_std, token_grid, image_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def _hidden_states(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values=pixel_values).last_hidden_state
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """
+        Encodes images.
+
+        Args:
+            images (`torch.Tensor` of shape `(B, 3, H, W)` or `(B, 1, H, W)`): Images in [0, 1].
+
+        Returns:
+            `torch.Tensor` of shape `(B, token_grid ** 2, embed_dim)`: Patch tokens in row-major order.
+        """
+        images = images.expand(-1, 3, -1, -1)
+        # Normalised, then resized without antialias: what REPA and ERW feed their encoders.
+        images = (images.float() - self.image_mean) / self.image_std
+        if images.shape[-1] != self.image_size:
+            images = F.interpolate(images, size=(self.image_size, self.image_size), mode="bicubic")
+        return self._hidden_states(images.to(self.dtype))[:, self.num_prefix_tokens :]  # (B, N, D)

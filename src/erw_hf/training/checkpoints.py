@@ -1,0 +1,164 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Checkpoints that are whole or absent, and where a run resumes."""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers.training_utils import EMAModel
+
+
+logger = get_logger(__name__)
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass
+class Progress:
+    """What a run has done so far, the warmup counted.
+
+    Args:
+        step (`int`): Steps of both phases.
+        images_seen (`int`): Images over all processes, the skipped steps' included.
+        flops (`float`): Floating-point operations of training, the encoder's included.
+        nonfinite_steps (`int`): Steps skipped for a non-finite gradient.
+        nonfinite_in_a_row (`int`): The same since the last good step.
+    """
+
+    step: int = 0
+    images_seen: int = 0
+    flops: float = 0.0
+    nonfinite_steps: int = 0
+    nonfinite_in_a_row: int = 0
+
+
+class TrainingState:
+    """What accelerate's own checkpoint lacks, as one object of its `state_dict` protocol.
+
+    accelerate keeps registered objects for the life of the accelerator, while the EMA and the learning-rate schedule
+    change with the phase; so this one object is registered and its fields are exchanged.
+
+    Args:
+        lr_scheduler (`torch.optim.lr_scheduler.LRScheduler`, *optional*): Schedule of the running phase.
+        ema ([`~diffusers.training_utils.EMAModel`], *optional*): EMA of the running phase; phase 1 has none.
+    """
+
+    def __init__(self, lr_scheduler=None, ema: EMAModel | None = None) -> None:
+        self.lr_scheduler = lr_scheduler
+        self.ema = ema
+
+    def state_dict(self) -> dict[str, object]:
+        return {
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if self.ema is not None:
+            device = self.ema.shadow_params[0].device
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(device)
+
+
+def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """
+    Args:
+        output_dir (`str` or `os.PathLike`): Folder of a run.
+
+    Returns:
+        `list[Path]`: Its whole checkpoints, the oldest first.
+    """
+    folder = Path(output_dir)
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def resolve_checkpoint(output_dir: str | os.PathLike, value: str | None) -> Path | None:
+    """
+    Finds the checkpoint to resume from.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): Folder of the run.
+        value (`str`, *optional*): `"latest"`, a checkpoint's name in `output_dir`, or a path. `None` starts anew.
+
+    Returns:
+        `Path`, *optional*: The checkpoint; `None` for a new run, which `"latest"` means where there is none yet.
+
+    Raises:
+        ValueError: if another value names no checkpoint.
+    """
+    if value is None:
+        return None
+    if value == "latest":
+        checkpoints = list_checkpoints(output_dir)
+        if not checkpoints:
+            logger.warning(f"no checkpoint in {output_dir}: starting a new run", main_process_only=True)
+            return None
+        return checkpoints[-1]
+    for path in (Path(output_dir) / value, Path(value)):
+        if (path / "progress.json").is_file():
+            return path
+    raise ValueError(
+        f"resume_from_checkpoint={value!r} is no checkpoint; {output_dir} has "
+        f"{[path.name for path in list_checkpoints(output_dir)] or 'none'}"
+    )
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """
+    Args:
+        checkpoint (`Path`): A checkpoint.
+
+    Returns:
+        [`Progress`]: How far it is.
+    """
+    return Progress(**json.loads((checkpoint / "progress.json").read_text()))
+
+
+def save_checkpoint(
+    accelerator: Accelerator, output_dir: str | os.PathLike, progress: Progress, total_limit: int | None
+) -> None:
+    """
+    Writes `checkpoint-STEP`. All processes call it. A kill at any moment leaves the earlier checkpoints whole: this one
+    is written under another name, renamed when it is complete, and only then are the oldest removed.
+
+    Args:
+        accelerator (`Accelerator`): Holds what to save.
+        output_dir (`str` or `os.PathLike`): Folder of the run.
+        progress ([`Progress`]): How far the run is.
+        total_limit (`int`, *optional*): Checkpoints to keep, this one included.
+    """
+    final = Path(output_dir) / f"checkpoint-{progress.step}"
+    temporary = Path(output_dir) / f".writing-{final.name}"
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (temporary / "progress.json").write_text(json.dumps(asdict(progress)))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        if total_limit is not None:
+            for old in list_checkpoints(output_dir)[:-total_limit]:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()

@@ -1,0 +1,255 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The configuration of a training run: one flat set of keys, each a YAML key and a flag."""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from transformers import HfArgumentParser
+
+
+def _key(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainingConfig:
+    """Every key of a run. A YAML file sets them, flags override it, and the resolved set is saved with the run."""
+
+    output_dir: str = _key("outputs/erw", "Folder of the run: checkpoints, metrics.jsonl, samples, pipeline.")
+    overwrite_output_dir: bool = _key(False, "Delete an earlier run in output_dir.")
+    seed: int = _key(0, "Seed of the initial weights and of every random draw.")
+
+    # Data
+    dataset_name: str = _key("digits", 'Hub id or local folder of a data set; "digits" is embedded.')
+    dataset_config_name: str | None = _key(None, "Configuration of a Hub data set.")
+    dataset_split: str = _key("train", "Split to train on.")
+    image_column: str | None = _key(None, "Column of images; detected by default.")
+    label_column: str | None = _key(None, "Column of labels; detected by default. Data without labels trains unconditionally.")
+    random_flip: bool = _key(False, "Mirror half of the images. ERW and REPA do not.")
+    dataloader_num_workers: int = _key(4, "Loader processes for each training process.")
+
+    # Latents
+    vae: str | None = _key(None, "Hub id or folder of a diffusers autoencoder; none trains on pixels.")
+    sample_size: int = _key(32, "Side of the latent (without a vae: of the image, in pixels).")
+    in_channels: int = _key(4, "Channels of the latent (without a vae: 3 for RGB, 1 for grey).")
+
+    # Transformer
+    patch_size: int = _key(2, "Side of the patch that becomes one token.")
+    num_layers: int = _key(28, "Transformer blocks.")
+    num_attention_heads: int = _key(16, "Attention heads.")
+    attention_head_dim: int = _key(72, "Channels of each head.")
+    mlp_ratio: float = _key(4.0, "Width of the feed-forward over the width of the model.")
+    num_classes: int | None = _key(None, "Number of classes; taken from the data set by default.")
+    class_dropout_prob: float = _key(0.1, "Probability of dropping a label, for classifier-free guidance.")
+    use_rope: bool = _key(False, "Rotary position embeddings beside the sin-cos ones, in both phases.")
+    qk_norm: Literal["none", "layer_norm", "rms_norm"] = _key("none", "Norm of queries and keys.")
+    norm_type: Literal["layer_norm", "rms_norm"] = _key("layer_norm", "Norm of the blocks.")
+    activation_fn: Literal["gelu-approximate", "swiglu"] = _key("gelu-approximate", "Feed-forward activation.")
+
+    # Representation alignment
+    encoder: str | None = _key(None, "Hub id or folder of the vision encoder to align with; none trains a plain SiT.")
+    encoder_image_size: int | None = _key(None, "Side of the encoder's input; token grid x its patch size by default.")
+    projector_dim: int = _key(2048, "Width of the projector's hidden layers.")
+    warmup_steps: int = _key(0, "Steps of phase 1, the representation warmup; 0 goes without.")
+    warmup_depth: int = _key(5, "Blocks that are warmed up.")
+    warmup_from: str | None = _key(None, "Start phase 2 from the `warmup` folder (or Hub repo) of an earlier run.")
+    hand_over_projector: bool = _key(True, "Hand the warmup's projector over to phase 2.")
+    projector_depth: int = _key(8, "Block whose output is aligned in phase 2.")
+    alignment_schedule: Literal["constant", "half_life", "stop"] = _key("constant", "Schedule of lambda in phase 2.")
+    alignment_weight: float = _key(0.5, "lambda at the first step of phase 2.")
+    alignment_half_life: int | None = _key(None, 'Steps in which lambda halves; schedule "half_life".')
+    alignment_stop_step: int | None = _key(None, 'First step of phase 2 without alignment; schedule "stop".')
+
+    # Objective
+    path_type: Literal["linear", "cosine"] = _key("linear", "Interpolation path.")
+    timestep_distribution: Literal["uniform", "logit_normal"] = _key("uniform", "Distribution of t.")
+    timestep_logit_mean: float = _key(0.0, "Mean of logit(t); logit_normal.")
+    timestep_logit_std: float = _key(1.0, "Standard deviation of logit(t); logit_normal.")
+    timestep_shift: float = _key(1.0, "Shift of t towards the noise; 1 for none.")
+
+    # Optimisation
+    train_batch_size: int = _key(32, "Samples of one process in one forward.")
+    gradient_accumulation_steps: int = _key(1, "Forwards of one process in one step.")
+    max_train_steps: int = _key(400_000, "Steps of both phases together.")
+    learning_rate: float = _key(1e-4, "Peak learning rate of phase 2.")
+    warmup_learning_rate: float | None = _key(None, "Peak learning rate of phase 1; learning_rate by default.")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = _key("constant", "Learning rate after lr_warmup_steps, in each phase.")
+    lr_warmup_steps: int = _key(0, "Steps in which the learning rate rises, at the start of each phase.")
+    adam_beta1: float = _key(0.9, "AdamW beta 1.")
+    adam_beta2: float = _key(0.999, "AdamW beta 2.")
+    adam_epsilon: float = _key(1e-8, "AdamW epsilon.")
+    adam_weight_decay: float = _key(0.0, "AdamW weight decay.")
+    max_grad_norm: float = _key(1.0, "Gradient clipping.")
+    ema_decay: float = _key(0.9999, "Decay of the exponential moving average of the weights, in phase 2.")
+    gradient_checkpointing: bool = _key(False, "Recompute blocks in the backward pass: less memory, a third more time.")
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = _key(
+        "auto", '"auto": bf16 where the device is fast at it (CUDA, CPUs with AMX), else float32.'
+    )
+    max_nonfinite_steps: int = _key(10, "Stop after this many steps in a row with a non-finite gradient.")
+
+    # Checkpoints
+    checkpointing_steps: int = _key(5_000, "Steps between checkpoints.")
+    checkpoints_total_limit: int | None = _key(3, "Checkpoints to keep.")
+    resume_from_checkpoint: str | None = _key(None, 'A checkpoint folder, its name in output_dir, or "latest".')
+
+    # Logging and pictures
+    report_to: str = _key("tensorboard", "Trackers of accelerate: tensorboard, trackio, wandb, all; none for none.")
+    tracker_project_name: str = _key("erw", "Name of the project in the tracker.")
+    validation_steps: int = _key(5_000, "Steps between sample grids in phase 2; 0 for none.")
+    num_validation_images: int = _key(16, "Images of a sample grid.")
+    num_inference_steps: int = _key(50, "Sampling steps of a sample grid.")
+    guidance_scale: float = _key(1.8, "Guidance of a sample grid.")
+
+    def __post_init__(self) -> None:
+        for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.warmup_steps <= self.max_train_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} must lie in [0, max_train_steps={self.max_train_steps}]: "
+                "max_train_steps counts both phases"
+            )
+        if not 0 <= self.class_dropout_prob < 1:
+            raise ValueError(f"class_dropout_prob must lie in [0, 1), got {self.class_dropout_prob}")
+        if self.sample_size % self.patch_size != 0:
+            raise ValueError(f"sample_size={self.sample_size} is no multiple of patch_size={self.patch_size}")
+        if self.vae is None and self.in_channels not in (1, 3):
+            raise ValueError(f"without a vae, in_channels is 1 (grey) or 3 (RGB), got {self.in_channels}; or set vae")
+        if self.encoder is None and self.warmup_steps > 0:
+            raise ValueError(f"warmup_steps={self.warmup_steps} needs an encoder to align with")
+        if self.warmup_from is not None and self.warmup_steps > 0:
+            raise ValueError("warmup_from starts phase 2 from an earlier warmup: set warmup_steps to 0")
+        if self.encoder is not None and not 1 <= self.projector_depth <= self.num_layers:
+            raise ValueError(f"projector_depth={self.projector_depth} must lie in [1, num_layers={self.num_layers}]")
+        if self.warmup_steps > 0 and not 1 <= self.warmup_depth <= self.num_layers:
+            raise ValueError(f"warmup_depth={self.warmup_depth} must lie in [1, num_layers={self.num_layers}]")
+        if self.alignment_schedule == "half_life" and not self.alignment_half_life:
+            raise ValueError('alignment_schedule "half_life" needs alignment_half_life')
+        if self.alignment_schedule == "stop" and self.alignment_stop_step is None:
+            raise ValueError('alignment_schedule "stop" needs alignment_stop_step')
+
+    @property
+    def token_grid(self) -> int:
+        """Side of the transformer's token grid."""
+        return self.sample_size // self.patch_size
+
+    def model_config(self, num_classes: int) -> dict[str, object]:
+        """
+        Args:
+            num_classes (`int`): Number of classes of the data.
+
+        Returns:
+            `dict[str, object]`: Arguments of the [`ERWTransformer2DModel`].
+        """
+        names = (
+            "sample_size", "patch_size", "in_channels", "num_layers", "num_attention_heads", "attention_head_dim",
+            "mlp_ratio", "class_dropout_prob", "use_rope", "norm_type", "activation_fn",
+        )  # fmt: skip
+        config: dict[str, object] = {name: getattr(self, name) for name in names}
+        config["num_classes"] = num_classes
+        config["qk_norm"] = None if self.qk_norm == "none" else self.qk_norm
+        return config
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the resolved configuration as YAML, which `--config` takes again."""
+        Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+
+
+def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
+    """
+    Reads `--config FILE.yaml` and flags; a flag wins over the file.
+
+    Args:
+        arguments (`list[str]`, *optional*): Command line without the program's name. Defaults to `sys.argv[1:]`.
+
+    Returns:
+        [`TrainingConfig`]: The configuration.
+
+    Raises:
+        SystemExit: for an unknown key or an impossible value, with a message that says which.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config", help="YAML file with any of the keys below; flags win over it.")
+    known, rest = config_parser.parse_known_args(arguments)
+
+    parser = HfArgumentParser(
+        TrainingConfig,
+        parents=[config_parser],
+        allow_abbrev=False,
+        usage="accelerate launch training/train_erw.py [--config FILE.yaml] [--any_key value ...]",
+    )
+    fields = {f.name: f for f in dataclasses.fields(TrainingConfig)}
+    if known.config is not None:
+        try:
+            values = yaml.safe_load(Path(known.config).read_text()) or {}
+        except OSError as error:
+            parser.error(f"cannot read the config: {error}")
+        for key in values:
+            if key not in fields:
+                parser.error(f"{known.config}: {_unknown('key', key, list(fields))}")
+        folder = Path(known.config).parent
+        parser.set_defaults(**{key: _coerce(value, fields[key].type, folder) for key, value in values.items()})
+    namespace, unknown = parser.parse_known_args(rest)
+    if unknown:
+        parser.error(_unknown("argument", unknown[0], [f"--{name}" for name in fields]))
+    values = {name: getattr(namespace, name) for name in fields}
+    for name, value in values.items():
+        # So that a flag can take back what the file sets: `--encoder none`.
+        if fields[name].type == (str | None) and value in ("none", "null", ""):
+            values[name] = None
+    try:
+        return TrainingConfig(**values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _unknown(kind: str, key: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(key, known, n=1)
+    return f"unknown {kind} {key}" + (f"; did you mean {nearest[0]}?" if nearest else "")
+
+
+def _coerce(value: object, annotation: object, folder: Path) -> object:
+    # YAML 1.1 reads 1e-4 as a string and 1 as an integer.
+    if annotation in (float, float | None) and isinstance(value, (str, int)) and not isinstance(value, bool):
+        return float(value)
+    # What a file names with a leading dot lies beside the file, wherever the command runs.
+    if isinstance(value, str) and value.startswith(("./", "../")):
+        return os.path.normpath(folder / value)
+    return value
+
+
+def resolve_mixed_precision(mixed_precision: str) -> str:
+    """
+    Args:
+        mixed_precision (`str`): `"auto"`, `"no"`, `"fp16"` or `"bf16"`.
+
+    Returns:
+        `str`: The same, with `"auto"` decided: bf16 on CUDA devices that have it and on CPUs with AMX, where it is
+        several times faster; float32 elsewhere, where it would be slower.
+    """
+    if mixed_precision != "auto":
+        return mixed_precision
+    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true"):
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cpu._is_amx_tile_supported() else "no"

@@ -1,0 +1,54 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a step costs, counted by torch's own FLOP counter on the meta device: nothing is computed or allocated."""
+
+import torch
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from erw_hf.alignment import AlignedTransformer
+from erw_hf.encoders import RepresentationEncoder
+
+
+def count_step_flops(model: AlignedTransformer, encoder: RepresentationEncoder | None) -> int:
+    """
+    Floating-point operations of training on one image: forward and backward of the model and its projector, forward of
+    the encoder. One multiply-add counts as two. Element-wise operations are not counted, as is usual.
+
+    Args:
+        model ([`AlignedTransformer`]): The model of a phase; in warmup mode only the blocks that run are counted.
+        encoder ([`RepresentationEncoder`], *optional*): The encoder, where the step runs one.
+
+    Returns:
+        `int`: FLOPs for each image of a step. An optimizer step is not counted: it does not grow with the batch.
+    """
+    config = model.transformer.config
+    with FlopCounterMode(display=False) as counter:
+        x = torch.empty(1, config.in_channels, config.sample_size, config.sample_size, device="meta")
+        t = torch.empty(1, device="meta")
+        labels = torch.zeros(1, dtype=torch.long, device="meta")
+        outputs = functional_call(model, _on_meta(model), (x, t, labels, t))
+        torch.autograd.backward([output.sum() for output in outputs if output is not None])
+        if encoder is not None:
+            images = torch.empty(1, 3, encoder.image_size, encoder.image_size, device="meta")
+            functional_call(encoder, _on_meta(encoder), (images,))
+    return counter.get_total_flops()
+
+
+def _on_meta(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {
+        name: torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad)
+        for name, tensor in tensors.items()
+    }

@@ -1,0 +1,126 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The record of a run: metrics.jsonl, the loss curve, the sample grids."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+from PIL import Image
+
+
+class MetricsFile:
+    """
+    `metrics.jsonl`: one JSON line for each optimizer step, without gap or double however often the run is killed.
+
+    Args:
+        path (`str` or `os.PathLike`): The file.
+        resume_step (`int`):
+            Last step to keep. Lines up to it stay byte for byte; later ones and a torn last one are dropped.
+    """
+
+    def __init__(self, path: str | os.PathLike, resume_step: int) -> None:
+        self.path = Path(path)
+        self._keep_until(resume_step)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def _keep_until(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        kept = 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            kept += len(line)
+        os.truncate(self.path, kept)
+
+    def write(self, record: dict[str, object]) -> None:
+        """Appends one step's record and flushes it. JSON has no NaN: a non-finite value becomes null."""
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict]:
+    """
+    Args:
+        path (`str` or `os.PathLike`): A `metrics.jsonl`.
+
+    Returns:
+        `list[dict]`: Its records.
+    """
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def plot_losses(metrics_path: str | os.PathLike, png_path: str | os.PathLike) -> None:
+    """
+    Draws the losses of both phases against the images seen.
+
+    Args:
+        metrics_path (`str` or `os.PathLike`): A `metrics.jsonl`.
+        png_path (`str` or `os.PathLike`): The picture to write.
+    """
+    from matplotlib.figure import Figure  # the object interface needs no display and no global state
+
+    records = read_metrics(metrics_path)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, color, label in (("velocity", "tab:blue", "velocity loss"), ("alignment", "tab:orange", "alignment loss")):
+        points = [(r["images_seen"], r[name]) for r in records if r.get(name) is not None]
+        if points:
+            images, losses = zip(*points, strict=True)
+            axes.plot(images, losses, color=color, alpha=0.25, linewidth=0.8)
+            axes.plot(images, _smooth(losses), color=color, label=label)
+    warmup = [r["images_seen"] for r in records if r["phase"] == "warmup"]
+    if warmup:
+        axes.axvspan(0, warmup[-1], color="tab:orange", alpha=0.08, label="warmup")
+    axes.set(xlabel="images seen (warmup counted)", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(png_path, dpi=120)
+
+
+def _smooth(values: tuple[float, ...]) -> list[float]:
+    """Exponential moving average whose window is a fiftieth of the curve."""
+    decay = 1 - 1 / max(len(values) / 50, 1)
+    smoothed = [values[0]]
+    for value in values[1:]:
+        smoothed.append(decay * smoothed[-1] + (1 - decay) * value)
+    return smoothed
+
+
+def image_grid(images: list[Image.Image], columns: int, min_side: int = 48) -> Image.Image:
+    """
+    Pastes images into a grid; small ones are magnified first, without smoothing.
+
+    Args:
+        images (`list[PIL.Image.Image]`): Images of one size, row by row.
+        columns (`int`): Images in a row.
+        min_side (`int`, *optional*, defaults to 48): Smallest side of an image in the grid, in pixels.
+
+    Returns:
+        `PIL.Image.Image`: The grid.
+    """
+    from diffusers.utils import make_image_grid
+
+    factor = max(1, math.ceil(min_side / images[0].width))
+    images = [image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) for image in images]
+    rows = math.ceil(len(images) / columns)
+    blank = Image.new(images[0].mode, images[0].size)
+    return make_image_grid(images + [blank] * (rows * columns - len(images)), rows=rows, cols=columns)

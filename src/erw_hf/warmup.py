@@ -1,0 +1,158 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The two phases of ERW and the hand-over between them (arXiv 2504.10188, §3.3)."""
+
+from collections.abc import Mapping
+
+import torch
+
+from erw_hf.alignment import AlignedTransformer, cosine_alignment_loss
+from erw_hf.flow import interpolate
+from erw_hf.transformer_erw import ERWTransformer2DModel
+
+
+# The warmup model has a final layer only because it is an ordinary ERWTransformer2DModel. It is not trained and not
+# handed over.
+_FINAL_LAYER = ("transformer.norm_out.", "transformer.proj_out.")
+
+
+def build_warmup_transformer(model_config: Mapping[str, object], warmup_depth: int) -> ERWTransformer2DModel:
+    """
+    The model of phase 1: the embedders and the first blocks of the full model, and nothing else.
+
+    Args:
+        model_config (`Mapping[str, object]`): Configuration of the full [`ERWTransformer2DModel`].
+        warmup_depth (`int`): Number of blocks.
+
+    Returns:
+        [`ERWTransformer2DModel`]: A model of `warmup_depth` blocks whose final layer is frozen.
+
+    Raises:
+        ValueError: if the full model has not that many blocks.
+    """
+    num_layers = model_config["num_layers"]
+    if not 1 <= warmup_depth <= num_layers:
+        raise ValueError(f"warmup_depth={warmup_depth} must lie in [1, num_layers={num_layers}]")
+    transformer = ERWTransformer2DModel(**{**model_config, "num_layers": warmup_depth})
+    transformer.norm_out.requires_grad_(False)
+    transformer.proj_out.requires_grad_(False)
+    return transformer
+
+
+def warmup_loss(
+    model: AlignedTransformer,
+    x0: torch.Tensor,
+    class_labels: torch.Tensor | None,
+    drop: torch.Tensor,
+    target: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """
+    Phase 1 (ERW, Eq. 13): align the early blocks' tokens of the clean latent, at t = 0, with the encoder's tokens.
+
+    Args:
+        model ([`AlignedTransformer`]): In warmup mode.
+        x0 (`torch.Tensor` of shape `(B, C, H, W)`): Clean latents.
+        class_labels (`torch.LongTensor` of shape `(B,)`, *optional*): Class ids.
+        drop (`torch.Tensor` of shape `(B,)`): Non-zero where the label is dropped.
+        target (`torch.Tensor` of shape `(B, N, D)`): The encoder's tokens of the same images.
+
+    Returns:
+        `dict[str, torch.Tensor]`: scalars `loss` and `alignment`, which are equal here.
+    """
+    _, projected = model(x0, x0.new_zeros(len(x0), dtype=torch.float32), class_labels, drop)
+    alignment = cosine_alignment_loss(projected, target).mean()
+    return {"loss": alignment, "alignment": alignment}
+
+
+def full_loss(
+    model: AlignedTransformer,
+    x0: torch.Tensor,
+    noise: torch.Tensor,
+    t: torch.Tensor,
+    class_labels: torch.Tensor | None,
+    drop: torch.Tensor,
+    target: torch.Tensor | None,
+    weight: float,
+    path_type: str = "linear",
+) -> dict[str, torch.Tensor]:
+    """
+    Phase 2 (ERW, Eq. 5 and 14): velocity matching plus lambda times the alignment of the noised latent's tokens.
+
+    Args:
+        model ([`AlignedTransformer`]): The full model.
+        x0 (`torch.Tensor` of shape `(B, C, H, W)`): Clean latents.
+        noise (`torch.Tensor` of shape `(B, C, H, W)`): Standard normal noise.
+        t (`torch.Tensor` of shape `(B,)`): Flow time in [0, 1].
+        class_labels (`torch.LongTensor` of shape `(B,)`, *optional*): Class ids.
+        drop (`torch.Tensor` of shape `(B,)`): Non-zero where the label is dropped.
+        target (`torch.Tensor` of shape `(B, N, D)`, *optional*): The encoder's tokens of the clean images.
+        weight (`float`): lambda.
+        path_type (`str`, *optional*, defaults to `"linear"`): See [`~flow.path_coefficients`].
+
+    Returns:
+        `dict[str, torch.Tensor]`: scalars `loss`, `velocity` and, with a target, `alignment`.
+    """
+    x_t, velocity = interpolate(x0, noise, t, path_type)
+    predicted, projected = model(x_t, t, class_labels, drop)
+    velocity_loss = (predicted.float() - velocity).square().mean()
+    if target is None:
+        # A projector that rests (lambda = 0) stays in the graph: DistributedDataParallel waits for every gradient.
+        loss = velocity_loss if projected is None else velocity_loss + 0 * projected.sum()
+        return {"loss": loss, "velocity": velocity_loss}
+    alignment = cosine_alignment_loss(projected, target).mean()
+    return {"loss": velocity_loss + weight * alignment, "velocity": velocity_loss, "alignment": alignment}
+
+
+@torch.no_grad()
+def hand_over(
+    warmup_state: Mapping[str, torch.Tensor], model: AlignedTransformer, with_projector: bool = True
+) -> list[str]:
+    """
+    Makes the warmed-up weights the early layers of the full model, and verifies that they are.
+
+    Args:
+        warmup_state (`Mapping[str, torch.Tensor]`): State dict of the warmed-up [`AlignedTransformer`].
+        model ([`AlignedTransformer`]): The full model, freshly initialised. Its later blocks stay as they are.
+        with_projector (`bool`, *optional*, defaults to `True`): Hand the projector over too.
+
+    Returns:
+        `list[str]`: Names of the tensors handed over.
+
+    Raises:
+        ValueError: if the full model has not a tensor of the name and shape of each one to hand over.
+        RuntimeError: if a tensor of the full model differs afterwards.
+    """
+    tensors = {
+        name: tensor
+        for name, tensor in warmup_state.items()
+        if not name.startswith(_FINAL_LAYER) and (with_projector or not name.startswith("projector."))
+    }
+    own = model.state_dict()
+    for name, tensor in tensors.items():
+        if name not in own:
+            raise ValueError(f"hand-over: the full model has no tensor {name}")
+        if own[name].shape != tensor.shape:
+            raise ValueError(
+                f"hand-over: {name} is {tuple(tensor.shape)} in the warmup and {tuple(own[name].shape)} in the full model"
+            )
+    if not any(name.startswith("transformer.transformer_blocks.") for name in tensors):
+        raise ValueError("hand-over: the warmup holds no transformer block")
+    model.load_state_dict(tensors, strict=False)
+    own = model.state_dict()
+    differing = [
+        name for name, tensor in tensors.items() if not torch.equal(own[name], tensor.to(own[name].device, own[name].dtype))
+    ]
+    if differing:
+        raise RuntimeError(f"hand-over: {len(differing)} tensors differ afterwards, the first is {differing[0]}")
+    return list(tensors)

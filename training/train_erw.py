@@ -1,0 +1,490 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Train a representation-aligned diffusion transformer: SiT, REPA or ERW, which differ in settings only.
+
+    accelerate launch training/train_erw.py --config training/configs/digits.yaml [--any_key value ...]
+
+One run does everything: warmup of the early blocks (phase 1), verified hand-over, full training (phase 2), pictures and
+a pipeline. It can be stopped anywhere and started again with `--resume_from_checkpoint latest`.
+"""
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import set_seed
+from diffusers import AutoModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from huggingface_hub import snapshot_download
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler, RepresentationEncoder
+from erw_hf.alignment import AlignedTransformer, MLPProjector, alignment_weight
+from erw_hf.data.latents import pixels_to_latents
+from erw_hf.data.samples import Source, StepSampler, TrainingSamples, load_source
+from erw_hf.flow import timestep_from_normal
+from erw_hf.training.checkpoints import Progress, TrainingState, read_progress, resolve_checkpoint, save_checkpoint
+from erw_hf.training.config import TrainingConfig, parse_config, resolve_mixed_precision
+from erw_hf.training.flops import count_step_flops
+from erw_hf.training.logging import MetricsFile, image_grid, plot_losses
+from erw_hf.warmup import build_warmup_transformer, full_loss, hand_over, warmup_loss
+
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class Run:
+    """What both phases share."""
+
+    config: TrainingConfig
+    accelerator: Accelerator
+    source: Source
+    vae: torch.nn.Module | None
+    encoder: RepresentationEncoder | None
+    pixels: tuple[int, int]  # side and channels of the images
+    progress: Progress
+    state: TrainingState
+    metrics: MetricsFile | None  # on the main process
+
+    @property
+    def step_batch_size(self) -> int:
+        config = self.config
+        return config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+
+
+Batch = dict[str, torch.Tensor]
+LossFunction = Callable[[torch.nn.Module, Batch, int], dict[str, torch.Tensor]]
+
+
+def main() -> None:
+    config = parse_config()
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    output_dir = Path(config.output_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=resolve_mixed_precision(config.mixed_precision),
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=output_dir,
+    )
+    # Everything that can be wrong is found out before the first step, and before an earlier run is touched.
+    checkpoint = resolve_checkpoint(output_dir, config.resume_from_checkpoint)
+    source = load_source(
+        config.dataset_name,
+        config.dataset_split,
+        config.dataset_config_name,
+        config.image_column,
+        config.label_column,
+        config.num_classes,
+    )
+    vae, pixels = load_vae(config, accelerator.device)
+    encoder = load_encoder(config, accelerator)
+    if accelerator.is_main_process:
+        prepare_output_dir(config, resuming=config.resume_from_checkpoint is not None)
+    accelerator.wait_for_everyone()
+
+    progress = Progress() if checkpoint is None else read_progress(checkpoint)
+    run = Run(config, accelerator, source, vae, encoder, pixels, progress, TrainingState(), metrics=None)
+    accelerator.register_for_checkpointing(run.state)
+    if accelerator.is_main_process:
+        config.save(output_dir / "config.yaml")
+        run.metrics = MetricsFile(output_dir / "metrics.jsonl", resume_step=progress.step)
+    if config.report_to != "none":
+        accelerator.init_trackers(config.tracker_project_name, config={k: str(v) for k, v in vars(config).items()})
+
+    warmup_state = None
+    if config.warmup_from is not None:
+        warmup_state = load_warmup(config.warmup_from)
+    elif progress.step <= config.warmup_steps and config.warmup_steps > 0:
+        warmup_state = train_warmup(run, checkpoint)
+        checkpoint = None  # phase 2 starts from the hand-over
+    if progress.step < config.max_train_steps or checkpoint is not None:
+        train_full(run, warmup_state, checkpoint)
+    accelerator.end_training()
+
+
+def train_warmup(run: Run, checkpoint: Path | None) -> dict[str, torch.Tensor]:
+    """Phase 1: the embedders, the first `warmup_depth` blocks and a projector learn what images mean."""
+    config, accelerator = run.config, run.accelerator
+    set_seed(config.seed)
+    transformer = build_warmup_transformer(config.model_config(run.source.num_classes), config.warmup_depth)
+    model = AlignedTransformer(transformer, build_projector(run), config.warmup_depth, warmup=True)
+
+    def losses(model: torch.nn.Module, batch: Batch, step: int) -> dict[str, torch.Tensor]:
+        x0 = latents(run, batch, posterior_noise=batch["posterior_noise"])
+        return warmup_loss(model, x0, batch["label"], batch["drop"], targets(run, batch))
+
+    learning_rate = config.warmup_learning_rate or config.learning_rate
+    model = train_phase(run, "warmup", model, losses, 0, config.warmup_steps, learning_rate, checkpoint)
+    state = {name: tensor.cpu().clone() for name, tensor in accelerator.get_state_dict(model).items()}
+    if accelerator.is_main_process:
+        save_warmup(accelerator.unwrap_model(model), Path(config.output_dir) / "warmup")
+    run.state.lr_scheduler = None
+    accelerator.free_memory(model)
+    return state
+
+
+def train_full(run: Run, warmup_state: dict[str, torch.Tensor] | None, checkpoint: Path | None) -> None:
+    """Phase 2: the whole model learns to draw, from the handed-over early blocks, lambda keeping them aligned."""
+    config, accelerator = run.config, run.accelerator
+    set_seed(config.seed)  # the later blocks start the same whatever the warmup was
+    transformer = ERWTransformer2DModel(**config.model_config(run.source.num_classes))
+    projector = build_projector(run) if config.alignment_weight > 0 else None
+    model = AlignedTransformer(transformer, projector, config.projector_depth)
+    if warmup_state is not None:
+        with_projector = config.hand_over_projector and model.projector is not None
+        names = hand_over(warmup_state, model, with_projector)
+        logger.info(f"hand-over: {len(names)} tensors of the warmup are the full model's, verified one by one")
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    # diffusers' EMA ramps its decay up unless the lowest decay is the decay itself.
+    run.state.ema = EMAModel(
+        transformer.parameters(), decay=config.ema_decay, min_decay=config.ema_decay, update_after_step=-1, foreach=True
+    )
+    run.state.ema.to(accelerator.device)
+
+    def losses(model: torch.nn.Module, batch: Batch, step: int) -> dict[str, torch.Tensor]:
+        x0 = latents(run, batch, posterior_noise=batch["posterior_noise"])
+        t = timestep_from_normal(
+            batch["time_normal"],
+            config.timestep_distribution,
+            config.timestep_logit_mean,
+            config.timestep_logit_std,
+            config.timestep_shift,
+        )
+        weight = phase_2_weight(config, step)
+        target = targets(run, batch) if weight > 0 else None
+        return full_loss(
+            model, x0, batch["noise"], t, batch["label"], batch["drop"], target, weight, config.path_type
+        )
+
+    model = train_phase(
+        run, "full", model, losses, config.warmup_steps, config.max_train_steps, config.learning_rate, checkpoint
+    )
+    if accelerator.is_main_process:
+        finish(run, accelerator.unwrap_model(model).transformer)
+
+
+def train_phase(
+    run: Run,
+    phase: str,
+    model: torch.nn.Module,
+    losses: LossFunction,
+    start_step: int,
+    end_step: int,
+    learning_rate: float,
+    checkpoint: Path | None,
+) -> torch.nn.Module:
+    """The loop, for either phase."""
+    config, accelerator, progress = run.config, run.accelerator, run.progress
+    flops_per_image = count_step_flops(model, None if model.projector is None else run.encoder)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay,
+        fused=True,
+    )
+    run.state.lr_scheduler = get_scheduler(
+        "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=end_step - start_step,
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+        logger.info(f"resumed from {checkpoint} at step {progress.step}")
+    batches = load_batches(run, progress.step, end_step)
+    model.train()
+
+    bar = tqdm(
+        range(progress.step, end_step),
+        desc=f"{phase:6}",
+        initial=progress.step - start_step,
+        total=end_step - start_step,
+        disable=not accelerator.is_main_process,
+        unit="step",
+    )
+    for step in bar:
+        started, waited, sums = time.perf_counter(), 0.0, {}
+        for _ in range(config.gradient_accumulation_steps):
+            wait_started = time.perf_counter()
+            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in next(batches).items()}
+            waited += time.perf_counter() - wait_started
+            with accelerator.accumulate(model):
+                parts = losses(model, batch, step)
+                accelerator.backward(parts["loss"])
+                for name, value in parts.items():
+                    sums[name] = sums.get(name, 0) + value.detach() / config.gradient_accumulation_steps
+                if accelerator.sync_gradients:
+                    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+                    finite = math.isfinite(grad_norm)
+                    # fp16's loss scaler has to see an overflow in order to back off; it skips the step itself.
+                    if finite or accelerator.mixed_precision == "fp16":
+                        optimizer.step()
+                optimizer.zero_grad()
+        if finite and run.state.ema is not None:
+            run.state.ema.step(accelerator.unwrap_model(model).transformer.parameters())
+        run.state.lr_scheduler.step()
+
+        progress.step = step + 1
+        progress.images_seen += run.step_batch_size
+        progress.flops += flops_per_image * run.step_batch_size
+        progress.nonfinite_steps += not finite
+        progress.nonfinite_in_a_row = 0 if finite else progress.nonfinite_in_a_row + 1
+        record = log_step(run, phase, step, sums, grad_norm, time.perf_counter() - started, waited)
+        bar.set_postfix(
+            loss=f"{record['loss']:.4f}", **{"img/s": f"{record['images_per_second']:.0f}"}, refresh=False
+        )
+        if progress.nonfinite_in_a_row >= config.max_nonfinite_steps:
+            raise RuntimeError(
+                f"{progress.nonfinite_in_a_row} steps in a row had a non-finite gradient; the last checkpoint in "
+                f"{config.output_dir} is from before them. Resume from it with a lower learning_rate, or qk_norm"
+            )
+        if progress.step % config.checkpointing_steps == 0 or progress.step == end_step:
+            save_checkpoint(accelerator, config.output_dir, progress, config.checkpoints_total_limit)
+        if phase == "full" and config.validation_steps and progress.step % config.validation_steps == 0:
+            if accelerator.is_main_process:
+                validate(run, accelerator.unwrap_model(model).transformer)
+            accelerator.wait_for_everyone()
+    return model
+
+
+def log_step(
+    run: Run, phase: str, step: int, sums: Batch, grad_norm: float, seconds: float, waited: float
+) -> dict[str, object]:
+    """Writes one line of metrics.jsonl and of the trackers; the losses are means over all processes."""
+    values = run.accelerator.reduce(torch.stack(list(sums.values())), reduction="mean").tolist()
+    record = {
+        "step": run.progress.step,
+        "phase": phase,
+        **dict(zip(sums, values, strict=True)),
+        "lambda": 1.0 if phase == "warmup" else phase_2_weight(run.config, step),
+        "grad_norm": grad_norm,
+        "learning_rate": run.state.lr_scheduler.get_last_lr()[0],
+        "images_seen": run.progress.images_seen,
+        "flops": run.progress.flops,
+        "images_per_second": run.step_batch_size / seconds,
+        "data_wait": waited / seconds,
+        "nonfinite_steps": run.progress.nonfinite_steps,
+    }
+    if run.metrics is not None:
+        run.metrics.write(record)
+    run.accelerator.log({k: v for k, v in record.items() if k not in ("step", "phase")}, step=run.progress.step)
+    return record
+
+
+def phase_2_weight(config: TrainingConfig, step: int) -> float:
+    """lambda at a step of the run; its schedule starts with phase 2."""
+    return alignment_weight(
+        step - config.warmup_steps,
+        config.alignment_schedule,
+        config.alignment_weight if config.encoder is not None else 0.0,
+        config.alignment_half_life,
+        config.alignment_stop_step,
+    )
+
+
+def load_batches(run: Run, start_step: int, end_step: int) -> Iterator[Batch]:
+    """The batches of steps [start_step, end_step). Nothing but the step decides what is in them."""
+    config, accelerator = run.config, run.accelerator
+    side, channels = run.pixels
+    samples = TrainingSamples(
+        run.source,
+        image_size=side,
+        channels=channels,
+        latent_shape=(config.in_channels, config.sample_size, config.sample_size),
+        seed=config.seed,
+        class_dropout_prob=config.class_dropout_prob,
+        random_flip=config.random_flip,
+    )
+    sampler = StepSampler(
+        len(samples),
+        config.train_batch_size,
+        config.gradient_accumulation_steps,
+        accelerator.num_processes,
+        accelerator.process_index,
+        start_step,
+        end_step,
+        config.seed,
+    )
+    return iter(
+        DataLoader(
+            samples,
+            batch_sampler=sampler,
+            num_workers=config.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+    )
+
+
+def latents(run: Run, batch: Batch, posterior_noise: torch.Tensor) -> torch.Tensor:
+    """Clean latents (B, C, h, w) of a batch."""
+    return pixels_to_latents(batch["pixels"], run.vae, posterior_noise)
+
+
+def targets(run: Run, batch: Batch) -> torch.Tensor:
+    """The encoder's patch tokens (B, N, D) of a batch."""
+    return run.encoder(batch["pixels"].float() / 255)
+
+
+def load_vae(config: TrainingConfig, device: torch.device) -> tuple[torch.nn.Module | None, tuple[int, int]]:
+    """The autoencoder, if any, and the side and channels of the images that make latents of the configured size."""
+    if config.vae is None:
+        return None, (config.sample_size, config.in_channels)
+    # float32: the latents are the data, and bf16 would round them.
+    vae = AutoModel.from_pretrained(config.vae).to(device).eval().requires_grad_(False)
+    factor = ERWPipeline.vae_scale_factor_of(vae)
+    channels = vae.config.in_channels
+    side = config.sample_size * factor
+    with torch.no_grad():
+        shape = tuple(pixels_to_latents(torch.zeros(1, channels, side, side, device=device), vae).shape[1:])
+    if shape != (config.in_channels, config.sample_size, config.sample_size):
+        raise ValueError(
+            f"the vae makes latents (C, H, W) = {shape} of {side} px images, the config has in_channels="
+            f"{config.in_channels} and sample_size={config.sample_size}"
+        )
+    return vae, (side, channels)
+
+
+def load_encoder(config: TrainingConfig, accelerator: Accelerator) -> RepresentationEncoder | None:
+    """The teacher, if the run aligns at all."""
+    if config.encoder is None or (config.warmup_steps == 0 and config.alignment_weight == 0):
+        return None
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    encoder = RepresentationEncoder.from_pretrained(
+        config.encoder, config.token_grid, config.encoder_image_size, dtype=dtype
+    )
+    return encoder.to(accelerator.device)
+
+
+def build_projector(run: Run) -> MLPProjector | None:
+    if run.encoder is None:
+        return None
+    width = run.config.num_attention_heads * run.config.attention_head_dim
+    return MLPProjector(width, run.encoder.embed_dim, run.config.projector_dim)
+
+
+def prepare_output_dir(config: TrainingConfig, resuming: bool) -> None:
+    """Makes the run's folder, proves that it can be written, and never mixes two runs in it."""
+    folder = Path(config.output_dir)
+    if (folder / "metrics.jsonl").exists() and not resuming:
+        if not config.overwrite_output_dir:
+            raise ValueError(
+                f"{folder} holds a run already: continue it with --resume_from_checkpoint latest, choose another "
+                "--output_dir, or delete it with --overwrite_output_dir"
+            )
+        shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to output_dir {folder}: {error}") from error
+
+
+def save_warmup(model: AlignedTransformer, folder: Path) -> None:
+    """A finished warmup, which `--warmup_from` takes: one warmup can serve many runs."""
+    model.transformer.save_pretrained(folder / "transformer")
+    projector = {name: tensor.contiguous() for name, tensor in model.projector.state_dict().items()}
+    save_file(projector, folder / "projectors.safetensors")
+
+
+def load_warmup(path_or_repo_id: str) -> dict[str, torch.Tensor]:
+    folder = Path(path_or_repo_id)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(path_or_repo_id))
+    if not (folder / "transformer").is_dir():
+        raise ValueError(f"warmup_from={path_or_repo_id!r} holds no `transformer` folder: it is no saved warmup")
+    transformer = ERWTransformer2DModel.from_pretrained(folder / "transformer")
+    state = {f"transformer.{name}": tensor for name, tensor in transformer.state_dict().items()}
+    if (folder / "projectors.safetensors").is_file():
+        projector = load_file(folder / "projectors.safetensors")
+        state.update({f"projector.{name}": tensor for name, tensor in projector.items()})
+    return state
+
+
+def build_pipeline(run: Run, transformer: ERWTransformer2DModel) -> ERWPipeline:
+    pipeline = ERWPipeline(
+        transformer=transformer,
+        vae=run.vae,
+        scheduler=FlowMatchEulerMaruyamaScheduler(path_type=run.config.path_type),
+        id2label=run.source.id2label,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample_grid(run: Run, transformer: ERWTransformer2DModel) -> Image.Image:
+    """Pictures of the model as it is: the same labels and the same noise at every step of the run."""
+    count, num_classes = run.config.num_validation_images, run.source.num_classes
+    # A few classes are all shown, in turn; of many, evenly spaced ones.
+    labels = [i % num_classes if num_classes <= count else i * num_classes // count for i in range(count)]
+    pipeline = build_pipeline(run, transformer)
+    transformer.eval()
+    with run.accelerator.autocast():
+        images = pipeline(
+            class_labels=labels if num_classes else [0] * count,
+            num_inference_steps=run.config.num_inference_steps,
+            guidance_scale=run.config.guidance_scale,
+            generator=[torch.Generator().manual_seed(run.config.seed + i) for i in range(count)],
+        ).images
+    transformer.train()
+    columns = num_classes if 4 <= num_classes <= count else math.ceil(math.sqrt(count))
+    return image_grid(images, columns=columns)
+
+
+def validate(run: Run, transformer: ERWTransformer2DModel) -> None:
+    """Writes `samples/step-N.png`, made with the EMA weights, and hands it to the trackers."""
+    run.state.ema.store(transformer.parameters())
+    run.state.ema.copy_to(transformer.parameters())
+    grid = sample_grid(run, transformer)
+    run.state.ema.restore(transformer.parameters())
+    path = Path(run.config.output_dir) / "samples" / f"step-{run.progress.step:07d}.png"
+    path.parent.mkdir(exist_ok=True)
+    grid.save(path)
+    for tracker in run.accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=run.progress.step, **layout)
+
+
+def finish(run: Run, transformer: ERWTransformer2DModel) -> None:
+    """The pipeline with the EMA weights, a grid of its pictures, and the loss curve."""
+    folder = Path(run.config.output_dir)
+    run.state.ema.copy_to(transformer.parameters())
+    sample_grid(run, transformer).save(folder / "grid.png")
+    build_pipeline(run, transformer.eval()).save_pretrained(folder / "pipeline")
+    plot_losses(folder / "metrics.jsonl", folder / "loss_curve.png")
+    logger.info(f"done: {folder}/pipeline, {folder}/grid.png, {folder}/loss_curve.png")
+
+
+if __name__ == "__main__":
+    main()
