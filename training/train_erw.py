@@ -102,6 +102,7 @@ def main() -> None:
     )
     vae, pixels = load_vae(config, accelerator.device)
     encoder = load_encoder(config, accelerator)
+    warmup_state = None if config.warmup_from is None else load_warmup(config.warmup_from)
     if accelerator.is_main_process:
         prepare_output_dir(config, resuming=config.resume_from_checkpoint is not None)
     accelerator.wait_for_everyone()
@@ -115,10 +116,7 @@ def main() -> None:
     if config.report_to != "none":
         accelerator.init_trackers(config.tracker_project_name, config={k: str(v) for k, v in vars(config).items()})
 
-    warmup_state = None
-    if config.warmup_from is not None:
-        warmup_state = load_warmup(config.warmup_from)
-    elif progress.step <= config.warmup_steps and config.warmup_steps > 0:
+    if config.warmup_steps > 0 and progress.step <= config.warmup_steps:
         warmup_state = train_warmup(run, checkpoint)
         checkpoint = None  # phase 2 starts from the hand-over
     if progress.step < config.max_train_steps or checkpoint is not None:
@@ -162,7 +160,11 @@ def train_full(run: Run, warmup_state: dict[str, torch.Tensor] | None, checkpoin
         transformer.enable_gradient_checkpointing()
     # diffusers' EMA ramps its decay up unless the lowest decay is the decay itself.
     run.state.ema = EMAModel(
-        transformer.parameters(), decay=config.ema_decay, min_decay=config.ema_decay, update_after_step=-1, foreach=True
+        transformer.parameters(),
+        decay=config.ema_decay,
+        min_decay=config.ema_decay,
+        update_after_step=-1,
+        foreach=True,
     )
     run.state.ema.to(accelerator.device)
 
@@ -177,9 +179,7 @@ def train_full(run: Run, warmup_state: dict[str, torch.Tensor] | None, checkpoin
         )
         weight = phase_2_weight(config, step)
         target = targets(run, batch) if weight > 0 else None
-        return full_loss(
-            model, x0, batch["noise"], t, batch["label"], batch["drop"], target, weight, config.path_type
-        )
+        return full_loss(model, x0, batch["noise"], t, batch["label"], batch["drop"], target, weight, config.path_type)
 
     model = train_phase(
         run, "full", model, losses, config.warmup_steps, config.max_train_steps, config.learning_rate, checkpoint
@@ -259,9 +259,7 @@ def train_phase(
         progress.nonfinite_steps += not finite
         progress.nonfinite_in_a_row = 0 if finite else progress.nonfinite_in_a_row + 1
         record = log_step(run, phase, step, sums, grad_norm, time.perf_counter() - started, waited)
-        bar.set_postfix(
-            loss=f"{record['loss']:.4f}", **{"img/s": f"{record['images_per_second']:.0f}"}, refresh=False
-        )
+        bar.set_postfix(loss=f"{record['loss']:.4f}", **{"img/s": f"{record['images_per_second']:.0f}"}, refresh=False)
         if progress.nonfinite_in_a_row >= config.max_nonfinite_steps:
             raise RuntimeError(
                 f"{progress.nonfinite_in_a_row} steps in a row had a non-finite gradient; the last checkpoint in "

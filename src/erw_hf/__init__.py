@@ -34,7 +34,13 @@ _DIFFUSERS_COMPONENTS = {
     "FlowMatchEulerMaruyamaScheduler": "erw_hf.scheduling_erw",
 }
 
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [
+    "ERWPipeline",
+    "ERWTransformer2DModel",
+    "FlowMatchEulerMaruyamaScheduler",
+    "RepresentationEncoder",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from erw_hf.encoders import RepresentationEncoder

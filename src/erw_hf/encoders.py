@@ -103,9 +103,7 @@ class RepresentationEncoder(nn.Module):
         model = AutoModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype, revision=revision)
         # Mean and deviation come from the model's own processor: constants in the code were wrong for half of the
         # encoders that published training code supports.
-        processor = AutoImageProcessor.from_pretrained(
-            pretrained_model_name_or_path, revision=revision, backend="pil"
-        )
+        processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, revision=revision, backend="pil")
         return cls(model, processor.image_mean, processor.image_std, token_grid, image_size)
 
     @property

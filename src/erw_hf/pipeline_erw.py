@@ -359,7 +359,9 @@ class ERWPipeline(DiffusionPipeline):
         timesteps = self.scheduler.timesteps
         flow_times = (timesteps.double() / self.scheduler.config.num_train_timesteps).tolist()
         self._num_timesteps = len(timesteps)
-        step_kwargs = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+        step_kwargs = (
+            {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+        )
 
         # 4. Denoise
         if hasattr(self.scheduler, "set_begin_index"):

@@ -59,9 +59,7 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
     _compatibles: list[str] = []
 
     @register_to_config
-    def __init__(
-        self, num_train_timesteps: int = 1000, path_type: str = "linear", sigma_last: float = 0.04
-    ) -> None:
+    def __init__(self, num_train_timesteps: int = 1000, path_type: str = "linear", sigma_last: float = 0.04) -> None:
         if path_type not in ("linear", "cosine"):
             raise ValueError(f'path_type must be "linear" or "cosine", got {path_type!r}')
         if not 0 < sigma_last < 1:
@@ -127,9 +125,7 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"timestep {float(timestep)} is none of this scheduler's `timesteps`")
         return int(matches[0])
 
-    def scale_noise(
-        self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
+    def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Noises clean samples along the path, as image-to-image does.
 
         Args:

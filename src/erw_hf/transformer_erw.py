@@ -233,9 +233,7 @@ def _norm(norm_type: str, dim: int, affine: bool) -> nn.Module:
     raise ValueError(f'a norm must be "layer_norm" or "rms_norm", got {norm_type!r}')
 
 
-class ERWTransformer2DModel(
-    ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin
-):
+class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
     r"""
     A class-conditional flow-matching transformer: the SiT architecture (arXiv 2401.08740) that REPA (arXiv 2410.06940)
     and ERW (arXiv 2504.10188) train, with the options that later work added.

@@ -151,7 +151,9 @@ def hand_over(
     model.load_state_dict(tensors, strict=False)
     own = model.state_dict()
     differing = [
-        name for name, tensor in tensors.items() if not torch.equal(own[name], tensor.to(own[name].device, own[name].dtype))
+        name
+        for name, tensor in tensors.items()
+        if not torch.equal(own[name], tensor.to(own[name].device, own[name].dtype))
     ]
     if differing:
         raise RuntimeError(f"hand-over: {len(differing)} tensors differ afterwards, the first is {differing[0]}")

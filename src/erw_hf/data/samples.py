@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, load_dataset, load_from_disk
+from datasets.data_files import EmptyDatasetError
 from PIL import Image
 
 from erw_hf.data.digits import load_digits_dataset
@@ -116,7 +117,12 @@ def _load(dataset_name: str, split: str, dataset_config_name: str | None) -> Dat
         return load_from_disk(dataset_name)[split]
     if os.path.isfile(os.path.join(dataset_name, "state.json")):
         return load_from_disk(dataset_name)
-    return load_dataset(dataset_name, dataset_config_name, split=split)
+    try:
+        return load_dataset(dataset_name, dataset_config_name, split=split)
+    except (EmptyDatasetError, ValueError) as error:
+        if isinstance(error, EmptyDatasetError) or "no data" in str(error):
+            raise ValueError(f"the data set {dataset_name!r} (split {split!r}) is empty: {error}") from error
+        raise
 
 
 def _find_column(dataset: Dataset, wanted: str | None, candidates: tuple[str, ...], option: str) -> str | None:

@@ -44,7 +44,9 @@ class TrainingConfig:
     dataset_config_name: str | None = _key(None, "Configuration of a Hub data set.")
     dataset_split: str = _key("train", "Split to train on.")
     image_column: str | None = _key(None, "Column of images; detected by default.")
-    label_column: str | None = _key(None, "Column of labels; detected by default. Data without labels trains unconditionally.")
+    label_column: str | None = _key(
+        None, "Column of labels; detected by default. Data without labels trains unconditionally."
+    )
     random_flip: bool = _key(False, "Mirror half of the images. ERW and REPA do not.")
     dataloader_num_workers: int = _key(4, "Loader processes for each training process.")
 
@@ -93,7 +95,9 @@ class TrainingConfig:
     max_train_steps: int = _key(400_000, "Steps of both phases together.")
     learning_rate: float = _key(1e-4, "Peak learning rate of phase 2.")
     warmup_learning_rate: float | None = _key(None, "Peak learning rate of phase 1; learning_rate by default.")
-    lr_scheduler: Literal["constant", "linear", "cosine"] = _key("constant", "Learning rate after lr_warmup_steps, in each phase.")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = _key(
+        "constant", "Learning rate after lr_warmup_steps, in each phase."
+    )
     lr_warmup_steps: int = _key(0, "Steps in which the learning rate rises, at the start of each phase.")
     adam_beta1: float = _key(0.9, "AdamW beta 1.")
     adam_beta2: float = _key(0.999, "AdamW beta 2.")
@@ -101,7 +105,9 @@ class TrainingConfig:
     adam_weight_decay: float = _key(0.0, "AdamW weight decay.")
     max_grad_norm: float = _key(1.0, "Gradient clipping.")
     ema_decay: float = _key(0.9999, "Decay of the exponential moving average of the weights, in phase 2.")
-    gradient_checkpointing: bool = _key(False, "Recompute blocks in the backward pass: less memory, a third more time.")
+    gradient_checkpointing: bool = _key(
+        False, "Recompute blocks in the backward pass: less memory, a third more time."
+    )
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = _key(
         "auto", '"auto": bf16 where the device is fast at it (CUDA, CPUs with AMX), else float32.'
     )

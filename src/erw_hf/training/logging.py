@@ -18,7 +18,7 @@ import math
 import os
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 class MetricsFile:
@@ -81,7 +81,10 @@ def plot_losses(metrics_path: str | os.PathLike, png_path: str | os.PathLike) ->
     records = read_metrics(metrics_path)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, color, label in (("velocity", "tab:blue", "velocity loss"), ("alignment", "tab:orange", "alignment loss")):
+    for name, color, label in (
+        ("velocity", "tab:blue", "velocity loss"),
+        ("alignment", "tab:orange", "alignment loss"),
+    ):
         points = [(r["images_seen"], r[name]) for r in records if r.get(name) is not None]
         if points:
             images, losses = zip(*points, strict=True)
@@ -120,7 +123,8 @@ def image_grid(images: list[Image.Image], columns: int, min_side: int = 48) -> I
     from diffusers.utils import make_image_grid
 
     factor = max(1, math.ceil(min_side / images[0].width))
-    images = [image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) for image in images]
+    images = [ImageOps.scale(image, factor, resample=Image.Resampling.NEAREST) for image in images]
+    images = [ImageOps.expand(image, border=2, fill="gray") for image in images]  # keeps neighbours apart
     rows = math.ceil(len(images) / columns)
     blank = Image.new(images[0].mode, images[0].size)
     return make_image_grid(images + [blank] * (rows * columns - len(images)), rows=rows, cols=columns)

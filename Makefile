@@ -1,0 +1,36 @@
+# Every target makes its own environment (.venv, about 6 GB: PyTorch's CUDA libraries come with it).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+QUICKSTART := outputs/quickstart
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+.PHONY: quickstart test demo style quality clean
+
+quickstart: $(VENV)/.installed ## train on digits from random weights and show pictures, minutes on 2 CPU cores
+	$(LAUNCH) training/train_erw.py --config training/configs/digits.yaml --output_dir $(QUICKSTART) --overwrite_output_dir
+	@echo "Pictures: $(QUICKSTART)/grid.png   Losses: $(QUICKSTART)/loss_curve.png   Pipeline: $(QUICKSTART)/pipeline"
+
+test: $(VENV)/.installed ## all tests
+	$(BIN)/python -m pytest
+
+demo: $(VENV)/.installed ## the Gradio demo in a browser, with the shipped digits
+	GRADIO_ANALYTICS_ENABLED=False $(BIN)/python spaces/erw/app.py
+
+style: $(VENV)/.installed ## mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: $(VENV)/.installed ## check without writing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "erw-hf needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean: ## remove the environment and what was built
+	rm -rf $(VENV) build dist

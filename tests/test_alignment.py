@@ -1,0 +1,74 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import math
+
+import pytest
+import torch
+
+from erw_hf.alignment import MLPProjector, alignment_weight, cosine_alignment_loss
+
+
+def test_loss_by_hand():
+    projected = torch.tensor([[[1.0, 0.0], [1.0, 1.0]], [[0.0, 2.0], [-1.0, 0.0]]])
+    target = torch.tensor([[[3.0, 0.0], [1.0, 0.0]], [[0.0, -1.0], [1.0, 0.0]]])
+    expected = torch.tensor([(0 + 1 - 1 / math.sqrt(2)) / 2, (2 + 2) / 2])
+    torch.testing.assert_close(cosine_alignment_loss(projected, target), expected)
+
+
+def test_loss_sees_every_sample():
+    """The published code took the last sample of each batch alone: this test fails on it."""
+    torch.manual_seed(0)
+    projected, target = torch.randn(5, 4, 8), torch.randn(5, 4, 8)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    loss = cosine_alignment_loss(projected, target).mean()
+    torch.testing.assert_close(cosine_alignment_loss(projected[order], target[order]).mean(), loss)
+
+    projected.requires_grad_()
+    cosine_alignment_loss(projected, target).mean().backward()
+    assert (projected.grad.flatten(1).norm(dim=1) > 1e-4).all()
+    # Each sample's gradient is 1/B of the one that it has alone: no sample is weighted above another.
+    for i in range(5):
+        alone = projected[i : i + 1].detach().clone().requires_grad_()
+        cosine_alignment_loss(alone, target[i : i + 1]).mean().backward()
+        torch.testing.assert_close(projected.grad[i : i + 1], alone.grad / 5)
+
+
+@pytest.mark.parametrize("step", [0, 1, 777, 50_000, 123_456])
+def test_half_life_schedule_has_the_papers_closed_form(step):
+    # lambda(k) = c0 exp(-k / tau) with tau = half_life / ln 2
+    expected = 0.5 * math.exp(-step / (50_000 / math.log(2)))
+    assert alignment_weight(step, "half_life", 0.5, half_life=50_000) == pytest.approx(expected, rel=1e-12)
+
+
+def test_constant_and_stop_schedules():
+    assert alignment_weight(10**6, "constant", 0.5) == 0.5
+    assert alignment_weight(249, "stop", 0.5, stop_step=250) == 0.5
+    assert alignment_weight(250, "stop", 0.5, stop_step=250) == 0.0
+
+
+def test_schedule_errors_say_what_is_missing():
+    with pytest.raises(ValueError, match="alignment_half_life"):
+        alignment_weight(0, "half_life", 0.5)
+    with pytest.raises(ValueError, match="alignment_stop_step"):
+        alignment_weight(0, "stop", 0.5)
+    with pytest.raises(ValueError, match="constant"):
+        alignment_weight(0, "linear", 0.5)
+
+
+def test_projector_maps_each_token_alone():
+    projector = MLPProjector(6, 10, hidden_dim=12)
+    tokens = torch.randn(2, 5, 6)
+    projected = projector(tokens)
+    assert projected.shape == (2, 5, 10)
+    torch.testing.assert_close(projector(tokens[:, 3:4]), projected[:, 3:4])

@@ -1,0 +1,144 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import json
+import math
+
+import pytest
+import torch
+
+from erw_hf import FlowMatchEulerMaruyamaScheduler
+
+
+def reference_sde(velocity, x, noises, steps, path_type, sigma_last=0.04):
+    """Euler-Maruyama of the reverse SDE, written from the score, in float64 (SiT, arXiv 2401.08740, Eq. 5)."""
+    grid = torch.linspace(1, sigma_last, steps, dtype=torch.float64).tolist() + [0.0]
+    x = x.double()
+    for i in range(steps):
+        t, dt = grid[i], grid[i + 1] - grid[i]
+        if path_type == "linear":
+            alpha, sigma, d_alpha, d_sigma = 1 - t, t, -1.0, 1.0
+        else:
+            alpha, sigma = math.cos(math.pi / 2 * t), math.sin(math.pi / 2 * t)
+            d_alpha, d_sigma = -math.pi / 2 * sigma, math.pi / 2 * alpha
+        v = velocity(x, t)
+        ratio = alpha / d_alpha
+        score = (ratio * v - x) / (sigma**2 - ratio * d_sigma * sigma)
+        x = x + (v - 0.5 * (2 * t) * score) * dt
+        if grid[i + 1] > 0:
+            x = x + math.sqrt(2 * t * -dt) * noises[i].double()
+    return x
+
+
+def field(x, t):
+    return torch.sin(2 * x) * (1 - t) + 0.5 * x * t - 0.3
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+@pytest.mark.parametrize("steps", [1, 2, 250])
+def test_parity_with_the_reference_sampler(path_type, steps):
+    scheduler = FlowMatchEulerMaruyamaScheduler(path_type=path_type)
+    scheduler.set_timesteps(steps)
+    start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    generator, twin = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    noises = [torch.randn(start.shape, generator=twin) for _ in range(steps - 1)]
+
+    x, calls = start, 0
+    for t in scheduler.timesteps:
+        calls += 1
+        x = scheduler.step(field(x, t.item() / 1000), t, x, generator=generator).prev_sample
+    expected = reference_sde(field, start, noises, steps, path_type)
+    assert calls == steps
+    assert ((x - expected).norm() / expected.norm()).item() < 1e-5
+    # Exactly one draw for each stochastic step and none in the last: both generators stand at the same place.
+    assert torch.equal(torch.randn(3, generator=generator), torch.randn(3, generator=twin))
+
+
+def test_grid():
+    scheduler = FlowMatchEulerMaruyamaScheduler()
+    scheduler.set_timesteps(250)
+    assert len(scheduler.timesteps) == 250 and len(scheduler.sigmas) == 251
+    torch.testing.assert_close(scheduler.timesteps, 1000 * torch.linspace(1, 0.04, 250))
+    assert scheduler.sigmas[-1] == 0
+
+
+def test_state_stays_float32_for_a_half_precision_model():
+    scheduler = FlowMatchEulerMaruyamaScheduler()
+    scheduler.set_timesteps(4)
+    x = torch.randn(1, 1, 4, 4)
+    out = scheduler.step(x.bfloat16(), scheduler.timesteps[0], x.bfloat16())
+    assert out.prev_sample.dtype == torch.float32
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_predicted_clean_sample(path_type):
+    scheduler = FlowMatchEulerMaruyamaScheduler(path_type=path_type)
+    scheduler.set_timesteps(10)
+    x0, noise = torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
+    t = scheduler.timesteps[4:5]
+    x_t = scheduler.scale_noise(x0, t, noise)
+    angle = t / 1000 * math.pi / 2
+    v = noise - x0 if path_type == "linear" else math.pi / 2 * (torch.cos(angle) * noise - torch.sin(angle) * x0)
+    torch.testing.assert_close(scheduler.step(v, t[0], x_t).pred_original_sample, x0, atol=1e-5, rtol=1e-4)
+
+
+def test_one_generator_an_image_makes_it_independent_of_the_batch():
+    def run(seeds):
+        scheduler = FlowMatchEulerMaruyamaScheduler()
+        scheduler.set_timesteps(5)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        x = torch.cat([torch.randn(1, 1, 4, 4, generator=g) for g in generators])
+        for t in scheduler.timesteps:
+            x = scheduler.step(field(x, t.item() / 1000), t, x, generator=generators).prev_sample
+        return x
+
+    assert torch.equal(run([3, 7, 11])[1:2], run([7]))
+
+
+def test_a_run_can_start_in_the_middle():
+    scheduler = FlowMatchEulerMaruyamaScheduler()
+    scheduler.set_timesteps(10)
+    x = torch.randn(1, 1, 4, 4)
+    searched = scheduler.step(x, scheduler.timesteps[6], x, generator=torch.manual_seed(0)).prev_sample
+    scheduler.set_timesteps(10)
+    scheduler.set_begin_index(6)
+    assert scheduler.begin_index == 6 and scheduler.step_index is None
+    given = scheduler.step(x, scheduler.timesteps[6], x, generator=torch.manual_seed(0)).prev_sample
+    assert scheduler.step_index == 7
+    assert torch.equal(searched, given)
+
+
+def test_config_round_trip(tmp_path):
+    FlowMatchEulerMaruyamaScheduler(path_type="cosine", sigma_last=0.1).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "scheduler_config.json").read_text())["path_type"] == "cosine"
+    loaded = FlowMatchEulerMaruyamaScheduler.from_pretrained(tmp_path)
+    assert loaded.config.path_type == "cosine" and loaded.config.sigma_last == 0.1
+    assert len(loaded) == 1000
+
+
+def test_errors():
+    x = torch.zeros(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="path_type"):
+        FlowMatchEulerMaruyamaScheduler(path_type="sine")
+    with pytest.raises(ValueError, match="sigma_last"):
+        FlowMatchEulerMaruyamaScheduler(sigma_last=0.0)
+    scheduler = FlowMatchEulerMaruyamaScheduler()
+    with pytest.raises(ValueError, match="set_timesteps"):
+        scheduler.step(x, 1000.0, x)
+    with pytest.raises(ValueError, match="at least 1"):
+        scheduler.set_timesteps(0)
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="integer"):
+        scheduler.step(x, 0, x)
+    with pytest.raises(ValueError, match="none of this scheduler"):
+        scheduler.step(x, 123.0, x)

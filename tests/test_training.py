@@ -1,0 +1,245 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The training script from the command line to the files it leaves."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import kill_training_at, launch_training, train
+from PIL import Image
+from safetensors.torch import load_file
+
+from erw_hf import ERWPipeline
+from erw_hf.training.logging import read_metrics
+
+
+def losses(run):
+    return [(record["step"], record["phase"], record["loss"]) for record in read_metrics(run / "metrics.jsonl")]
+
+
+def weights(run):
+    return load_file(run / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory, tiny_flags):
+    run = tmp_path_factory.mktemp("runs") / "erw"
+    launch_training(*tiny_flags, "--checkpoints_total_limit=2", "--validation_steps=5", f"--output_dir={run}")
+    return run
+
+
+def test_one_run_leaves_everything_that_is_promised(finished_run):
+    names = {path.name for path in finished_run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "grid.png", "loss_curve.png", "pipeline", "warmup", "samples"} <= names
+    assert Image.open(finished_run / "grid.png").size[0] > 40
+    assert (finished_run / "samples" / "step-0000005.png").is_file()
+    pipe = ERWPipeline.from_pretrained(finished_run / "pipeline")
+    assert pipe.get_label_ids("7") == [7]
+    assert pipe(class_labels=["7"], num_inference_steps=2).images[0].size == (8, 8)
+    assert yaml.safe_load((finished_run / "config.yaml").read_text())["warmup_steps"] == 3
+
+
+def test_metrics_count_both_phases(finished_run):
+    records = read_metrics(finished_run / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 8))
+    assert [record["phase"] for record in records] == ["warmup"] * 3 + ["full"] * 4
+    assert [record["images_seen"] for record in records] == [4 * step for step in range(1, 8)]
+    warmup, full = records[0]["flops"], records[4]["flops"] - records[3]["flops"]
+    assert records[2]["flops"] == pytest.approx(3 * warmup) and full > warmup > 0
+    schedule = yaml.safe_load((finished_run / "config.yaml").read_text())
+    for step, record in enumerate(records[3:]):  # the schedule of lambda starts with phase 2
+        expected = schedule["alignment_weight"] * 2 ** (-step / schedule["alignment_half_life"])
+        assert record["lambda"] == pytest.approx(expected)
+        assert record["loss"] == pytest.approx(record["velocity"] + expected * record["alignment"], rel=1e-5)
+    for record in records:
+        assert {"images_per_second", "data_wait", "grad_norm", "learning_rate"} <= set(record)
+
+
+def test_phase_2_starts_from_what_phase_1_learnt_in_the_same_run(finished_run, tmp_path, tiny_flags):
+    """The published code starts phase 2 from random weights in an uninterrupted run: this test fails on it."""
+    warmup = load_file(finished_run / "warmup" / "transformer" / "diffusion_pytorch_model.safetensors")
+    # The same run with a learning rate that moves nothing in phase 2, and an EMA that follows at once: its pipeline is
+    # the hand-over itself.
+    train(
+        *tiny_flags,
+        "--learning_rate=1e-30",
+        "--warmup_learning_rate=1e-3",
+        "--ema_decay=0",
+        f"--output_dir={tmp_path}/run",
+    )
+    frozen, own_warmup = (
+        weights(tmp_path / "run"),
+        load_file(tmp_path / "run" / "warmup" / "transformer" / "diffusion_pytorch_model.safetensors"),
+    )
+    handed_over = [name for name in own_warmup if not name.startswith(("norm_out", "proj_out"))]
+    assert any(name.startswith("transformer_blocks.1.") for name in handed_over)
+    for name in handed_over:
+        assert torch.equal(frozen[name], own_warmup[name]), name
+    # The warmup did learn: its weights are not those that a run without warmup starts from.
+    train(*tiny_flags, "--warmup_steps=0", "--max_train_steps=1", "--learning_rate=1e-30", "--ema_decay=0",
+        f"--output_dir={tmp_path}/cold")  # fmt: skip
+    cold = weights(tmp_path / "cold")
+    assert not torch.equal(
+        cold["transformer_blocks.0.attn.to_q.weight"], frozen["transformer_blocks.0.attn.to_q.weight"]
+    )
+    # The later blocks start the same with and without warmup.
+    assert torch.equal(cold["transformer_blocks.2.attn.to_q.weight"], frozen["transformer_blocks.2.attn.to_q.weight"])
+    assert set(warmup) == set(own_warmup)
+
+
+def test_checkpoints_are_rotated_and_no_half_written_one_is_left(finished_run):
+    names = sorted(name for name in os.listdir(finished_run) if "checkpoint" in name)
+    assert names == ["checkpoint-6", "checkpoint-7"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny_flags):
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    flags = [*tiny_flags, "--checkpoints_total_limit=9", "--checkpointing_steps=1"]
+    train(*flags, f"--output_dir={run}")
+    return run, flags
+
+
+@pytest.mark.parametrize("kept", [2, 3, 4, 6])  # in the warmup, at the hand-over, in phase 2
+def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, uninterrupted, kept):
+    whole, flags = uninterrupted
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    for step in range(kept + 1, 8):  # as a kill leaves it: later lines written, the last one torn, a half checkpoint
+        shutil.rmtree(cut / f"checkpoint-{step}")
+    shutil.rmtree(cut / "pipeline")
+    shutil.copytree(cut / "checkpoint-1", cut / ".writing-checkpoint-7")
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "pha')
+    before = (whole / "metrics.jsonl").read_bytes().splitlines()[:kept]
+    train(*flags, f"--output_dir={cut}", "--resume_from_checkpoint=latest")
+    assert losses(cut) == losses(whole)
+    assert (cut / "metrics.jsonl").read_bytes().splitlines()[:kept] == before
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(cut)[name], tensor), name
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_twice_and_resumed_is_bitwise_the_uninterrupted_one(tmp_path, tiny_flags, processes):
+    """kill -9 to the whole process group, in the warmup and in phase 2, loader workers and all."""
+    flags = [*tiny_flags, "--checkpointing_steps=2", "--dataloader_num_workers=2", "--max_train_steps=9"]
+    flags += ["--train_batch_size=2", "--validation_steps=0"]
+    launch_training(*flags, f"--output_dir={tmp_path}/whole", processes=processes)
+    for kill_after in (3, 6):
+        kill_training_at(
+            kill_after, *flags, f"--output_dir={tmp_path}/cut", "--resume_from_checkpoint=latest", processes=processes
+        )
+    launch_training(*flags, f"--output_dir={tmp_path}/cut", "--resume_from_checkpoint=latest", processes=processes)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(tmp_path / "cut")[name], tensor), name
+
+
+def test_two_processes_see_the_samples_of_one(tmp_path, tiny_flags):
+    train(*tiny_flags, f"--output_dir={tmp_path}/one")
+    launch_training(*tiny_flags, "--train_batch_size=2", f"--output_dir={tmp_path}/two", processes=2)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert [entry[:2] for entry in one] == [entry[:2] for entry in two]
+    np.testing.assert_allclose([entry[2] for entry in two], [entry[2] for entry in one], rtol=1e-5)
+
+
+def test_accumulation_equals_the_large_batch(tmp_path, tiny_flags, finished_run):
+    flags = [*tiny_flags, "--train_batch_size=2", "--gradient_accumulation_steps=2"]
+    train(*flags, f"--output_dir={tmp_path}/run")
+    np.testing.assert_allclose(
+        [entry[2] for entry in losses(tmp_path / "run")], [entry[2] for entry in losses(finished_run)], rtol=1e-5
+    )
+
+
+def test_one_warmup_serves_another_run(tmp_path, tiny_flags, finished_run):
+    flags = [*tiny_flags, "--warmup_steps=0", f"--warmup_from={finished_run}/warmup", "--max_train_steps=1"]
+    train(*flags, "--learning_rate=1e-30", "--ema_decay=0", f"--output_dir={tmp_path}/run")
+    warmup = load_file(finished_run / "warmup" / "transformer" / "diffusion_pytorch_model.safetensors")
+    name = "transformer_blocks.1.ff.net.2.weight"
+    assert torch.equal(weights(tmp_path / "run")[name], warmup[name])
+
+
+def test_a_plain_sit_needs_no_encoder(tmp_path, tiny_flags):
+    flags = [*tiny_flags, "--warmup_steps=0", "--encoder=none", "--max_train_steps=2"]
+    train(*flags, f"--output_dir={tmp_path}/run")
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert all("alignment" not in record and record["lambda"] == 0 for record in records)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--warmup_stepss=3"], "did you mean --warmup_steps?"),
+        (["--image_column=picture"], "'picture' is no column of the data set"),
+        (["--num_classes=5"], "is not in [0, 4]"),
+        (["--encoder_image_size=24"], "6x6 encoder tokens, the latent has 2x2"),
+        (["--warmup_depth=4"], "warmup_depth=4 must lie in [1, num_layers=3]"),
+        (["--max_train_steps=2"], "warmup_steps=3 must lie in [0, max_train_steps=2]"),
+        (["--in_channels=4"], "in_channels is 1 (grey) or 3 (RGB)"),
+        (["--resume_from_checkpoint=checkpoint-99"], "'checkpoint-99' is no checkpoint"),
+        (["--warmup_steps=0", "--warmup_from=training"], "it is no saved warmup"),
+        (["--config=no/such.yaml"], "cannot read the config"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_written(tmp_path, tiny_flags, capsys, flags, message):
+    with pytest.raises((ValueError, SystemExit)) as error:
+        train(*tiny_flags, *flags, f"--output_dir={tmp_path}/run")
+    assert message in str(error.value) + capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_key_of_a_config_file(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("learning_rte: 1e-4\n")
+    with pytest.raises(SystemExit):
+        train(f"--config={tmp_path}/bad.yaml")
+    assert "unknown key learning_rte; did you mean learning_rate?" in capsys.readouterr().err
+
+
+def test_output_folder_that_cannot_be_written(tmp_path, tiny_flags):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write to output_dir"):
+        train(*tiny_flags, f"--output_dir={tmp_path}/file/run")
+
+
+def test_an_earlier_run_is_not_overwritten_silently(finished_run, tiny_flags):
+    before = losses(finished_run)
+    with pytest.raises(ValueError, match="--resume_from_checkpoint latest"):
+        train(*tiny_flags, f"--output_dir={finished_run}")
+    assert losses(finished_run) == before
+
+
+def test_latest_without_a_checkpoint_starts_anew_and_says_so(tmp_path, tiny_flags, caplog):
+    flags = [*tiny_flags, "--max_train_steps=3", "--resume_from_checkpoint=latest"]
+    train(*flags, f"--output_dir={tmp_path}/run")
+    assert "starting a new run" in caplog.text
+    assert len(losses(tmp_path / "run")) == 3
+
+
+def test_nonfinite_steps_are_skipped_counted_and_stop_the_run(tmp_path, tiny_flags):
+    flags = [
+        *tiny_flags,
+        "--warmup_learning_rate=1e-3",
+        "--learning_rate=1e30",
+        "--max_grad_norm=1e30",
+        "--max_train_steps=40",
+    ]
+    with pytest.raises(RuntimeError, match="3 steps in a row had a non-finite gradient"):
+        train(*flags, "--max_nonfinite_steps=3", f"--output_dir={tmp_path}/run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["nonfinite_steps"] == 3 and records[-1]["loss"] is None

@@ -1,0 +1,169 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import pytest
+import torch
+from conftest import TINY_MODEL, randomize
+
+from erw_hf import ERWTransformer2DModel
+
+
+VARIANTS = {
+    "sit": {},
+    "lightningdit": {"use_rope": True, "norm_type": "rms_norm", "activation_fn": "swiglu", "qk_norm": "rms_norm"},
+    "erw-qk-norm": {"use_rope": True, "qk_norm": "layer_norm"},
+}
+
+
+def inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, 1, 8, 8, generator=generator)
+    return x, torch.rand(batch, generator=generator), torch.arange(batch) % 10
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shapes_and_save_load(variant, tmp_path):
+    model = randomize(ERWTransformer2DModel(**{**TINY_MODEL, **VARIANTS[variant]})).eval()
+    x, t, labels = inputs()
+    sample = model(x, t, labels).sample
+    assert sample.shape == x.shape
+    model.save_pretrained(tmp_path)
+    loaded = ERWTransformer2DModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(x, t, labels).sample, sample)
+
+
+def test_a_fresh_model_predicts_zero_and_its_blocks_are_the_identity():
+    model = ERWTransformer2DModel(**TINY_MODEL)
+    x, t, labels = inputs()
+    output = model(x, t, labels, hidden_states_depths=(1, 3))
+    assert torch.equal(output.sample, torch.zeros_like(x))
+    torch.testing.assert_close(output.hidden_states[0], model.pos_embed(x))
+    torch.testing.assert_close(output.hidden_states[1], model.pos_embed(x))
+
+
+def test_tokens_come_out_at_the_depths_asked_for(transformer):
+    x, t, labels = inputs()
+    seen = {}
+    for depth, block in enumerate(transformer.transformer_blocks, start=1):
+        block.register_forward_hook(lambda _, __, output, depth=depth: seen.update({depth: output}))
+    output = transformer(x, t, labels, hidden_states_depths=(3, 1))
+    assert output.hidden_states[0].shape == (3, 16, 16)
+    assert torch.equal(output.hidden_states[0], seen[3]) and torch.equal(output.hidden_states[1], seen[1])
+    sample, tokens = transformer(x, t, labels, hidden_states_depths=(3, 1), return_dict=False)
+    assert torch.equal(sample, output.sample) and torch.equal(tokens[1], seen[1])
+
+
+def test_tokens_only_skips_the_later_blocks(transformer):
+    x, t, labels = inputs()
+    ran = []
+    for depth, block in enumerate(transformer.transformer_blocks, start=1):
+        block.register_forward_hook(lambda *_, depth=depth: ran.append(depth))
+    output = transformer(x, t, labels, hidden_states_depths=(2,), tokens_only=True)
+    assert ran == [1, 2] and output.sample is None
+    torch.testing.assert_close(
+        output.hidden_states[0], transformer(x, t, labels, hidden_states_depths=(2,)).hidden_states[0]
+    )
+
+
+def test_dropped_labels_are_the_null_class(transformer):
+    x, t, labels = inputs()
+    null = transformer(x, t, torch.full((3,), 10)).sample
+    torch.testing.assert_close(transformer(x, t, labels, force_drop_ids=torch.ones(3)).sample, null)
+    torch.testing.assert_close(transformer(x, t).sample, null)
+    mixed = transformer(x, t, labels, force_drop_ids=torch.tensor([0, 1, 0])).sample
+    torch.testing.assert_close(mixed[1], null[1])
+    torch.testing.assert_close(mixed[[0, 2]], transformer(x, t, labels).sample[[0, 2]])
+
+
+def test_labels_drop_at_random_only_in_training_and_only_when_not_told(transformer):
+    x, t, labels = (torch.cat([tensor] * 40) for tensor in inputs())
+    expected = transformer(x, t, labels).sample
+    transformer.train()
+    torch.manual_seed(0)
+    dropped = (transformer(x, t, labels).sample - expected).flatten(1).norm(dim=1) > 1e-6
+    assert 0 < dropped.sum() < 40
+    torch.testing.assert_close(transformer(x, t, labels, force_drop_ids=torch.zeros(120)).sample, expected)
+
+
+def test_time_is_kept_in_float32(transformer):
+    x, _, labels = inputs(1)
+    model = transformer.to(torch.bfloat16)
+    near, nearer = torch.tensor([0.0430]), torch.tensor([0.04297])  # one number in bf16
+    seen = []
+    model.time_class_embed.time_proj.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    model(x.bfloat16(), near, labels)
+    model(x.bfloat16(), nearer, labels)
+    assert seen[0].dtype == torch.float32 and seen[0] != seen[1]
+
+
+def test_gradient_checkpointing_changes_nothing(transformer):
+    x, t, labels = inputs()
+    gradients = []
+    for checkpointing in (False, True):
+        transformer.zero_grad()
+        if checkpointing:
+            transformer.enable_gradient_checkpointing()
+        transformer(x, t, labels).sample.square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in transformer.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_fused_qkv_changes_nothing(transformer):
+    x, t, labels = inputs()
+    expected = transformer(x, t, labels).sample
+    transformer.fuse_qkv_projections()
+    assert transformer.transformer_blocks[0].attn.fused_projections
+    torch.testing.assert_close(transformer(x, t, labels).sample, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_compile_without_a_recompile_between_steps(transformer):
+    x, t, labels = inputs()
+    expected = transformer(x, t, labels).sample
+    torch._dynamo.reset()
+    transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
+        for step in range(3):
+            transformer(x, t * 0.5**step, labels)
+        torch.testing.assert_close(transformer(x, t, labels).sample, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sample_size": 9}, "no multiple of patch_size"),
+        ({"norm_type": "batch_norm"}, "batch_norm"),
+        ({"qk_norm": "l2"}, "l2"),
+        ({"activation_fn": "relu"}, "relu"),
+        ({"use_rope": True, "attention_head_dim": 6}, "divisible by 4"),
+    ],
+)
+def test_impossible_configurations_raise(change, message):
+    with pytest.raises(ValueError, match=message):
+        ERWTransformer2DModel(**{**TINY_MODEL, **change})
+
+
+def test_impossible_depths_raise(transformer):
+    x, t, labels = inputs()
+    with pytest.raises(ValueError, match=r"\[1, 3\]"):
+        transformer(x, t, labels, hidden_states_depths=(4,))
+    with pytest.raises(ValueError, match="needs hidden_states_depths"):
+        transformer(x, t, labels, tokens_only=True)
+
+
+def test_published_sizes():
+    with torch.device("meta"):
+        xl = ERWTransformer2DModel()
+    # SiT-XL/2 counts 675 129 632: with its position table, which is a buffer here, and 4 more output channels.
+    position_table, more_channels = 256 * 1152, (1152 + 1) * 2 * 2 * 4
+    assert sum(p.numel() for p in xl.parameters()) + position_table + more_channels == 675_129_632

@@ -1,0 +1,169 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import pytest
+import torch
+from conftest import TINY_MODEL, randomize
+
+from erw_hf import ERWTransformer2DModel
+from erw_hf.alignment import AlignedTransformer, MLPProjector
+from erw_hf.warmup import build_warmup_transformer, full_loss, hand_over, warmup_loss
+
+
+WIDTH, ENCODER_WIDTH = 16, 12
+
+
+def warmup_model(depth: int = 2) -> AlignedTransformer:
+    transformer = randomize(build_warmup_transformer(TINY_MODEL, depth), seed=1)
+    return AlignedTransformer(
+        transformer, randomize(MLPProjector(WIDTH, ENCODER_WIDTH, 16), seed=2), depth, warmup=True
+    )
+
+
+def full_model() -> AlignedTransformer:
+    torch.manual_seed(3)
+    return AlignedTransformer(ERWTransformer2DModel(**TINY_MODEL), MLPProjector(WIDTH, ENCODER_WIDTH, 16), depth=3)
+
+
+def batch(size: int = 4) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {
+        "x0": torch.randn(size, 1, 8, 8, generator=generator),
+        "class_labels": torch.arange(size) % 10,
+        "drop": torch.zeros(size),
+        "target": torch.randn(size, 16, ENCODER_WIDTH, generator=generator),
+    }
+
+
+def test_hand_over_makes_the_warmup_the_early_layers():
+    warmup, full = warmup_model(), full_model()
+    fresh = {name: tensor.clone() for name, tensor in full.state_dict().items()}
+    names = hand_over(warmup.state_dict(), full)
+
+    own = full.state_dict()
+    for name, tensor in warmup.state_dict().items():
+        if name.startswith(("transformer.norm_out", "transformer.proj_out")):
+            assert name not in names
+            torch.testing.assert_close(own[name], fresh[name])  # the final layer starts fresh
+        else:
+            assert name in names
+            assert torch.equal(own[name], tensor), name
+    later = [name for name in own if name.startswith("transformer.transformer_blocks.2.")]
+    assert later and all(torch.equal(own[name], fresh[name]) for name in later)
+
+
+def test_hand_over_can_leave_the_projector_fresh():
+    warmup, full = warmup_model(), full_model()
+    fresh = full.projector.layers[0].weight.clone()
+    names = hand_over(warmup.state_dict(), full, with_projector=False)
+    assert torch.equal(full.projector.layers[0].weight, fresh)
+    assert not any(name.startswith("projector.") for name in names)
+
+
+def test_hand_over_refuses_what_does_not_fit():
+    narrow = {**TINY_MODEL, "num_attention_heads": 1}
+    other = AlignedTransformer(build_warmup_transformer(narrow, 2), MLPProjector(8, ENCODER_WIDTH, 16), 2, warmup=True)
+    with pytest.raises(ValueError, match="in the warmup and"):
+        hand_over(other.state_dict(), full_model())
+    with pytest.raises(ValueError, match="has no tensor transformer.transformer_blocks.3"):
+        deeper = AlignedTransformer(ERWTransformer2DModel(**{**TINY_MODEL, "num_layers": 4}), None, 4)
+        hand_over(deeper.state_dict(), full_model())
+    with pytest.raises(ValueError, match="no transformer block"):
+        hand_over({}, full_model())
+
+
+def test_hand_over_notices_a_load_that_does_not_load():
+    full = full_model()
+    full.load_state_dict = lambda *args, **kwargs: None  # what swallowed errors amount to
+    with pytest.raises(RuntimeError, match="differ afterwards"):
+        hand_over(warmup_model().state_dict(), full)
+
+
+def test_warmup_runs_no_later_block_and_trains_no_final_layer():
+    full = full_model()
+    full.warmup, full.depth = True, 2
+    calls = []
+    for i, block in enumerate(full.transformer.transformer_blocks):
+        block.register_forward_hook(lambda *_, i=i: calls.append(i))
+    full.transformer.norm_out.register_forward_hook(lambda *_: calls.append("final"))
+    warmup_loss(full, **batch())
+    assert calls == [0, 1]
+
+    truncated = warmup_model()
+    assert len(truncated.transformer.transformer_blocks) == 2
+    trained = {name for name, parameter in truncated.named_parameters() if parameter.requires_grad}
+    assert not any("norm_out" in name or "proj_out" in name for name in trained)
+    losses = warmup_loss(truncated, **batch())
+    losses["loss"].backward()
+    assert all(parameter.grad is not None for parameter in truncated.parameters() if parameter.requires_grad)
+
+
+def test_warmup_sees_the_clean_latent_at_time_zero_with_its_label():
+    model, seen = warmup_model(), {}
+    model.transformer.register_forward_pre_hook(lambda _, args: seen.update(x=args[0], t=args[1], labels=args[2]))
+    data = batch()
+    warmup_loss(model, **data)
+    assert torch.equal(seen["x"], data["x0"])
+    assert torch.equal(seen["t"], torch.zeros(4))
+    assert torch.equal(seen["labels"], data["class_labels"])
+
+
+def test_warmup_loss_does_not_depend_on_the_order_and_every_sample_trains():
+    model, data = warmup_model(), batch()
+    loss = warmup_loss(model, **data)["loss"]
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = {name: tensor[order] for name, tensor in data.items()}
+    torch.testing.assert_close(warmup_loss(model, **shuffled)["loss"], loss)
+    data["x0"].requires_grad_()
+    warmup_loss(model, **data)["loss"].backward()
+    assert (data["x0"].grad.flatten(1).norm(dim=1) > 1e-6).all()
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_objective_against_its_statement(path_type):
+    model, data = full_model(), batch()
+    randomize(model, seed=7)
+    noise, t = torch.randn(4, 1, 8, 8), torch.tensor([0.1, 0.4, 0.6, 0.95])
+    losses = full_loss(model, noise=noise, t=t, weight=0.3, path_type=path_type, **data)
+
+    velocity, alignment = [], []
+    for i in range(4):  # one sample after the other, straight from the equations
+        x0, e, s = data["x0"][i], noise[i], t[i]
+        if path_type == "linear":
+            x_t, v = (1 - s) * x0 + s * e, e - x0
+        else:
+            angle = s * torch.pi / 2
+            x_t = torch.cos(angle) * x0 + torch.sin(angle) * e
+            v = torch.pi / 2 * (torch.cos(angle) * e - torch.sin(angle) * x0)
+        predicted, projected = model(x_t[None], s[None], data["class_labels"][i : i + 1], torch.zeros(1))
+        velocity.append((predicted[0] - v).square().mean())
+        a, b = projected[0], data["target"][i]
+        alignment.append(1 - ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean())
+    velocity, alignment = torch.stack(velocity).mean(), torch.stack(alignment).mean()
+    torch.testing.assert_close(losses["velocity"], velocity)
+    torch.testing.assert_close(losses["alignment"], alignment)
+    torch.testing.assert_close(losses["loss"], velocity + 0.3 * alignment)
+
+
+def test_without_a_target_the_projector_rests_but_stays_in_the_graph():
+    model, data = randomize(full_model()), batch()
+    data["target"] = None
+    losses = full_loss(model, noise=torch.randn(4, 1, 8, 8), t=torch.rand(4), weight=0.0, **data)
+    assert set(losses) == {"loss", "velocity"}
+    losses["loss"].backward()
+    assert all(parameter.grad.abs().max() == 0 for parameter in model.projector.parameters())
+
+
+def test_warmup_depth_must_lie_in_the_model():
+    with pytest.raises(ValueError, match="warmup_depth=4"):
+        build_warmup_transformer(TINY_MODEL, 4)
