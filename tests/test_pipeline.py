@@ -183,6 +183,30 @@ def test_euler_ode_runs_on_the_reference_grid(pipe, transformer):
     torch.testing.assert_close(result, x, atol=1e-5, rtol=1e-5)
 
 
+def test_autoguidance_takes_a_worse_model_in_place_of_the_null_class(pipe, transformer):
+    worse = randomize(ERWTransformer2DModel(**{**TINY_MODEL, "num_layers": 1}), seed=9).eval()
+    pipe.register_modules(guidance_transformer=worse, scheduler=FlowMatchEulerDiscreteScheduler())
+    latents = torch.randn(2, 1, 8, 8)
+    result = draw(
+        pipe,
+        [1, 2],
+        num_inference_steps=3,
+        latents=latents,
+        guidance_scale=2.5,
+        guidance_interval=(0.5, 1.0),
+        output_type="latent",
+    )
+    x, grid, labels = latents, torch.linspace(1, 0, 4), torch.tensor([1, 2])
+    with torch.no_grad():
+        for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+            v = transformer(x, t.repeat(2), labels).sample
+            if t >= 0.5:
+                v_worse = worse(x, t.repeat(2), labels).sample
+                v = v_worse + 2.5 * (v - v_worse)
+            x = x + (t_next - t) * v
+    torch.testing.assert_close(result, x, atol=1e-5, rtol=1e-5)
+
+
 def test_a_model_left_in_training_mode_draws_the_same(pipe, transformer):
     expected = draw(pipe, list(range(10)))
     transformer.train()

@@ -17,7 +17,7 @@ import math
 import pytest
 import torch
 
-from erw_hf import FlowMatchEulerMaruyamaScheduler
+from erw_hf import FlowMatchEulerMaruyamaScheduler, FlowMatchHeunScheduler
 
 
 def reference_sde(velocity, x, noises, steps, path_type, sigma_last=0.04):
@@ -142,3 +142,57 @@ def test_errors():
         scheduler.step(x, 0, x)
     with pytest.raises(ValueError, match="none of this scheduler"):
         scheduler.step(x, 123.0, x)
+
+
+def reference_heun(velocity, x, steps):
+    """Heun's ODE steps on the even grid, the last one Euler's, in float64."""
+    grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+    x, calls = x.double(), 0
+    for i in range(steps):
+        dt, v = grid[i + 1] - grid[i], velocity(x, grid[i])
+        ahead, calls = x + v * dt, calls + 1
+        if i < steps - 1:
+            ahead, calls = x + (v + velocity(ahead, grid[i + 1])) / 2 * dt, calls + 1
+        x = ahead
+    return x, calls
+
+
+@pytest.mark.parametrize("steps", [1, 2, 250])
+def test_heun_parity_with_the_reference_sampler(steps):
+    scheduler = FlowMatchHeunScheduler()
+    scheduler.set_timesteps(steps)
+    start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = start
+    for t in scheduler.timesteps:
+        x = scheduler.step(field(x, t.item() / 1000), t, x).prev_sample
+    expected, calls = reference_heun(field, start, steps)
+    assert len(scheduler.timesteps) == calls == 2 * steps - 1
+    assert ((x - expected).norm() / expected.norm()).item() < 1e-5
+
+
+def test_heun_converges_faster_than_its_first_order_half():
+    start = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    exact, _ = reference_heun(field, start, 4000)
+    errors = [(reference_heun(field, start, steps)[0] - exact).norm().item() for steps in (10, 20, 40)]
+    scheduler = FlowMatchHeunScheduler()
+    for steps, expected in zip((10, 20, 40), errors, strict=True):
+        scheduler.set_timesteps(steps)
+        x = start
+        for t in scheduler.timesteps:
+            x = scheduler.step(field(x, t.item() / 1000), t, x, return_dict=False)[0]
+        assert (x - exact).norm().item() == pytest.approx(expected, rel=0.05, abs=2e-5)
+    assert errors[0] > 2.5 * errors[1] > 6 * errors[2]
+
+
+def test_heun_errors_and_preview():
+    with pytest.raises(ValueError, match="path_type"):
+        FlowMatchHeunScheduler(path_type="sine")
+    scheduler = FlowMatchHeunScheduler()
+    scheduler.set_timesteps(4)
+    x0, noise = torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
+    x = noise
+    for t in scheduler.timesteps:  # along a straight path every preview is the end
+        output = scheduler.step(noise - x0, t, x)
+        torch.testing.assert_close(output.pred_original_sample, x0, atol=1e-5, rtol=1e-4)
+        x = output.prev_sample
+    torch.testing.assert_close(x, x0, atol=1e-5, rtol=1e-4)

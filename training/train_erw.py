@@ -46,6 +46,7 @@ from erw_hf.alignment import AlignedTransformer, MLPProjector, alignment_weight
 from erw_hf.data.latents import pixels_to_latents
 from erw_hf.data.samples import Source, StepSampler, TrainingSamples, load_source
 from erw_hf.flow import timestep_from_normal
+from erw_hf.hub.convert import read_checkpoint
 from erw_hf.training.checkpoints import Progress, TrainingState, read_progress, resolve_checkpoint, save_checkpoint
 from erw_hf.training.config import TrainingConfig, parse_config, resolve_mixed_precision
 from erw_hf.training.flops import count_step_flops
@@ -411,22 +412,27 @@ def prepare_output_dir(config: TrainingConfig, resuming: bool) -> None:
 def save_warmup(model: AlignedTransformer, folder: Path) -> None:
     """A finished warmup, which `--warmup_from` takes: one warmup can serve many runs."""
     model.transformer.save_pretrained(folder / "transformer")
-    projector = {name: tensor.contiguous() for name, tensor in model.projector.state_dict().items()}
+    # The names that converted checkpoints have too; 0 is the encoder.
+    projector = {f"projectors.0.{name}": tensor.contiguous() for name, tensor in model.projector.state_dict().items()}
     save_file(projector, folder / "projectors.safetensors")
 
 
 def load_warmup(path_or_repo_id: str) -> dict[str, torch.Tensor]:
-    folder = Path(path_or_repo_id)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(path_or_repo_id))
-    if not (folder / "transformer").is_dir():
-        raise ValueError(f"warmup_from={path_or_repo_id!r} holds no `transformer` folder: it is no saved warmup")
-    transformer = ERWTransformer2DModel.from_pretrained(folder / "transformer")
-    state = {f"transformer.{name}": tensor for name, tensor in transformer.state_dict().items()}
-    if (folder / "projectors.safetensors").is_file():
-        projector = load_file(folder / "projectors.safetensors")
-        state.update({f"projector.{name}": tensor for name, tensor in projector.items()})
-    return state
+    """A warmup that this script saved, in a folder or on the Hub, or a published `.pt` file of ERW."""
+    path = Path(path_or_repo_id)
+    if path.is_file():
+        converted = read_checkpoint(path)
+        transformer, projectors = converted.transformer, converted.projectors
+    else:
+        folder = path if path.is_dir() else Path(snapshot_download(path_or_repo_id))
+        if not (folder / "transformer").is_dir():
+            raise ValueError(f"warmup_from={path_or_repo_id!r} holds no `transformer` folder: it is no saved warmup")
+        transformer = ERWTransformer2DModel.from_pretrained(folder / "transformer").state_dict()
+        file = folder / "projectors.safetensors"
+        projectors = load_file(file) if file.is_file() else {}
+    state = {f"transformer.{name}": tensor for name, tensor in transformer.items()}
+    first = "projectors.0."
+    return state | {f"projector.{k.removeprefix(first)}": v for k, v in projectors.items() if k.startswith(first)}
 
 
 def build_pipeline(run: Run, transformer: ERWTransformer2DModel) -> ERWPipeline:

@@ -26,18 +26,21 @@ _PUBLIC = {
     "ERWPipeline": "erw_hf.pipeline_erw",
     "ERWTransformer2DModel": "erw_hf.transformer_erw",
     "FlowMatchEulerMaruyamaScheduler": "erw_hf.scheduling_erw",
+    "FlowMatchHeunScheduler": "erw_hf.scheduling_erw",
     "RepresentationEncoder": "erw_hf.encoders",
 }
 # The classes a pipeline folder may name, and where they live when this package is installed (read by ERWPipeline).
 _DIFFUSERS_COMPONENTS = {
     "ERWTransformer2DModel": "erw_hf.transformer_erw",
     "FlowMatchEulerMaruyamaScheduler": "erw_hf.scheduling_erw",
+    "FlowMatchHeunScheduler": "erw_hf.scheduling_erw",
 }
 
 __all__ = [
     "ERWPipeline",
     "ERWTransformer2DModel",
     "FlowMatchEulerMaruyamaScheduler",
+    "FlowMatchHeunScheduler",
     "RepresentationEncoder",
     "__version__",
 ]
@@ -45,7 +48,7 @@ __all__ = [
 if TYPE_CHECKING:
     from erw_hf.encoders import RepresentationEncoder
     from erw_hf.pipeline_erw import ERWPipeline
-    from erw_hf.scheduling_erw import FlowMatchEulerMaruyamaScheduler
+    from erw_hf.scheduling_erw import FlowMatchEulerMaruyamaScheduler, FlowMatchHeunScheduler
     from erw_hf.transformer_erw import ERWTransformer2DModel
 
 

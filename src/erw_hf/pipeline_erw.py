@@ -15,8 +15,12 @@
 
 import difflib
 import inspect
+import json
+import os
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,16 +68,21 @@ class ERWPipeline(DiffusionPipeline):
             Turns velocities into steps.
         id2label (`dict[int, str]`, *optional*):
             Names of the classes; several names of one class are separated by commas, as in ImageNet.
+        guidance_transformer ([`ERWTransformer2DModel`], *optional*):
+            A worse model of the same latents, smaller or trained for less time, that guides in place of the null class
+            (autoguidance, arXiv 2406.02507).
     """
 
-    model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae"]
+    model_cpu_offload_seq = "transformer->guidance_transformer->vae"
+    _optional_components = ["vae", "guidance_transformer"]
     _callback_tensor_inputs = ["latents"]
 
     # diffusers compares annotations with the loaded config, where the keys of `id2label` are strings: no annotation.
-    def __init__(self, transformer, vae, scheduler, id2label=None) -> None:
+    def __init__(self, transformer, vae, scheduler, id2label=None, guidance_transformer=None) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.register_modules(
+            transformer=transformer, vae=vae, scheduler=scheduler, guidance_transformer=guidance_transformer
+        )
         # JSON turns the keys into strings, here as in a loaded config.
         id2label = {int(key): value for key, value in (id2label or {}).items()}
         self.register_to_config(id2label={str(key): value for key, value in id2label.items()} or None)
@@ -95,6 +104,34 @@ class ERWPipeline(DiffusionPipeline):
             for name, value in config_dict.items()
         }
         return super().extract_init_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """
+        Saves the pipeline so that it loads three ways, from a folder and from the Hub: by `ERWPipeline`; by
+        `DiffusionPipeline` with `custom_pipeline` and `trust_remote_code=True` where erw_hf is not installed; and the
+        transformer alone. The module files of our own classes travel with their weights.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder to write.
+            push_to_hub (`bool`, *optional*, defaults to `False`):
+                Upload it too, as `push_to_hub` does, to the repo `repo_id`, by default the folder's name.
+            kwargs: Arguments of [`~DiffusionPipeline.save_pretrained`], or of `push_to_hub` where that is asked for.
+        """
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+            kwargs = {}
+        super().save_pretrained(save_directory, **kwargs)
+        index_path = Path(save_directory) / self.config_name
+        index = json.loads(index_path.read_text(encoding="utf-8"))
+        for name, component in self.components.items():
+            own_class = type(getattr(component, "_orig_mod", component))  # compiled models are wrapped
+            if component is None or own_class.__module__.split(".")[0] in ("diffusers", "transformers"):
+                continue
+            source = Path(inspect.getsourcefile(own_class))
+            shutil.copyfile(source, Path(save_directory) / name / source.name)
+            index[name] = [source.stem, own_class.__name__]
+        index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        shutil.copyfile(inspect.getsourcefile(type(self)), Path(save_directory) / "pipeline.py")
 
     @staticmethod
     def vae_scale_factor_of(vae) -> int:
@@ -256,6 +293,20 @@ class ERWPipeline(DiffusionPipeline):
             latents = latents / scaling + shift
         return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
 
+    def _velocity(
+        self, transformer, cache_context: str, latents: torch.Tensor, time: float, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """One model call in the model's dtype, with the time and the result in float32."""
+        with transformer.cache_context(cache_context):
+            return transformer(
+                latents.to(transformer.dtype),
+                timestep=torch.full((len(labels),), time, device=latents.device),
+                class_labels=labels,
+                force_drop_ids=torch.zeros_like(labels),  # a model left in training mode must not drop labels here
+                attention_kwargs=self._attention_kwargs,
+                return_dict=False,
+            )[0].float()
+
     @property
     def guidance_scale(self) -> float:
         """The guidance scale of the running call; a callback may change `_guidance_scale`."""
@@ -297,7 +348,8 @@ class ERWPipeline(DiffusionPipeline):
             num_images_per_prompt (`int`, *optional*, defaults to 1): Images for each label.
             num_inference_steps (`int`, *optional*, defaults to 250): Number of steps of the scheduler.
             guidance_scale (`float`, *optional*, defaults to 1.8):
-                w of classifier-free guidance, `v_null + w (v_class - v_null)` (arXiv 2207.12598); 1 turns it off.
+                w of classifier-free guidance, `v_null + w (v_class - v_null)` (arXiv 2207.12598); 1 turns it off. With a
+                `guidance_transformer`, its prediction takes the place of `v_null`.
             guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 0.7)`):
                 Flow times `low <= t <= high` at which guidance applies (arXiv 2404.07724). Outside of it only the
                 conditional prediction is computed.
@@ -338,13 +390,12 @@ class ERWPipeline(DiffusionPipeline):
         )
         self._guidance_scale = guidance_scale
         self._interrupt = False
+        self._attention_kwargs = attention_kwargs
         device = self._execution_device
-        dtype = self.transformer.dtype
 
         # 2. Labels and noise
         labels = torch.tensor(class_ids, device=device).repeat_interleave(num_images_per_prompt)  # (B,)
         null_labels = torch.full_like(labels, self.transformer.config.num_classes)
-        keep_labels = torch.zeros_like(labels)  # a transformer left in training mode must not drop labels here
         latents = self.prepare_latents(len(labels), device, generator, latents)
 
         # 3. Times
@@ -373,31 +424,24 @@ class ERWPipeline(DiffusionPipeline):
                     continue
                 # The grid holds 0.7 as 0.69999998: a bound that names a grid point includes it.
                 guide = self.guidance_scale != 1 and low - 1e-6 <= flow_times[i] <= high + 1e-6
-                model_input = latents.to(dtype)
-                if guide:
-                    # Both predictions in one batch: for these models faster than two calls. The cache context differs
-                    # from the unguided one, since step caches hold tensors of the batch's size.
-                    with self.transformer.cache_context("cond_uncond"):
-                        velocity = self.transformer(
-                            torch.cat([model_input, model_input]),
-                            timestep=torch.full((2 * len(labels),), flow_times[i], device=device),
-                            class_labels=torch.cat([labels, null_labels]),
-                            force_drop_ids=torch.cat([keep_labels, keep_labels]),
-                            attention_kwargs=attention_kwargs,
-                            return_dict=False,
-                        )[0].float()
-                    conditional, unconditional = velocity.chunk(2)
-                    velocity = unconditional + self.guidance_scale * (conditional - unconditional)
+                time = flow_times[i]
+                if not guide:
+                    velocity = self._velocity(self.transformer, "cond", latents, time, labels)
                 else:
-                    with self.transformer.cache_context("cond"):
-                        velocity = self.transformer(
-                            model_input,
-                            timestep=torch.full((len(labels),), flow_times[i], device=device),
-                            class_labels=labels,
-                            force_drop_ids=keep_labels,
-                            attention_kwargs=attention_kwargs,
-                            return_dict=False,
-                        )[0].float()
+                    if self.guidance_transformer is not None:
+                        velocity = self._velocity(self.transformer, "cond", latents, time, labels)
+                        worse = self._velocity(self.guidance_transformer, "cond", latents, time, labels)
+                    else:
+                        # Both predictions in one batch, for these models faster than two calls. The cache context is
+                        # another than without guidance, since step caches hold tensors of the batch's size.
+                        velocity, worse = self._velocity(
+                            self.transformer,
+                            "cond_uncond",
+                            torch.cat([latents, latents]),
+                            time,
+                            torch.cat([labels, null_labels]),
+                        ).chunk(2)
+                    velocity = worse + self.guidance_scale * (velocity - worse)
 
                 latents = self.scheduler.step(velocity, t, latents, **step_kwargs, return_dict=False)[0]
 

@@ -1,0 +1,284 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""ERW as modular blocks, so that every guider of diffusers works: labels -> noise and times -> loop -> images.
+
+blocks = ModularPipelineBlocks.from_pretrained("pipelines/modular_erw", trust_remote_code=True)
+pipe = blocks.init_pipeline()
+pipe.update_components(transformer=..., scheduler=..., vae=None)
+pipe(class_labels=[207], num_inference_steps=250).images
+"""
+
+import inspect
+
+import numpy as np
+import torch
+from diffusers import AutoModel, ClassifierFreeGuidance
+from diffusers.configuration_utils import FrozenDict
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.modular_pipelines import (
+    LoopSequentialPipelineBlocks,
+    ModularPipelineBlocks,
+    SequentialPipelineBlocks,
+)
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+
+class ERWInputStep(ModularPipelineBlocks):
+    model_name = "erw"
+
+    @property
+    def description(self) -> str:
+        return "Turns class ids into the labels of the batch and those of the null class."
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [ComponentSpec("transformer", AutoModel)]
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return [
+            InputParam("class_labels", required=True, type_hint=list[int], description="Class ids."),
+            InputParam("num_images_per_prompt", default=1, type_hint=int, description="Images for each label."),
+        ]
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        return [
+            OutputParam("labels", type_hint=torch.Tensor, description="Labels (B,)."),
+            OutputParam("null_labels", type_hint=torch.Tensor, description="The null class (B,)."),
+        ]
+
+    @torch.no_grad()
+    def __call__(self, components, state):
+        block_state = self.get_block_state(state)
+        labels = torch.as_tensor(block_state.class_labels, device=components._execution_device).reshape(-1)
+        num_classes = components.transformer.config.num_classes
+        if labels.min() < 0 or labels.max() > num_classes:
+            raise ValueError(f"class ids must lie in [0, {num_classes - 1}] ({num_classes}: no class)")
+        block_state.labels = labels.repeat_interleave(block_state.num_images_per_prompt)
+        block_state.null_labels = torch.full_like(block_state.labels, num_classes)
+        self.set_block_state(state, block_state)
+        return components, state
+
+
+class ERWPrepareStep(ModularPipelineBlocks):
+    model_name = "erw"
+
+    @property
+    def description(self) -> str:
+        return "Draws the starting noise and sets the times."
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [ComponentSpec("transformer", AutoModel), ComponentSpec("scheduler", SchedulerMixin)]
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return [
+            InputParam("labels", required=True, type_hint=torch.Tensor, description="Labels (B,)."),
+            InputParam("num_inference_steps", default=250, type_hint=int, description="Number of steps."),
+            InputParam("generator", description="A generator, or a list of one an image."),
+            InputParam("latents", type_hint=torch.Tensor, description="Starting noise in place of a draw."),
+        ]
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        return [
+            OutputParam("latents", type_hint=torch.Tensor, description="Noise (B, C, H, W), float32."),
+            OutputParam("timesteps", type_hint=torch.Tensor, description="Times of the scheduler."),
+        ]
+
+    @torch.no_grad()
+    def __call__(self, components, state):
+        block_state = self.get_block_state(state)
+        device, config = components._execution_device, components.transformer.config
+        shape = (len(block_state.labels), config.in_channels, config.sample_size, config.sample_size)
+        if block_state.latents is None:
+            block_state.latents = randn_tensor(shape, block_state.generator, device=device, dtype=torch.float32)
+        elif tuple(block_state.latents.shape) != shape:
+            raise ValueError(f"`latents` must have the shape {shape}, got {tuple(block_state.latents.shape)}")
+        scheduler, steps = components.scheduler, block_state.num_inference_steps
+        if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+            # The ODE grid of SiT goes evenly from 1 to 0.
+            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device)
+        else:
+            scheduler.set_timesteps(steps, device=device)
+        scheduler.set_begin_index(0)
+        block_state.timesteps = scheduler.timesteps
+        self.set_block_state(state, block_state)
+        return components, state
+
+
+class ERWLoopDenoiser(ModularPipelineBlocks):
+    model_name = "erw"
+
+    @property
+    def description(self) -> str:
+        return "Within the loop: the velocity, guided as the guider says."
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        guider = ComponentSpec(
+            "guider",
+            ClassifierFreeGuidance,
+            config=FrozenDict({"guidance_scale": 1.8}),
+            default_creation_method="from_config",
+        )
+        return [guider, ComponentSpec("transformer", AutoModel), ComponentSpec("scheduler", SchedulerMixin)]
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return [
+            InputParam("latents", required=True, type_hint=torch.Tensor, description="Latents (B, C, H, W)."),
+            InputParam("labels", required=True, type_hint=torch.Tensor, description="Labels (B,)."),
+            InputParam("null_labels", required=True, type_hint=torch.Tensor, description="The null class (B,)."),
+            InputParam("timesteps", required=True, type_hint=torch.Tensor, description="Times of the scheduler."),
+        ]
+
+    @torch.no_grad()
+    def __call__(self, components, block_state, i: int, t: torch.Tensor):
+        transformer, guider = components.transformer, components.guider
+        time = float(t.double() / components.scheduler.config.num_train_timesteps)
+        guider.set_state(step=i, num_inference_steps=len(block_state.timesteps), timestep=t)
+        batches = guider.prepare_inputs({"class_labels": (block_state.labels, block_state.null_labels)})
+        for batch in batches:
+            guider.prepare_models(transformer)
+            batch.noise_pred = transformer(
+                block_state.latents.to(transformer.dtype),
+                timestep=torch.full((len(batch.class_labels),), time, device=block_state.latents.device),
+                class_labels=batch.class_labels,
+                force_drop_ids=torch.zeros_like(batch.class_labels),
+                return_dict=False,
+            )[0].float()
+            guider.cleanup_models(transformer)
+        block_state.velocity = guider(batches).pred
+        return components, block_state
+
+
+class ERWLoopStep(ModularPipelineBlocks):
+    model_name = "erw"
+
+    @property
+    def description(self) -> str:
+        return "Within the loop: the scheduler's step."
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [ComponentSpec("scheduler", SchedulerMixin)]
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return [InputParam("generator", description="A generator, or a list of one an image.")]
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        return [OutputParam("latents", type_hint=torch.Tensor, description="Latents (B, C, H, W).")]
+
+    @torch.no_grad()
+    def __call__(self, components, block_state, i: int, t: torch.Tensor):
+        step = components.scheduler.step
+        kwargs = {"generator": block_state.generator} if "generator" in inspect.signature(step).parameters else {}
+        block_state.latents = step(block_state.velocity, t, block_state.latents, **kwargs, return_dict=False)[0]
+        return components, block_state
+
+
+class ERWDenoiseStep(LoopSequentialPipelineBlocks):
+    model_name = "erw"
+    block_classes = [ERWLoopDenoiser, ERWLoopStep]
+    block_names = ["denoiser", "step"]
+
+    @property
+    def description(self) -> str:
+        return "Goes from noise to latents, one scheduler time after the other."
+
+    @property
+    def loop_inputs(self) -> list[InputParam]:
+        return [InputParam("timesteps", required=True, type_hint=torch.Tensor, description="Times of the scheduler.")]
+
+    @torch.no_grad()
+    def __call__(self, components, state):
+        block_state = self.get_block_state(state)
+        with self.progress_bar(total=len(block_state.timesteps)) as progress_bar:
+            for i, t in enumerate(block_state.timesteps):
+                components, block_state = self.loop_step(components, block_state, i=i, t=t)
+                progress_bar.update()
+        self.set_block_state(state, block_state)
+        return components, state
+
+
+class ERWDecodeStep(ModularPipelineBlocks):
+    model_name = "erw"
+
+    @property
+    def description(self) -> str:
+        return "Decodes the latents; without a vae they are the pixels."
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        processor = ComponentSpec(
+            "image_processor",
+            VaeImageProcessor,
+            config=FrozenDict({"vae_scale_factor": 1}),
+            default_creation_method="from_config",
+        )
+        return [ComponentSpec("vae", AutoModel), processor]
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return [
+            InputParam("latents", required=True, type_hint=torch.Tensor, description="Latents (B, C, H, W)."),
+            InputParam("output_type", default="pil", type_hint=str, description='"pil", "np", "pt" or "latent".'),
+        ]
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        return [OutputParam("images", description="The images.")]
+
+    @torch.no_grad()
+    def __call__(self, components, state):
+        block_state = self.get_block_state(state)
+        images, vae = block_state.latents, components.vae
+        if block_state.output_type != "latent":
+            if vae is not None:
+                images = vae.decode(_unscale(images, vae.config).to(vae.dtype), return_dict=False)[0].float()
+            images = components.image_processor.postprocess(images, output_type=block_state.output_type)
+        block_state.images = images
+        self.set_block_state(state, block_state)
+        return components, state
+
+
+def _unscale(latents: torch.Tensor, config) -> torch.Tensor:
+    scaling, shift = getattr(config, "scaling_factor", None) or 1.0, getattr(config, "shift_factor", None) or 0.0
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is None or std is None:
+        return latents / scaling + shift
+    mean = torch.as_tensor(mean, device=latents.device, dtype=latents.dtype).reshape(1, -1, 1, 1)
+    std = torch.as_tensor(std, device=latents.device, dtype=latents.dtype).reshape(1, -1, 1, 1)
+    return latents * std / scaling + mean
+
+
+class ERWBlocks(SequentialPipelineBlocks):
+    model_name = "erw"
+    block_classes = [ERWInputStep, ERWPrepareStep, ERWDenoiseStep, ERWDecodeStep]
+    block_names = ["input", "prepare", "denoise", "decode"]
+
+    @property
+    def description(self) -> str:
+        return "Class-conditional image generation with an ERWTransformer2DModel."
+
+    @property
+    def outputs(self) -> list[OutputParam]:
+        return [OutputParam("images", description="The images.")]

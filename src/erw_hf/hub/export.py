@@ -1,0 +1,34 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The layout of a Hub repo."""
+
+import os
+
+from erw_hf.pipeline_erw import ERWPipeline
+
+
+def export_to_hub(pipe: ERWPipeline, folder: str | os.PathLike) -> None:
+    """
+    Writes a folder that, uploaded as it is, loads three ways:
+
+    * `ERWPipeline.from_pretrained(repo)`, without any trust flag;
+    * `DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)`, where erw_hf is not
+      installed;
+    * `ERWTransformer2DModel.from_pretrained(repo, subfolder="transformer")`.
+
+    Args:
+        pipe ([`ERWPipeline`]): The pipeline.
+        folder (`str` or `os.PathLike`): Folder to write.
+    """
+    pipe.save_pretrained(folder)

@@ -1,0 +1,328 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Numerical parity with a plain-PyTorch statement of the published models, written here from their papers' equations:
+independent of diffusers and of our model, with the published tensor names."""
+
+import argparse
+import math
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from erw_hf import ERWTransformer2DModel
+from erw_hf.hub.convert import convert_checkpoint, main, read_checkpoint
+
+
+DIM, HEADS, LAYERS, PATCH, CHANNELS, GRID, CLASSES = 24, 2, 3, 2, 4, 4, 5
+HEAD_DIM = DIM // HEADS
+
+
+def position_table() -> torch.Tensor:
+    """Fixed 2D sin-cos table (DiT, MAE): first half the column, second half the row, sines before cosines."""
+    omega = 10000.0 ** (-torch.arange(DIM // 4, dtype=torch.float64) / (DIM / 4))
+    rows, columns = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
+    parts = []
+    for axis in (columns, rows):
+        angle = axis.reshape(-1, 1).double() * omega
+        parts += [angle.sin(), angle.cos()]
+    return torch.cat(parts, dim=1)[None].float()
+
+
+def rope_tables() -> tuple[torch.Tensor, torch.Tensor]:
+    """EVA's 2D table: first half of a head turns with the row, second with the column, pairs interleaved."""
+    omega = 10000.0 ** (-torch.arange(0, HEAD_DIM // 2, 2).float() / (HEAD_DIM // 2))
+    rows, columns = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
+    angle = torch.cat([axis.reshape(-1, 1) * omega.repeat_interleave(2) for axis in (rows, columns)], dim=1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return x * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
+
+
+def state_dict(*, rope=False, qk_norm=None, rms=False, swiglu=False, learn_sigma=False, projectors=0, layers=LAYERS):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator) * 0.15
+
+    def linear(name, rows, columns):
+        return {f"{name}.weight": random(rows, columns), f"{name}.bias": random(rows)}
+
+    out_channels = CHANNELS * (2 if learn_sigma else 1)
+    state = {
+        "pos_embed": position_table(),
+        "x_embedder.proj.weight": random(DIM, CHANNELS, PATCH, PATCH),
+        "x_embedder.proj.bias": random(DIM),
+        **linear("t_embedder.mlp.0", DIM, 256),
+        **linear("t_embedder.mlp.2", DIM, DIM),
+        "y_embedder.embedding_table.weight": random(CLASSES + 1, DIM),
+        **linear("final_layer.linear", PATCH * PATCH * out_channels, DIM),
+        **linear("final_layer.adaLN_modulation.1", 2 * DIM, DIM),
+    }
+    inner = int(DIM * 4 * 2 / 3) if swiglu else 4 * DIM
+    for i in range(layers):
+        state |= linear(f"blocks.{i}.attn.qkv", 3 * DIM, DIM) | linear(f"blocks.{i}.attn.proj", DIM, DIM)
+        state |= linear(f"blocks.{i}.adaLN_modulation.1", 6 * DIM, DIM)
+        if swiglu:
+            state |= linear(f"blocks.{i}.mlp.w12", 2 * inner, DIM) | linear(f"blocks.{i}.mlp.w3", DIM, inner)
+        else:
+            state |= linear(f"blocks.{i}.mlp.fc1", inner, DIM) | linear(f"blocks.{i}.mlp.fc2", DIM, inner)
+        if qk_norm:
+            for name in ("q_norm", "k_norm"):
+                state[f"blocks.{i}.attn.{name}.weight"] = 1 + random(HEAD_DIM)
+                if qk_norm == "layer_norm":
+                    state[f"blocks.{i}.attn.{name}.bias"] = random(HEAD_DIM)
+        if rms:
+            state[f"blocks.{i}.norm1.weight"] = 1 + random(DIM)
+            state[f"blocks.{i}.norm2.weight"] = 1 + random(DIM)
+    if rms:
+        state["final_layer.norm_final.weight"] = 1 + random(DIM)
+    if rope:
+        state["feat_rope.freqs_cos"], state["feat_rope.freqs_sin"] = rope_tables()
+    for k in range(projectors):
+        for j, (rows, columns) in zip((0, 2, 4), ((16, DIM), (16, 16), (12, 16)), strict=True):
+            state |= linear(f"projectors.{k}.{j}", rows, columns)
+    return state
+
+
+def reference(state, x, t, labels):
+    """The published forward pass: block of DiT Fig. 3, with SiT's inputs and LightningDiT's options."""
+    s = {name: tensor.double() for name, tensor in state.items()}
+    rms = "final_layer.norm_final.weight" in s
+    layers = 1 + max(int(name.split(".")[1]) for name in s if name.startswith("blocks."))
+
+    def linear(name, value):
+        return value @ s[f"{name}.weight"].T + s[f"{name}.bias"]
+
+    def norm(value, name):
+        if rms:
+            return value / (value.square().mean(-1, keepdim=True) + 1e-6).sqrt() * s[f"{name}.weight"]
+        return F.layer_norm(value, (value.shape[-1],), eps=1e-6)
+
+    def head_norm(value, name):
+        if f"{name}.bias" in s:
+            return F.layer_norm(value, (HEAD_DIM,), s[f"{name}.weight"], s[f"{name}.bias"], eps=1e-6)
+        return value / (value.square().mean(-1, keepdim=True) + 1e-6).sqrt() * s[f"{name}.weight"]
+
+    x, t = x.double(), t.double()
+    batch = len(x)
+    patches = (
+        x.reshape(batch, CHANNELS, GRID, PATCH, GRID, PATCH).permute(0, 2, 4, 1, 3, 5).reshape(batch, GRID**2, -1)
+    )
+    h = patches @ s["x_embedder.proj.weight"].reshape(DIM, -1).T + s["x_embedder.proj.bias"] + s["pos_embed"]
+    w = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float64) / 128)
+    embedding = torch.cat([(t[:, None] * w).cos(), (t[:, None] * w).sin()], dim=1)
+    c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", embedding)))
+    c = F.silu(c + s["y_embedder.embedding_table.weight"][labels])
+    for i in range(layers):
+        block = f"blocks.{i}"
+        shift1, scale1, gate1, shift2, scale2, gate2 = linear(f"{block}.adaLN_modulation.1", c)[:, None].chunk(
+            6, dim=-1
+        )
+        m = norm(h, f"{block}.norm1") * (1 + scale1) + shift1
+        q, k, v = linear(f"{block}.attn.qkv", m).reshape(batch, -1, 3, HEADS, HEAD_DIM).permute(2, 0, 3, 1, 4)
+        if f"{block}.attn.q_norm.weight" in s:
+            q, k = head_norm(q, f"{block}.attn.q_norm"), head_norm(k, f"{block}.attn.k_norm")
+        if "feat_rope.freqs_cos" in s:
+            q, k = (rotate(value, s["feat_rope.freqs_cos"], s["feat_rope.freqs_sin"]) for value in (q, k))
+        attention = (q @ k.transpose(-1, -2) / math.sqrt(HEAD_DIM)).softmax(-1) @ v
+        h = h + gate1 * linear(f"{block}.attn.proj", attention.transpose(1, 2).reshape(batch, -1, DIM))
+        m = norm(h, f"{block}.norm2") * (1 + scale2) + shift2
+        if f"{block}.mlp.w12.weight" in s:
+            a, b = linear(f"{block}.mlp.w12", m).chunk(2, dim=-1)
+            m = linear(f"{block}.mlp.w3", F.silu(a) * b)
+        else:
+            m = linear(f"{block}.mlp.fc2", F.gelu(linear(f"{block}.mlp.fc1", m), approximate="tanh"))
+        h = h + gate2 * m
+    shift, scale = linear("final_layer.adaLN_modulation.1", c)[:, None].chunk(2, dim=-1)
+    h = linear("final_layer.linear", norm(h, "final_layer.norm_final") * (1 + scale) + shift)
+    out = h.reshape(batch, GRID, GRID, PATCH, PATCH, -1).permute(0, 5, 1, 3, 2, 4)
+    return out.reshape(batch, -1, GRID * PATCH, GRID * PATCH)
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, CHANNELS, GRID * PATCH, GRID * PATCH, generator=generator)
+    return x, torch.tensor([0.0, 0.043, 0.5, 1.0]), torch.tensor([0, 3, 5, 1])
+
+
+def relative_error(ours, theirs):
+    return ((ours.double() - theirs).norm() / theirs.norm()).item()
+
+
+HEADS_GIVEN = {"num_attention_heads": HEADS}
+SAME_TIME = {
+    "repa": {"projectors": 1},
+    "erw": {"rope": True, "projectors": 1},
+    "erw-qk-norm": {"rope": True, "qk_norm": "layer_norm", "projectors": 2},
+    "erw-without-projector": {"rope": True},
+}
+OTHER_TIME = {
+    "sit": {"learn_sigma": True},
+    "lightningdit": {"rope": True, "rms": True, "swiglu": True},
+    "lightningdit-qk-norm": {"rope": True, "rms": True, "swiglu": True, "qk_norm": "rms_norm"},
+}
+
+
+@pytest.mark.parametrize("variant", SAME_TIME)
+def test_parity_of_checkpoints_with_our_time(variant):
+    state = state_dict(**SAME_TIME[variant])
+    x, t, labels = inputs()
+    model = convert_checkpoint(state, HEADS_GIVEN)
+    assert isinstance(model, ERWTransformer2DModel) and not model.training
+    with torch.no_grad():
+        assert relative_error(model(x, t, labels).sample, reference(state, x, t, labels)) < 1e-5
+
+
+@pytest.mark.parametrize("variant", OTHER_TIME)
+def test_parity_of_checkpoints_whose_time_runs_the_other_way(variant):
+    """On the whole model: ours at t is minus theirs at 1 - t, their variance channels gone."""
+    state = state_dict(**OTHER_TIME[variant])
+    x, t, labels = inputs()
+    with torch.no_grad():
+        ours = convert_checkpoint(state, HEADS_GIVEN)(x, t, labels).sample
+    assert relative_error(ours, -reference(state, x, 1 - t.double(), labels)[:, :CHANNELS]) < 1e-5
+
+
+def test_the_direction_of_time_can_be_said():
+    state = state_dict()
+    x, t, labels = inputs()
+    with torch.no_grad():
+        reversed_time = convert_checkpoint(state, {**HEADS_GIVEN, "time_reversed": True})(x, t, labels).sample
+        same_time = convert_checkpoint(state, HEADS_GIVEN)(x, t, labels).sample
+    assert relative_error(reversed_time, -reference(state, x, 1 - t.double(), labels)) < 1e-5
+    assert relative_error(same_time, reference(state, x, t, labels)) < 1e-5
+
+
+def test_ema_is_preferred_and_other_entries_are_ignored():
+    ema, other = state_dict(projectors=1), {name: tensor + 1 for name, tensor in state_dict(projectors=1).items()}
+    checkpoint = {
+        "model": other,
+        "ema": ema,
+        "opt": {"state": {}},
+        "args": argparse.Namespace(model="SiT"),
+        "steps": 7,
+    }
+    x, t, labels = inputs()
+    with torch.no_grad():
+        sample = convert_checkpoint(checkpoint, HEADS_GIVEN)(x, t, labels).sample
+    assert relative_error(sample, reference(ema, x, t, labels)) < 1e-5
+
+
+def test_published_widths_know_their_heads():
+    with torch.device("meta"):
+        model = ERWTransformer2DModel(num_layers=1)
+    converted = read_checkpoint(_xl_state())
+    assert converted.config["num_attention_heads"] == 16 and converted.config["attention_head_dim"] == 72
+    assert converted.config["sample_size"] == 32 and converted.config["num_classes"] == 1000
+    assert set(converted.transformer) == set(model.state_dict())
+
+
+def _xl_state():
+    dim = 1152
+    table = ERWTransformer2DModel(num_layers=0).pos_embed.pos_embed
+    shapes = {
+        "x_embedder.proj": (dim, 4, 2, 2), "t_embedder.mlp.0": (dim, 256), "t_embedder.mlp.2": (dim, dim),
+        "blocks.0.attn.qkv": (3 * dim, dim), "blocks.0.attn.proj": (dim, dim), "blocks.0.mlp.fc1": (4 * dim, dim),
+        "blocks.0.mlp.fc2": (dim, 4 * dim), "blocks.0.adaLN_modulation.1": (6 * dim, dim),
+        "final_layer.linear": (32, dim), "final_layer.adaLN_modulation.1": (2 * dim, dim),
+    }  # fmt: skip
+    state = {"pos_embed": table, "y_embedder.embedding_table.weight": torch.zeros(1001, dim)}
+    for name, shape in shapes.items():
+        state |= {f"{name}.weight": torch.zeros(shape), f"{name}.bias": torch.zeros(shape[0])}
+    return state
+
+
+@pytest.mark.parametrize(
+    ("change", "architecture", "message"),
+    [
+        ({"blocks.1.attn.rel_pos": torch.zeros(3)}, HEADS_GIVEN, "unknown tensor 'blocks.1.attn.rel_pos'"),
+        ({"blocks.1.attn.proj.bias": None}, HEADS_GIVEN, "missing .*transformer_blocks.1.attn.to_out.0.bias"),
+        ({"blocks.1.attn.proj.bias": torch.zeros(3)}, HEADS_GIVEN, r"\(3,\) in the checkpoint"),
+        ({"x_embedder.proj.weight": None}, HEADS_GIVEN, "no SiT, REPA, ERW or LightningDiT checkpoint"),
+        ({"pos_embed": torch.ones(1, GRID**2, DIM)}, HEADS_GIVEN, "another table than the fixed one"),
+        ({"pos_embed": None}, HEADS_GIVEN, "sample_size"),
+        ({}, {}, "no published size"),
+        ({}, {"num_attention_heads": 5}, "does not divide"),
+        ({}, {**HEADS_GIVEN, "patch_size": 4}, "architecture says patch_size=4"),
+    ],
+)
+def test_what_does_not_fit_raises(change, architecture, message):
+    state = state_dict(projectors=1)
+    for name, tensor in change.items():
+        state.pop(name, None)
+        if tensor is not None:
+            state[name] = tensor
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(state, architecture)
+
+
+def test_a_warmup_is_no_model():
+    state = {name: tensor for name, tensor in state_dict(layers=2, projectors=1).items() if "final_layer" not in name}
+    with pytest.raises(ValueError, match="--warmup_from"):
+        convert_checkpoint({"model": state, "args": argparse.Namespace()}, HEADS_GIVEN)
+    converted = read_checkpoint({"model": state}, HEADS_GIVEN)
+    assert converted.is_warmup and converted.config["num_layers"] == 2
+    assert "projectors.0.layers.4.bias" in converted.projectors
+
+
+class Hostile:
+    def __reduce__(self):
+        return (open, ("hostile-was-here", "w"))
+
+
+def test_command_writes_model_and_projectors(tmp_path):
+    state = state_dict(projectors=1)
+    torch.save({"ema": state, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "last.pt")
+    command = [sys.executable, "-m", "erw_hf.hub.convert", "--checkpoint", "last.pt", "--output_dir", "out"]
+    command += ["--architecture", '{"num_attention_heads": 2}']
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "dropped on purpose: pos_embed" in result.stdout
+    x, t, labels = inputs()
+    with torch.no_grad():
+        sample = ERWTransformer2DModel.from_pretrained(tmp_path / "out")(x, t, labels).sample
+    assert relative_error(sample, reference(state, x, t, labels)) < 1e-5
+    projectors = load_file(tmp_path / "out" / "projectors.safetensors")
+    assert torch.equal(projectors["projectors.0.layers.0.weight"], state["projectors.0.0.weight"])
+
+
+@pytest.mark.parametrize("kind", ["hostile", "truncated", "text", "legacy-hostile", "list", "safetensors", "absent"])
+def test_damaged_and_hostile_files_are_refused_and_leave_nothing(tmp_path, kind, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / ("bad.safetensors" if kind == "safetensors" else "bad.pt")
+    if kind == "hostile":
+        torch.save({"ema": state_dict(projectors=1), "args": Hostile()}, path)
+    elif kind == "legacy-hostile":
+        path.write_bytes(pickle.dumps({"ema": Hostile()}))
+    elif kind == "truncated":
+        torch.save({"ema": state_dict(projectors=1)}, path)
+        path.write_bytes(path.read_bytes()[:-5000])
+    elif kind == "list":
+        torch.save([torch.zeros(2)], path)
+    elif kind in ("text", "safetensors"):
+        path.write_text("404: Not Found")
+    with pytest.raises(SystemExit) as end:
+        main(["--checkpoint", str(path), "--output_dir", "out", "--architecture", '{"num_attention_heads": 2}'])
+    assert end.value.code == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "weights_only=False" not in message
+    assert not (tmp_path / "out").exists() and not (tmp_path / "hostile-was-here").exists()

@@ -1,0 +1,91 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, TINY_MODEL, randomize
+from diffusers import FlowMatchEulerDiscreteScheduler, LayerSkipConfig, ModularPipelineBlocks
+from diffusers.guiders import AdaptiveProjectedGuidance, AutoGuidance, ClassifierFreeGuidance, SkipLayerGuidance
+
+from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler, FlowMatchHeunScheduler
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    return ModularPipelineBlocks.from_pretrained(REPOSITORY / "pipelines" / "modular_erw", trust_remote_code=True)
+
+
+def modular(blocks, transformer, scheduler, guider=None):
+    pipe = blocks.init_pipeline()
+    pipe.update_components(transformer=transformer, scheduler=scheduler, vae=None)
+    if guider is not None:
+        pipe.update_components(guider=guider)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    "scheduler", [FlowMatchEulerMaruyamaScheduler, FlowMatchHeunScheduler, FlowMatchEulerDiscreteScheduler]
+)
+def test_bit_identical_to_the_standard_pipeline(blocks, transformer, scheduler):
+    standard = ERWPipeline(transformer, None, scheduler())
+    standard.set_progress_bar_config(disable=True)
+    kwargs = {"class_labels": [3, 7], "num_inference_steps": 6, "output_type": "np"}
+    for scale in (1.0, 1.8):
+        expected = standard(
+            **kwargs, guidance_scale=scale, guidance_interval=(0.0, 1.0), generator=torch.manual_seed(0)
+        ).images
+        pipe = modular(blocks, transformer, scheduler(), ClassifierFreeGuidance(guidance_scale=scale))
+        images = pipe(**kwargs, generator=torch.manual_seed(0)).images
+        np.testing.assert_array_equal(images, expected)
+
+
+def test_interval_as_fractions_of_the_steps(blocks, transformer):
+    standard = ERWPipeline(transformer, None, FlowMatchEulerMaruyamaScheduler())
+    standard.set_progress_bar_config(disable=True)
+    kwargs = {"class_labels": [3, 7], "num_inference_steps": 10, "output_type": "np"}
+    expected = standard(**kwargs, guidance_interval=(0.0, 0.7), generator=torch.manual_seed(0)).images
+    scheduler = FlowMatchEulerMaruyamaScheduler()
+    scheduler.set_timesteps(10)
+    first = int((scheduler.timesteps <= 700).nonzero()[0])
+    guider = ClassifierFreeGuidance(guidance_scale=1.8, start=first / 10)
+    images = modular(blocks, transformer, scheduler, guider)(**kwargs, generator=torch.manual_seed(0)).images
+    np.testing.assert_array_equal(images, expected)
+
+
+@pytest.mark.parametrize(
+    "guider",
+    [
+        lambda: AdaptiveProjectedGuidance(guidance_scale=3.0),
+        lambda: SkipLayerGuidance(guidance_scale=2.0, skip_layer_guidance_layers=[1], skip_layer_guidance_start=0.0),
+        lambda: AutoGuidance(
+            guidance_scale=2.0, auto_guidance_config=LayerSkipConfig([1], fqn="transformer_blocks"), start=0.0
+        ),
+    ],
+)
+def test_other_guiders_work_and_differ(blocks, transformer, guider):
+    kwargs = {"class_labels": [3], "num_inference_steps": 4, "output_type": "np"}
+    plain = modular(blocks, transformer, FlowMatchEulerMaruyamaScheduler(), ClassifierFreeGuidance(guidance_scale=1.0))
+    guided = modular(blocks, transformer, FlowMatchEulerMaruyamaScheduler(), guider())
+    expected = plain(**kwargs, generator=torch.manual_seed(0)).images
+    images = guided(**kwargs, generator=torch.manual_seed(0)).images
+    assert np.isfinite(images).all() and not np.array_equal(images, expected)
+
+
+def test_bad_inputs_raise(blocks):
+    transformer = randomize(ERWTransformer2DModel(**TINY_MODEL)).eval()
+    pipe = modular(blocks, transformer, FlowMatchEulerMaruyamaScheduler())
+    with pytest.raises(ValueError, match=r"\[0, 9\]"):
+        pipe(class_labels=[11], num_inference_steps=2)
+    with pytest.raises(ValueError, match="shape"):
+        pipe(class_labels=[1], num_inference_steps=2, latents=torch.zeros(1, 4, 8, 8))
