@@ -108,6 +108,7 @@ class RepresentationEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the weights, and of the tokens."""
         return next(self.model.parameters()).dtype
 
     def _hidden_states(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -336,6 +336,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     Args:
         arguments (`list[str]`, *optional*): Arguments. Defaults to `sys.argv[1:]`.
+
+    Raises:
+        SystemExit: with a message, for a checkpoint that cannot be converted; nothing is written then.
     """
     parser = argparse.ArgumentParser(prog="python -m erw_hf.hub.convert", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help=".pt or .safetensors file")

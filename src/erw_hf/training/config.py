@@ -177,7 +177,12 @@ class TrainingConfig:
         return config
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the resolved configuration as YAML, which `--config` takes again."""
+        """
+        Writes the resolved configuration as YAML, which `--config` takes again.
+
+        Args:
+            path (`str` or `os.PathLike`): File to write.
+        """
         Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
 
 

@@ -47,7 +47,12 @@ class MetricsFile:
         os.truncate(self.path, kept)
 
     def write(self, record: dict[str, object]) -> None:
-        """Appends one step's record and flushes it. JSON has no NaN: a non-finite value becomes null."""
+        """
+        Appends one step's record and flushes it. JSON has no NaN: a non-finite value becomes null.
+
+        Args:
+            record (`dict[str, object]`): The record.
+        """
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
