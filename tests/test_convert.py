@@ -119,7 +119,7 @@ def reference(state, x, t, labels):
 
     def head_norm(value, name):
         if f"{name}.bias" in s:
-            return F.layer_norm(value, (HEAD_DIM,), s[f"{name}.weight"], s[f"{name}.bias"], eps=1e-6)
+            return F.layer_norm(value, (HEAD_DIM,), s[f"{name}.weight"], s[f"{name}.bias"], eps=1e-5)
         return value / (value.square().mean(-1, keepdim=True) + 1e-6).sqrt() * s[f"{name}.weight"]
 
     x, t = x.double(), t.double()

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_MODEL, randomize
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler, TaylorSeerCacheConfig
 
 from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler
 
@@ -129,6 +129,33 @@ def test_one_generator_an_image_makes_it_independent_of_the_batch(pipe):
     for i in range(5):
         alone = draw(pipe, [i + 1], generator=generators([i]))
         np.testing.assert_allclose(together[i], alone[0], atol=1e-4)
+
+
+def test_a_thousand_images_are_the_same_in_batches_and_one_by_one(pipe):
+    def generators(seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    labels = [seed % 10 for seed in range(1000)]
+    kwargs = {"num_inference_steps": 2, "guidance_interval": (0.0, 1.0)}
+    batches = np.concatenate(
+        [draw(pipe, labels[i : i + 125], generator=generators(range(i, i + 125)), **kwargs) for i in range(0, 1000, 125)]
+    )
+    singles = np.concatenate([draw(pipe, [labels[i]], generator=generators([i]), **kwargs) for i in range(1000)])
+    np.testing.assert_allclose(batches, singles, atol=1e-4)
+    assert len(np.unique(batches.reshape(1000, -1), axis=0)) == 1000
+
+
+@pytest.mark.parametrize("cache", [FirstBlockCacheConfig(threshold=10.0), TaylorSeerCacheConfig(cache_interval=2)])
+def test_step_caching_works_with_guidance_inside_an_interval(pipe, cache):
+    """Batches of B and 2 B alternate: each has a cache of its own."""
+    kwargs = {"num_inference_steps": 8, "guidance_interval": (0.3, 0.6)}
+    expected = draw(pipe, [1, 2], **kwargs)
+    pipe.transformer.enable_cache(cache)
+    cached = draw(pipe, [1, 2], **kwargs)
+    assert cached.shape == expected.shape and np.isfinite(cached).all()
+    assert not np.array_equal(cached, expected)
+    pipe.transformer.disable_cache()
+    np.testing.assert_array_equal(draw(pipe, [1, 2], **kwargs), expected)
 
 
 def test_num_images_per_prompt_repeats_each_label(pipe):

@@ -161,6 +161,42 @@ def test_impossible_depths_raise(transformer):
         transformer(x, t, labels, tokens_only=True)
 
 
+SIZES = {"S": (12, 6, 64), "B": (12, 12, 64), "L": (24, 16, 64), "XL": (28, 16, 72)}
+
+
+@pytest.mark.parametrize("patch_size", [2, 4, 8])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("sample_size", [32, 64])
+def test_every_published_size_builds_and_maps_its_shapes(size, patch_size, sample_size):
+    layers, heads, head_dim = SIZES[size]
+    with torch.device("meta"):
+        model = ERWTransformer2DModel(
+            sample_size=sample_size, patch_size=patch_size, num_layers=layers, num_attention_heads=heads,
+            attention_head_dim=head_dim,
+        )  # fmt: skip
+        output = model(torch.empty(2, 4, sample_size, sample_size), torch.empty(2), hidden_states_depths=(layers,))
+    assert output.sample.shape == (2, 4, sample_size, sample_size)
+    assert output.hidden_states[0].shape == (2, (sample_size // patch_size) ** 2, heads * head_dim)
+
+
+def test_latents_of_an_encoder():
+    """RAE trains on DINOv2's own tokens: 768 channels, one token a cell."""
+    model = ERWTransformer2DModel(**{**TINY_MODEL, "in_channels": 768, "patch_size": 1, "sample_size": 4})
+    assert model(torch.randn(1, 768, 4, 4), torch.rand(1)).sample.shape == (1, 768, 4, 4)
+
+
+def test_lora_trains_apart_from_the_model(transformer):
+    from peft import LoraConfig
+
+    x, t, labels = inputs()
+    expected = transformer(x, t, labels).sample
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    adapted = transformer(x, t, labels).sample
+    assert not torch.allclose(adapted, expected)
+    off = transformer(x, t, labels, attention_kwargs={"scale": 0.0}).sample
+    torch.testing.assert_close(off, expected)
+
+
 def test_published_sizes():
     with torch.device("meta"):
         xl = ERWTransformer2DModel()

@@ -227,7 +227,8 @@ class ERWAdaLayerNormOut(nn.Module):
 
 def _norm(norm_type: str, dim: int, affine: bool) -> nn.Module:
     if norm_type == "layer_norm":
-        return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=affine)
+        # Only QK-norm has weights, and in the published checkpoints PyTorch's default epsilon.
+        return nn.LayerNorm(dim, eps=1e-5 if affine else 1e-6, elementwise_affine=affine)
     if norm_type == "rms_norm":
         return nn.RMSNorm(dim, eps=1e-6, elementwise_affine=affine)
     raise ValueError(f'a norm must be "layer_norm" or "rms_norm", got {norm_type!r}')

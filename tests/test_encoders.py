@@ -1,0 +1,77 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModel, BitImageProcessorPil, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+from erw_hf import RepresentationEncoder
+
+
+def test_tokens_are_the_models_own_on_normalised_images(encoder_path):
+    encoder = RepresentationEncoder.from_pretrained(encoder_path, token_grid=4)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    normalised = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    model = AutoModel.from_pretrained(encoder_path).eval()
+    with torch.no_grad():
+        expected = model(normalised).last_hidden_state[:, 1:]  # without the class token
+    torch.testing.assert_close(encoder(images), expected)
+    assert encoder.num_prefix_tokens == 1 and encoder.embed_dim == 16
+
+
+def test_images_of_another_size_are_resized_and_grey_ones_are_spread(encoder_path):
+    encoder = RepresentationEncoder.from_pretrained(encoder_path, token_grid=8)
+    grey = torch.rand(2, 1, 20, 20)
+    tokens = encoder(grey)
+    assert tokens.shape == (2, 64, 16)
+    normalised = (grey.expand(-1, 3, -1, -1) - encoder.image_mean) / encoder.image_std
+    resized = F.interpolate(normalised, size=(32, 32), mode="bicubic")
+    torch.testing.assert_close(tokens, encoder.model(resized).last_hidden_state[:, 1:])
+
+
+def test_it_is_frozen_and_runs_in_its_own_dtype(encoder_path):
+    encoder = RepresentationEncoder.from_pretrained(encoder_path, token_grid=4, dtype=torch.bfloat16)
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    assert not encoder.model.training
+    assert encoder(torch.rand(1, 3, 16, 16)).dtype == torch.bfloat16
+
+
+def test_register_tokens_are_left_out(tmp_path):
+    config = Dinov2WithRegistersConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=4, image_size=16, num_register_tokens=3
+    )
+    Dinov2WithRegistersModel(config).save_pretrained(tmp_path)
+    BitImageProcessorPil().save_pretrained(tmp_path)
+    encoder = RepresentationEncoder.from_pretrained(tmp_path, token_grid=4)
+    assert encoder.num_prefix_tokens == 4
+    assert encoder(torch.rand(1, 3, 16, 16)).shape == (1, 16, 16)
+
+
+def test_a_grid_that_does_not_match_names_both(encoder_path):
+    with pytest.raises(ValueError, match=r"6x6 encoder tokens, the latent has 4x4"):
+        RepresentationEncoder.from_pretrained(encoder_path, token_grid=4, image_size=24)
+
+    class Pooled(torch.nn.Module):  # a hierarchical model: fewer tokens than patches
+        config = type("Config", (), {"patch_size": 4})()
+        weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, pixel_values):
+            return type("Output", (), {"last_hidden_state": torch.zeros(len(pixel_values), 4, 8)})()
+
+        def parameters(self, recurse=True):
+            return iter([self.weight])
+
+    with pytest.raises(ValueError, match=r"gives 4 tokens \(about 2x2\).*the latent has 4x4"):
+        RepresentationEncoder(Pooled(), [0.5] * 3, [0.5] * 3, token_grid=4)

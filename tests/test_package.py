@@ -1,0 +1,84 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a pip user gets: a wheel that holds the package and nothing else, imported without the checkout."""
+
+import os
+import subprocess
+import sys
+import zipfile
+
+import erw_hf
+from conftest import REPOSITORY
+
+
+EXAMPLE = """
+import sys, erw_hf
+assert erw_hf.__file__.startswith(sys.argv[1]), erw_hf.__file__
+assert "torch" not in sys.modules  # importing the package is cheap
+from erw_hf import ERWPipeline
+pipe = ERWPipeline.from_pretrained(sys.argv[2])
+pipe(class_labels=["7"], num_inference_steps=2).images[0].save("seven.png")
+"""
+
+
+def test_wheel_builds_and_its_example_runs_without_the_checkout(tmp_path):
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    build = [*pip, "wheel", str(REPOSITORY), "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    subprocess.run(build, check=True, timeout=300, cwd=tmp_path)
+    wheel = next(tmp_path.glob("erw_hf-*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"erw_hf"}
+    assert "erw_hf/hub/convert.py" in names and any(name.endswith("LICENSE") for name in names)
+
+    site = tmp_path / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    command = [sys.executable, "-c", EXAMPLE, str(site), str(REPOSITORY / "pipelines" / "erw-digits")]
+    subprocess.run(command, check=True, timeout=300, cwd=tmp_path, env=environment)
+    assert (tmp_path / "seven.png").stat().st_size > 100
+
+
+def test_public_names():
+    for name in erw_hf.__all__:
+        assert getattr(erw_hf, name) is not None
+    assert set(erw_hf.__all__) <= set(dir(erw_hf))
+
+
+def test_unknown_name_is_an_attribute_error():
+    try:
+        erw_hf.Nothing
+    except AttributeError as error:
+        assert "Nothing" in str(error)
+    else:
+        raise AssertionError("an unknown name was found")
+
+
+def test_weights_are_small_and_safetensors():
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    files = [REPOSITORY / name for name in tracked.splitlines()]
+    weights = [path for path in files if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+    assert weights and all(path.suffix == ".safetensors" for path in weights)
+    assert sum(path.stat().st_size for path in weights) < 16 * 2**20
+
+
+def test_arrows_point_down():
+    """Scripts -> library -> the three model files, which import nothing of erw_hf and travel alone."""
+    package = REPOSITORY / "src" / "erw_hf"
+    for name in ("transformer_erw.py", "pipeline_erw.py", "scheduling_erw.py", "flow.py", "alignment.py"):
+        lines = [line.strip() for line in (package / name).read_text().splitlines()]
+        imports = [line for line in lines if line.startswith(("from erw_hf", "import erw_hf", "from ."))]
+        imports = [line for line in imports if not line.startswith(">>>")]
+        assert imports == [], f"{name}: {imports}"
+    for path in package.rglob("*.py"):
+        assert "import train_erw" not in path.read_text()
