@@ -16,7 +16,15 @@ import math
 import pytest
 import torch
 
-from erw_hf.alignment import MLPProjector, alignment_weight, cosine_alignment_loss
+from erw_hf.alignment import (
+    ConvProjector,
+    MLPProjector,
+    alignment_weight,
+    cosine_alignment_loss,
+    nt_xent_alignment_loss,
+    spatial_normalize,
+    structural_alignment_loss,
+)
 
 
 def test_loss_by_hand():
@@ -42,6 +50,63 @@ def test_loss_sees_every_sample():
         alone = projected[i : i + 1].detach().clone().requires_grad_()
         cosine_alignment_loss(alone, target[i : i + 1]).mean().backward()
         torch.testing.assert_close(projected.grad[i : i + 1], alone.grad / 5)
+
+
+def test_nt_xent_by_hand():
+    torch.manual_seed(0)
+    projected, target = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+    expected = []
+    for i in range(3):
+        total = 0.0
+        for n in range(2):
+            similarity = [torch.cosine_similarity(projected[i, n], target[j, n], dim=0) / 0.5 for j in range(3)]
+            total += -math.log(math.exp(similarity[i]) / sum(math.exp(s) for s in similarity))
+        expected.append(total / 2)
+    torch.testing.assert_close(nt_xent_alignment_loss(projected, target, temperature=0.5), torch.tensor(expected))
+
+
+def test_structural_loss_by_hand_and_blind_to_rotation():
+    torch.manual_seed(0)
+    projected, target = torch.randn(2, 3, 5), torch.randn(2, 3, 4)
+    expected = []
+    for a, b in zip(projected, target, strict=True):
+        squares = [
+            (torch.cosine_similarity(a[i], a[j], dim=0) - torch.cosine_similarity(b[i], b[j], dim=0)) ** 2
+            for i in range(3)
+            for j in range(3)
+        ]
+        expected.append(sum(squares) / 9)
+    torch.testing.assert_close(structural_alignment_loss(projected, target), torch.stack(expected))
+    rotation, _ = torch.linalg.qr(torch.randn(5, 5))
+    assert structural_alignment_loss(projected, 3 * projected @ rotation).max() < 1e-10
+
+
+@pytest.mark.parametrize("loss", [nt_xent_alignment_loss, structural_alignment_loss])
+def test_other_losses_see_every_sample(loss):
+    torch.manual_seed(0)
+    projected, target = torch.randn(5, 4, 8), torch.randn(5, 4, 8)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    torch.testing.assert_close(loss(projected[order], target[order]), loss(projected, target)[order])
+    projected.requires_grad_()
+    loss(projected, target).mean().backward()
+    assert (projected.grad.flatten(1).norm(dim=1) > 1e-5).all()
+
+
+def test_spatial_normalisation():
+    target = torch.randn(2, 9, 4) * torch.tensor([1.0, 2.0, 3.0, 4.0]) + 7
+    normalised = spatial_normalize(target)
+    torch.testing.assert_close(normalised.mean(dim=1), torch.zeros(2, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(normalised.std(dim=1), torch.ones(2, 4), atol=1e-4, rtol=0)
+
+
+def test_conv_projector_keeps_the_grid():
+    projector = ConvProjector(3, 5)
+    tokens = torch.randn(1, 16, 3, requires_grad=True)
+    projected = projector(tokens)
+    assert projected.shape == (1, 16, 5)
+    projected[0, 5].sum().backward()  # row 1, column 1 of a 4x4 grid sees the 3x3 tokens around it
+    seen = (tokens.grad[0].abs().sum(dim=1) > 0).nonzero().flatten().tolist()
+    assert seen == [0, 1, 2, 4, 5, 6, 8, 9, 10]
 
 
 @pytest.mark.parametrize("step", [0, 1, 777, 50_000, 123_456])

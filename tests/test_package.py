@@ -18,8 +18,10 @@ import subprocess
 import sys
 import zipfile
 
-import erw_hf
+import pytest
 from conftest import REPOSITORY
+
+import erw_hf
 
 
 EXAMPLE = """
@@ -56,12 +58,8 @@ def test_public_names():
 
 
 def test_unknown_name_is_an_attribute_error():
-    try:
-        erw_hf.Nothing
-    except AttributeError as error:
-        assert "Nothing" in str(error)
-    else:
-        raise AssertionError("an unknown name was found")
+    with pytest.raises(AttributeError, match="Nothing"):
+        getattr(erw_hf, "Nothing")  # noqa: B009
 
 
 def test_weights_are_small_and_safetensors():

@@ -138,7 +138,10 @@ def test_a_thousand_images_are_the_same_in_batches_and_one_by_one(pipe):
     labels = [seed % 10 for seed in range(1000)]
     kwargs = {"num_inference_steps": 2, "guidance_interval": (0.0, 1.0)}
     batches = np.concatenate(
-        [draw(pipe, labels[i : i + 125], generator=generators(range(i, i + 125)), **kwargs) for i in range(0, 1000, 125)]
+        [
+            draw(pipe, labels[i : i + 125], generator=generators(range(i, i + 125)), **kwargs)
+            for i in range(0, 1000, 125)
+        ]
     )
     singles = np.concatenate([draw(pipe, [labels[i]], generator=generators([i]), **kwargs) for i in range(1000)])
     np.testing.assert_allclose(batches, singles, atol=1e-4)

@@ -182,6 +182,46 @@ def test_a_plain_sit_needs_no_encoder(tmp_path, tiny_flags):
     assert all("alignment" not in record and record["lambda"] == 0 for record in records)
 
 
+def test_latents_of_a_vae_and_data_without_labels(tmp_path, tiny_flags):
+    from datasets import Dataset, Features
+    from datasets import Image as ImageFeature
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    vae.save_pretrained(tmp_path / "vae")
+    images = [Image.new("RGB", (20, 16), (i * 20, 0, 0)) for i in range(6)]
+    data = Dataset.from_dict({"img": images}, features=Features({"img": ImageFeature()}))
+    (tmp_path / "data").mkdir()
+    data.to_parquet(tmp_path / "data" / "train.parquet")
+    flags = [*tiny_flags, f"--vae={tmp_path}/vae", f"--dataset_name={tmp_path}/data", "--in_channels=4"]
+    train(*flags, "--patch_size=4", f"--output_dir={tmp_path}/run")
+    pipe = ERWPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert isinstance(pipe.vae, AutoencoderKL) and pipe.transformer.config.num_classes == 0
+    assert pipe(num_inference_steps=2).images[0].size == (16, 16)
+    with pytest.raises(ValueError, match=r"latents \(C, H, W\) = \(4, 8, 8\) of 16 px"):
+        train(*flags, "--in_channels=3", f"--output_dir={tmp_path}/other")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--alignment_loss=nt_xent", "--alignment_temperature=0.2"],
+        ["--alignment_loss=structural", "--projector=conv", "--spatial_norm"],
+        ["--warmup_noised", "--path_type=cosine", "--timestep_distribution=logit_normal"],
+        ["--alignment_schedule=stop", "--alignment_stop_step=2", "--no_hand_over_projector", "--random_flip"],
+        ["--use_rope", "--qk_norm=rms_norm", "--norm_type=rms_norm", "--activation_fn=swiglu"],
+        ["--gradient_checkpointing", "--mixed_precision=bf16", "--lr_scheduler=linear"],
+    ],
+)
+def test_every_switch_runs_both_phases(tmp_path, tiny_flags, flags):
+    train(*tiny_flags, *flags, f"--output_dir={tmp_path}/run")
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert len(records) == 7 and all(record["loss"] is not None for record in records)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

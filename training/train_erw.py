@@ -25,6 +25,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,16 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler, RepresentationEncoder
-from erw_hf.alignment import AlignedTransformer, MLPProjector, alignment_weight
+from erw_hf.alignment import (
+    AlignedTransformer,
+    ConvProjector,
+    MLPProjector,
+    alignment_weight,
+    cosine_alignment_loss,
+    nt_xent_alignment_loss,
+    spatial_normalize,
+    structural_alignment_loss,
+)
 from erw_hf.data.latents import pixels_to_latents
 from erw_hf.data.samples import Source, StepSampler, TrainingSamples, load_source
 from erw_hf.flow import timestep_from_normal
@@ -51,7 +61,7 @@ from erw_hf.training.checkpoints import Progress, TrainingState, read_progress, 
 from erw_hf.training.config import TrainingConfig, parse_config, resolve_mixed_precision
 from erw_hf.training.flops import count_step_flops
 from erw_hf.training.logging import MetricsFile, image_grid, plot_losses
-from erw_hf.warmup import build_warmup_transformer, full_loss, hand_over, warmup_loss
+from erw_hf.warmup import AlignmentLoss, build_warmup_transformer, full_loss, hand_over, warmup_loss
 
 
 logger = get_logger(__name__)
@@ -131,10 +141,14 @@ def train_warmup(run: Run, checkpoint: Path | None) -> dict[str, torch.Tensor]:
     set_seed(config.seed)
     transformer = build_warmup_transformer(config.model_config(run.source.num_classes), config.warmup_depth)
     model = AlignedTransformer(transformer, build_projector(run), config.warmup_depth, warmup=True)
+    alignment = choose_alignment_loss(config)
 
     def losses(model: torch.nn.Module, batch: Batch, step: int) -> dict[str, torch.Tensor]:
-        x0 = latents(run, batch, posterior_noise=batch["posterior_noise"])
-        return warmup_loss(model, x0, batch["label"], batch["drop"], targets(run, batch))
+        noised = {"noise": batch["noise"], "t": times(config, batch)} if config.warmup_noised else {}
+        return warmup_loss(
+            model, latents(run, batch), batch["label"], batch["drop"], targets(run, batch), alignment,
+            **noised, path_type=config.path_type,
+        )  # fmt: skip
 
     learning_rate = config.warmup_learning_rate or config.learning_rate
     model = train_phase(run, "warmup", model, losses, 0, config.warmup_steps, learning_rate, checkpoint)
@@ -153,6 +167,7 @@ def train_full(run: Run, warmup_state: dict[str, torch.Tensor] | None, checkpoin
     transformer = ERWTransformer2DModel(**config.model_config(run.source.num_classes))
     projector = build_projector(run) if config.alignment_weight > 0 else None
     model = AlignedTransformer(transformer, projector, config.projector_depth)
+    alignment = choose_alignment_loss(config)
     if warmup_state is not None:
         with_projector = config.hand_over_projector and model.projector is not None
         names = hand_over(warmup_state, model, with_projector)
@@ -170,17 +185,12 @@ def train_full(run: Run, warmup_state: dict[str, torch.Tensor] | None, checkpoin
     run.state.ema.to(accelerator.device)
 
     def losses(model: torch.nn.Module, batch: Batch, step: int) -> dict[str, torch.Tensor]:
-        x0 = latents(run, batch, posterior_noise=batch["posterior_noise"])
-        t = timestep_from_normal(
-            batch["time_normal"],
-            config.timestep_distribution,
-            config.timestep_logit_mean,
-            config.timestep_logit_std,
-            config.timestep_shift,
-        )
         weight = phase_2_weight(config, step)
         target = targets(run, batch) if weight > 0 else None
-        return full_loss(model, x0, batch["noise"], t, batch["label"], batch["drop"], target, weight, config.path_type)
+        return full_loss(
+            model, latents(run, batch), batch["noise"], times(config, batch), batch["label"], batch["drop"], target,
+            weight, config.path_type, alignment,
+        )  # fmt: skip
 
     model = train_phase(
         run, "full", model, losses, config.warmup_steps, config.max_train_steps, config.learning_rate, checkpoint
@@ -343,14 +353,32 @@ def load_batches(run: Run, start_step: int, end_step: int) -> Iterator[Batch]:
     )
 
 
-def latents(run: Run, batch: Batch, posterior_noise: torch.Tensor) -> torch.Tensor:
+def latents(run: Run, batch: Batch) -> torch.Tensor:
     """Clean latents (B, C, h, w) of a batch."""
-    return pixels_to_latents(batch["pixels"], run.vae, posterior_noise)
+    return pixels_to_latents(batch["pixels"], run.vae, batch["posterior_noise"])
+
+
+def times(config: TrainingConfig, batch: Batch) -> torch.Tensor:
+    """Flow times (B,) of a batch."""
+    return timestep_from_normal(
+        batch["time_normal"],
+        config.timestep_distribution,
+        config.timestep_logit_mean,
+        config.timestep_logit_std,
+        config.timestep_shift,
+    )
 
 
 def targets(run: Run, batch: Batch) -> torch.Tensor:
     """The encoder's patch tokens (B, N, D) of a batch."""
-    return run.encoder(batch["pixels"].float() / 255)
+    tokens = run.encoder(batch["pixels"].float() / 255)
+    return spatial_normalize(tokens) if run.config.spatial_norm else tokens
+
+
+def choose_alignment_loss(config: TrainingConfig) -> AlignmentLoss:
+    if config.alignment_loss == "nt_xent":
+        return partial(nt_xent_alignment_loss, temperature=config.alignment_temperature)
+    return structural_alignment_loss if config.alignment_loss == "structural" else cosine_alignment_loss
 
 
 def load_vae(config: TrainingConfig, device: torch.device) -> tuple[torch.nn.Module | None, tuple[int, int]]:
@@ -383,10 +411,12 @@ def load_encoder(config: TrainingConfig, accelerator: Accelerator) -> Representa
     return encoder.to(accelerator.device)
 
 
-def build_projector(run: Run) -> MLPProjector | None:
+def build_projector(run: Run) -> torch.nn.Module | None:
     if run.encoder is None:
         return None
     width = run.config.num_attention_heads * run.config.attention_head_dim
+    if run.config.projector == "conv":
+        return ConvProjector(width, run.encoder.embed_dim)
     return MLPProjector(width, run.encoder.embed_dim, run.config.projector_dim)
 
 

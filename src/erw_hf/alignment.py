@@ -13,6 +13,8 @@
 # limitations under the License.
 """Projectors, alignment losses and the schedules of their weight. No I/O, no knowledge of data or trainers."""
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -40,6 +42,26 @@ class MLPProjector(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.layers(tokens)  # (B, N, out_dim)
+
+
+class ConvProjector(nn.Module):
+    """
+    iREPA's projector (arXiv 2512.10794): one 3x3 convolution over the token grid, which keeps the spatial structure
+    that an MLP on each token loses.
+
+    Args:
+        in_dim (`int`): Width of the transformer.
+        out_dim (`int`): Width of the encoder.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, out_dim, kernel_size=3, padding=1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        grid = math.isqrt(tokens.shape[1])
+        image = tokens.transpose(1, 2).unflatten(2, (grid, grid))  # (B, D, g, g)
+        return self.conv(image).flatten(2).transpose(1, 2)  # (B, N, out_dim)
 
 
 class AlignedTransformer(nn.Module):
@@ -98,6 +120,59 @@ def cosine_alignment_loss(projected: torch.Tensor, target: torch.Tensor) -> torc
         over all samples; the published code took the last sample of a batch alone.
     """
     return (1 - F.cosine_similarity(projected.float(), target.float(), dim=-1)).mean(dim=1)
+
+
+def nt_xent_alignment_loss(projected: torch.Tensor, target: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
+    """
+    NT-Xent with in-batch negatives, as the text of ERW says (arXiv 2504.10188, Eq. 13; SimCLR, arXiv 2002.05709, Eq. 1;
+    neither temperature nor what a negative is are given). Here each token must find the target token of its own image
+    among those of the whole batch at the same place of the grid.
+
+    Args:
+        projected (`torch.Tensor` of shape `(B, N, D)`): Projected tokens of the transformer.
+        target (`torch.Tensor` of shape `(B, N, D)`): Tokens of the frozen encoder.
+        temperature (`float`, *optional*, defaults to 0.1): Divides the cosine similarities.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: The mean over each sample's tokens, float32; log B for an untrained model.
+    """
+    projected = F.normalize(projected.float(), dim=-1).transpose(0, 1)  # (N, B, D)
+    target = F.normalize(target.float(), dim=-1).transpose(0, 1)
+    logits = projected @ target.transpose(1, 2) / temperature  # (N, B, B)
+    return -torch.diagonal(logits.log_softmax(dim=-1), dim1=1, dim2=2).mean(dim=0)
+
+
+def structural_alignment_loss(projected: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """
+    Alignment of structure in place of content: the mean squared difference of the two token self-similarity matrices
+    (the autocorrelation loss of SARA, "Structural and Adversarial Representation Alignment", 2025).
+
+    Args:
+        projected (`torch.Tensor` of shape `(B, N, D)`): Projected tokens of the transformer.
+        target (`torch.Tensor` of shape `(B, N, E)`): Tokens of the frozen encoder; their width may be another.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: The mean over each sample's token pairs, float32.
+    """
+    projected, target = F.normalize(projected.float(), dim=-1), F.normalize(target.float(), dim=-1)
+    difference = projected @ projected.transpose(1, 2) - target @ target.transpose(1, 2)  # (B, N, N)
+    return difference.square().mean(dim=(1, 2))
+
+
+def spatial_normalize(target: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """
+    iREPA's normalisation of the encoder's tokens (arXiv 2512.10794): each channel gets mean 0 and deviation 1 over the
+    grid, which takes away what all tokens of an image share and leaves how they differ.
+
+    Args:
+        target (`torch.Tensor` of shape `(B, N, D)`): Tokens of the frozen encoder.
+        eps (`float`, *optional*, defaults to 1e-6): Added to the deviation.
+
+    Returns:
+        `torch.Tensor` of shape `(B, N, D)`, float32: The normalised tokens.
+    """
+    target = target.float()
+    return (target - target.mean(dim=1, keepdim=True)) / (target.std(dim=1, keepdim=True) + eps)
 
 
 def alignment_weight(

@@ -13,7 +13,7 @@
 # limitations under the License.
 """The two phases of ERW and the hand-over between them (arXiv 2504.10188, §3.3)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -21,6 +21,9 @@ from erw_hf.alignment import AlignedTransformer, cosine_alignment_loss
 from erw_hf.flow import interpolate
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
+
+# A function of projected and target tokens, both (B, N, D), that gives one value a sample, (B,).
+AlignmentLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # The warmup model has a final layer only because it is an ordinary ERWTransformer2DModel. It is not trained and not
 # handed over.
@@ -56,9 +59,15 @@ def warmup_loss(
     class_labels: torch.Tensor | None,
     drop: torch.Tensor,
     target: torch.Tensor,
+    alignment_loss: AlignmentLoss = cosine_alignment_loss,
+    noise: torch.Tensor | None = None,
+    t: torch.Tensor | None = None,
+    path_type: str = "linear",
 ) -> dict[str, torch.Tensor]:
     """
     Phase 1 (ERW, Eq. 13): align the early blocks' tokens of the clean latent, at t = 0, with the encoder's tokens.
+
+    With `noise` and `t` it is the noised latent's tokens instead, the control that the paper does not have.
 
     Args:
         model ([`AlignedTransformer`]): In warmup mode.
@@ -66,12 +75,20 @@ def warmup_loss(
         class_labels (`torch.LongTensor` of shape `(B,)`, *optional*): Class ids.
         drop (`torch.Tensor` of shape `(B,)`): Non-zero where the label is dropped.
         target (`torch.Tensor` of shape `(B, N, D)`): The encoder's tokens of the same images.
+        alignment_loss (`Callable`, *optional*, defaults to [`~alignment.cosine_alignment_loss`]): The loss of a sample.
+        noise (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): Standard normal noise; with `t` only.
+        t (`torch.Tensor` of shape `(B,)`, *optional*): Flow time in [0, 1]; 0 by default.
+        path_type (`str`, *optional*, defaults to `"linear"`): See [`~flow.path_coefficients`].
 
     Returns:
         `dict[str, torch.Tensor]`: scalars `loss` and `alignment`, which are equal here.
     """
-    _, projected = model(x0, x0.new_zeros(len(x0), dtype=torch.float32), class_labels, drop)
-    alignment = cosine_alignment_loss(projected, target).mean()
+    if noise is None:
+        x_t, t = x0, x0.new_zeros(len(x0), dtype=torch.float32)
+    else:
+        x_t, _ = interpolate(x0, noise, t, path_type)
+    _, projected = model(x_t, t, class_labels, drop)
+    alignment = alignment_loss(projected, target).mean()
     return {"loss": alignment, "alignment": alignment}
 
 
@@ -85,6 +102,7 @@ def full_loss(
     target: torch.Tensor | None,
     weight: float,
     path_type: str = "linear",
+    alignment_loss: AlignmentLoss = cosine_alignment_loss,
 ) -> dict[str, torch.Tensor]:
     """
     Phase 2 (ERW, Eq. 5 and 14): velocity matching plus lambda times the alignment of the noised latent's tokens.
@@ -99,6 +117,7 @@ def full_loss(
         target (`torch.Tensor` of shape `(B, N, D)`, *optional*): The encoder's tokens of the clean images.
         weight (`float`): lambda.
         path_type (`str`, *optional*, defaults to `"linear"`): See [`~flow.path_coefficients`].
+        alignment_loss (`Callable`, *optional*, defaults to [`~alignment.cosine_alignment_loss`]): The loss of a sample.
 
     Returns:
         `dict[str, torch.Tensor]`: scalars `loss`, `velocity` and, with a target, `alignment`.
@@ -110,7 +129,7 @@ def full_loss(
         # A projector that rests (lambda = 0) stays in the graph: DistributedDataParallel waits for every gradient.
         loss = velocity_loss if projected is None else velocity_loss + 0 * projected.sum()
         return {"loss": loss, "velocity": velocity_loss}
-    alignment = cosine_alignment_loss(projected, target).mean()
+    alignment = alignment_loss(projected, target).mean()
     return {"loss": velocity_loss + weight * alignment, "velocity": velocity_loss, "alignment": alignment}
 
 

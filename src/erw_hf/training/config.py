@@ -71,9 +71,16 @@ class TrainingConfig:
     # Representation alignment
     encoder: str | None = _key(None, "Hub id or folder of the vision encoder to align with; none trains a plain SiT.")
     encoder_image_size: int | None = _key(None, "Side of the encoder's input; token grid x its patch size by default.")
-    projector_dim: int = _key(2048, "Width of the projector's hidden layers.")
+    alignment_loss: Literal["cosine", "nt_xent", "structural"] = _key(
+        "cosine", "cosine: patch-wise, as published; nt_xent: in-batch negatives, as ERW's text; structural: as SARA."
+    )
+    alignment_temperature: float = _key(0.1, "Temperature of nt_xent.")
+    spatial_norm: bool = _key(False, "Normalise the encoder's tokens over the grid, as iREPA.")
+    projector: Literal["mlp", "conv"] = _key("mlp", "mlp: three layers on each token, as REPA; conv: 3x3, as iREPA.")
+    projector_dim: int = _key(2048, "Width of the mlp projector's hidden layers.")
     warmup_steps: int = _key(0, "Steps of phase 1, the representation warmup; 0 goes without.")
     warmup_depth: int = _key(5, "Blocks that are warmed up.")
+    warmup_noised: bool = _key(False, "Warm up on noised latents in place of clean ones at t = 0.")
     warmup_from: str | None = _key(None, "Start phase 2 from the `warmup` folder (or Hub repo) of an earlier run.")
     hand_over_projector: bool = _key(True, "Hand the warmup's projector over to phase 2.")
     projector_depth: int = _key(8, "Block whose output is aligned in phase 2.")

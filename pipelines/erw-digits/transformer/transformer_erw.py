@@ -1,0 +1,439 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The transformer, in one file with absolute diffusers imports, so that this very file can travel inside a Hub repo."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import (
+    AttentionProcessorMetadata,
+    AttentionProcessorRegistry,
+    TransformerBlockMetadata,
+    TransformerBlockRegistry,
+    _skip_attention___ret___hidden_states,
+)
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import (
+    PatchEmbed,
+    TimestepEmbedding,
+    Timesteps,
+    apply_rotary_emb,
+    get_1d_rotary_pos_embed,
+)
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput, apply_lora_scale, logging
+
+
+logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
+
+
+@dataclass
+class ERWTransformer2DModelOutput(BaseOutput):
+    """Output of [`ERWTransformer2DModel`].
+
+    Args:
+        sample (`torch.Tensor` of shape `(B, C, H, W)`):
+            The predicted velocity dx_t/dt. `None` when `tokens_only=True` was asked for.
+        hidden_states (`tuple[torch.Tensor, ...]`, *optional*):
+            The tokens `(B, N, D)` after each block named in `hidden_states_depths`, in the order of that argument.
+            `None` when no depth was asked for.
+    """
+
+    sample: torch.Tensor | None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+class ERWAttnProcessor:
+    """Self-attention through diffusers' attention dispatcher, so that every backend it knows can be chosen."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "ERWAttention",
+        hidden_states: torch.Tensor,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+
+        # -1 heads, not `attn.heads`: under tensor parallelism each rank holds its share of them.
+        query = query.unflatten(-1, (-1, attn.head_dim))  # (B, N, heads, head_dim)
+        key = key.unflatten(-1, (-1, attn.head_dim))
+        value = value.unflatten(-1, (-1, attn.head_dim))
+
+        if attn.norm_q is not None:
+            # Under autocast the norms return float32, which attention kernels refuse beside a bf16 value.
+            query, key = attn.norm_q(query).to(value.dtype), attn.norm_k(key).to(value.dtype)
+        if image_rotary_emb is not None:
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+
+        hidden_states = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2, 3)))  # (B, N, D)
+
+
+class ERWAttention(nn.Module, AttentionModuleMixin):
+    _default_processor_cls = ERWAttnProcessor
+    _available_processors = [ERWAttnProcessor]
+
+    def __init__(self, dim: int, heads: int, head_dim: int, qk_norm: str | None = None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.head_dim = head_dim
+        self.use_bias = True  # read by the QKV fusion of AttentionModuleMixin
+        self.is_cross_attention = False  # read by diffusers' layer-skip hook and guiders
+
+        inner_dim = heads * head_dim
+        self.to_q = nn.Linear(dim, inner_dim)
+        self.to_k = nn.Linear(dim, inner_dim)
+        self.to_v = nn.Linear(dim, inner_dim)
+        self.to_out = nn.ModuleList([nn.Linear(inner_dim, dim), nn.Dropout(0.0)])
+        self.norm_q = None if qk_norm is None else _norm(qk_norm, head_dim, affine=True)
+        self.norm_k = None if qk_norm is None else _norm(qk_norm, head_dim, affine=True)
+        self.set_processor(self._default_processor_cls())
+
+    def forward(
+        self, hidden_states: torch.Tensor, image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None, **kwargs
+    ) -> torch.Tensor:
+        # Guiders and user processors may take more arguments than ours.
+        accepted = inspect.signature(self.processor.__call__).parameters
+        kwargs = {name: value for name, value in kwargs.items() if name in accepted}
+        return self.processor(self, hidden_states, image_rotary_emb=image_rotary_emb, **kwargs)
+
+
+class ERWTransformerBlock(nn.Module):
+    """A DiT block with adaLN-zero modulation (Peebles & Xie, arXiv 2212.09748, §3.2)."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int,
+        mlp_ratio: float = 4.0,
+        qk_norm: str | None = None,
+        norm_type: str = "layer_norm",
+        activation_fn: str = "gelu-approximate",
+    ) -> None:
+        super().__init__()
+        # A gated feed-forward has three matrices for two: two thirds of the width keep its parameter count.
+        inner_dim = int(dim * mlp_ratio * 2 / 3) if activation_fn == "swiglu" else int(dim * mlp_ratio)
+        # RMSNorm carries a weight, as in LightningDiT; LayerNorm has none, as in DiT and SiT.
+        self.norm1 = _norm(norm_type, dim, affine=norm_type == "rms_norm")
+        self.attn = ERWAttention(dim, heads, head_dim, qk_norm)
+        self.norm2 = _norm(norm_type, dim, affine=norm_type == "rms_norm")
+        self.ff = FeedForward(dim, inner_dim=inner_dim, activation_fn=activation_fn)
+        self.modulation = nn.Linear(dim, 6 * dim)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        # temb: (B, D), SiLU applied. Each chunk: (B, 1, D).
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
+            self.modulation(temb).unsqueeze(1).chunk(6, dim=-1)
+        )
+        modulated = self.norm1(hidden_states) * (1 + scale_msa) + shift_msa
+        hidden_states = hidden_states + gate_msa * self.attn(modulated, image_rotary_emb=image_rotary_emb)
+        modulated = self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp
+        return hidden_states + gate_mlp * self.ff(modulated)  # (B, N, D)
+
+
+class ERWTimeClassEmbedding(nn.Module):
+    """Embeds flow time and class into one vector. Row `num_classes` of the class table is the null class."""
+
+    def __init__(self, dim: int, num_classes: int, class_dropout_prob: float) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.class_dropout_prob = class_dropout_prob
+        # downscale_freq_shift=0 is what SiT, REPA and ERW use; diffusers' combined embedder hard-codes 1.
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.timestep_embedder = TimestepEmbedding(256, dim)
+        self.class_embedder = nn.Embedding(num_classes + 1, dim)
+
+    def forward(
+        self,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        force_drop_ids: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        if class_labels is None:
+            class_labels = torch.full_like(timestep, self.num_classes, dtype=torch.long)
+        if force_drop_ids is not None:
+            class_labels = torch.where(force_drop_ids.bool(), self.num_classes, class_labels)
+        elif self.training and self.class_dropout_prob > 0:
+            drop = torch.rand(class_labels.shape, device=class_labels.device) < self.class_dropout_prob
+            class_labels = torch.where(drop, self.num_classes, class_labels)
+        # The sinusoids need float32: bf16 would round t = 0.043 to 0.04297.
+        temb = self.timestep_embedder(self.time_proj(timestep.float()).to(dtype))
+        return nn.functional.silu(temb + self.class_embedder(class_labels).to(dtype))  # (B, D)
+
+
+class ERWRotaryPosEmbed(nn.Module):
+    """2D rotary embedding: the first half of each head turns with the row, the second with the column."""
+
+    def __init__(self, head_dim: int, grid_size: int, theta: float = 10000.0) -> None:
+        super().__init__()
+        axis = torch.arange(grid_size).float()
+        cos, sin = get_1d_rotary_pos_embed(head_dim // 2, axis, theta=theta, use_real=True)  # (grid, head_dim / 2)
+        rows = torch.arange(grid_size).repeat_interleave(grid_size)
+        columns = torch.arange(grid_size).repeat(grid_size)
+        self.register_buffer("cos", torch.cat([cos[rows], cos[columns]], dim=-1), persistent=False)  # (N, head_dim)
+        self.register_buffer("sin", torch.cat([sin[rows], sin[columns]], dim=-1), persistent=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cos.to(hidden_states.device), self.sin.to(hidden_states.device)
+
+
+class ERWAdaLayerNormOut(nn.Module):
+    """The final modulated norm. Shift comes before scale in the projection, as in the published SiT checkpoints."""
+
+    def __init__(self, dim: int, norm_type: str) -> None:
+        super().__init__()
+        self.norm = _norm(norm_type, dim, affine=norm_type == "rms_norm")
+        self.modulation = nn.Linear(dim, 2 * dim)
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        shift, scale = self.modulation(temb).unsqueeze(1).chunk(2, dim=-1)
+        return self.norm(hidden_states) * (1 + scale) + shift
+
+
+def _norm(norm_type: str, dim: int, affine: bool) -> nn.Module:
+    if norm_type == "layer_norm":
+        # Only QK-norm has weights, and in the published checkpoints PyTorch's default epsilon.
+        return nn.LayerNorm(dim, eps=1e-5 if affine else 1e-6, elementwise_affine=affine)
+    if norm_type == "rms_norm":
+        return nn.RMSNorm(dim, eps=1e-6, elementwise_affine=affine)
+    raise ValueError(f'a norm must be "layer_norm" or "rms_norm", got {norm_type!r}')
+
+
+class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
+    r"""
+    A class-conditional flow-matching transformer: the SiT architecture (arXiv 2401.08740) that REPA (arXiv 2410.06940)
+    and ERW (arXiv 2504.10188) train, with the options that later work added.
+
+    The model predicts the velocity dx_t/dt of a path that runs from data (t = 0) to noise (t = 1). It knows nothing of
+    losses, encoders or projectors: the tokens that those need come out of `forward`.
+
+    Published sizes (`num_layers`, `num_attention_heads`, `attention_head_dim`): S 12, 6, 64; B 12, 12, 64; L 24, 16,
+    64; XL 28, 16, 72, each with `patch_size` 2, 4 or 8. The defaults are XL/2 for 256 px images in SD-VAE latents.
+
+    Args:
+        sample_size (`int`, defaults to 32): Height and width of the latent (32 for 256 px, 64 for 512 px images).
+        patch_size (`int`, defaults to 2): Side of the square patch that becomes one token.
+        in_channels (`int`, defaults to 4): Channels of the latent, and of the prediction.
+        num_layers (`int`, defaults to 28): Number of transformer blocks.
+        num_attention_heads (`int`, defaults to 16): Heads of each attention; the width is heads x head dimension.
+        attention_head_dim (`int`, defaults to 72): Channels of each head.
+        mlp_ratio (`float`, defaults to 4.0): Width of the feed-forward over the width of the model.
+        num_classes (`int`, defaults to 1000):
+            Number of classes. Class `num_classes` is the null class. 0 makes an unconditional model.
+        class_dropout_prob (`float`, defaults to 0.1):
+            Probability with which a label becomes the null class in training mode, unless `force_drop_ids` says.
+        use_rope (`bool`, defaults to `False`): Add 2D rotary embeddings to the fixed sin-cos ones.
+        qk_norm (`str`, *optional*): `"layer_norm"` or `"rms_norm"` over each head's queries and keys; `None` for none.
+        norm_type (`str`, defaults to `"layer_norm"`): `"layer_norm"` without or `"rms_norm"` with weights.
+        activation_fn (`str`, defaults to `"gelu-approximate"`): `"gelu-approximate"` or `"swiglu"`.
+
+    Raises:
+        ValueError: if `sample_size` is no multiple of `patch_size`, or an option is none of its values.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ERWTransformerBlock", "PatchEmbed", "ERWTimeClassEmbedding", "ERWAdaLayerNormOut"]
+    _repeated_blocks = ["ERWTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "time_class_embed", "norm"]
+    _tp_plan = {
+        "transformer_blocks.*.attn.to_q": "colwise",
+        "transformer_blocks.*.attn.to_k": "colwise",
+        "transformer_blocks.*.attn.to_v": "colwise",
+        "transformer_blocks.*.attn.to_out.0": "rowwise",
+        "transformer_blocks.*.ff.net.0.proj": "colwise",
+        "transformer_blocks.*.ff.net.2": "rowwise",
+    }
+    _cp_plan = {
+        "transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        use_rope: bool = False,
+        qk_norm: str | None = None,
+        norm_type: str = "layer_norm",
+        activation_fn: str = "gelu-approximate",
+    ) -> None:
+        super().__init__()
+        if sample_size % patch_size != 0:
+            raise ValueError(f"sample_size={sample_size} is no multiple of patch_size={patch_size}")
+        if activation_fn not in ("gelu-approximate", "swiglu"):
+            raise ValueError(f'activation_fn must be "gelu-approximate" or "swiglu", got {activation_fn!r}')
+        dim = num_attention_heads * attention_head_dim
+
+        self.pos_embed = PatchEmbed(
+            height=sample_size, width=sample_size, patch_size=patch_size, in_channels=in_channels, embed_dim=dim
+        )
+        self.time_class_embed = ERWTimeClassEmbedding(dim, num_classes, class_dropout_prob)
+        self.rope = None
+        if use_rope:
+            if attention_head_dim % 4 != 0:
+                raise ValueError(f"use_rope needs attention_head_dim divisible by 4, got {attention_head_dim}")
+            self.rope = ERWRotaryPosEmbed(attention_head_dim, sample_size // patch_size)
+            rope_input = ContextParallelInput(split_dim=0, expected_dims=2, split_output=True)
+            self._cp_plan = {"rope": {0: rope_input, 1: rope_input}, **self._cp_plan}
+        self.transformer_blocks = nn.ModuleList(
+            [
+                ERWTransformerBlock(
+                    dim, num_attention_heads, attention_head_dim, mlp_ratio, qk_norm, norm_type, activation_fn
+                )
+                for _ in range(num_layers)
+            ]
+        )
+        self.norm_out = ERWAdaLayerNormOut(dim, norm_type)
+        self.proj_out = nn.Linear(dim, patch_size * patch_size * in_channels)
+
+        self.gradient_checkpointing = False
+        self._initialize_weights()
+
+    def _initialize_weights(self) -> None:
+        # The initialisation of DiT (arXiv 2212.09748, §3.2), which every model of this family starts from.
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        # The patch embedding is a linear layer in a convolution's clothes.
+        nn.init.xavier_uniform_(self.pos_embed.proj.weight.view(self.pos_embed.proj.out_channels, -1))
+        nn.init.zeros_(self.pos_embed.proj.bias)
+        nn.init.normal_(self.time_class_embed.class_embedder.weight, std=0.02)
+        nn.init.normal_(self.time_class_embed.timestep_embedder.linear_1.weight, std=0.02)
+        nn.init.normal_(self.time_class_embed.timestep_embedder.linear_2.weight, std=0.02)
+        # adaLN-zero: every gate starts shut, so each block starts as the identity ...
+        for block in self.transformer_blocks:
+            nn.init.zeros_(block.modulation.weight)
+        nn.init.zeros_(self.norm_out.modulation.weight)
+        # ... and the model starts by predicting zero velocity.
+        nn.init.zeros_(self.proj_out.weight)
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        force_drop_ids: torch.Tensor | None = None,
+        hidden_states_depths: tuple[int, ...] = (),
+        tokens_only: bool = False,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> ERWTransformer2DModelOutput | tuple[torch.Tensor | None, ...]:
+        """
+        Predicts the velocity of the path.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, C, H, W)`):
+                Noised latents x_t, `H = W = sample_size`.
+            timestep (`torch.Tensor` of shape `(B,)`):
+                Flow time in [0, 1], 0 is data and 1 is noise, float32. A diffusers scheduler's timestep is 1000 times
+                that.
+            class_labels (`torch.LongTensor` of shape `(B,)`, *optional*):
+                Class ids in [0, num_classes], `num_classes` being the null class. Without labels every sample is of
+                the null class.
+            force_drop_ids (`torch.Tensor` of shape `(B,)`, *optional*):
+                Non-zero where the label is to become the null class. When given, nothing is dropped at random, which
+                is how a trainer keeps the draw its own.
+            hidden_states_depths (`tuple[int, ...]`, *optional*, defaults to `()`):
+                Depths in [1, num_layers] whose tokens are wanted: depth d is the output of the d-th block.
+            tokens_only (`bool`, *optional*, defaults to `False`):
+                Stop after the deepest of `hidden_states_depths`: later blocks do not run and `sample` is `None`.
+            attention_kwargs (`dict`, *optional*):
+                `{"scale": float}` scales the LoRA layers, if any. Other entries go to the attention processor.
+            return_dict (`bool`, *optional*, defaults to `True`): Return a dataclass in place of a tuple.
+
+        Returns:
+            [`ERWTransformer2DModelOutput`] or `tuple`: the velocity `(B, C, H, W)`, and the tokens asked for.
+
+        Raises:
+            ValueError: if a depth lies outside the model, or `tokens_only` comes without a depth.
+        """
+        num_layers = len(self.transformer_blocks)
+        if any(not 1 <= depth <= num_layers for depth in hidden_states_depths):
+            raise ValueError(f"hidden_states_depths={hidden_states_depths} must lie in [1, {num_layers}]")
+        if tokens_only and not hidden_states_depths:
+            raise ValueError("tokens_only=True needs hidden_states_depths")
+        depth_to_run = max(hidden_states_depths) if tokens_only else num_layers
+        height, width = hidden_states.shape[-2:]
+
+        hidden_states = self.pos_embed(hidden_states)  # (B, N, D)
+        temb = self.time_class_embed(timestep, class_labels, force_drop_ids, hidden_states.dtype)  # (B, D)
+        image_rotary_emb = self.rope(hidden_states) if self.rope is not None else None
+
+        tokens = {}
+        for depth, block in enumerate(self.transformer_blocks[:depth_to_run], start=1):
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb, image_rotary_emb)
+            else:
+                hidden_states = block(hidden_states, temb, image_rotary_emb)
+            if depth in hidden_states_depths:
+                tokens[depth] = hidden_states
+
+        sample = None
+        if not tokens_only:
+            hidden_states = self.proj_out(self.norm_out(hidden_states, temb))  # (B, N, p * p * C)
+            sample = self._unpatchify(hidden_states, height, width)
+        taps = tuple(tokens[depth] for depth in hidden_states_depths) or None
+        if not return_dict:
+            return (sample, taps) if taps is not None else (sample,)
+        return ERWTransformer2DModelOutput(sample=sample, hidden_states=taps)
+
+    def _unpatchify(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        patch_size, channels = self.config.patch_size, self.config.in_channels
+        rows, columns = height // patch_size, width // patch_size
+        hidden_states = hidden_states.reshape(-1, rows, columns, patch_size, patch_size, channels)
+        hidden_states = hidden_states.permute(0, 5, 1, 3, 2, 4)  # (B, C, rows, p, columns, p)
+        return hidden_states.reshape(-1, channels, height, width)
+
+
+# Step caching (FirstBlockCache, TaylorSeer, MagCache) and the layer-skipping and perturbed-attention guiders find
+# blocks and processors through these tables.
+TransformerBlockRegistry.register(ERWTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+AttentionProcessorRegistry.register(
+    ERWAttnProcessor, AttentionProcessorMetadata(skip_processor_output_fn=_skip_attention___ret___hidden_states)
+)
