@@ -93,7 +93,8 @@ LossFunction = Callable[[torch.nn.Module, Batch, int], dict[str, torch.Tensor]]
 
 def main() -> None:
     config = parse_config()
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger(__name__).setLevel(logging.INFO)
     output_dir = Path(config.output_dir)
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -278,6 +279,7 @@ def train_phase(
             )
         if progress.step % config.checkpointing_steps == 0 or progress.step == end_step:
             save_checkpoint(accelerator, config.output_dir, progress, config.checkpoints_total_limit)
+            logger.info(f"saved checkpoint-{progress.step}")
         if phase == "full" and config.validation_steps and progress.step % config.validation_steps == 0:
             if accelerator.is_main_process:
                 validate(run, accelerator.unwrap_model(model).transformer)

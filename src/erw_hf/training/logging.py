@@ -18,6 +18,7 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 
 
@@ -86,15 +87,15 @@ def plot_losses(metrics_path: str | os.PathLike, png_path: str | os.PathLike) ->
     records = read_metrics(metrics_path)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, color, label in (
-        ("velocity", "tab:blue", "velocity loss"),
-        ("alignment", "tab:orange", "alignment loss"),
-    ):
-        points = [(r["images_seen"], r[name]) for r in records if r.get(name) is not None]
-        if points:
-            images, losses = zip(*points, strict=True)
-            axes.plot(images, losses, color=color, alpha=0.25, linewidth=0.8)
-            axes.plot(images, _smooth(losses), color=color, label=label)
+    lines = (("velocity", "tab:blue", "velocity loss"), ("alignment", "tab:orange", "alignment loss"))
+    for name, color, label in lines:
+        for phase in ("warmup", "full"):  # a mean over the hand-over would be of two different things
+            points = [(r["images_seen"], r[name]) for r in records if r["phase"] == phase and r.get(name) is not None]
+            if points:
+                images, losses = zip(*points, strict=True)
+                axes.plot(images, losses, color=color, alpha=0.25, linewidth=0.8)
+                axes.plot(images, _smooth(losses), color=color, label=label)
+                label = None  # one entry of the legend serves both phases
     warmup = [r["images_seen"] for r in records if r["phase"] == "warmup"]
     if warmup:
         axes.axvspan(0, warmup[-1], color="tab:orange", alpha=0.08, label="warmup")
@@ -104,13 +105,13 @@ def plot_losses(metrics_path: str | os.PathLike, png_path: str | os.PathLike) ->
     figure.savefig(png_path, dpi=120)
 
 
-def _smooth(values: tuple[float, ...]) -> list[float]:
-    """Exponential moving average whose window is a fiftieth of the curve."""
-    decay = 1 - 1 / max(len(values) / 50, 1)
-    smoothed = [values[0]]
-    for value in values[1:]:
-        smoothed.append(decay * smoothed[-1] + (1 - decay) * value)
-    return smoothed
+def _smooth(values: tuple[float, ...]) -> np.ndarray:
+    """Mean over a window around each point that is a twentieth of the curve, and shorter at its ends."""
+    half = len(values) // 40
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    centre = np.arange(len(values))
+    reach = np.minimum(half, np.minimum(centre, len(values) - 1 - centre))
+    return (sums[centre + reach + 1] - sums[centre - reach]) / (2 * reach + 1)
 
 
 def image_grid(images: list[Image.Image], columns: int, min_side: int = 48) -> Image.Image:
