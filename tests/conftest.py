@@ -11,40 +11,16 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-import importlib.util
 import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
+from helpers import TINY_MODEL, randomize
 
-
-REPOSITORY = Path(__file__).parent.parent
 
 # No test may reach for a network: what is not local has to fail at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-TINY_MODEL = {
-    "sample_size": 8,
-    "patch_size": 2,
-    "in_channels": 1,
-    "num_layers": 3,
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "num_classes": 10,
-}
-
-
-def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """adaLN-zero leaves a fresh model predicting zeros, which would hide almost any error."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
-    return model
 
 
 @pytest.fixture
@@ -73,6 +49,7 @@ def tiny_flags(encoder_path) -> list[str]:
     values = {
         "encoder": encoder_path,
         "sample_size": 8,
+        "patch_size": 2,
         "num_layers": 3,
         "num_attention_heads": 2,
         "attention_head_dim": 8,
@@ -91,67 +68,3 @@ def tiny_flags(encoder_path) -> list[str]:
         "mixed_precision": "no",
     }
     return [f"--{name}={value}" for name, value in values.items()]
-
-
-PRESET = ["--config", "training/configs/digits.yaml"]
-
-
-def train(*flags: str) -> None:
-    """Runs the training script in this process, which saves the seconds that importing torch takes."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    spec = importlib.util.spec_from_file_location("train_erw", REPOSITORY / "training" / "train_erw.py")
-    script = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train_erw.py", *PRESET, *map(str, flags)])
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.chdir(REPOSITORY)
-        patch.setitem(sys.modules, "train_erw", script)
-        spec.loader.exec_module(script)
-        try:
-            script.main()
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
-
-
-def _launch_command(flags: tuple[str, ...], processes: int) -> tuple[list[str], dict[str, str]]:
-    """accelerate's way to N CPU processes is --multi_gpu without a GPU."""
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    launch = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else ["--cpu"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "--main_process_port", "0"]
-    return [*command, "training/train_erw.py", *PRESET, *map(str, flags)], environment
-
-
-def launch_training(*flags: str, processes: int = 1) -> None:
-    """Runs the training script as a user does."""
-    command, environment = _launch_command(flags, processes)
-    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
-    if result.returncode != 0:
-        raise AssertionError(f"training failed:\n{result.stdout[-2000:]}\n{result.stderr[-6000:]}")
-
-
-def kill_training_at(step: int, *flags: str, processes: int = 1) -> None:
-    """Starts the training script and ends it with SIGKILL, launcher, workers and all, once it has written a step."""
-    command, environment = _launch_command(flags, processes)
-    output_dir = next(Path(flag.split("=", 1)[1]) for flag in flags if flag.startswith("--output_dir="))
-    metrics = output_dir / "metrics.jsonl"
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 300
-    while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
-        if process.poll() is not None or time.monotonic() > deadline:
-            _kill_tree(process)
-            raise AssertionError(f"training never reached step {step}")
-        time.sleep(0.02)
-    _kill_tree(process)
-
-
-def _kill_tree(process: subprocess.Popen) -> None:
-    # torch's launcher gives each training process a session of its own, so killing the group would miss them.
-    tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in tree:
-        member.kill()
-    process.wait()
-    psutil.wait_procs(tree)

@@ -16,7 +16,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 

@@ -17,7 +17,7 @@ import ast
 import re
 
 import pytest
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 
 
 def public_definitions():

@@ -31,6 +31,85 @@ def test_tokens_are_the_models_own_on_normalised_images(encoder_path):
     assert encoder.num_prefix_tokens == 1 and encoder.embed_dim == 16
 
 
+def _save(folder, model, size: int = 16):
+    model.save_pretrained(folder)
+    BitImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(
+        folder
+    )
+    return folder
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+ARCHITECTURES = {
+    # name: (config, model, prefix tokens), all with 4 px patches and made for 16 px images
+    "dinov2": (lambda t: t.Dinov2Config(**SMALL, patch_size=4, image_size=16), "Dinov2Model", 1),
+    "dinov2-registers": (
+        lambda t: t.Dinov2WithRegistersConfig(**SMALL, patch_size=4, image_size=16, num_register_tokens=4),
+        "Dinov2WithRegistersModel", 5,
+    ),
+    "dinov3": (
+        lambda t: t.DINOv3ViTConfig(**SMALL, patch_size=4, image_size=16, num_register_tokens=4), "DINOv3ViTModel", 5
+    ),
+    "dino-v1": (lambda t: t.ViTConfig(**SMALL, patch_size=4, image_size=16), "ViTModel", 1),
+    "mae": (
+        lambda t: t.ViTMAEConfig(
+            **SMALL, patch_size=4, image_size=16, decoder_hidden_size=16, decoder_num_attention_heads=2,
+            decoder_intermediate_size=32, decoder_num_hidden_layers=1,
+        ),
+        "ViTMAEModel", 1,
+    ),
+    "ijepa": (lambda t: t.IJepaConfig(**SMALL, patch_size=4, image_size=16), "IJepaModel", 0),
+    "clip": (
+        lambda t: t.CLIPConfig(vision_config={**SMALL, "patch_size": 4, "image_size": 16}, text_config={**SMALL, "vocab_size": 50}),
+        "CLIPModel", 1,
+    ),
+    "siglip2": (
+        lambda t: t.SiglipConfig(vision_config={**SMALL, "patch_size": 4, "image_size": 16}, text_config={**SMALL, "vocab_size": 50}),
+        "SiglipModel", 0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("grid", [4, 8])  # the encoder's own grid, and another
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_patch_tokens_of_every_architecture(name, grid, tmp_path):
+    import transformers
+
+    make_config, class_name, prefix = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    _save(tmp_path, getattr(transformers, class_name)(make_config(transformers)))
+    encoder = RepresentationEncoder.from_pretrained(tmp_path, token_grid=grid)
+    assert encoder.num_prefix_tokens == prefix and encoder.embed_dim == 16
+    images = torch.rand(2, 3, 4 * grid, 4 * grid, generator=torch.Generator().manual_seed(1))
+    tokens = encoder(images)
+    assert tokens.shape == (2, grid**2, 16)
+    torch.testing.assert_close(encoder(images), tokens)  # nothing random, no shuffling
+    # Tokens are in row-major order: a change in the last patch moves its own token most.
+    changed = images.clone()
+    changed[:, :, -4:, -4:] = 1 - changed[:, :, -4:, -4:]
+    moved = (encoder(changed) - tokens).norm(dim=-1)
+    assert (moved.argmax(dim=1) == grid**2 - 1).all()
+
+
+def test_antialiased_positions_are_resampled_once(encoder_path, tmp_path):
+    encoder = RepresentationEncoder.from_pretrained(encoder_path, token_grid=2, antialias_positions=True)
+    own = AutoModel.from_pretrained(encoder_path).embeddings.position_embeddings
+    grid = own[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    expected = F.interpolate(grid, size=(2, 2), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    table = encoder.model.embeddings.position_embeddings
+    assert table.shape == (1, 5, 16)
+    torch.testing.assert_close(table[:, 1:], expected)
+    torch.testing.assert_close(table[:, :1], own[:, :1])
+    images = torch.rand(1, 3, 8, 8)
+    plain = RepresentationEncoder.from_pretrained(encoder_path, token_grid=2)
+    assert not torch.allclose(encoder(images), plain(images))
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    _save(tmp_path, DINOv3ViTModel(DINOv3ViTConfig(**SMALL, patch_size=4, image_size=16)))
+    with pytest.raises(ValueError, match="no position table"):
+        RepresentationEncoder.from_pretrained(tmp_path, token_grid=4, antialias_positions=True)
+
+
 def test_images_of_another_size_are_resized_and_grey_ones_are_spread(encoder_path):
     encoder = RepresentationEncoder.from_pretrained(encoder_path, token_grid=8)
     grey = torch.rand(2, 1, 20, 20)

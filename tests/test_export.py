@@ -48,7 +48,7 @@ assert not any(name.split(".")[0] == "erw_hf" for name in sys.modules)
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    from conftest import TINY_MODEL, randomize
+    from helpers import TINY_MODEL, randomize
 
     transformer = randomize(ERWTransformer2DModel(**TINY_MODEL)).eval()
     pipe = ERWPipeline(transformer, None, FlowMatchEulerMaruyamaScheduler(), id2label={0: "dog", 1: "cat"})

@@ -14,9 +14,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TINY_MODEL, randomize
 from diffusers import FlowMatchEulerDiscreteScheduler, LayerSkipConfig, ModularPipelineBlocks
 from diffusers.guiders import AdaptiveProjectedGuidance, AutoGuidance, ClassifierFreeGuidance, SkipLayerGuidance
+from helpers import REPOSITORY, TINY_MODEL, randomize
 
 from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler, FlowMatchHeunScheduler
 

@@ -19,7 +19,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 
 import erw_hf
 

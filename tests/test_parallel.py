@@ -19,8 +19,8 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY_MODEL, randomize
 from diffusers.hooks import tensor_parallel
+from helpers import TINY_MODEL, randomize
 
 from erw_hf import ERWTransformer2DModel
 

@@ -16,8 +16,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_MODEL, randomize
 from diffusers import AutoencoderKL, FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler, TaylorSeerCacheConfig
+from helpers import TINY_MODEL, randomize
 
 from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import kill_training_at, launch_training, train
+from helpers import kill_training_at, launch_training, train
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -78,7 +78,7 @@ def test_phase_2_starts_from_what_phase_1_learnt_in_the_same_run(finished_run, t
     # the hand-over itself.
     train(
         *tiny_flags,
-        "--learning_rate=1e-30",
+        "--learning_rate=0",
         "--warmup_learning_rate=1e-3",
         "--ema_decay=0",
         f"--output_dir={tmp_path}/run",
@@ -92,7 +92,7 @@ def test_phase_2_starts_from_what_phase_1_learnt_in_the_same_run(finished_run, t
     for name in handed_over:
         assert torch.equal(frozen[name], own_warmup[name]), name
     # The warmup did learn: its weights are not those that a run without warmup starts from.
-    train(*tiny_flags, "--warmup_steps=0", "--max_train_steps=1", "--learning_rate=1e-30", "--ema_decay=0",
+    train(*tiny_flags, "--warmup_steps=0", "--max_train_steps=1", "--learning_rate=0", "--ema_decay=0",
         f"--output_dir={tmp_path}/cold")  # fmt: skip
     cold = weights(tmp_path / "cold")
     assert not torch.equal(
@@ -169,7 +169,7 @@ def test_accumulation_equals_the_large_batch(tmp_path, tiny_flags, finished_run)
 
 def test_one_warmup_serves_another_run(tmp_path, tiny_flags, finished_run):
     flags = [*tiny_flags, "--warmup_steps=0", f"--warmup_from={finished_run}/warmup", "--max_train_steps=1"]
-    train(*flags, "--learning_rate=1e-30", "--ema_decay=0", f"--output_dir={tmp_path}/run")
+    train(*flags, "--learning_rate=0", "--ema_decay=0", f"--output_dir={tmp_path}/run")
     warmup = load_file(finished_run / "warmup" / "transformer" / "diffusion_pytorch_model.safetensors")
     name = "transformer_blocks.1.ff.net.2.weight"
     assert torch.equal(weights(tmp_path / "run")[name], warmup[name])
@@ -197,7 +197,7 @@ def test_latents_of_a_vae_and_data_without_labels(tmp_path, tiny_flags):
     (tmp_path / "data").mkdir()
     data.to_parquet(tmp_path / "data" / "train.parquet")
     flags = [*tiny_flags, f"--vae={tmp_path}/vae", f"--dataset_name={tmp_path}/data", "--in_channels=4"]
-    train(*flags, "--patch_size=4", f"--output_dir={tmp_path}/run")
+    train(*flags, f"--output_dir={tmp_path}/run")
     pipe = ERWPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert isinstance(pipe.vae, AutoencoderKL) and pipe.transformer.config.num_classes == 0
     assert pipe(num_inference_steps=2).images[0].size == (16, 16)
@@ -228,7 +228,7 @@ def test_every_switch_runs_both_phases(tmp_path, tiny_flags, flags):
         (["--warmup_stepss=3"], "did you mean --warmup_steps?"),
         (["--image_column=picture"], "'picture' is no column of the data set"),
         (["--num_classes=5"], "is not in [0, 4]"),
-        (["--encoder_image_size=24"], "6x6 encoder tokens, the latent has 2x2"),
+        (["--encoder_image_size=24"], "6x6 encoder tokens, the latent has 4x4"),
         (["--warmup_depth=4"], "warmup_depth=4 must lie in [1, num_layers=3]"),
         (["--max_train_steps=2"], "warmup_steps=3 must lie in [0, max_train_steps=2]"),
         (["--in_channels=4"], "in_channels is 1 (grey) or 3 (RGB)"),

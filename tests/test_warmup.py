@@ -13,7 +13,7 @@
 # limitations under the License.
 import pytest
 import torch
-from conftest import TINY_MODEL, randomize
+from helpers import TINY_MODEL, randomize
 
 from erw_hf import ERWTransformer2DModel
 from erw_hf.alignment import AlignedTransformer, MLPProjector

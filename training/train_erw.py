@@ -408,7 +408,7 @@ def load_encoder(config: TrainingConfig, accelerator: Accelerator) -> Representa
         return None
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     encoder = RepresentationEncoder.from_pretrained(
-        config.encoder, config.token_grid, config.encoder_image_size, dtype=dtype
+        config.encoder, config.token_grid, config.encoder_image_size, dtype, config.encoder_antialias
     )
     return encoder.to(accelerator.device)
 
@@ -481,13 +481,17 @@ def build_pipeline(run: Run, transformer: ERWTransformer2DModel) -> ERWPipeline:
 def sample_grid(run: Run, transformer: ERWTransformer2DModel) -> Image.Image:
     """Pictures of the model as it is: the same labels and the same noise at every step of the run."""
     count, num_classes = run.config.num_validation_images, run.source.num_classes
-    # A few classes are all shown, in turn; of many, evenly spaced ones.
-    labels = [i % num_classes if num_classes <= count else i * num_classes // count for i in range(count)]
+    if num_classes == 0:
+        labels = [0] * count  # the null class of an unconditional model
+    elif num_classes <= count:
+        labels = [i % num_classes for i in range(count)]  # all of them, in turn
+    else:
+        labels = [i * num_classes // count for i in range(count)]  # evenly spaced ones
     pipeline = build_pipeline(run, transformer)
     transformer.eval()
     with run.accelerator.autocast():
         images = pipeline(
-            class_labels=labels if num_classes else [0] * count,
+            class_labels=labels,
             num_inference_steps=run.config.num_inference_steps,
             guidance_scale=run.config.guidance_scale,
             generator=[torch.Generator().manual_seed(run.config.seed + i) for i in range(count)],

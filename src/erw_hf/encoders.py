@@ -13,12 +13,17 @@
 # limitations under the License.
 """Frozen vision encoders of transformers as teachers: images in, patch tokens out."""
 
+import inspect
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModel, SiglipVisionModel
+
+
+# Repos that hold an image and a text tower: the image tower alone is loaded.
+_VISION_TOWERS = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
 
 
 class RepresentationEncoder(nn.Module):
@@ -33,6 +38,9 @@ class RepresentationEncoder(nn.Module):
         token_grid (`int`): Side of the grid of patch tokens that is wanted: the transformer's own token grid.
         image_size (`int`, *optional*):
             Side of the image given to the model, in pixels. Defaults to `token_grid` times the model's patch size.
+        antialias_positions (`bool`, *optional*, defaults to `False`):
+            Resample the model's position table once, with antialias, as REPA-type code does by way of timm. By default
+            transformers resamples it in its own way, which gives other tokens where the grid is not the model's own.
 
     Raises:
         ValueError: if the model cannot give `token_grid` x `token_grid` patch tokens.
@@ -45,9 +53,18 @@ class RepresentationEncoder(nn.Module):
         image_std: list[float],
         token_grid: int,
         image_size: int | None = None,
+        antialias_positions: bool = False,
     ) -> None:
         super().__init__()
+        if antialias_positions:
+            _resample_positions(model, token_grid)
         self.model = model.eval().requires_grad_(False)
+        # ViT, MAE, I-JEPA, CLIP and SigLIP resample their position tables only when told to.
+        accepted = inspect.signature(model.forward).parameters
+        self._forward_kwargs = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
+        self._shuffles = getattr(model.config, "model_type", None) == "vit_mae"
+        if self._shuffles:
+            model.config.mask_ratio = 0.0
         self.token_grid = token_grid
         patch_size = model.config.patch_size
         self.image_size = token_grid * patch_size if image_size is None else image_size
@@ -81,6 +98,7 @@ class RepresentationEncoder(nn.Module):
         token_grid: int,
         image_size: int | None = None,
         dtype: torch.dtype = torch.float32,
+        antialias_positions: bool = False,
         revision: str | None = None,
     ) -> "RepresentationEncoder":
         """
@@ -91,6 +109,7 @@ class RepresentationEncoder(nn.Module):
             token_grid (`int`): Side of the wanted grid of tokens, `sample_size // patch_size` of the transformer.
             image_size (`int`, *optional*): Side of the image given to the encoder; see the class.
             dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of the weights.
+            antialias_positions (`bool`, *optional*, defaults to `False`): See the class.
             revision (`str`, *optional*): Commit, branch or tag of the Hub repo.
 
         Returns:
@@ -100,11 +119,13 @@ class RepresentationEncoder(nn.Module):
             OSError: if there is no such model.
             ValueError: if its tokens do not fit the grid.
         """
-        model = AutoModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype, revision=revision)
+        config = AutoConfig.from_pretrained(pretrained_model_name_or_path, revision=revision)
+        model_class = _VISION_TOWERS.get(config.model_type, AutoModel)
+        model = model_class.from_pretrained(pretrained_model_name_or_path, dtype=dtype, revision=revision)
         # Mean and deviation come from the model's own processor: constants in the code were wrong for half of the
         # encoders that published training code supports.
         processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, revision=revision, backend="pil")
-        return cls(model, processor.image_mean, processor.image_std, token_grid, image_size)
+        return cls(model, processor.image_mean, processor.image_std, token_grid, image_size, antialias_positions)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -112,7 +133,12 @@ class RepresentationEncoder(nn.Module):
         return next(self.model.parameters()).dtype
 
     def _hidden_states(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values=pixel_values).last_hidden_state
+        kwargs = dict(self._forward_kwargs)
+        if self._shuffles:
+            # MAE orders its tokens by this noise even when it masks none.
+            order = torch.arange(self.token_grid**2, device=pixel_values.device, dtype=torch.float32)
+            kwargs["noise"] = order.expand(len(pixel_values), -1)
+        return self.model(pixel_values=pixel_values, **kwargs).last_hidden_state
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -131,3 +157,18 @@ class RepresentationEncoder(nn.Module):
         if images.shape[-1] != self.image_size:
             images = F.interpolate(images, size=(self.image_size, self.image_size), mode="bicubic")
         return self._hidden_states(images.to(self.dtype))[:, self.num_prefix_tokens :]  # (B, N, D)
+
+
+@torch.no_grad()
+def _resample_positions(model: nn.Module, token_grid: int) -> None:
+    """Bicubic with antialias, in float32, of the grid part of the table; class and register positions stay."""
+    embeddings = getattr(model, "embeddings", None)
+    table = getattr(embeddings, "position_embeddings", None)
+    if not isinstance(table, nn.Parameter):
+        raise ValueError(f"{type(model).__name__} has no position table that antialias_positions could resample")
+    side = math.isqrt(table.shape[1])
+    prefix, grid = table[:, : table.shape[1] - side**2], table[:, table.shape[1] - side**2 :]
+    grid = grid.float().transpose(1, 2).unflatten(2, (side, side))  # (1, D, side, side)
+    grid = F.interpolate(grid, size=(token_grid, token_grid), mode="bicubic", antialias=True)
+    resampled = torch.cat([prefix, grid.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+    embeddings.position_embeddings = nn.Parameter(resampled)

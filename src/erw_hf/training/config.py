@@ -20,7 +20,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
 import torch
 import yaml
@@ -71,6 +71,7 @@ class TrainingConfig:
     # Representation alignment
     encoder: str | None = _key(None, "Hub id or folder of the vision encoder to align with; none trains a plain SiT.")
     encoder_image_size: int | None = _key(None, "Side of the encoder's input; token grid x its patch size by default.")
+    encoder_antialias: bool = _key(False, "Resample the encoder's position table with antialias, as REPA's code.")
     alignment_loss: Literal["cosine", "nt_xent", "structural"] = _key(
         "cosine", "cosine: patch-wise, as published; nt_xent: in-batch negatives, as ERW's text; structural: as SARA."
     )
@@ -217,24 +218,24 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
         allow_abbrev=False,
         usage="accelerate launch training/train_erw.py [--config FILE.yaml] [--any_key value ...]",
     )
-    fields = {f.name: f for f in dataclasses.fields(TrainingConfig)}
+    types = get_type_hints(TrainingConfig)  # not the fields' own, which HfArgumentParser simplifies
     if known.config is not None:
         try:
             values = yaml.safe_load(Path(known.config).read_text()) or {}
         except OSError as error:
             parser.error(f"cannot read the config: {error}")
         for key in values:
-            if key not in fields:
-                parser.error(f"{known.config}: {_unknown('key', key, list(fields))}")
+            if key not in types:
+                parser.error(f"{known.config}: {_unknown('key', key, list(types))}")
         folder = Path(known.config).parent
-        parser.set_defaults(**{key: _coerce(value, fields[key].type, folder) for key, value in values.items()})
+        parser.set_defaults(**{key: _coerce(value, types[key], folder) for key, value in values.items()})
     namespace, unknown = parser.parse_known_args(rest)
     if unknown:
-        parser.error(_unknown("argument", unknown[0], [f"--{name}" for name in fields]))
-    values = {name: getattr(namespace, name) for name in fields}
+        parser.error(_unknown("argument", unknown[0], [f"--{name}" for name in types]))
+    values = {name: getattr(namespace, name) for name in types}
     for name, value in values.items():
         # So that a flag can take back what the file sets: `--encoder none`.
-        if fields[name].type == (str | None) and value in ("none", "null", ""):
+        if types[name] == (str | None) and value in ("none", "null", ""):
             values[name] = None
     try:
         return TrainingConfig(**values)

@@ -34,6 +34,8 @@ def count_step_flops(model: AlignedTransformer, encoder: RepresentationEncoder |
         `int`: FLOPs for each image of a step. An optimizer step is not counted: it does not grow with the batch.
     """
     config = model.transformer.config
+    # What gradient checkpointing computes again is no work of the model's, and would run outside `functional_call`.
+    checkpointing, model.transformer.gradient_checkpointing = model.transformer.gradient_checkpointing, False
     with FlopCounterMode(display=False) as counter:
         x = torch.empty(1, config.in_channels, config.sample_size, config.sample_size, device="meta")
         t = torch.empty(1, device="meta")
@@ -43,6 +45,7 @@ def count_step_flops(model: AlignedTransformer, encoder: RepresentationEncoder |
         if encoder is not None:
             images = torch.empty(1, 3, encoder.image_size, encoder.image_size, device="meta")
             functional_call(encoder, _on_meta(encoder), (images,))
+    model.transformer.gradient_checkpointing = checkpointing
     return counter.get_total_flops()
 
 
