@@ -59,6 +59,7 @@ from erw_hf.flow import timestep_from_normal
 from erw_hf.hub.convert import read_checkpoint
 from erw_hf.training.checkpoints import Progress, TrainingState, read_progress, resolve_checkpoint, save_checkpoint
 from erw_hf.training.config import TrainingConfig, parse_config, resolve_mixed_precision
+from erw_hf.training.cost import cost_report
 from erw_hf.training.flops import count_step_flops
 from erw_hf.training.logging import MetricsFile, image_grid, plot_losses
 from erw_hf.warmup import AlignmentLoss, build_warmup_transformer, full_loss, hand_over, warmup_loss
@@ -93,6 +94,9 @@ LossFunction = Callable[[torch.nn.Module, Batch, int], dict[str, torch.Tensor]]
 
 def main() -> None:
     config = parse_config()
+    if config.dry_run:
+        print(cost_report(config))
+        return
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger(__name__).setLevel(logging.INFO)
     output_dir = Path(config.output_dir)

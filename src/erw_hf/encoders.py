@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionMo
 
 
 # Repos that hold an image and a text tower: the image tower alone is loaded.
-_VISION_TOWERS = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
+VISION_TOWERS = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
 
 
 class RepresentationEncoder(nn.Module):
@@ -120,7 +120,7 @@ class RepresentationEncoder(nn.Module):
             ValueError: if its tokens do not fit the grid.
         """
         config = AutoConfig.from_pretrained(pretrained_model_name_or_path, revision=revision)
-        model_class = _VISION_TOWERS.get(config.model_type, AutoModel)
+        model_class = VISION_TOWERS.get(config.model_type, AutoModel)
         model = model_class.from_pretrained(pretrained_model_name_or_path, dtype=dtype, revision=revision)
         # Mean and deviation come from the model's own processor: constants in the code were wrong for half of the
         # encoders that published training code supports.

@@ -81,12 +81,12 @@ def load_source(
     dataset = _load(dataset_name, split, dataset_config_name)
     if len(dataset) == 0:
         raise ValueError(f"the data set {dataset_name!r} (split {split!r}) is empty")
-    image_column = _find_column(dataset, image_column, IMAGE_COLUMNS, "image_column")
+    image_column = find_column(dataset.column_names, image_column, IMAGE_COLUMNS, "image_column")
     if image_column is None:
         raise ValueError(
             f"no image column among {dataset.column_names}: tried {list(IMAGE_COLUMNS)}; name it with --image_column"
         )
-    label_column = _find_column(dataset, label_column, LABEL_COLUMNS, "label_column")
+    label_column = find_column(dataset.column_names, label_column, LABEL_COLUMNS, "label_column")
     if label_column is None:
         return Source(dataset, image_column, None, 0, None)
 
@@ -125,11 +125,35 @@ def _load(dataset_name: str, split: str, dataset_config_name: str | None) -> Dat
         raise
 
 
-def _find_column(dataset: Dataset, wanted: str | None, candidates: tuple[str, ...], option: str) -> str | None:
+def is_local(dataset_name: str) -> bool:
+    """
+    Args:
+        dataset_name (`str`): See [`load_source`].
+
+    Returns:
+        `bool`: Whether reading it needs no Hub.
+    """
+    return dataset_name == "digits" or os.path.isdir(dataset_name)
+
+
+def find_column(columns: list[str], wanted: str | None, candidates: tuple[str, ...], option: str) -> str | None:
+    """
+    Args:
+        columns (`list[str]`): Columns of a data set.
+        wanted (`str`, *optional*): The one that the user named.
+        candidates (`tuple[str, ...]`): Names to look for otherwise, in order.
+        option (`str`): Name of the user's option, for the message.
+
+    Returns:
+        `str`, *optional*: The column, `None` if none of the candidates exists.
+
+    Raises:
+        ValueError: if the named column does not exist.
+    """
     if wanted is None:
-        return next((name for name in candidates if name in dataset.column_names), None)
-    if wanted not in dataset.column_names:
-        raise ValueError(f"{option}={wanted!r} is no column of the data set; it has {dataset.column_names}")
+        return next((name for name in candidates if name in columns), None)
+    if wanted not in columns:
+        raise ValueError(f"{option}={wanted!r} is no column of the data set; it has {columns}")
     return wanted
 
 

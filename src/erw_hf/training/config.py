@@ -36,6 +36,8 @@ class TrainingConfig:
     """Every key of a run. A YAML file sets them, flags override it, and the resolved set is saved with the run."""
 
     output_dir: str = _key("outputs/erw", "Folder of the run: checkpoints, metrics.jsonl, samples, pipeline.")
+    dry_run: bool = _key(False, "Check the configuration, print what the run costs, and stop.")
+    dry_run_mfu: float = _key(0.4, "Share of the GPU's peak that the dry run's hours assume.")
     overwrite_output_dir: bool = _key(False, "Delete an earlier run in output_dir.")
     seed: int = _key(0, "Seed of the initial weights and of every random draw.")
 

@@ -1,0 +1,162 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a run will cost, and what is wrong with it, without running it and without downloading weights or images."""
+
+import torch
+from datasets import load_dataset_builder
+from transformers import AutoConfig, AutoModel
+
+from erw_hf.alignment import AlignedTransformer, ConvProjector, MLPProjector
+from erw_hf.data.samples import IMAGE_COLUMNS, LABEL_COLUMNS, find_column, is_local, load_source
+from erw_hf.encoders import VISION_TOWERS, RepresentationEncoder
+from erw_hf.training.config import TrainingConfig
+from erw_hf.training.flops import count_step_flops
+from erw_hf.transformer_erw import ERWTransformer2DModel
+from erw_hf.warmup import build_warmup_transformer
+
+
+PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200
+GIB = 2**30
+
+
+def cost_report(config: TrainingConfig) -> str:
+    """
+    Checks a configuration and works out its cost: parameters, FLOPs, memory, hours, disk.
+
+    Args:
+        config ([`TrainingConfig`]): The run.
+
+    Returns:
+        `str`: A table in plain text.
+
+    Raises:
+        ValueError: for columns, depths, grids or classes that do not fit, with what to change.
+        OSError: for a data set, encoder or autoencoder that does not exist or that this account may not read.
+    """
+    num_classes, num_images = _check_data(config)
+    with torch.device("meta"):
+        encoder = _encoder_on_meta(config)
+        full = _phase_on_meta(config, num_classes, encoder, warmup=False)
+        full_flops = count_step_flops(full, None if full.projector is None else encoder)
+        warmup_flops = 0
+        if config.warmup_steps > 0:
+            warmup_flops = count_step_flops(_phase_on_meta(config, num_classes, encoder, warmup=True), encoder)
+
+    batch = config.train_batch_size * config.gradient_accumulation_steps
+    full_steps = config.max_train_steps - config.warmup_steps
+    total = batch * (config.warmup_steps * warmup_flops + full_steps * full_flops)
+    parameters = sum(p.numel() for p in full.transformer.parameters())
+    trained = sum(p.numel() for p in full.parameters())
+    frozen = 0 if encoder is None else sum(p.numel() for p in encoder.parameters())
+    # float32 weights, gradients, two AdamW moments; the EMA has the transformer's alone.
+    state = 4 * (4 * trained + parameters)
+    rows = [
+        ("transformer", f"{parameters / 1e6:.1f} M parameters, {config.token_grid}x{config.token_grid} tokens"),
+        ("projector, encoder", f"{(trained - parameters) / 1e6:.1f} M trained, {frozen / 1e6:.1f} M frozen"),
+        ("data", f"{num_classes or 'no'} classes, {num_images or 'unknown number of'} images"),
+        ("FLOPs of a warmup step", f"{warmup_flops * batch:.3e} ({warmup_flops / full_flops:.3f} of a full one)"),
+        ("FLOPs of a full step", f"{full_flops * batch:.3e}"),
+        ("steps", f"{config.warmup_steps} warmup + {full_steps} full"),
+        ("full-step equivalents", f"{config.warmup_steps * warmup_flops / full_flops + full_steps:.0f}"),
+        ("FLOPs in all", f"{total:.3e}, for each process"),
+        (
+            "GPU-hours",
+            f"{total / PEAK_FLOPS / config.dry_run_mfu / 3600:.1f} at {config.dry_run_mfu:.0%} MFU of 989 TFLOP/s, for each process",
+        ),
+        (
+            "memory",
+            f"{state / GIB:.1f} GiB of state + {_activations(config, batch) / GIB:.1f} GiB of activations (estimate)",
+        ),
+        ("checkpoint", f"{state * 0.75 / GIB:.1f} GiB each, {config.checkpoints_total_limit or 'all'} kept"),
+    ]
+    if config.vae is not None and num_images:
+        # Mean and deviation in float16; images are read as they are.
+        latents = num_images * 2 * config.in_channels * config.sample_size**2 * 2
+        rows.append(("latents, if cached", f"{latents / GIB:.1f} GiB"))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    return "\n".join([*lines, "Autoencoder and optimizer are not in the FLOPs. Nothing wrong was found."])
+
+
+def _check_data(config: TrainingConfig) -> tuple[int, int | None]:
+    """Classes and images; of a Hub data set only the metadata is read."""
+    if is_local(config.dataset_name):
+        source = load_source(
+            config.dataset_name,
+            config.dataset_split,
+            config.dataset_config_name,
+            config.image_column,
+            config.label_column,
+            config.num_classes,
+        )
+        return source.num_classes, len(source.dataset)
+    info = load_dataset_builder(config.dataset_name, config.dataset_config_name).info
+    columns = list(info.features or {})
+    if columns:
+        if find_column(columns, config.image_column, IMAGE_COLUMNS, "image_column") is None:
+            raise ValueError(f"no image column among {columns}; name it with --image_column")
+        label_column = find_column(columns, config.label_column, LABEL_COLUMNS, "label_column")
+        names = getattr(info.features.get(label_column), "names", None)
+        if names is not None and config.num_classes is not None and len(names) != config.num_classes:
+            raise ValueError(f"num_classes={config.num_classes}, the data set has {len(names)} classes")
+        if names is not None:
+            return len(names), _rows(info, config)
+        if label_column is None:
+            return 0, _rows(info, config)
+    if config.num_classes is None:
+        raise ValueError("the data set does not say how many classes it has: set num_classes")
+    return config.num_classes, _rows(info, config)
+
+
+def _rows(info, config: TrainingConfig) -> int | None:
+    split = (info.splits or {}).get(config.dataset_split)
+    return None if split is None else split.num_examples
+
+
+def _encoder_on_meta(config: TrainingConfig) -> RepresentationEncoder | None:
+    if config.encoder is None or (config.warmup_steps == 0 and config.alignment_weight == 0):
+        return None
+    encoder_config = AutoConfig.from_pretrained(config.encoder)
+    tower = VISION_TOWERS.get(encoder_config.model_type)
+    if tower is not None:
+        model = tower(encoder_config.vision_config)
+    else:
+        model = AutoModel.from_config(encoder_config)
+    return RepresentationEncoder(model, [0.5] * 3, [0.5] * 3, config.token_grid, config.encoder_image_size)
+
+
+def _phase_on_meta(
+    config: TrainingConfig, num_classes: int, encoder: RepresentationEncoder | None, warmup: bool
+) -> AlignedTransformer:
+    model_config = config.model_config(num_classes)
+    projector = None
+    if encoder is not None and (warmup or config.alignment_weight > 0):
+        width = config.num_attention_heads * config.attention_head_dim
+        if config.projector == "conv":
+            projector = ConvProjector(width, encoder.embed_dim)
+        else:
+            projector = MLPProjector(width, encoder.embed_dim, config.projector_dim)
+    if warmup:
+        transformer = build_warmup_transformer(model_config, config.warmup_depth)
+        return AlignedTransformer(transformer, projector, config.warmup_depth, warmup=True)
+    return AlignedTransformer(ERWTransformer2DModel(**model_config), projector, config.projector_depth)
+
+
+def _activations(config: TrainingConfig, batch: int) -> float:
+    """Bytes that the backward pass keeps in bf16: 34 for each token, channel and block (arXiv 2205.05198, Eq. 2, without
+    the attention matrix, which fused kernels do not keep), or with checkpointing one block's and all blocks' inputs."""
+    width = config.num_attention_heads * config.attention_head_dim
+    tokens = batch / config.gradient_accumulation_steps * config.token_grid**2
+    kept = 2 * config.num_layers + 34 if config.gradient_checkpointing else 34 * config.num_layers
+    return tokens * width * kept
