@@ -19,7 +19,7 @@ from PIL import Image as PILImage
 
 from erw_hf.data.digits import load_digits_dataset
 from erw_hf.data.latents import pixels_to_latents
-from erw_hf.data.samples import StepSampler, TrainingSamples, center_crop, load_source, sample_rng
+from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples, center_crop, load_source, sample_rng
 
 
 def picture(value: int = 0, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> PILImage.Image:
@@ -34,7 +34,7 @@ def save_parquet(folder, columns: dict, features: Features | None = None):
 
 def samples_of(source, **kwargs):
     settings = {"image_size": 8, "channels": 1, "latent_shape": (1, 8, 8), "seed": 0, "class_dropout_prob": 0.1}
-    return TrainingSamples(source, **{**settings, "random_flip": False, **kwargs})
+    return TrainingSamples(SampleMaker(source, **{**settings, "random_flip": False, **kwargs}))
 
 
 def test_digits_hold_a_fifth_out():

@@ -40,6 +40,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm.auto import tqdm
 
 from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler, RepresentationEncoder
@@ -54,10 +55,18 @@ from erw_hf.alignment import (
     structural_alignment_loss,
 )
 from erw_hf.data.latents import pixels_to_latents
-from erw_hf.data.samples import Source, StepSampler, TrainingSamples, load_source
+from erw_hf.data.samples import SampleMaker, Source, StepSampler, TrainingSamples, load_source
+from erw_hf.data.streaming import StreamingSamples, stream_loader
 from erw_hf.flow import timestep_from_normal
 from erw_hf.hub.convert import read_checkpoint
-from erw_hf.training.checkpoints import Progress, TrainingState, read_progress, resolve_checkpoint, save_checkpoint
+from erw_hf.training.checkpoints import (
+    Progress,
+    TrainingState,
+    load_data_state,
+    read_progress,
+    resolve_checkpoint,
+    save_checkpoint,
+)
 from erw_hf.training.config import TrainingConfig, parse_config, resolve_mixed_precision
 from erw_hf.training.cost import cost_report
 from erw_hf.training.flops import count_step_flops
@@ -81,6 +90,8 @@ class Run:
     progress: Progress
     state: TrainingState
     metrics: MetricsFile | None  # on the main process
+    stream: StatefulDataLoader | None = None  # of streamed data
+    stream_state: dict | None = None  # where the stream goes on
 
     @property
     def step_batch_size(self) -> int:
@@ -115,6 +126,7 @@ def main() -> None:
         config.image_column,
         config.label_column,
         config.num_classes,
+        config.streaming,
     )
     vae, pixels = load_vae(config, accelerator.device)
     encoder = load_encoder(config, accelerator)
@@ -235,6 +247,8 @@ def train_phase(
     model, optimizer = accelerator.prepare(model, optimizer)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
+        if config.streaming:
+            run.stream_state = load_data_state(accelerator, checkpoint, config.dataloader_num_workers)
         logger.info(f"resumed from {checkpoint} at step {progress.step}")
     batches = load_batches(run, progress.step, end_step)
     model.train()
@@ -282,7 +296,11 @@ def train_phase(
                 f"{config.output_dir} is from before them. Resume from it with a lower learning_rate, or qk_norm"
             )
         if progress.step % config.checkpointing_steps == 0 or progress.step == end_step:
-            save_checkpoint(accelerator, config.output_dir, progress, config.checkpoints_total_limit)
+            data_state = None
+            if run.stream is not None:
+                run.stream_state = run.stream.state_dict()
+                data_state = {"workers": config.dataloader_num_workers, "stream": run.stream_state}
+            save_checkpoint(accelerator, config.output_dir, progress, config.checkpoints_total_limit, data_state)
             logger.info(f"saved checkpoint-{progress.step}")
         if phase == "full" and config.validation_steps and progress.step % config.validation_steps == 0:
             if accelerator.is_main_process:
@@ -327,10 +345,10 @@ def phase_2_weight(config: TrainingConfig, step: int) -> float:
 
 
 def load_batches(run: Run, start_step: int, end_step: int) -> Iterator[Batch]:
-    """The batches of steps [start_step, end_step). Nothing but the step decides what is in them."""
+    """The batches of steps [start_step, end_step)."""
     config, accelerator = run.config, run.accelerator
     side, channels = run.pixels
-    samples = TrainingSamples(
+    maker = SampleMaker(
         run.source,
         image_size=side,
         channels=channels,
@@ -339,8 +357,17 @@ def load_batches(run: Run, start_step: int, end_step: int) -> Iterator[Batch]:
         class_dropout_prob=config.class_dropout_prob,
         random_flip=config.random_flip,
     )
+    pin_memory = accelerator.device.type == "cuda"
+    if config.streaming:
+        samples = StreamingSamples(maker, accelerator.num_processes, accelerator.process_index)
+        # What comes next in a stream is a state, kept for the checkpoints and for the next phase.
+        run.stream = stream_loader(
+            samples, config.train_batch_size, config.dataloader_num_workers, pin_memory, run.stream_state
+        )
+        return iter(run.stream)
+    # Of data at hand the step alone decides.
     sampler = StepSampler(
-        len(samples),
+        len(run.source.dataset),
         config.train_batch_size,
         config.gradient_accumulation_steps,
         accelerator.num_processes,
@@ -349,14 +376,13 @@ def load_batches(run: Run, start_step: int, end_step: int) -> Iterator[Batch]:
         end_step,
         config.seed,
     )
-    return iter(
-        DataLoader(
-            samples,
-            batch_sampler=sampler,
-            num_workers=config.dataloader_num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-        )
+    loader = DataLoader(
+        TrainingSamples(maker),
+        batch_sampler=sampler,
+        num_workers=config.dataloader_num_workers,
+        pin_memory=pin_memory,
     )
+    return iter(loader)
 
 
 def latents(run: Run, batch: Batch) -> torch.Tensor:

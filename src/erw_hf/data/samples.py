@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets import Image as ImageFeature
 from datasets.data_files import EmptyDatasetError
 from PIL import Image
 
@@ -36,14 +37,14 @@ class Source:
     """A data set that has been checked: its columns exist and its labels are classes.
 
     Args:
-        dataset (`datasets.Dataset`): The rows.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): The rows.
         image_column (`str`): Column of images.
         label_column (`str`, *optional*): Column of class ids; `None` for data without labels.
         num_classes (`int`): Number of classes; 0 without labels.
         id2label (`dict[int, str]`, *optional*): Names of the classes, where the data set has them.
     """
 
-    dataset: Dataset
+    dataset: Dataset | IterableDataset
     image_column: str
     label_column: str | None
     num_classes: int
@@ -57,6 +58,7 @@ def load_source(
     image_column: str | None = None,
     label_column: str | None = None,
     num_classes: int | None = None,
+    streaming: bool = False,
 ) -> Source:
     """
     Opens a data set and checks what can be checked before training.
@@ -71,6 +73,9 @@ def load_source(
         label_column (`str`, *optional*):
             Column of labels. By default the first of `LABEL_COLUMNS` that exists; without any the data has no labels.
         num_classes (`int`, *optional*): Number of classes. By default the data set's own, else the largest label + 1.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read rows as they come, without downloading the data set first. Labels can then not be looked through
+            beforehand: they must be a ClassLabel, or come with `num_classes`.
 
     Returns:
         [`Source`]: The data set and what is known of it.
@@ -78,7 +83,9 @@ def load_source(
     Raises:
         ValueError: for a missing column, an empty data set, labels that are no classes.
     """
-    dataset = _load(dataset_name, split, dataset_config_name)
+    dataset = _load(dataset_name, split, dataset_config_name, streaming)
+    if streaming:
+        return _check_stream(dataset, dataset_name, image_column, label_column, num_classes)
     if len(dataset) == 0:
         raise ValueError(f"the data set {dataset_name!r} (split {split!r}) is empty")
     image_column = find_column(dataset.column_names, image_column, IMAGE_COLUMNS, "image_column")
@@ -110,15 +117,48 @@ def load_source(
     return Source(dataset, image_column, label_column, num_classes, id2label)
 
 
-def _load(dataset_name: str, split: str, dataset_config_name: str | None) -> Dataset:
+def _check_stream(
+    dataset: IterableDataset,
+    dataset_name: str,
+    image_column: str | None,
+    label_column: str | None,
+    num_classes: int | None,
+) -> Source:
+    first = next(iter(dataset.take(1)), None)
+    if first is None:
+        raise ValueError(f"the data set {dataset_name!r} is empty")
+    columns = list(first)
+    image_column = find_column(columns, image_column, IMAGE_COLUMNS, "image_column")
+    if image_column is None:
+        raise ValueError(f"no image column among {columns}: tried {list(IMAGE_COLUMNS)}; name it with --image_column")
+    label_column = find_column(columns, label_column, LABEL_COLUMNS, "label_column")
+    # Encoded bytes: the shuffle holds many of them, and the key of a sample is their hash.
+    dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
+    if label_column is None:
+        return Source(dataset, image_column, None, 0, None)
+    names = getattr((dataset.features or {}).get(label_column), "names", None)
+    if names is None and num_classes is None:
+        raise ValueError(f"column {label_column!r} is no ClassLabel: a stream needs num_classes")
+    if not isinstance(first[label_column], int):
+        raise ValueError(f"labels must be class ids, column {label_column!r} holds {first[label_column]!r}")
+    num_classes = len(names) if num_classes is None else num_classes
+    return Source(dataset, image_column, label_column, num_classes, dict(enumerate(names)) if names else None)
+
+
+def _load(
+    dataset_name: str, split: str, dataset_config_name: str | None, streaming: bool
+) -> Dataset | IterableDataset:
+    dataset = None
     if dataset_name == "digits":
-        return load_digits_dataset()[split]
-    if os.path.isfile(os.path.join(dataset_name, "dataset_dict.json")):
-        return load_from_disk(dataset_name)[split]
-    if os.path.isfile(os.path.join(dataset_name, "state.json")):
-        return load_from_disk(dataset_name)
+        dataset = load_digits_dataset()[split]
+    elif os.path.isfile(os.path.join(dataset_name, "dataset_dict.json")):
+        dataset = load_from_disk(dataset_name)[split]
+    elif os.path.isfile(os.path.join(dataset_name, "state.json")):
+        dataset = load_from_disk(dataset_name)
+    if dataset is not None:
+        return dataset.to_iterable_dataset(num_shards=min(len(dataset), 8)) if streaming else dataset
     try:
-        return load_dataset(dataset_name, dataset_config_name, split=split)
+        return load_dataset(dataset_name, dataset_config_name, split=split, streaming=streaming)
     except (EmptyDatasetError, ValueError) as error:
         if isinstance(error, EmptyDatasetError) or "no data" in str(error):
             raise ValueError(f"the data set {dataset_name!r} (split {split!r}) is empty: {error}") from error
@@ -193,9 +233,9 @@ def sample_rng(seed: int, epoch: int, key: str | int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-class TrainingSamples(torch.utils.data.Dataset):
+class SampleMaker:
     """
-    Rows as training samples: the image and all random draws that training makes of it.
+    Turns a row into a training sample: the image and all random draws that training makes of it.
 
     Args:
         source ([`Source`]): The data.
@@ -225,13 +265,19 @@ class TrainingSamples(torch.utils.data.Dataset):
         self.class_dropout_prob = class_dropout_prob
         self.random_flip = random_flip
 
-    def __len__(self) -> int:
-        return len(self.source.dataset)
+    def __call__(self, image: Image.Image, label: int | None, epoch: int, key: str | int) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            image (`PIL.Image.Image`): The image, of any mode and size.
+            label (`int`, *optional*): Its class.
+            epoch (`int`): Epoch, from 0.
+            key (`str` or `int`): What identifies the sample.
 
-    def __getitem__(self, position: tuple[int, int]) -> dict[str, torch.Tensor]:
-        epoch, index = position
-        row = self.source.dataset[index]
-        rng = sample_rng(self.seed, epoch, index)
+        Returns:
+            `dict[str, torch.Tensor]`: `pixels` (C, H, W) uint8, `label`, `drop`, `time_normal`, `noise` (c, h, w) and
+            `posterior_noise` (c, h, w).
+        """
+        rng = sample_rng(self.seed, epoch, key)
         # The order of the draws is part of the reproducibility promise: append, never insert.
         flip = rng.random() < 0.5
         drop = rng.random() < self.class_dropout_prob
@@ -239,18 +285,40 @@ class TrainingSamples(torch.utils.data.Dataset):
         noise = rng.standard_normal(self.latent_shape, dtype=np.float32)
         posterior_noise = rng.standard_normal(self.latent_shape, dtype=np.float32)
 
-        image = center_crop(row[self.source.image_column].convert(self.mode), self.image_size)
+        image = center_crop(image.convert(self.mode), self.image_size)
         if flip and self.random_flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = np.asarray(image).reshape(self.image_size, self.image_size, -1).transpose(2, 0, 1)
         return {
-            "pixels": torch.from_numpy(pixels.copy()),  # (C, H, W) uint8
-            "label": torch.tensor(0 if self.source.label_column is None else row[self.source.label_column]),
-            "drop": torch.tensor(drop or self.source.label_column is None),
+            "pixels": torch.from_numpy(pixels.copy()),
+            "label": torch.tensor(0 if label is None else label),
+            "drop": torch.tensor(drop or label is None),
             "time_normal": torch.tensor(time_normal),
-            "noise": torch.from_numpy(noise),  # (c, h, w)
+            "noise": torch.from_numpy(noise),
             "posterior_noise": torch.from_numpy(posterior_noise),
         }
+
+
+class TrainingSamples(torch.utils.data.Dataset):
+    """
+    Training samples of a data set that is at hand, read in any order.
+
+    Args:
+        maker ([`SampleMaker`]): Makes samples of rows.
+    """
+
+    def __init__(self, maker: SampleMaker) -> None:
+        self.maker = maker
+
+    def __len__(self) -> int:
+        return len(self.maker.source.dataset)
+
+    def __getitem__(self, position: tuple[int, int]) -> dict[str, torch.Tensor]:
+        epoch, index = position
+        source = self.maker.source
+        row = source.dataset[index]
+        label = None if source.label_column is None else row[source.label_column]
+        return self.maker(row[source.image_column], label, epoch, index)
 
 
 class StepSampler(torch.utils.data.Sampler[list[tuple[int, int]]]):

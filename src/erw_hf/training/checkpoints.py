@@ -20,6 +20,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
@@ -134,7 +135,11 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: str | os.PathLike, progress: Progress, total_limit: int | None
+    accelerator: Accelerator,
+    output_dir: str | os.PathLike,
+    progress: Progress,
+    total_limit: int | None,
+    data_state: dict | None = None,
 ) -> None:
     """
     Writes `checkpoint-STEP`. All processes call it. A kill at any moment leaves the earlier checkpoints whole: this one
@@ -145,6 +150,7 @@ def save_checkpoint(
         output_dir (`str` or `os.PathLike`): Folder of the run.
         progress ([`Progress`]): How far the run is.
         total_limit (`int`, *optional*): Checkpoints to keep, this one included.
+        data_state (`dict`, *optional*): State of this process's stream of data. accelerate keeps one for all processes.
     """
     final = Path(output_dir) / f"checkpoint-{progress.step}"
     temporary = Path(output_dir) / f".writing-{final.name}"
@@ -153,6 +159,8 @@ def save_checkpoint(
         temporary.mkdir()
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
+    if data_state is not None:
+        torch.save({"processes": accelerator.num_processes, **data_state}, temporary / _data_file(accelerator))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (temporary / "progress.json").write_text(json.dumps(asdict(progress)))
@@ -162,3 +170,33 @@ def save_checkpoint(
             for old in list_checkpoints(output_dir)[:-total_limit]:
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
+
+
+def load_data_state(accelerator: Accelerator, checkpoint: Path, num_workers: int) -> dict:
+    """
+    Args:
+        accelerator (`Accelerator`): Says which process this is.
+        checkpoint (`Path`): A checkpoint of a run that streams.
+        num_workers (`int`): Loader processes of each training process.
+
+    Returns:
+        `dict`: The state of this process's stream.
+
+    Raises:
+        ValueError: if the run had another number of processes or workers, whose states cannot be divided anew.
+    """
+    any_file = next(iter(sorted(checkpoint.glob("data_rank*.pt"))), None)
+    if any_file is None:
+        raise ValueError(f"{checkpoint} is of a run that did not stream: set streaming as it was")
+    state = torch.load(any_file, weights_only=True)
+    if (state["processes"], state["workers"]) != (accelerator.num_processes, num_workers):
+        raise ValueError(
+            f"{checkpoint} streamed with {state['processes']} processes and dataloader_num_workers={state['workers']}, "
+            f"this run has {accelerator.num_processes} and {num_workers}. A stream goes on exactly only with as many: "
+            "resume with those"
+        )
+    return torch.load(checkpoint / _data_file(accelerator), weights_only=True)["stream"]
+
+
+def _data_file(accelerator: Accelerator) -> str:
+    return f"data_rank{accelerator.process_index:05d}.pt"

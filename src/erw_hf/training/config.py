@@ -45,6 +45,9 @@ class TrainingConfig:
     dataset_name: str = _key("digits", 'Hub id or local folder of a data set; "digits" is embedded.')
     dataset_config_name: str | None = _key(None, "Configuration of a Hub data set.")
     dataset_split: str = _key("train", "Split to train on.")
+    streaming: bool = _key(
+        False, "Read the data as it comes, from the Hub or from disk, without downloading it first."
+    )
     image_column: str | None = _key(None, "Column of images; detected by default.")
     label_column: str | None = _key(
         None, "Column of labels; detected by default. Data without labels trains unconditionally."

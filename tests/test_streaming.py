@@ -1,0 +1,199 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import collections
+import logging
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from helpers import kill_training_at, launch_training, train
+from PIL import Image as PILImage
+
+from erw_hf.data.samples import SampleMaker, load_source
+from erw_hf.data.streaming import StreamingSamples, stream_loader
+from erw_hf.training.logging import read_metrics
+
+
+ROWS = 101
+
+
+def write_shards(folder, rows=ROWS, shards=4, bad=()):
+    """Parquet shards of unequal length; the grey of image i says which it is."""
+    folder.mkdir(exist_ok=True)
+    features = Features({"image": Image(), "label": ClassLabel(names=list("abc"))})
+    bounds = np.linspace(0, rows, shards + 1).astype(int)
+    bounds[1:-1] += np.arange(1, shards) % 3
+    for k in range(shards):
+        images, labels = [], []
+        for i in range(bounds[k], bounds[k + 1]):
+            image = PILImage.fromarray(np.full((8, 8), i, dtype=np.uint8))
+            images.append({"bytes": b"no image", "path": f"bad{i}.png"} if i in bad else image)
+            labels.append(i % 3)
+        Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(
+            folder / f"train-{k}.parquet"
+        )
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+def loader(path, workers=0, processes=1, rank=0, state=None, batch=4, seed=0):
+    source = load_source(path, streaming=True)
+    maker = SampleMaker(source, 8, 1, (1, 8, 8), seed, class_dropout_prob=0.1, random_flip=False)
+    samples = StreamingSamples(maker, processes, rank, block=7)
+    return stream_loader(samples, batch, workers, pin_memory=False, state=state)
+
+
+def numbers(batch):
+    return batch["pixels"][:, 0, 0, 0].tolist()
+
+
+def read(stream, batches):
+    iterator = iter(stream)
+    return [numbers(next(iterator)) for _ in range(batches)]
+
+
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2), (3, 0)])
+def test_every_sample_of_an_epoch_exactly_once(shards, processes, workers):
+    counts = collections.Counter()
+    for rank in range(processes):
+        samples = loader(shards, workers, processes, rank, batch=1)
+        iterator, mine = iter(samples), collections.Counter()
+        # A process's share of an epoch is over when a sample comes a second time.
+        while True:
+            number = numbers(next(iterator))[0]
+            if mine[number]:
+                break
+            mine[number] += 1
+        counts += mine
+        if workers == 0:
+            later = [numbers(next(iterator))[0] for _ in range(sum(mine.values()) - 1)]
+            assert set(later) <= set(mine)
+    if workers == 0:  # with workers, epochs of the shares overlap at their ends
+        assert counts == collections.Counter(range(ROWS))
+    else:
+        assert max(counts.values()) == 1
+
+
+def test_order_changes_with_the_epoch_and_the_seed(shards):
+    first = [n for batch in read(loader(shards, batch=1), 2 * ROWS) for n in batch]
+    assert sorted(first[:ROWS]) == sorted(first[ROWS:]) == list(range(ROWS))
+    assert first[:ROWS] != first[ROWS:] and first[:ROWS] != list(range(ROWS))
+    assert first != [n for batch in read(loader(shards, batch=1, seed=1), 2 * ROWS) for n in batch]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cut", [1, 5, 24, 26, 55])
+def test_resumes_exactly_twice_and_across_epochs(shards, workers, cut):
+    whole = read(loader(shards, workers), cut + 40)
+    state = None
+    position = 0
+    for stop in (cut, cut + 20):
+        stream = loader(shards, workers, state=state)
+        iterator = iter(stream)
+        assert [numbers(next(iterator)) for _ in range(stop - position)] == whole[position:stop]
+        state, position = stream.state_dict(), stop
+        del iterator
+    assert read(loader(shards, workers, state=state), 20) == whole[cut + 20 :]
+
+
+def test_draws_of_a_sample_do_not_depend_on_processes_or_workers(shards):
+    def draws(**kwargs):
+        iterator = iter(loader(shards, batch=1, **kwargs))
+        found = {}
+        for _ in range(40):
+            batch = next(iterator)
+            found.setdefault(numbers(batch)[0], batch["noise"][0])
+        return found
+
+    plain = draws()
+    for other in (draws(workers=2), draws(processes=2, rank=1)):
+        shared = set(plain) & set(other)
+        assert len(shared) > 5
+        assert all(torch.equal(plain[number], other[number]) for number in shared)
+
+
+def test_files_that_are_no_images_are_skipped_counted_and_named(tmp_path, caplog):
+    path = write_shards(tmp_path / "bad", rows=30, shards=2, bad=(3, 20))
+    with caplog.at_level(logging.WARNING):
+        stream = loader(path, batch=1)
+        seen = [n for batch in read(stream, 28) for n in batch]
+    assert sorted(seen) == [i for i in range(30) if i not in (3, 20)]
+    assert "bad3.png" in caplog.text and "bad20.png" in caplog.text and "2 skipped so far" in caplog.text
+
+
+def test_streams_are_checked_before_training(tmp_path, shards):
+    source = load_source(shards, streaming=True)
+    assert (source.num_classes, source.id2label) == (3, {0: "a", 1: "b", 2: "c"})
+    with pytest.raises(ValueError, match="image_column='photo'"):
+        load_source(shards, streaming=True, image_column="photo")
+    features = Features({"image": Image(), "label": Value("int64")})
+    Dataset.from_dict({"image": [PILImage.new("L", (8, 8))], "label": [7]}, features=features).to_parquet(
+        tmp_path / "train.parquet"
+    )
+    with pytest.raises(ValueError, match="needs num_classes"):
+        load_source(str(tmp_path), streaming=True)
+    source = load_source(str(tmp_path), streaming=True, num_classes=3)
+    maker = SampleMaker(source, 8, 1, (1, 8, 8), 0, 0.1, False)
+    with pytest.raises(ValueError, match=r"label 7 of .* is not in \[0, 2\]"):
+        next(iter(StreamingSamples(maker, 1, 0)))
+
+
+def losses(run):
+    return [(record["step"], record["loss"]) for record in read_metrics(run / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("kept", [2, 3, 5])
+def test_training_on_a_stream_resumes_bitwise(tmp_path, tiny_flags, shards, kept):
+    import shutil
+
+    flags = [
+        *tiny_flags,
+        f"--dataset_name={shards}",
+        "--streaming",
+        "--checkpoints_total_limit=9",
+        "--checkpointing_steps=1",
+    ]
+    train(*flags, f"--output_dir={tmp_path}/whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for step in range(kept + 1, 8):
+        shutil.rmtree(tmp_path / "cut" / f"checkpoint-{step}")
+    train(*flags, f"--output_dir={tmp_path}/cut", "--resume_from_checkpoint=latest")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    with pytest.raises(ValueError, match="dataloader_num_workers=0"):
+        train(
+            *flags,
+            f"--output_dir={tmp_path}/cut",
+            "--resume_from_checkpoint=checkpoint-2",
+            "--dataloader_num_workers=1",
+        )
+
+
+def test_two_processes_stream_are_killed_and_resume_bitwise(tmp_path, tiny_flags, shards):
+    flags = [
+        *tiny_flags,
+        f"--dataset_name={shards}",
+        "--streaming",
+        "--dataloader_num_workers=2",
+        "--train_batch_size=2",
+    ]
+    launch_training(*flags, f"--output_dir={tmp_path}/whole", processes=2)
+    resume = [*flags, f"--output_dir={tmp_path}/cut", "--resume_from_checkpoint=latest"]
+    kill_training_at(5, *resume, processes=2)
+    launch_training(*resume, processes=2)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
