@@ -13,11 +13,13 @@
 # limitations under the License.
 """What the tests share beside fixtures. Not in conftest.py: another folder has a module of that name."""
 
+import contextlib
 import importlib.util
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -86,19 +88,41 @@ def launch_training(*flags: str, processes: int = 1) -> None:
 
 def kill_training_at(step: int, *flags: str, processes: int = 1) -> None:
     """Starts the training script and ends it with SIGKILL, launcher, workers and all, once it has written a step."""
+    with _training_until(step, flags, processes):
+        pass
+
+
+def terminate_training_at(step: int, *flags: str, processes: int = 1) -> list[int]:
+    """Starts the training script, sends SIGTERM to its training processes at a step, and returns how they exited."""
+    with _training_until(step, flags, processes) as launcher:
+        children = psutil.Process(launcher.pid).children()
+        if processes == 1:
+            children = children[:1]
+        # The launcher reaps them, and its own status is 0 only if theirs all are.
+        for child in children:
+            child.terminate()
+        launcher.wait(timeout=120)
+        return [launcher.returncode] * len(children)
+
+
+@contextlib.contextmanager
+def _training_until(step: int, flags: tuple[str, ...], processes: int) -> Iterator[subprocess.Popen]:
     command, environment = _launch_command(flags, processes)
-    output_dir = next(Path(flag.split("=", 1)[1]) for flag in flags if flag.startswith("--output_dir="))
+    output_dir = next(Path(flag.split("=", 1)[1]) for flag in flags if str(flag).startswith("--output_dir="))
     metrics = output_dir / "metrics.jsonl"
     process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 300
-    while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
-        if process.poll() is not None or time.monotonic() > deadline:
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"training never reached step {step}")
+            time.sleep(0.02)
+        yield process
+    finally:
+        if process.poll() is None:
             _kill_tree(process)
-            raise AssertionError(f"training never reached step {step}")
-        time.sleep(0.02)
-    _kill_tree(process)
 
 
 def _kill_tree(process: subprocess.Popen) -> None:

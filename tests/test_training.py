@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import kill_training_at, launch_training, train
+from helpers import kill_training_at, launch_training, terminate_training_at, train
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -149,6 +149,21 @@ def test_killed_twice_and_resumed_is_bitwise_the_uninterrupted_one(tmp_path, tin
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(weights(tmp_path / "cut")[name], tensor), name
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_a_checkpoint_and_exits_with_status_0(tmp_path, tiny_flags, processes):
+    flags = [*tiny_flags, "--max_train_steps=100000", "--checkpointing_steps=100000", f"--output_dir={tmp_path}/run"]
+    statuses = terminate_training_at(5, *flags, processes=processes)
+    assert statuses == [0] * processes
+    (checkpoint,) = [
+        name for name in os.listdir(tmp_path / "run") if name.startswith("checkpoint-") and name != "checkpoint-3"
+    ]
+    step = int(checkpoint.split("-")[1])
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(1, step + 1))
+    resumed = [f"--max_train_steps={step + 2}", "--resume_from_checkpoint=latest"]
+    launch_training(*flags, *resumed, processes=processes)
+    assert len(losses(tmp_path / "run")) == step + 2
 
 
 def test_two_processes_see_the_samples_of_one(tmp_path, tiny_flags):

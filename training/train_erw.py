@@ -21,7 +21,9 @@ a pipeline. It can be stopped anywhere and started again with `--resume_from_che
 
 import logging
 import math
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -92,6 +94,7 @@ class Run:
     metrics: MetricsFile | None  # on the main process
     stream: StatefulDataLoader | None = None  # of streamed data
     stream_state: dict | None = None  # where the stream goes on
+    stop_requested: bool = False  # by SIGTERM, which schedulers send before they end a job
 
     @property
     def step_batch_size(self) -> int:
@@ -138,6 +141,7 @@ def main() -> None:
     progress = Progress() if checkpoint is None else read_progress(checkpoint)
     run = Run(config, accelerator, source, vae, encoder, pixels, progress, TrainingState(), metrics=None)
     accelerator.register_for_checkpointing(run.state)
+    stop_on_sigterm(run)
     if accelerator.is_main_process:
         config.save(output_dir / "config.yaml")
         run.metrics = MetricsFile(output_dir / "metrics.jsonl", resume_step=progress.step)
@@ -150,6 +154,18 @@ def main() -> None:
     if progress.step < config.max_train_steps or checkpoint is not None:
         train_full(run, warmup_state, checkpoint)
     accelerator.end_training()
+
+
+def stop_on_sigterm(run: Run) -> None:
+    """Makes SIGTERM end the run after the running step, with a checkpoint and status 0."""
+    main_process = os.getpid()
+
+    def handle(signum: int, frame: object) -> None:
+        if os.getpid() != main_process:  # a loader worker, which inherits this handler
+            os._exit(128 + signum)
+        run.stop_requested = True
+
+    signal.signal(signal.SIGTERM, handle)
 
 
 def train_warmup(run: Run, checkpoint: Path | None) -> dict[str, torch.Tensor]:
@@ -295,13 +311,20 @@ def train_phase(
                 f"{progress.nonfinite_in_a_row} steps in a row had a non-finite gradient; the last checkpoint in "
                 f"{config.output_dir} is from before them. Resume from it with a lower learning_rate, or qk_norm"
             )
-        if progress.step % config.checkpointing_steps == 0 or progress.step == end_step:
+        if run.stop_requested:
+            accelerator.set_trigger()
+        stopping = accelerator.check_trigger()  # on all processes, when the signal reached any of them
+        if stopping or progress.step % config.checkpointing_steps == 0 or progress.step == end_step:
             data_state = None
             if run.stream is not None:
                 run.stream_state = run.stream.state_dict()
                 data_state = {"workers": config.dataloader_num_workers, "stream": run.stream_state}
             save_checkpoint(accelerator, config.output_dir, progress, config.checkpoints_total_limit, data_state)
             logger.info(f"saved checkpoint-{progress.step}")
+        if stopping:
+            logger.info("stopped by SIGTERM: go on with --resume_from_checkpoint latest")
+            accelerator.end_training()
+            raise SystemExit(0)
         if phase == "full" and config.validation_steps and progress.step % config.validation_steps == 0:
             if accelerator.is_main_process:
                 validate(run, accelerator.unwrap_model(model).transformer)
