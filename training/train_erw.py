@@ -56,7 +56,7 @@ from erw_hf.alignment import (
     spatial_normalize,
     structural_alignment_loss,
 )
-from erw_hf.data.latents import pixels_to_latents
+from erw_hf.data.latents import moments_to_latents, pixels_to_latents
 from erw_hf.data.samples import SampleMaker, Source, StepSampler, TrainingSamples, load_source
 from erw_hf.data.streaming import StreamingSamples, stream_loader
 from erw_hf.flow import timestep_from_normal
@@ -131,6 +131,8 @@ def main() -> None:
         config.num_classes,
         config.streaming,
     )
+    if source.is_latent_cache and config.vae is None:
+        raise ValueError(f"{config.dataset_name} is a latent cache: name the vae that it was made with")
     vae, pixels = load_vae(config, accelerator.device)
     encoder = load_encoder(config, accelerator)
     warmup_state = None if config.warmup_from is None else load_warmup(config.warmup_from)
@@ -410,6 +412,8 @@ def load_batches(run: Run, start_step: int, end_step: int) -> Iterator[Batch]:
 
 def latents(run: Run, batch: Batch) -> torch.Tensor:
     """Clean latents (B, C, h, w) of a batch."""
+    if "moments" in batch:  # of a latent cache
+        return moments_to_latents(batch["moments"], run.vae, batch["posterior_noise"])
     return pixels_to_latents(batch["pixels"], run.vae, batch["posterior_noise"])
 
 

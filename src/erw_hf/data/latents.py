@@ -16,32 +16,43 @@
 import torch
 
 
-def pixels_to_latents(
-    pixels: torch.Tensor, vae: torch.nn.Module | None, posterior_noise: torch.Tensor | None = None
-) -> torch.Tensor:
+def encode_moments(pixels: torch.Tensor, vae: torch.nn.Module) -> torch.Tensor:
     """
-    Encodes images; the inverse of [`ERWPipeline.decode_latents`].
+    The posterior of images: what a latent cache stores, so that training can draw from it anew in every epoch.
 
     Args:
         pixels (`torch.Tensor` of shape `(B, C, H, W)`, uint8): Images.
-        vae (a diffusers autoencoder, *optional*): `None` trains on pixels in [-1, 1].
-        posterior_noise (`torch.Tensor` of shape `(B, c, h, w)`, *optional*):
-            Standard normal draw for a variational autoencoder's posterior. `None` takes the mean.
+        vae (a diffusers autoencoder): The encoder.
 
     Returns:
-        `torch.Tensor` of shape `(B, c, h, w)`, float32: Latents, scaled as the autoencoder's config says.
+        `torch.Tensor` of shape `(B, 2 c, h, w)`, float32: Means, then standard deviations, unscaled; the deviations of a
+        deterministic autoencoder (AutoencoderDC, AutoencoderRAE) are 0.
     """
-    images = pixels.float() / 127.5 - 1
-    if vae is None:
-        return images
     with torch.no_grad():
-        encoded = vae.encode(images.to(vae.dtype))
+        encoded = vae.encode((pixels.float() / 127.5 - 1).to(vae.dtype))
     if hasattr(encoded, "latent_dist"):
-        latents = encoded.latent_dist.mean.float()
-        if posterior_noise is not None:
-            latents = latents + encoded.latent_dist.std.float() * posterior_noise
-    else:
-        latents = encoded.latent.float()  # a deterministic autoencoder: AutoencoderDC, AutoencoderRAE
+        return torch.cat([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1).float()
+    return torch.cat([encoded.latent, torch.zeros_like(encoded.latent)], dim=1).float()
+
+
+def moments_to_latents(
+    moments: torch.Tensor, vae: torch.nn.Module, posterior_noise: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Draws latents from their posterior and scales them; the inverse of [`ERWPipeline.decode_latents`].
+
+    Args:
+        moments (`torch.Tensor` of shape `(B, 2 c, h, w)`): What [`encode_moments`] gave, in any float dtype.
+        vae (a diffusers autoencoder): Its config says how latents are scaled: by `scaling_factor` and `shift_factor`,
+            or by the statistics `latents_mean` and `latents_std` of each channel.
+        posterior_noise (`torch.Tensor` of shape `(B, c, h, w)`, *optional*): Standard normal draw. `None` takes the mean.
+
+    Returns:
+        `torch.Tensor` of shape `(B, c, h, w)`, float32: Latents as the transformer sees them.
+    """
+    latents, deviation = moments.float().chunk(2, dim=1)
+    if posterior_noise is not None:
+        latents = latents + deviation * posterior_noise
     config = vae.config
     scaling, shift = getattr(config, "scaling_factor", None) or 1.0, getattr(config, "shift_factor", None) or 0.0
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
@@ -50,3 +61,22 @@ def pixels_to_latents(
         std = torch.as_tensor(std, device=latents.device).reshape(1, -1, 1, 1)
         return (latents - mean) * scaling / std
     return (latents - shift) * scaling
+
+
+def pixels_to_latents(
+    pixels: torch.Tensor, vae: torch.nn.Module | None, posterior_noise: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Images as the transformer sees them.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(B, C, H, W)`, uint8): Images.
+        vae (a diffusers autoencoder, *optional*): `None` trains on pixels in [-1, 1].
+        posterior_noise (`torch.Tensor` of shape `(B, c, h, w)`, *optional*): See [`moments_to_latents`].
+
+    Returns:
+        `torch.Tensor` of shape `(B, c, h, w)`, float32: Latents.
+    """
+    if vae is None:
+        return pixels.float() / 127.5 - 1
+    return moments_to_latents(encode_moments(pixels, vae), vae, posterior_noise)

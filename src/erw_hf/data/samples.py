@@ -42,6 +42,7 @@ class Source:
         label_column (`str`, *optional*): Column of class ids; `None` for data without labels.
         num_classes (`int`): Number of classes; 0 without labels.
         id2label (`dict[int, str]`, *optional*): Names of the classes, where the data set has them.
+        is_latent_cache (`bool`): Whether the rows hold VAE moments, as `training/cache_latents.py` writes them.
     """
 
     dataset: Dataset | IterableDataset
@@ -49,6 +50,10 @@ class Source:
     label_column: str | None
     num_classes: int
     id2label: dict[int, str] | None
+    is_latent_cache: bool = False
+
+
+MOMENTS_COLUMN = "moments"  # float16 bytes of (2 c, h, w), in C order
 
 
 def load_source(
@@ -95,7 +100,7 @@ def load_source(
         )
     label_column = find_column(dataset.column_names, label_column, LABEL_COLUMNS, "label_column")
     if label_column is None:
-        return Source(dataset, image_column, None, 0, None)
+        return Source(dataset, image_column, None, 0, None, MOMENTS_COLUMN in dataset.column_names)
 
     if dataset.features[label_column].dtype == "string":
         dataset = dataset.class_encode_column(label_column)
@@ -114,7 +119,8 @@ def load_source(
             f"(num_classes={num_classes}); {int(outside.sum())} of {len(labels)} rows are outside"
         )
     id2label = dict(enumerate(names[:num_classes])) if names is not None else None
-    return Source(dataset, image_column, label_column, num_classes, id2label)
+    is_latent_cache = MOMENTS_COLUMN in dataset.column_names
+    return Source(dataset, image_column, label_column, num_classes, id2label, is_latent_cache)
 
 
 def _check_stream(
@@ -135,14 +141,15 @@ def _check_stream(
     # Encoded bytes: the shuffle holds many of them, and the key of a sample is their hash.
     dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
     if label_column is None:
-        return Source(dataset, image_column, None, 0, None)
+        return Source(dataset, image_column, None, 0, None, MOMENTS_COLUMN in columns)
     names = getattr((dataset.features or {}).get(label_column), "names", None)
     if names is None and num_classes is None:
         raise ValueError(f"column {label_column!r} is no ClassLabel: a stream needs num_classes")
     if not isinstance(first[label_column], int):
         raise ValueError(f"labels must be class ids, column {label_column!r} holds {first[label_column]!r}")
     num_classes = len(names) if num_classes is None else num_classes
-    return Source(dataset, image_column, label_column, num_classes, dict(enumerate(names)) if names else None)
+    id2label = dict(enumerate(names)) if names else None
+    return Source(dataset, image_column, label_column, num_classes, id2label, MOMENTS_COLUMN in columns)
 
 
 def _load(
@@ -245,6 +252,9 @@ class SampleMaker:
         seed (`int`): Seed of the run.
         class_dropout_prob (`float`): Probability of the null class.
         random_flip (`bool`): Mirror half of the images.
+
+    Raises:
+        ValueError: for `random_flip` on a latent cache: a latent's mirror image is not the mirror image's latent.
     """
 
     def __init__(
@@ -264,18 +274,23 @@ class SampleMaker:
         self.seed = seed
         self.class_dropout_prob = class_dropout_prob
         self.random_flip = random_flip
+        if random_flip and source.is_latent_cache:
+            raise ValueError("random_flip does not work on a latent cache: cache the flipped images too (--flipped)")
 
-    def __call__(self, image: Image.Image, label: int | None, epoch: int, key: str | int) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, image: Image.Image, label: int | None, epoch: int, key: str | int, moments: bytes | None = None
+    ) -> dict[str, torch.Tensor]:
         """
         Args:
             image (`PIL.Image.Image`): The image, of any mode and size.
             label (`int`, *optional*): Its class.
             epoch (`int`): Epoch, from 0.
             key (`str` or `int`): What identifies the sample.
+            moments (`bytes`, *optional*): Moments from a latent cache.
 
         Returns:
-            `dict[str, torch.Tensor]`: `pixels` (C, H, W) uint8, `label`, `drop`, `time_normal`, `noise` (c, h, w) and
-            `posterior_noise` (c, h, w).
+            `dict[str, torch.Tensor]`: `pixels` (C, H, W) uint8, `label`, `drop`, `time_normal`, `noise` (c, h, w),
+            `posterior_noise` (c, h, w) and, from a cache, `moments` (2 c, h, w) float16.
         """
         rng = sample_rng(self.seed, epoch, key)
         # The order of the draws is part of the reproducibility promise: append, never insert.
@@ -289,7 +304,7 @@ class SampleMaker:
         if flip and self.random_flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = np.asarray(image).reshape(self.image_size, self.image_size, -1).transpose(2, 0, 1)
-        return {
+        sample = {
             "pixels": torch.from_numpy(pixels.copy()),
             "label": torch.tensor(0 if label is None else label),
             "drop": torch.tensor(drop or label is None),
@@ -297,6 +312,11 @@ class SampleMaker:
             "noise": torch.from_numpy(noise),
             "posterior_noise": torch.from_numpy(posterior_noise),
         }
+        if moments is not None:
+            channels, height, width = self.latent_shape
+            array = np.frombuffer(moments, dtype=np.float16).reshape(2 * channels, height, width)
+            sample["moments"] = torch.from_numpy(array.copy())
+        return sample
 
 
 class TrainingSamples(torch.utils.data.Dataset):
@@ -318,7 +338,8 @@ class TrainingSamples(torch.utils.data.Dataset):
         source = self.maker.source
         row = source.dataset[index]
         label = None if source.label_column is None else row[source.label_column]
-        return self.maker(row[source.image_column], label, epoch, index)
+        moments = row[MOMENTS_COLUMN] if source.is_latent_cache else None
+        return self.maker(row[source.image_column], label, epoch, index, moments)
 
 
 class StepSampler(torch.utils.data.Sampler[list[tuple[int, int]]]):

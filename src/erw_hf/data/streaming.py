@@ -30,7 +30,7 @@ from datasets.distributed import split_dataset_by_node
 from PIL import Image, UnidentifiedImageError
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from erw_hf.data.samples import SampleMaker
+from erw_hf.data.samples import MOMENTS_COLUMN, SampleMaker
 
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,8 @@ class StreamingSamples(torch.utils.data.IterableDataset):
             name = row.get("__key__") or data["path"] or f"image of {len(encoded)} bytes"
             logger.warning(f"skipped {name}, which is no readable image ({error}); {self.skipped} skipped so far")
             return None
-        return self.maker(image, label, epoch, hashlib.blake2b(encoded, digest_size=16).hexdigest())
+        moments = row[MOMENTS_COLUMN] if source.is_latent_cache else None
+        return self.maker(image, label, epoch, hashlib.blake2b(encoded, digest_size=16).hexdigest(), moments)
 
 
 def stream_loader(

@@ -1,0 +1,153 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Encode a data set once, so that training reads latents in place of running the autoencoder in every step.
+
+    accelerate launch training/cache_latents.py --dataset_name ILSVRC/imagenet-1k --vae stabilityai/sd-vae-ft-ema \\
+        --sample_size 32 --output_dir caches/imagenet256
+
+Writes `data/train-*.parquet` in a shuffled order: the posterior's moments in float16, the label, a key, and the cropped
+image as JPEG for the encoder that the run aligns with. The folder is a data set like any other: train with
+`--dataset_name caches/imagenet256 --vae stabilityai/sd-vae-ft-ema`, streamed or not, or upload it and train from there.
+
+Files are written by all processes, each whole or absent; a run that was stopped goes on where it was.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, Features, Image, Value
+from diffusers import AutoModel
+from tqdm.auto import tqdm
+
+from erw_hf import ERWPipeline
+from erw_hf.data.latents import encode_moments
+from erw_hf.data.samples import MOMENTS_COLUMN, Source, center_crop, load_source
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--dataset_name", required=True, help='Hub id, local folder, or "digits"')
+    parser.add_argument("--dataset_config_name")
+    parser.add_argument("--dataset_split", default="train")
+    parser.add_argument("--image_column")
+    parser.add_argument("--label_column")
+    parser.add_argument("--vae", required=True, help="Hub id or folder of a diffusers autoencoder")
+    parser.add_argument("--sample_size", type=int, default=32, help="side of the latent")
+    parser.add_argument("--flipped", action="store_true", help="store each image's mirror image too")
+    parser.add_argument("--rows_per_file", type=int, default=20_000)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--jpeg_quality", type=int, default=95)
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the rows")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    accelerator = Accelerator()
+    source = load_source(
+        args.dataset_name, args.dataset_split, args.dataset_config_name, args.image_column, args.label_column
+    )
+    vae = AutoModel.from_pretrained(args.vae).to(accelerator.device).eval().requires_grad_(False)
+    side = args.sample_size * ERWPipeline.vae_scale_factor_of(vae)
+    rows = len(source.dataset) * (2 if args.flipped else 1)
+    order = np.random.default_rng(args.seed).permutation(rows)
+    files = math.ceil(rows / args.rows_per_file)
+
+    folder = Path(args.output_dir) / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    check_same_run(args, Path(args.output_dir), accelerator)
+    for number in tqdm(
+        range(accelerator.process_index, files, accelerator.num_processes),
+        desc="files",
+        disable=not accelerator.is_main_process,
+    ):
+        path = folder / f"train-{number:05d}-of-{files:05d}.parquet"
+        if not path.exists():
+            mine = order[number * args.rows_per_file : (number + 1) * args.rows_per_file]
+            write_file(args, source, vae, side, mine, path)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        print(f"{rows} rows in {files} files: {json.dumps(merge_statistics(folder, Path(args.output_dir)))}")
+    accelerator.end_training()
+
+
+def check_same_run(args: argparse.Namespace, folder: Path, accelerator: Accelerator) -> None:
+    """A folder that was begun with other settings is not gone on with."""
+    settings = {key: value for key, value in vars(args).items() if key not in ("output_dir", "batch_size")}
+    path = folder / "cache.json"
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise ValueError(f"{folder} was begun with other settings ({path}): use those, or another --output_dir")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        path.write_text(json.dumps(settings, indent=2))
+
+
+def write_file(
+    args: argparse.Namespace, source: Source, vae: torch.nn.Module, side: int, indices: np.ndarray, path: Path
+) -> None:
+    """One parquet file, and beside it the sums for the statistics; under another name until they are complete."""
+    channels = vae.config.in_channels
+    features = {MOMENTS_COLUMN: Value("binary"), "image": Image(), "key": Value("string")}
+    if source.label_column is not None:
+        features["label"] = source.dataset.features[source.label_column]
+    columns: dict[str, list] = {name: [] for name in features}
+    sums, squares, count = 0.0, 0.0, 0
+    for start in range(0, len(indices), args.batch_size):
+        pixels = []
+        for index in indices[start : start + args.batch_size].tolist():
+            row, flip = index % len(source.dataset), index >= len(source.dataset)
+            record = source.dataset[row]
+            image = center_crop(record[source.image_column].convert("RGB" if channels == 3 else "L"), side)
+            image = image.transpose(0) if flip else image  # 0: left and right exchanged
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=args.jpeg_quality, subsampling=0)
+            pixels.append(torch.from_numpy(np.asarray(image).reshape(side, side, -1).transpose(2, 0, 1).copy()))
+            columns["image"].append({"bytes": buffer.getvalue(), "path": None})
+            columns["key"].append(f"{row}{'-flipped' if flip else ''}")
+            if source.label_column is not None:
+                columns["label"].append(record[source.label_column])
+        moments = encode_moments(torch.stack(pixels).to(vae.device), vae)
+        mean, std = moments.double().chunk(2, dim=1)
+        sums = sums + mean.sum(dim=(0, 2, 3))
+        squares = squares + (mean.square() + std.square()).sum(dim=(0, 2, 3))  # of a draw, in expectation
+        count += mean[:, 0].numel()
+        columns[MOMENTS_COLUMN] += [row.tobytes() for row in moments.half().cpu().numpy()]
+    temporary = path.with_suffix(".writing")
+    Dataset.from_dict(columns, features=Features(features)).to_parquet(temporary)
+    statistics = {"sum": sums.tolist(), "square": squares.tolist(), "count": count}
+    path.with_suffix(".json").write_text(json.dumps(statistics))
+    os.replace(temporary, path)
+
+
+def merge_statistics(folder: Path, output_dir: Path) -> dict[str, list[float]]:
+    """Mean and deviation of each latent channel, unscaled, in `latent_statistics.json`."""
+    parts = [json.loads(path.read_text()) for path in sorted(folder.glob("train-*.json"))]
+    count = sum(part["count"] for part in parts)
+    mean = np.sum([part["sum"] for part in parts], axis=0) / count
+    deviation = np.sqrt(np.sum([part["square"] for part in parts], axis=0) / count - mean**2)
+    statistics = {"latents_mean": mean.tolist(), "latents_std": deviation.tolist()}
+    (output_dir / "latent_statistics.json").write_text(json.dumps(statistics, indent=2))
+    return statistics
+
+
+if __name__ == "__main__":
+    main()
