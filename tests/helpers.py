@@ -113,9 +113,11 @@ def _training_until(step: int, flags: tuple[str, ...], processes: int) -> Iterat
     process = subprocess.Popen(
         command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
+    # A resumed run first drops the lines after its checkpoint: what an earlier process wrote does not count.
+    before = metrics.read_text() if metrics.exists() else ""
     try:
         deadline = time.monotonic() + 300
-        while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+        while not (metrics.exists() and (text := metrics.read_text()) != before and f'"step": {step},' in text):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"training never reached step {step}")
             time.sleep(0.02)

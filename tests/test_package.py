@@ -70,6 +70,13 @@ def test_weights_are_small_and_safetensors():
     assert sum(path.stat().st_size for path in weights) < 16 * 2**20
 
 
+def test_the_shipped_pipeline_carries_the_code_of_today():
+    for name in ("transformer/transformer_erw.py", "scheduler/scheduling_erw.py", "pipeline.py"):
+        shipped = REPOSITORY / "pipelines" / "erw-digits" / name
+        own = REPOSITORY / "src" / "erw_hf" / (shipped.name if "/" in name else "pipeline_erw.py")
+        assert shipped.read_text() == own.read_text(), f"{shipped} is old: save the pipeline again"
+
+
 def test_arrows_point_down():
     """Scripts -> library -> the three model files, which import nothing of erw_hf and travel alone."""
     package = REPOSITORY / "src" / "erw_hf"

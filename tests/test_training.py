@@ -138,10 +138,11 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, uninterrupted, k
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_twice_and_resumed_is_bitwise_the_uninterrupted_one(tmp_path, tiny_flags, processes):
     """kill -9 to the whole process group, in the warmup and in phase 2, loader workers and all."""
-    flags = [*tiny_flags, "--checkpointing_steps=2", "--dataloader_num_workers=2", "--max_train_steps=9"]
+    flags = [*tiny_flags, "--checkpointing_steps=2", "--dataloader_num_workers=2", "--warmup_steps=300"]
+    flags += ["--max_train_steps=600", "--checkpoints_total_limit=2", "--checkpointing_steps=50"]
     flags += ["--train_batch_size=2", "--validation_steps=0"]
     launch_training(*flags, f"--output_dir={tmp_path}/whole", processes=processes)
-    for kill_after in (3, 6):
+    for kill_after in (120, 430):
         kill_training_at(
             kill_after, *flags, f"--output_dir={tmp_path}/cut", "--resume_from_checkpoint=latest", processes=processes
         )
@@ -195,6 +196,32 @@ def test_a_plain_sit_needs_no_encoder(tmp_path, tiny_flags):
     train(*flags, f"--output_dir={tmp_path}/run")
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert all("alignment" not in record and record["lambda"] == 0 for record in records)
+
+
+def test_tensorboard_gets_losses_and_pictures(tmp_path, tiny_flags):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(*tiny_flags, "--report_to=tensorboard", "--validation_steps=5", f"--output_dir={tmp_path}/run")
+    (events,) = (tmp_path / "run" / "erw").rglob("events.out.tfevents.*")
+    log = EventAccumulator(str(events.parent)).Reload()
+    recorded = [(event.step, event.value) for event in log.Scalars("loss")]
+    np.testing.assert_allclose(
+        [value for _, value in recorded], [entry[2] for entry in losses(tmp_path / "run")], rtol=1e-6
+    )
+    assert [event.step for event in log.Images("samples")] == [5]
+
+
+def test_a_tracker_that_is_not_installed_raises(tmp_path, tiny_flags):
+    with pytest.raises(ValueError, match="report_to='comet_ml' is not installed"):
+        train(*tiny_flags, "--report_to=comet_ml", f"--output_dir={tmp_path}/run")
+
+
+def test_a_warmup_that_does_not_fit_is_refused_before_the_earlier_run_is_deleted(tmp_path, tiny_flags, finished_run):
+    before = losses(finished_run)
+    flags = [*tiny_flags, "--warmup_steps=0", f"--warmup_from={finished_run}/warmup", "--attention_head_dim=16"]
+    with pytest.raises(ValueError, match="in the warmup and"):
+        train(*flags, "--overwrite_output_dir", f"--output_dir={finished_run}")
+    assert losses(finished_run) == before
 
 
 def test_latents_of_a_vae_and_data_without_labels(tmp_path, tiny_flags):

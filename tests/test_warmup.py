@@ -78,8 +78,12 @@ def test_hand_over_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="has no tensor transformer.transformer_blocks.3"):
         deeper = AlignedTransformer(ERWTransformer2DModel(**{**TINY_MODEL, "num_layers": 4}), None, 4)
         hand_over(deeper.state_dict(), full_model())
-    with pytest.raises(ValueError, match="no transformer block"):
+    with pytest.raises(ValueError, match="the warmup lacks"):
         hand_over({}, full_model())
+    without_projector = {k: v for k, v in warmup_model().state_dict().items() if not k.startswith("projector.")}
+    with pytest.raises(ValueError, match="holds no projector"):
+        hand_over(without_projector, full_model())
+    hand_over(without_projector, full_model(), with_projector=False)
 
 
 def test_hand_over_notices_a_load_that_does_not_load():

@@ -73,7 +73,7 @@ from erw_hf.training.config import TrainingConfig, parse_config, resolve_mixed_p
 from erw_hf.training.cost import cost_report
 from erw_hf.training.flops import count_step_flops
 from erw_hf.training.logging import MetricsFile, image_grid, plot_losses
-from erw_hf.warmup import AlignmentLoss, build_warmup_transformer, full_loss, hand_over, warmup_loss
+from erw_hf.warmup import AlignmentLoss, build_warmup_transformer, check_hand_over, full_loss, hand_over, warmup_loss
 
 
 logger = get_logger(__name__)
@@ -120,6 +120,8 @@ def main() -> None:
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=output_dir,
     )
+    if config.report_to != "none" and not accelerator.log_with:
+        raise ValueError(f"report_to={config.report_to!r} is not installed: pip install it, or --report_to none")
     # Everything that can be wrong is found out before the first step, and before an earlier run is touched.
     checkpoint = resolve_checkpoint(output_dir, config.resume_from_checkpoint)
     source = load_source(
@@ -135,7 +137,13 @@ def main() -> None:
         raise ValueError(f"{config.dataset_name} is a latent cache: name the vae that it was made with")
     vae, pixels = load_vae(config, accelerator.device)
     encoder = load_encoder(config, accelerator)
-    warmup_state = None if config.warmup_from is None else load_warmup(config.warmup_from)
+    warmup_state = None
+    if config.warmup_from is not None:
+        warmup_state = load_warmup(config.warmup_from)
+        with torch.device("meta"):
+            check_hand_over(
+                warmup_state, build_full_model(config, source.num_classes, encoder), config.hand_over_projector
+            )
     if accelerator.is_main_process:
         prepare_output_dir(config, resuming=config.resume_from_checkpoint is not None)
     accelerator.wait_for_everyone()
@@ -175,7 +183,7 @@ def train_warmup(run: Run, checkpoint: Path | None) -> dict[str, torch.Tensor]:
     config, accelerator = run.config, run.accelerator
     set_seed(config.seed)
     transformer = build_warmup_transformer(config.model_config(run.source.num_classes), config.warmup_depth)
-    model = AlignedTransformer(transformer, build_projector(run), config.warmup_depth, warmup=True)
+    model = AlignedTransformer(transformer, build_projector(config, run.encoder), config.warmup_depth, warmup=True)
     alignment = choose_alignment_loss(config)
 
     def losses(model: torch.nn.Module, batch: Batch, step: int) -> dict[str, torch.Tensor]:
@@ -199,13 +207,11 @@ def train_full(run: Run, warmup_state: dict[str, torch.Tensor] | None, checkpoin
     """Phase 2: the whole model learns to draw, from the handed-over early blocks, lambda keeping them aligned."""
     config, accelerator = run.config, run.accelerator
     set_seed(config.seed)  # the later blocks start the same whatever the warmup was
-    transformer = ERWTransformer2DModel(**config.model_config(run.source.num_classes))
-    projector = build_projector(run) if config.alignment_weight > 0 else None
-    model = AlignedTransformer(transformer, projector, config.projector_depth)
+    model = build_full_model(config, run.source.num_classes, run.encoder)
+    transformer = model.transformer
     alignment = choose_alignment_loss(config)
     if warmup_state is not None:
-        with_projector = config.hand_over_projector and model.projector is not None
-        names = hand_over(warmup_state, model, with_projector)
+        names = hand_over(warmup_state, model, config.hand_over_projector)
         logger.info(f"hand-over: {len(names)} tensors of the warmup are the full model's, verified one by one")
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -307,7 +313,8 @@ def train_phase(
         progress.nonfinite_steps += not finite
         progress.nonfinite_in_a_row = 0 if finite else progress.nonfinite_in_a_row + 1
         record = log_step(run, phase, step, sums, grad_norm, time.perf_counter() - started, waited)
-        bar.set_postfix(loss=f"{record['loss']:.4f}", **{"img/s": f"{record['images_per_second']:.0f}"}, refresh=False)
+        shown = {name: f"{record[name]:.4f}" for name in sums}
+        bar.set_postfix({"img/s": f"{record['images_per_second']:.0f}", **shown}, refresh=False)
         if progress.nonfinite_in_a_row >= config.max_nonfinite_steps:
             raise RuntimeError(
                 f"{progress.nonfinite_in_a_row} steps in a row had a non-finite gradient; the last checkpoint in "
@@ -470,13 +477,21 @@ def load_encoder(config: TrainingConfig, accelerator: Accelerator) -> Representa
     return encoder.to(accelerator.device)
 
 
-def build_projector(run: Run) -> torch.nn.Module | None:
-    if run.encoder is None:
+def build_projector(config: TrainingConfig, encoder: RepresentationEncoder | None) -> torch.nn.Module | None:
+    if encoder is None:
         return None
-    width = run.config.num_attention_heads * run.config.attention_head_dim
-    if run.config.projector == "conv":
-        return ConvProjector(width, run.encoder.embed_dim)
-    return MLPProjector(width, run.encoder.embed_dim, run.config.projector_dim)
+    width = config.num_attention_heads * config.attention_head_dim
+    if config.projector == "conv":
+        return ConvProjector(width, encoder.embed_dim)
+    return MLPProjector(width, encoder.embed_dim, config.projector_dim)
+
+
+def build_full_model(
+    config: TrainingConfig, num_classes: int, encoder: RepresentationEncoder | None
+) -> AlignedTransformer:
+    transformer = ERWTransformer2DModel(**config.model_config(num_classes))
+    projector = build_projector(config, encoder) if config.alignment_weight > 0 else None
+    return AlignedTransformer(transformer, projector, config.projector_depth)
 
 
 def prepare_output_dir(config: TrainingConfig, resuming: bool) -> None:

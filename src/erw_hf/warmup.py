@@ -133,25 +133,25 @@ def full_loss(
     return {"loss": velocity_loss + weight * alignment, "velocity": velocity_loss, "alignment": alignment}
 
 
-@torch.no_grad()
-def hand_over(
+def check_hand_over(
     warmup_state: Mapping[str, torch.Tensor], model: AlignedTransformer, with_projector: bool = True
-) -> list[str]:
+) -> dict[str, torch.Tensor]:
     """
-    Makes the warmed-up weights the early layers of the full model, and verifies that they are.
+    What a warmup would hand over to a full model, found to fit it. The model may lie on the meta device.
 
     Args:
         warmup_state (`Mapping[str, torch.Tensor]`): State dict of the warmed-up [`AlignedTransformer`].
-        model ([`AlignedTransformer`]): The full model, freshly initialised. Its later blocks stay as they are.
-        with_projector (`bool`, *optional*, defaults to `True`): Hand the projector over too.
+        model ([`AlignedTransformer`]): The full model.
+        with_projector (`bool`, *optional*, defaults to `True`):
+            Hand the projector over too, if the full model has one.
 
     Returns:
-        `list[str]`: Names of the tensors handed over.
+        `dict[str, torch.Tensor]`: The tensors to hand over, by name.
 
     Raises:
-        ValueError: if the full model has not a tensor of the name and shape of each one to hand over.
-        RuntimeError: if a tensor of the full model differs afterwards.
+        ValueError: if the full model has not a tensor of the name and shape of each one.
     """
+    with_projector = with_projector and model.projector is not None
     tensors = {
         name: tensor
         for name, tensor in warmup_state.items()
@@ -163,10 +163,39 @@ def hand_over(
             raise ValueError(f"hand-over: the full model has no tensor {name}")
         if own[name].shape != tensor.shape:
             raise ValueError(
-                f"hand-over: {name} is {tuple(tensor.shape)} in the warmup and {tuple(own[name].shape)} in the full model"
+                f"hand-over: {name} is {tuple(tensor.shape)} in the warmup and {tuple(own[name].shape)} in the full "
+                "model"
             )
-    if not any(name.startswith("transformer.transformer_blocks.") for name in tensors):
-        raise ValueError("hand-over: the warmup holds no transformer block")
+    embedders = {name for name in own if name.startswith(("transformer.pos_embed.", "transformer.time_class_embed."))}
+    missing = sorted(embedders - set(tensors))
+    if missing or not any(name.startswith("transformer.transformer_blocks.0.") for name in tensors):
+        raise ValueError(f"hand-over: the warmup lacks {missing or 'the first transformer block'}")
+    if with_projector and not any(name.startswith("projector.") for name in tensors):
+        raise ValueError("hand-over: the warmup holds no projector; set hand_over_projector to false for a fresh one")
+    return tensors
+
+
+@torch.no_grad()
+def hand_over(
+    warmup_state: Mapping[str, torch.Tensor], model: AlignedTransformer, with_projector: bool = True
+) -> list[str]:
+    """
+    Makes the warmed-up weights the early layers of the full model, and verifies that they are.
+
+    Args:
+        warmup_state (`Mapping[str, torch.Tensor]`): State dict of the warmed-up [`AlignedTransformer`].
+        model ([`AlignedTransformer`]): The full model, freshly initialised. Its later blocks stay as they are.
+        with_projector (`bool`, *optional*, defaults to `True`):
+            Hand the projector over too, if the full model has one.
+
+    Returns:
+        `list[str]`: Names of the tensors handed over.
+
+    Raises:
+        ValueError: if the warmup does not fit the full model; see [`check_hand_over`].
+        RuntimeError: if a tensor of the full model differs afterwards.
+    """
+    tensors = check_hand_over(warmup_state, model, with_projector)
     model.load_state_dict(tensors, strict=False)
     own = model.state_dict()
     differing = [

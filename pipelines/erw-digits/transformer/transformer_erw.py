@@ -27,6 +27,7 @@ from diffusers.hooks._helpers import (
     TransformerBlockRegistry,
     _skip_attention___ret___hidden_states,
 )
+from diffusers.hooks.tensor_parallel import PackedColwiseParallel
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
@@ -147,6 +148,8 @@ class ERWTransformerBlock(nn.Module):
         self.attn = ERWAttention(dim, heads, head_dim, qk_norm)
         self.norm2 = _norm(norm_type, dim, affine=norm_type == "rms_norm")
         self.ff = FeedForward(dim, inner_dim=inner_dim, activation_fn=activation_fn)
+        # Tensor parallelism splits SwiGLU's two halves each by itself, or a rank would gate with another's values.
+        self.ff.net[0].proj._tp_packed_col_blocks = [inner_dim] * (2 if activation_fn == "swiglu" else 1)
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(
@@ -275,7 +278,7 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         "transformer_blocks.*.attn.to_k": "colwise",
         "transformer_blocks.*.attn.to_v": "colwise",
         "transformer_blocks.*.attn.to_out.0": "rowwise",
-        "transformer_blocks.*.ff.net.0.proj": "colwise",
+        "transformer_blocks.*.ff.net.0.proj": PackedColwiseParallel(),
         "transformer_blocks.*.ff.net.2": "rowwise",
     }
     _cp_plan = {
