@@ -202,7 +202,8 @@ def test_tensorboard_gets_losses_and_pictures(tmp_path, tiny_flags):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(*tiny_flags, "--report_to=tensorboard", "--validation_steps=5", f"--output_dir={tmp_path}/run")
-    (events,) = (tmp_path / "run" / "erw").rglob("events.out.tfevents.*")
+    # The tracker's hyper-parameters get a file of their own, deeper down.
+    events = min((tmp_path / "run" / "erw").rglob("events.out.tfevents.*"), key=lambda path: len(path.parts))
     log = EventAccumulator(str(events.parent)).Reload()
     recorded = [(event.step, event.value) for event in log.Scalars("loss")]
     np.testing.assert_allclose(
@@ -219,9 +220,35 @@ def test_a_tracker_that_is_not_installed_raises(tmp_path, tiny_flags):
 def test_a_warmup_that_does_not_fit_is_refused_before_the_earlier_run_is_deleted(tmp_path, tiny_flags, finished_run):
     before = losses(finished_run)
     flags = [*tiny_flags, "--warmup_steps=0", f"--warmup_from={finished_run}/warmup", "--attention_head_dim=16"]
-    with pytest.raises(ValueError, match="in the warmup and"):
+    with pytest.raises(ValueError, match="attention_head_dim=8, the config has 16"):
         train(*flags, "--overwrite_output_dir", f"--output_dir={finished_run}")
     assert losses(finished_run) == before
+
+
+def test_going_on_from_an_earlier_checkpoint_leaves_no_later_ones(tmp_path, uninterrupted):
+    whole, flags = uninterrupted
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    train(*flags, "--max_train_steps=5", f"--output_dir={run}", "--resume_from_checkpoint=checkpoint-4")
+    assert sorted(name for name in os.listdir(run) if name.startswith("checkpoint")) == [
+        f"checkpoint-{step}" for step in range(1, 6)
+    ]
+    assert losses(run) == losses(whole)[:5]
+    with pytest.raises(ValueError, match="num_layers is 4, the run so far had 3"):
+        train(*flags, "--num_layers=4", f"--output_dir={run}", "--resume_from_checkpoint=latest")
+    train(*flags, "--learning_rate=0.5", f"--output_dir={run}", "--resume_from_checkpoint=latest")
+    assert read_metrics(run / "metrics.jsonl")[5]["learning_rate"] > 0.01  # the new rate holds
+
+
+def test_a_broken_image_is_skipped_and_named(tmp_path, tiny_flags, caplog):
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("L", (8, 8), 40 * i).save(tmp_path / "images" / name / f"{i}.png")
+    (tmp_path / "images" / "a" / "1.png").write_bytes(b"no image")
+    train(*tiny_flags, f"--dataset_name={tmp_path}/images", f"--output_dir={tmp_path}/run")
+    assert len(losses(tmp_path / "run")) == 7
+    assert "1.png), which is no readable image" in caplog.text
 
 
 def test_latents_of_a_vae_and_data_without_labels(tmp_path, tiny_flags):
@@ -275,8 +302,9 @@ def test_every_switch_runs_both_phases(tmp_path, tiny_flags, flags):
         (["--max_train_steps=2"], "warmup_steps=3 must lie in [0, max_train_steps=2]"),
         (["--in_channels=4"], "in_channels is 1 (grey) or 3 (RGB)"),
         (["--resume_from_checkpoint=checkpoint-99"], "'checkpoint-99' is no checkpoint"),
-        (["--warmup_steps=0", "--warmup_from=training"], "it is no saved warmup"),
+        (["--warmup_steps=0", "--warmup_from=training"], "is no saved warmup"),
         (["--config=no/such.yaml"], "cannot read the config"),
+        (["--warmup_steps=0", "--warmup_from=pipelines/erw-digits"], "is no saved warmup"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_written(tmp_path, tiny_flags, capsys, flags, message):
@@ -291,6 +319,35 @@ def test_unknown_key_of_a_config_file(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train(f"--config={tmp_path}/bad.yaml")
     assert "unknown key learning_rte; did you mean learning_rate?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("alignment_loss: structual", "alignment_loss must be one of"),
+        ("warmup_steps: 1.5", "warmup_steps must be a whole number"),
+        ("streaming: maybe", "streaming must be true or false"),
+    ],
+)
+def test_impossible_values_of_a_config_file(tmp_path, capsys, line, message):
+    (tmp_path / "bad.yaml").write_text(line + "\n")
+    with pytest.raises(SystemExit):
+        train(f"--config={tmp_path}/bad.yaml")
+    assert message in capsys.readouterr().err
+
+
+def test_a_saved_config_means_the_same_from_anywhere(tmp_path, monkeypatch):
+    from erw_hf.training.config import parse_config
+
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(["--in_channels=1", "--output_dir=./out", "--dataset_name=../images"])
+    (tmp_path / "out").mkdir()
+    config.save("out/config.yaml")
+    again = parse_config(["--config=out/config.yaml"])
+    assert again.output_dir == str(tmp_path / "out")
+    assert again.dataset_name == str(tmp_path.parent / "images")
+    again.check_resumable("out/config.yaml")
+    config.check_resumable("out/config.yaml")
 
 
 def test_output_folder_that_cannot_be_written(tmp_path, tiny_flags):

@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 
 from erw_hf import ERWPipeline
 from erw_hf.data.latents import encode_moments
-from erw_hf.data.samples import MOMENTS_COLUMN, Source, center_crop, load_source
+from erw_hf.data.samples import IMAGE_ERRORS, MOMENTS_COLUMN, Source, center_crop, decode_image, load_source
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -116,7 +116,12 @@ def write_file(
         for index in indices[start : start + args.batch_size].tolist():
             row, flip = index % len(source.dataset), index >= len(source.dataset)
             record = source.dataset[row]
-            image = center_crop(record[source.image_column].convert("RGB" if channels == 3 else "L"), side)
+            try:
+                image, _ = decode_image(record[source.image_column])
+            except IMAGE_ERRORS as error:
+                tqdm.write(f"left out row {row} ({record[source.image_column]['path']}), no readable image: {error}")
+                continue
+            image = center_crop(image.convert("RGB" if channels == 3 else "L"), side)
             image = image.transpose(0) if flip else image  # 0: left and right exchanged
             buffer = io.BytesIO()
             image.save(buffer, "JPEG", quality=args.jpeg_quality, subsampling=0)
@@ -125,6 +130,8 @@ def write_file(
             columns["key"].append(f"{row}{'-flipped' if flip else ''}")
             if source.label_column is not None:
                 columns["label"].append(record[source.label_column])
+        if not pixels:
+            continue
         moments = encode_moments(torch.stack(pixels).to(vae.device), vae)
         mean, std = moments.double().chunk(2, dim=1)
         sums = sums + mean.sum(dim=(0, 2, 3))

@@ -19,6 +19,7 @@ One run does everything: warmup of the early blocks (phase 1), verified hand-ove
 a pipeline. It can be stopped anywhere and started again with `--resume_from_checkpoint latest`.
 """
 
+import json
 import logging
 import math
 import os
@@ -66,6 +67,7 @@ from erw_hf.training.checkpoints import (
     TrainingState,
     load_data_state,
     read_progress,
+    remove_later_checkpoints,
     resolve_checkpoint,
     save_checkpoint,
 )
@@ -122,8 +124,15 @@ def main() -> None:
     )
     if config.report_to != "none" and not accelerator.log_with:
         raise ValueError(f"report_to={config.report_to!r} is not installed: pip install it, or --report_to none")
+    if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise ValueError(
+            f"{accelerator.distributed_type} is not supported yet: the EMA and the pictures need whole weights on each "
+            "process. Use one process or DistributedDataParallel (accelerate launch --multi_gpu)"
+        )
     # Everything that can be wrong is found out before the first step, and before an earlier run is touched.
     checkpoint = resolve_checkpoint(output_dir, config.resume_from_checkpoint)
+    if checkpoint is not None and (checkpoint.parent / "config.yaml").exists():
+        config.check_resumable(checkpoint.parent / "config.yaml")
     source = load_source(
         config.dataset_name,
         config.dataset_split,
@@ -133,13 +142,13 @@ def main() -> None:
         config.num_classes,
         config.streaming,
     )
-    if source.is_latent_cache and config.vae is None:
-        raise ValueError(f"{config.dataset_name} is a latent cache: name the vae that it was made with")
+    if source.is_latent_cache:
+        check_cache(config)
     vae, pixels = load_vae(config, accelerator.device)
     encoder = load_encoder(config, accelerator)
     warmup_state = None
     if config.warmup_from is not None:
-        warmup_state = load_warmup(config.warmup_from)
+        warmup_state = load_warmup(config.warmup_from, config, source.num_classes)
         with torch.device("meta"):
             check_hand_over(
                 warmup_state, build_full_model(config, source.num_classes, encoder), config.hand_over_projector
@@ -153,6 +162,7 @@ def main() -> None:
     accelerator.register_for_checkpointing(run.state)
     stop_on_sigterm(run)
     if accelerator.is_main_process:
+        remove_later_checkpoints(output_dir, progress.step)
         config.save(output_dir / "config.yaml")
         run.metrics = MetricsFile(output_dir / "metrics.jsonl", resume_step=progress.step)
     if config.report_to != "none":
@@ -252,7 +262,8 @@ def train_phase(
 ) -> torch.nn.Module:
     """The loop, for either phase."""
     config, accelerator, progress = run.config, run.accelerator, run.progress
-    flops_per_image = count_step_flops(model, None if model.projector is None else run.encoder)
+    flops_without_encoder = count_step_flops(model, None)
+    flops_per_image = flops_without_encoder if model.projector is None else count_step_flops(model, run.encoder)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,
@@ -271,6 +282,7 @@ def train_phase(
     model, optimizer = accelerator.prepare(model, optimizer)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
+        set_learning_rate(run.state.lr_scheduler, optimizer, learning_rate)
         if config.streaming:
             run.stream_state = load_data_state(accelerator, checkpoint, config.dataloader_num_workers)
         logger.info(f"resumed from {checkpoint} at step {progress.step}")
@@ -305,20 +317,22 @@ def train_phase(
                 optimizer.zero_grad()
         if finite and run.state.ema is not None:
             run.state.ema.step(accelerator.unwrap_model(model).transformer.parameters())
+        used_learning_rate = run.state.lr_scheduler.get_last_lr()[0]
         run.state.lr_scheduler.step()
 
         progress.step = step + 1
         progress.images_seen += run.step_batch_size
-        progress.flops += flops_per_image * run.step_batch_size
+        aligned = phase == "warmup" or phase_2_weight(config, step) > 0
+        progress.flops += (flops_per_image if aligned else flops_without_encoder) * run.step_batch_size
         progress.nonfinite_steps += not finite
         progress.nonfinite_in_a_row = 0 if finite else progress.nonfinite_in_a_row + 1
-        record = log_step(run, phase, step, sums, grad_norm, time.perf_counter() - started, waited)
+        record = log_step(run, phase, step, sums, grad_norm, used_learning_rate, time.perf_counter() - started, waited)
         shown = {name: f"{record[name]:.4f}" for name in sums}
         bar.set_postfix({"img/s": f"{record['images_per_second']:.0f}", **shown}, refresh=False)
         if progress.nonfinite_in_a_row >= config.max_nonfinite_steps:
             raise RuntimeError(
                 f"{progress.nonfinite_in_a_row} steps in a row had a non-finite gradient; the last checkpoint in "
-                f"{config.output_dir} is from before them. Resume from it with a lower learning_rate, or qk_norm"
+                f"{config.output_dir} is from before them. Resume from it with a lower learning_rate"
             )
         if run.stop_requested:
             accelerator.set_trigger()
@@ -341,8 +355,16 @@ def train_phase(
     return model
 
 
+def set_learning_rate(lr_scheduler, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Makes the config's rate hold, not the checkpoint's: a run that diverged goes on with a lower one."""
+    lr_scheduler.base_lrs = [learning_rate] * len(lr_scheduler.base_lrs)
+    for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
+        group["initial_lr"] = learning_rate
+        group["lr"] = learning_rate * factor(lr_scheduler.last_epoch)
+
+
 def log_step(
-    run: Run, phase: str, step: int, sums: Batch, grad_norm: float, seconds: float, waited: float
+    run: Run, phase: str, step: int, sums: Batch, grad_norm: float, learning_rate: float, seconds: float, waited: float
 ) -> dict[str, object]:
     """Writes one line of metrics.jsonl and of the trackers; the losses are means over all processes."""
     values = run.accelerator.reduce(torch.stack(list(sums.values())), reduction="mean").tolist()
@@ -352,7 +374,7 @@ def log_step(
         **dict(zip(sums, values, strict=True)),
         "lambda": 1.0 if phase == "warmup" else phase_2_weight(run.config, step),
         "grad_norm": grad_norm,
-        "learning_rate": run.state.lr_scheduler.get_last_lr()[0],
+        "learning_rate": learning_rate,
         "images_seen": run.progress.images_seen,
         "flops": run.progress.flops,
         "images_per_second": run.step_batch_size / seconds,
@@ -466,6 +488,28 @@ def load_vae(config: TrainingConfig, device: torch.device) -> tuple[torch.nn.Mod
     return vae, (side, channels)
 
 
+def check_cache(config: TrainingConfig) -> None:
+    """A latent cache is read as what it was written as."""
+    if config.vae is None:
+        raise ValueError(f"{config.dataset_name} is a latent cache: name the vae that it was made with")
+    if config.random_flip:
+        raise ValueError("random_flip does not work on a latent cache: cache the flipped images too (--flipped)")
+    record = Path(config.dataset_name) / "cache.json"
+    if not record.is_file():  # on the Hub, or moved without its record
+        return
+    made = json.loads(record.read_text())
+    if made["sample_size"] != config.sample_size:
+        raise ValueError(f"the cache has sample_size {made['sample_size']}, the config {config.sample_size}")
+    if Path(made["vae"]).name != Path(config.vae).name:
+        raise ValueError(f"the cache was made with the vae {made['vae']!r}, the config names {config.vae!r}")
+    files = sorted((record.parent / "data").glob("train-*.parquet"))
+    promised = int(files[0].stem.split("-of-")[1])
+    if len(files) != promised:
+        raise ValueError(
+            f"the cache has {len(files)} of its {promised} files: run cache_latents.py again to finish it"
+        )
+
+
 def load_encoder(config: TrainingConfig, accelerator: Accelerator) -> RepresentationEncoder | None:
     """The teacher, if the run aligns at all."""
     if config.encoder is None or (config.warmup_steps == 0 and config.alignment_weight == 0):
@@ -521,19 +565,28 @@ def save_warmup(model: AlignedTransformer, folder: Path) -> None:
     save_file(projector, folder / "projectors.safetensors")
 
 
-def load_warmup(path_or_repo_id: str) -> dict[str, torch.Tensor]:
+def load_warmup(path_or_repo_id: str, config: TrainingConfig, num_classes: int) -> dict[str, torch.Tensor]:
     """A warmup that this script saved, in a folder or on the Hub, or a published `.pt` file of ERW."""
     path = Path(path_or_repo_id)
     if path.is_file():
         converted = read_checkpoint(path)
-        transformer, projectors = converted.transformer, converted.projectors
+        if not converted.is_warmup:
+            raise ValueError(f"{path} is a whole model, no warmup: convert it with `python -m erw_hf.hub.convert`")
+        warmup_config, transformer, projectors = converted.config, converted.transformer, converted.projectors
     else:
         folder = path if path.is_dir() else Path(snapshot_download(path_or_repo_id))
-        if not (folder / "transformer").is_dir():
-            raise ValueError(f"warmup_from={path_or_repo_id!r} holds no `transformer` folder: it is no saved warmup")
-        transformer = ERWTransformer2DModel.from_pretrained(folder / "transformer").state_dict()
+        if not (folder / "transformer").is_dir() or (folder / "model_index.json").exists():
+            raise ValueError(f"warmup_from={path_or_repo_id!r} is no saved warmup: name the `warmup` folder of a run")
+        model, info = ERWTransformer2DModel.from_pretrained(folder / "transformer", output_loading_info=True)
+        if info["missing_keys"]:  # from_pretrained only warns, and would leave them random
+            raise ValueError(f"the warmup {folder} lacks {info['missing_keys']}")
+        warmup_config, transformer = dict(model.config), model.state_dict()
         file = folder / "projectors.safetensors"
         projectors = load_file(file) if file.is_file() else {}
+    # Tensors of one shape can still mean another model: heads, rotary embeddings, norms.
+    for name, value in config.model_config(num_classes).items():
+        if name not in ("num_layers", "class_dropout_prob") and warmup_config.get(name, value) != value:
+            raise ValueError(f"the warmup was made with {name}={warmup_config[name]!r}, the config has {value!r}")
     state = {f"transformer.{name}": tensor for name, tensor in transformer.items()}
     first = "projectors.0."
     return state | {f"projector.{k.removeprefix(first)}": v for k, v in projectors.items() if k.startswith(first)}

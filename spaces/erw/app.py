@@ -67,7 +67,7 @@ def generate(
             guidance_scale=guidance_scale,
             guidance_interval=(guidance_low, guidance_high),
             generator=[torch.Generator().manual_seed(seed + i) for i in range(num_images)],
-            callback_on_step_end=lambda pipe, step, t, kwargs: progress((step + 1, pipe.num_timesteps)) or {},
+            callback_on_step_end=lambda pipe, step, t, kwargs: (progress((step + 1, pipe.num_timesteps)), {})[1],
         ).images
     except ValueError as error:
         raise gr.Error(str(error)) from error

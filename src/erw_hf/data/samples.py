@@ -14,6 +14,8 @@
 """From a `datasets` source to training samples whose every random draw is a function of (seed, epoch, sample key)."""
 
 import hashlib
+import io
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,10 +25,13 @@ import torch
 from datasets import ClassLabel, Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
 from datasets.data_files import EmptyDatasetError
-from PIL import Image
+from datasets.utils.file_utils import xopen
+from PIL import Image, UnidentifiedImageError
 
 from erw_hf.data.digits import load_digits_dataset
 
+
+logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
 LABEL_COLUMNS = ("label", "cls", "labels", "class")
@@ -98,6 +103,7 @@ def load_source(
         raise ValueError(
             f"no image column among {dataset.column_names}: tried {list(IMAGE_COLUMNS)}; name it with --image_column"
         )
+    dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
     label_column = find_column(dataset.column_names, label_column, LABEL_COLUMNS, "label_column")
     if label_column is None:
         return Source(dataset, image_column, None, 0, None, MOMENTS_COLUMN in dataset.column_names)
@@ -130,7 +136,7 @@ def _check_stream(
     label_column: str | None,
     num_classes: int | None,
 ) -> Source:
-    first = next(iter(dataset.take(1)), None)
+    first = next(iter(dataset.decode(False).take(1)), None)
     if first is None:
         raise ValueError(f"the data set {dataset_name!r} is empty")
     columns = list(first)
@@ -202,6 +208,30 @@ def find_column(columns: list[str], wanted: str | None, candidates: tuple[str, .
     if wanted not in columns:
         raise ValueError(f"{option}={wanted!r} is no column of the data set; it has {columns}")
     return wanted
+
+
+# What PIL raises for files that are no images, or are broken ones.
+IMAGE_ERRORS = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
+
+
+def decode_image(encoded: dict) -> tuple[Image.Image, bytes]:
+    """
+    Args:
+        encoded (`dict`): `bytes`, or the `path` to read them from, as an undecoded image column of `datasets` has them.
+
+    Returns:
+        `tuple[PIL.Image.Image, bytes]`: The image, and its file's content.
+
+    Raises:
+        OSError: or another of `IMAGE_ERRORS`, for a file that is no readable image.
+    """
+    content = encoded["bytes"]
+    if content is None:
+        with xopen(encoded["path"], "rb") as file:  # paths inside archives and on the Hub too
+            content = file.read()
+    image = Image.open(io.BytesIO(content))
+    image.load()
+    return image, content
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -329,6 +359,7 @@ class TrainingSamples(torch.utils.data.Dataset):
 
     def __init__(self, maker: SampleMaker) -> None:
         self.maker = maker
+        self.skipped = 0
 
     def __len__(self) -> int:
         return len(self.maker.source.dataset)
@@ -336,10 +367,24 @@ class TrainingSamples(torch.utils.data.Dataset):
     def __getitem__(self, position: tuple[int, int]) -> dict[str, torch.Tensor]:
         epoch, index = position
         source = self.maker.source
-        row = source.dataset[index]
+        for candidate in range(index, index + len(self)):
+            row = source.dataset[candidate % len(self)]
+            try:
+                image, _ = decode_image(row[source.image_column])
+                break
+            except IMAGE_ERRORS as error:
+                # The next row takes its place, so that batches keep their size and a resumed run its order.
+                self.skipped += 1
+                name = row[source.image_column]["path"] or "an image without a name"
+                logger.warning(
+                    f"skipped row {candidate % len(self)} ({name}), which is no readable image ({error}); "
+                    f"{self.skipped} skipped so far"
+                )
+        else:
+            raise ValueError("the data set holds no readable image")
         label = None if source.label_column is None else row[source.label_column]
         moments = row[MOMENTS_COLUMN] if source.is_latent_cache else None
-        return self.maker(row[source.image_column], label, epoch, index, moments)
+        return self.maker(image, label, epoch, candidate % len(self), moments)
 
 
 class StepSampler(torch.utils.data.Sampler[list[tuple[int, int]]]):

@@ -19,7 +19,6 @@ of shards is its own; rows are shuffled here, in blocks that are read again on r
 
 import copy
 import hashlib
-import io
 import itertools
 import logging
 from collections.abc import Iterator
@@ -27,10 +26,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
-from PIL import Image, UnidentifiedImageError
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from erw_hf.data.samples import MOMENTS_COLUMN, SampleMaker
+from erw_hf.data.samples import IMAGE_ERRORS, MOMENTS_COLUMN, SampleMaker, decode_image
 
 
 logger = logging.getLogger(__name__)
@@ -86,7 +84,10 @@ class StreamingSamples(torch.utils.data.IterableDataset):
                 dataset.load_state_dict(state["upstream"])
             rows = iter(dataset)
             for block in itertools.count(state["block"]):
-                upstream = copy.deepcopy(dataset.state_dict()) if block > 0 or state["upstream"] else None
+                # Right after loading, `datasets` still reports where its unstarted iterator began: the loaded state holds.
+                upstream = state["upstream"]
+                if upstream is None and block > 0:
+                    upstream = copy.deepcopy(dataset.state_dict())
                 buffer = list(itertools.islice(rows, self.block))
                 if not buffer:
                     break
@@ -102,20 +103,16 @@ class StreamingSamples(torch.utils.data.IterableDataset):
 
     def _sample(self, row: dict, epoch: int) -> dict[str, torch.Tensor] | None:
         source = self.maker.source
-        data = row[source.image_column]
-        encoded = data["bytes"]
-        if encoded is None:
-            with open(data["path"], "rb") as file:
-                encoded = file.read()
-        label = None if source.label_column is None else row[source.label_column]
-        if label is not None and not 0 <= label < source.num_classes:
-            raise ValueError(f"label {label} of {data['path'] or 'an image'} is not in [0, {source.num_classes - 1}]")
+        name = row.get("__key__") or row[source.image_column]["path"] or "an image without a name"
+        label = None
+        if source.label_column is not None:
+            label = row[source.label_column]
+            if label is None or not 0 <= label < source.num_classes:
+                raise ValueError(f"label {label} of {name} is not in [0, {source.num_classes - 1}]")
         try:
-            image = Image.open(io.BytesIO(encoded))
-            image.load()
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            image, encoded = decode_image(row[source.image_column])
+        except IMAGE_ERRORS as error:
             self.skipped += 1
-            name = row.get("__key__") or data["path"] or f"image of {len(encoded)} bytes"
             logger.warning(f"skipped {name}, which is no readable image ({error}); {self.skipped} skipped so far")
             return None
         moments = row[MOMENTS_COLUMN] if source.is_latent_cache else None

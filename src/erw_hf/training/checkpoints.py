@@ -88,7 +88,8 @@ def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
         `list[Path]`: Its whole checkpoints, the oldest first.
     """
     folder = Path(output_dir)
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    found = [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    found = [path for path in found if (path / "progress.json").is_file()]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
@@ -164,12 +165,39 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (temporary / "progress.json").write_text(json.dumps(asdict(progress)))
-        shutil.rmtree(final, ignore_errors=True)
+        remove_checkpoint(final)
         os.replace(temporary, final)
         if total_limit is not None:
             for old in list_checkpoints(output_dir)[:-total_limit]:
-                shutil.rmtree(old)
+                remove_checkpoint(old)
     accelerator.wait_for_everyone()
+
+
+def remove_checkpoint(path: Path) -> None:
+    """
+    Removes a checkpoint, under another name first: a kill in between leaves none that looks whole.
+
+    Args:
+        path (`Path`): The checkpoint; it need not exist.
+    """
+    if path.exists():
+        doomed = path.with_name(f".removing-{path.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def remove_later_checkpoints(output_dir: str | os.PathLike, step: int) -> None:
+    """
+    Removes what a run that goes on from an earlier checkpoint leaves behind: "latest" must mean its own.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): Folder of the run.
+        step (`int`): Last step to keep.
+    """
+    for path in list_checkpoints(output_dir):
+        if int(path.name.split("-")[1]) > step:
+            remove_checkpoint(path)
 
 
 def load_data_state(accelerator: Accelerator, checkpoint: Path, num_workers: int) -> dict:

@@ -20,7 +20,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -140,6 +140,16 @@ class TrainingConfig:
     guidance_scale: float = _key(1.8, "Guidance of a sample grid.")
 
     def __post_init__(self) -> None:
+        for name, annotation in get_type_hints(TrainingConfig).items():
+            value = getattr(self, name)
+            allowed = get_args(annotation)
+            if get_origin(annotation) is Literal and value not in allowed:
+                raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
+            # A YAML file can hold anything; argparse looks at flags alone.
+            if (annotation is int or annotation == (int | None)) and value is not None and type(value) is not int:
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
+            if annotation is bool and type(value) is not bool:
+                raise ValueError(f"{name} must be true or false, got {value!r}")
         for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -196,7 +206,39 @@ class TrainingConfig:
         Args:
             path (`str` or `os.PathLike`): File to write.
         """
-        Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+        values = dataclasses.asdict(self)
+        for name, value in values.items():
+            # Beside this file, a relative path would mean another place.
+            if isinstance(value, str) and value.startswith(("./", "../")):
+                values[name] = os.path.abspath(value)
+        Path(path).write_text(yaml.safe_dump(values, sort_keys=False))
+
+    def check_resumable(self, path: str | os.PathLike) -> None:
+        """
+        Compares what must not change when a run goes on.
+
+        Args:
+            path (`str` or `os.PathLike`): The `config.yaml` of the run so far.
+
+        Raises:
+            ValueError: if the model, the data, the seed or the length of the warmup is another.
+        """
+        before = yaml.safe_load(Path(path).read_text())
+        fixed = (
+            "seed", "dataset_name", "dataset_config_name", "dataset_split", "streaming", "vae", "sample_size",
+            "in_channels", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "mlp_ratio",
+            "num_classes", "class_dropout_prob", "use_rope", "qk_norm", "norm_type", "activation_fn", "encoder",
+            "projector", "projector_dim", "warmup_steps", "warmup_depth", "path_type",
+        )  # fmt: skip
+        now = {name: getattr(self, name) for name in fixed}
+        for name, value in now.items():
+            if isinstance(value, str) and value.startswith(("./", "../")):
+                value = os.path.abspath(value)
+            if name in before and before[name] != value:
+                raise ValueError(
+                    f"{name} is {value!r}, the run so far had {before[name]!r}: a run goes on with what it began with; "
+                    "start another one in another --output_dir"
+                )
 
 
 def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
