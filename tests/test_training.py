@@ -326,7 +326,7 @@ def test_unknown_key_of_a_config_file(tmp_path, capsys):
     [
         ("alignment_loss: structual", "alignment_loss must be one of"),
         ("warmup_steps: 1.5", "warmup_steps must be a whole number"),
-        ("streaming: maybe", "streaming must be true or false"),
+        ("streaming: 2", "streaming must be true or false"),
     ],
 )
 def test_impossible_values_of_a_config_file(tmp_path, capsys, line, message):

@@ -317,7 +317,7 @@ def train_phase(
                 optimizer.zero_grad()
         if finite and run.state.ema is not None:
             run.state.ema.step(accelerator.unwrap_model(model).transformer.parameters())
-        used_learning_rate = run.state.lr_scheduler.get_last_lr()[0]
+        used_learning_rate = optimizer.param_groups[0]["lr"]
         run.state.lr_scheduler.step()
 
         progress.step = step + 1
