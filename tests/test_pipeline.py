@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import copy
 import json
 
 import numpy as np
@@ -204,14 +205,20 @@ def test_compiled_blocks_compile_for_both_batch_sizes_once(pipe):
 def test_step_caching_works_with_guidance_inside_an_interval(pipe, cache):
     """Batches of B and 2 B alternate: each has a cache of its own."""
     kwargs = {"num_inference_steps": 8, "guidance_interval": (0.3, 0.6)}
-    calls = []
-    pipe.transformer.transformer_blocks[1].attn.to_out[0].register_forward_hook(lambda *_: calls.append(1))
-    expected = draw(pipe, [1, 2], output_type="latent", **kwargs)
-    uncached_calls = len(calls)
+
+    def count_calls(transformer):
+        calls = []
+        transformer.transformer_blocks[1].attn.to_out[0].register_forward_hook(lambda *_: calls.append(1))
+        return calls
+
+    # Apart: diffusers 0.40 does not find the hooks of a cache that is enabled after a first call.
+    plain = ERWPipeline(copy.deepcopy(pipe.transformer), None, FlowMatchEulerMaruyamaScheduler())
+    plain.set_progress_bar_config(disable=True)
+    uncached_calls, calls = count_calls(plain.transformer), count_calls(pipe.transformer)
+    expected = draw(plain, [1, 2], output_type="latent", **kwargs)
     pipe.transformer.enable_cache(cache)
-    calls.clear()
     cached = draw(pipe, [1, 2], output_type="latent", **kwargs)
-    assert uncached_calls == 8 and 0 < len(calls) < 8  # blocks were left out
+    assert len(uncached_calls) == 8 and 0 < len(calls) < 8  # blocks were left out
     assert 0 < (cached - expected).norm() < 0.5 * expected.norm()  # and the pictures are about the same
     pipe.transformer.disable_cache()
     assert torch.equal(draw(pipe, [1, 2], output_type="latent", **kwargs), expected)
