@@ -58,6 +58,16 @@ def test_every_public_argument_is_documented(name, node, signature):
     if name == "ERWPipeline.check_inputs":
         return  # the arguments of `__call__`
     assert entries == [a for a in entries if a in [*arguments, "kwargs"]], f"{name} documents what it has not"
+    described = dict(re.findall(r"^    (\w+) \((.*?)\):", section[1], flags=re.M | re.S)) if section else {}
+    for argument, description in described.items():
+        if "Tensor`" in description and "[" not in description:
+            assert "shape" in description, f"{name}: the shape of {argument} is not given"
+    defaults = signature.args.defaults
+    for argument, default in zip(
+        signature.args.args[len(signature.args.args) - len(defaults) :], defaults, strict=True
+    ):
+        if ast.unparse(default) != "None" and argument.arg in described:
+            assert "defaults to" in described[argument.arg], f"{name}: the default of {argument.arg} is not given"
     missing = [a for a in arguments if a not in entries]
     if isinstance(node, ast.ClassDef) and not section and not arguments:
         return

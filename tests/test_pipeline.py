@@ -201,6 +201,15 @@ def test_compiled_blocks_compile_for_both_batch_sizes_once(pipe):
     np.testing.assert_allclose(compiled, expected, atol=1e-5)
 
 
+def test_blocks_compiled_with_dynamic_shapes_compile_once(pipe):
+    torch._dynamo.reset()
+    expected = draw(pipe, [1, 2, 3], num_inference_steps=6)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = draw(pipe, [1, 2, 3], num_inference_steps=6)  # batches of 3 and of 6
+    np.testing.assert_allclose(compiled, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("cache", CACHES)
 def test_step_caching_works_with_guidance_inside_an_interval(pipe, cache):
     """Batches of B and 2 B alternate: each has a cache of its own."""

@@ -71,7 +71,7 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         """Finds the model call that starts at a time.
 
         Args:
-            timestep (`float` or `torch.Tensor`): One of `timesteps`.
+            timestep (`float` or `torch.Tensor` of shape `()`): One of `timesteps`.
 
         Returns:
             `int`: Its index; of two calls at one time the second, which starts a step.
@@ -192,7 +192,7 @@ class FlowMatchEulerMaruyamaScheduler(_FlowMatchScheduler):
 
         Args:
             model_output (`torch.Tensor` of shape `(B, C, H, W)`): The velocity, guided or not.
-            timestep (`float` or `torch.Tensor`): The time of `sample`, one of `timesteps`.
+            timestep (`float` or `torch.Tensor` of shape `()`): The time of `sample`, one of `timesteps`.
             sample (`torch.Tensor` of shape `(B, C, H, W)`): The current sample.
             generator (`torch.Generator` or a list of B of them, *optional*):
                 Source of the noise; a list gives each image of the batch its own.
@@ -289,7 +289,7 @@ class FlowMatchHeunScheduler(_FlowMatchScheduler):
 
         Args:
             model_output (`torch.Tensor` of shape `(B, C, H, W)`): The velocity, guided or not.
-            timestep (`float` or `torch.Tensor`): The time of `sample`, one of `timesteps`.
+            timestep (`float` or `torch.Tensor` of shape `()`): The time of `sample`, one of `timesteps`.
             sample (`torch.Tensor` of shape `(B, C, H, W)`): The current sample.
             return_dict (`bool`, *optional*, defaults to `True`): Return a dataclass in place of a tuple.
 
