@@ -49,8 +49,6 @@ from tqdm.auto import tqdm
 from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler, RepresentationEncoder
 from erw_hf.alignment import (
     AlignedTransformer,
-    ConvProjector,
-    MLPProjector,
     alignment_weight,
     cosine_alignment_loss,
     nt_xent_alignment_loss,
@@ -75,7 +73,8 @@ from erw_hf.training.config import TrainingConfig, parse_config, resolve_mixed_p
 from erw_hf.training.cost import cost_report
 from erw_hf.training.flops import count_step_flops
 from erw_hf.training.logging import MetricsFile, image_grid, plot_losses
-from erw_hf.warmup import AlignmentLoss, build_warmup_transformer, check_hand_over, full_loss, hand_over, warmup_loss
+from erw_hf.training.models import build_full_model, build_warmup_model
+from erw_hf.warmup import AlignmentLoss, check_hand_over, full_loss, hand_over, warmup_loss
 
 
 logger = get_logger(__name__)
@@ -192,8 +191,7 @@ def train_warmup(run: Run, checkpoint: Path | None) -> dict[str, torch.Tensor]:
     """Phase 1: the embedders, the first `warmup_depth` blocks and a projector learn what images mean."""
     config, accelerator = run.config, run.accelerator
     set_seed(config.seed)
-    transformer = build_warmup_transformer(config.model_config(run.source.num_classes), config.warmup_depth)
-    model = AlignedTransformer(transformer, build_projector(config, run.encoder), config.warmup_depth, warmup=True)
+    model = build_warmup_model(config, run.source.num_classes, run.encoder)
     alignment = choose_alignment_loss(config)
 
     def losses(model: torch.nn.Module, batch: Batch, step: int) -> dict[str, torch.Tensor]:
@@ -519,23 +517,6 @@ def load_encoder(config: TrainingConfig, accelerator: Accelerator) -> Representa
         config.encoder, config.token_grid, config.encoder_image_size, dtype, config.encoder_antialias
     )
     return encoder.to(accelerator.device)
-
-
-def build_projector(config: TrainingConfig, encoder: RepresentationEncoder | None) -> torch.nn.Module | None:
-    if encoder is None:
-        return None
-    width = config.num_attention_heads * config.attention_head_dim
-    if config.projector == "conv":
-        return ConvProjector(width, encoder.embed_dim)
-    return MLPProjector(width, encoder.embed_dim, config.projector_dim)
-
-
-def build_full_model(
-    config: TrainingConfig, num_classes: int, encoder: RepresentationEncoder | None
-) -> AlignedTransformer:
-    transformer = ERWTransformer2DModel(**config.model_config(num_classes))
-    projector = build_projector(config, encoder) if config.alignment_weight > 0 else None
-    return AlignedTransformer(transformer, projector, config.projector_depth)
 
 
 def prepare_output_dir(config: TrainingConfig, resuming: bool) -> None:

@@ -17,13 +17,11 @@ import torch
 from datasets import load_dataset_builder
 from transformers import AutoConfig, AutoModel
 
-from erw_hf.alignment import AlignedTransformer, ConvProjector, MLPProjector
 from erw_hf.data.samples import IMAGE_COLUMNS, LABEL_COLUMNS, find_column, is_local, load_source
 from erw_hf.encoders import VISION_TOWERS, RepresentationEncoder
 from erw_hf.training.config import TrainingConfig
 from erw_hf.training.flops import count_step_flops
-from erw_hf.transformer_erw import ERWTransformer2DModel
-from erw_hf.warmup import build_warmup_transformer
+from erw_hf.training.models import build_full_model, build_warmup_model
 
 
 PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200
@@ -47,11 +45,11 @@ def cost_report(config: TrainingConfig) -> str:
     num_classes, num_images = _check_data(config)
     with torch.device("meta"):
         encoder = _encoder_on_meta(config)
-        full = _phase_on_meta(config, num_classes, encoder, warmup=False)
+        full = build_full_model(config, num_classes, encoder)
         full_flops = count_step_flops(full, None if full.projector is None else encoder)
         warmup_flops = 0
         if config.warmup_steps > 0:
-            warmup_flops = count_step_flops(_phase_on_meta(config, num_classes, encoder, warmup=True), encoder)
+            warmup_flops = count_step_flops(build_warmup_model(config, num_classes, encoder), encoder)
 
     batch = config.train_batch_size * config.gradient_accumulation_steps
     full_steps = config.max_train_steps - config.warmup_steps
@@ -134,23 +132,6 @@ def _encoder_on_meta(config: TrainingConfig) -> RepresentationEncoder | None:
     else:
         model = AutoModel.from_config(encoder_config)
     return RepresentationEncoder(model, [0.5] * 3, [0.5] * 3, config.token_grid, config.encoder_image_size)
-
-
-def _phase_on_meta(
-    config: TrainingConfig, num_classes: int, encoder: RepresentationEncoder | None, warmup: bool
-) -> AlignedTransformer:
-    model_config = config.model_config(num_classes)
-    projector = None
-    if encoder is not None and (warmup or config.alignment_weight > 0):
-        width = config.num_attention_heads * config.attention_head_dim
-        if config.projector == "conv":
-            projector = ConvProjector(width, encoder.embed_dim)
-        else:
-            projector = MLPProjector(width, encoder.embed_dim, config.projector_dim)
-    if warmup:
-        transformer = build_warmup_transformer(model_config, config.warmup_depth)
-        return AlignedTransformer(transformer, projector, config.warmup_depth, warmup=True)
-    return AlignedTransformer(ERWTransformer2DModel(**model_config), projector, config.projector_depth)
 
 
 def _activations(config: TrainingConfig, batch: int) -> float:

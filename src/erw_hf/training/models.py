@@ -1,0 +1,60 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""From a configuration to the modules that the two phases train."""
+
+import torch
+
+from erw_hf.alignment import AlignedTransformer, ConvProjector, MLPProjector
+from erw_hf.encoders import RepresentationEncoder
+from erw_hf.training.config import TrainingConfig
+from erw_hf.transformer_erw import ERWTransformer2DModel
+from erw_hf.warmup import build_warmup_transformer
+
+
+def build_warmup_model(config: TrainingConfig, num_classes: int, encoder: RepresentationEncoder) -> AlignedTransformer:
+    """
+    Args:
+        config ([`TrainingConfig`]): The run.
+        num_classes (`int`): Number of classes of the data.
+        encoder ([`RepresentationEncoder`]): The encoder to align with.
+
+    Returns:
+        [`AlignedTransformer`]: The model of phase 1.
+    """
+    transformer = build_warmup_transformer(config.model_config(num_classes), config.warmup_depth)
+    return AlignedTransformer(transformer, _projector(config, encoder), config.warmup_depth, warmup=True)
+
+
+def build_full_model(
+    config: TrainingConfig, num_classes: int, encoder: RepresentationEncoder | None
+) -> AlignedTransformer:
+    """
+    Args:
+        config ([`TrainingConfig`]): The run.
+        num_classes (`int`): Number of classes of the data.
+        encoder ([`RepresentationEncoder`], *optional*): The encoder to align with.
+
+    Returns:
+        [`AlignedTransformer`]: The model of phase 2, without a projector where nothing is aligned.
+    """
+    transformer = ERWTransformer2DModel(**config.model_config(num_classes))
+    aligns = encoder is not None and config.alignment_weight > 0
+    return AlignedTransformer(transformer, _projector(config, encoder) if aligns else None, config.projector_depth)
+
+
+def _projector(config: TrainingConfig, encoder: RepresentationEncoder) -> torch.nn.Module:
+    width = config.num_attention_heads * config.attention_head_dim
+    if config.projector == "conv":
+        return ConvProjector(width, encoder.embed_dim)
+    return MLPProjector(width, encoder.embed_dim, config.projector_dim)
