@@ -44,6 +44,20 @@ def encoder_path(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def vae_path(tmp_path_factory) -> Path:
+    """An AutoencoderKL of two levels and 4 latent channels: a cell for 2x2 pixels."""
+    from diffusers import AutoencoderKL
+
+    folder = tmp_path_factory.mktemp("vae")
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_flags(encoder_path) -> list[str]:
     """Flags that make a run of the digits preset take seconds."""
     values = {

@@ -30,17 +30,6 @@ from erw_hf.data.samples import center_crop
 from erw_hf.training.logging import read_metrics
 
 
-@pytest.fixture(scope="module")
-def vae_path(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vae")
-    torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
-
-
 def cache(folder, vae_path, *flags, processes=1, check=True):
     launch = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else ["--cpu"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "--main_process_port", "0"]

@@ -16,9 +16,7 @@
 import re
 
 import pytest
-import torch
 import yaml
-from diffusers import AutoencoderKL
 from helpers import REPOSITORY, train
 
 from erw_hf.training.config import TrainingConfig, parse_config
@@ -31,14 +29,8 @@ PRESETS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
-def small(encoder_path, tmp_path_factory):
+def small(encoder_path, vae_path):
     """Flags that replace what a preset takes from the Hub, and shrink it."""
-    folder = tmp_path_factory.mktemp("vae")
-    torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    ).save_pretrained(folder)  # fmt: skip
     values = {
         "dataset_name": "digits", "encoder": encoder_path, "sample_size": 8, "patch_size": 2, "num_layers": 3,
         "num_attention_heads": 2, "attention_head_dim": 8, "warmup_depth": 2, "projector_depth": 2, "projector_dim": 16,
@@ -47,7 +39,7 @@ def small(encoder_path, tmp_path_factory):
         "mixed_precision": "no",
     }  # fmt: skip
     flags = [f"--{name}={value}" for name, value in values.items()]
-    return lambda preset: flags if preset == "digits" else [*flags, f"--vae={folder}"]
+    return lambda preset: flags if preset == "digits" else [*flags, f"--vae={vae_path}"]
 
 
 def test_the_presets_that_are_promised_exist():

@@ -132,15 +132,7 @@ def main() -> None:
     checkpoint = resolve_checkpoint(output_dir, config.resume_from_checkpoint)
     if checkpoint is not None and (checkpoint.parent / "config.yaml").exists():
         config.check_resumable(checkpoint.parent / "config.yaml")
-    source = load_source(
-        config.dataset_name,
-        config.dataset_split,
-        config.dataset_config_name,
-        config.image_column,
-        config.label_column,
-        config.num_classes,
-        config.streaming,
-    )
+    source = load_source(**config.source_arguments())
     if source.is_latent_cache:
         check_cache(config)
     vae, pixels = load_vae(config, accelerator.device)

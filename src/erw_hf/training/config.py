@@ -199,6 +199,21 @@ class TrainingConfig:
         config["qk_norm"] = None if self.qk_norm == "none" else self.qk_norm
         return config
 
+    def source_arguments(self) -> dict[str, object]:
+        """
+        Returns:
+            `dict[str, object]`: Arguments of [`~data.samples.load_source`].
+        """
+        return {
+            "dataset_name": self.dataset_name,
+            "split": self.dataset_split,
+            "dataset_config_name": self.dataset_config_name,
+            "image_column": self.image_column,
+            "label_column": self.label_column,
+            "num_classes": self.num_classes,
+            "streaming": self.streaming,
+        }
+
     def save(self, path: str | os.PathLike) -> None:
         """
         Writes the resolved configuration as YAML, which `--config` takes again.

@@ -90,14 +90,7 @@ def cost_report(config: TrainingConfig) -> str:
 def _check_data(config: TrainingConfig) -> tuple[int, int | None]:
     """Classes and images; of a Hub data set only the metadata is read."""
     if is_local(config.dataset_name):
-        source = load_source(
-            config.dataset_name,
-            config.dataset_split,
-            config.dataset_config_name,
-            config.image_column,
-            config.label_column,
-            config.num_classes,
-        )
+        source = load_source(**{**config.source_arguments(), "streaming": False})
         return source.num_classes, len(source.dataset)
     info = load_dataset_builder(config.dataset_name, config.dataset_config_name).info
     columns = list(info.features or {})
