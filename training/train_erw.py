@@ -19,6 +19,7 @@ One run does everything: warmup of the early blocks (phase 1), verified hand-ove
 a pipeline. It can be stopped anywhere and started again with `--resume_from_checkpoint latest`.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -35,10 +36,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from diffusers import AutoModel
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -48,7 +48,6 @@ from tqdm.auto import tqdm
 
 from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler, RepresentationEncoder
 from erw_hf.alignment import (
-    AlignedTransformer,
     alignment_weight,
     cosine_alignment_loss,
     nt_xent_alignment_loss,
@@ -71,10 +70,18 @@ from erw_hf.training.checkpoints import (
 )
 from erw_hf.training.config import TrainingConfig, parse_config, resolve_mixed_precision
 from erw_hf.training.cost import cost_report
+from erw_hf.training.ema import EMA, save_snapshots, whole_state_dict, whole_tensor
 from erw_hf.training.flops import count_step_flops
 from erw_hf.training.logging import MetricsFile, image_grid, plot_losses
 from erw_hf.training.models import build_full_model, build_warmup_model
-from erw_hf.warmup import AlignmentLoss, check_hand_over, full_loss, hand_over, warmup_loss
+from erw_hf.warmup import (
+    AlignmentLoss,
+    build_warmup_transformer,
+    check_hand_over,
+    full_loss,
+    hand_over,
+    warmup_loss,
+)
 
 
 logger = get_logger(__name__)
@@ -95,6 +102,7 @@ class Run:
     metrics: MetricsFile | None  # on the main process
     stream: StatefulDataLoader | None = None  # of streamed data
     stream_state: dict | None = None  # where the stream goes on
+    data_error: str | None = None  # why this process has no next batch
     stop_requested: bool = False  # by SIGTERM, which schedulers send before they end a job
 
     @property
@@ -123,11 +131,7 @@ def main() -> None:
     )
     if config.report_to != "none" and not accelerator.log_with:
         raise ValueError(f"report_to={config.report_to!r} is not installed: pip install it, or --report_to none")
-    if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise ValueError(
-            f"{accelerator.distributed_type} is not supported yet: the EMA and the pictures need whole weights on each "
-            "process. Use one process or DistributedDataParallel (accelerate launch --multi_gpu)"
-        )
+    check_engine(config, accelerator)
     # Everything that can be wrong is found out before the first step, and before an earlier run is touched.
     checkpoint = resolve_checkpoint(output_dir, config.resume_from_checkpoint)
     if checkpoint is not None and (checkpoint.parent / "config.yaml").exists():
@@ -167,6 +171,22 @@ def main() -> None:
     accelerator.end_training()
 
 
+def check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
+    """DDP, FSDP2 and DeepSpeed's ZeRO 1 and 2, as accelerate's config files set them up."""
+    if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
+        raise ValueError("FSDP 1 is not supported: set fsdp_version: 2, as training/accelerate/fsdp2.yaml does")
+    if accelerator.distributed_type == "DEEPSPEED":
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin.zero_stage > 2:
+            raise ValueError(
+                f"DeepSpeed ZeRO {plugin.zero_stage} is not supported, 1 and 2 are: to shard the weights themselves, take "
+                "FSDP2 (training/accelerate/fsdp2.yaml)"
+            )
+        # accelerate takes it from the loader that it prepares; ours it does not prepare.
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.train_batch_size
+        plugin.deepspeed_config["gradient_clipping"] = config.max_grad_norm
+
+
 def stop_on_sigterm(run: Run) -> None:
     """Makes SIGTERM end the run after the running step, with a checkpoint and status 0."""
     main_process = os.getpid()
@@ -195,9 +215,9 @@ def train_warmup(run: Run, checkpoint: Path | None) -> dict[str, torch.Tensor]:
 
     learning_rate = config.warmup_learning_rate or config.learning_rate
     model = train_phase(run, "warmup", model, losses, 0, config.warmup_steps, learning_rate, checkpoint)
-    state = {name: tensor.cpu().clone() for name, tensor in accelerator.get_state_dict(model).items()}
+    state = whole_state_dict(accelerator.unwrap_model(model))
     if accelerator.is_main_process:
-        save_warmup(accelerator.unwrap_model(model), Path(config.output_dir) / "warmup")
+        save_warmup(config, state, run.source.num_classes, Path(config.output_dir) / "warmup")
     run.state.lr_scheduler = None
     accelerator.free_memory(model)
     return state
@@ -205,25 +225,15 @@ def train_warmup(run: Run, checkpoint: Path | None) -> dict[str, torch.Tensor]:
 
 def train_full(run: Run, warmup_state: dict[str, torch.Tensor] | None, checkpoint: Path | None) -> None:
     """Phase 2: the whole model learns to draw, from the handed-over early blocks, lambda keeping them aligned."""
-    config, accelerator = run.config, run.accelerator
+    config = run.config
     set_seed(config.seed)  # the later blocks start the same whatever the warmup was
     model = build_full_model(config, run.source.num_classes, run.encoder)
-    transformer = model.transformer
     alignment = choose_alignment_loss(config)
     if warmup_state is not None:
         names = hand_over(warmup_state, model, config.hand_over_projector)
         logger.info(f"hand-over: {len(names)} tensors of the warmup are the full model's, verified one by one")
     if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    # diffusers' EMA ramps its decay up unless the lowest decay is the decay itself.
-    run.state.ema = EMAModel(
-        transformer.parameters(),
-        decay=config.ema_decay,
-        min_decay=config.ema_decay,
-        update_after_step=-1,
-        foreach=True,
-    )
-    run.state.ema.to(accelerator.device)
+        model.transformer.enable_gradient_checkpointing()
 
     def losses(model: torch.nn.Module, batch: Batch, step: int) -> dict[str, torch.Tensor]:
         weight = phase_2_weight(config, step)
@@ -233,11 +243,10 @@ def train_full(run: Run, warmup_state: dict[str, torch.Tensor] | None, checkpoin
             weight, config.path_type, alignment,
         )  # fmt: skip
 
-    model = train_phase(
+    train_phase(
         run, "full", model, losses, config.warmup_steps, config.max_train_steps, config.learning_rate, checkpoint
     )
-    if accelerator.is_main_process:
-        finish(run, accelerator.unwrap_model(model).transformer)
+    finish(run)
 
 
 def train_phase(
@@ -270,6 +279,8 @@ def train_phase(
         num_training_steps=end_step - start_step,
     )
     model, optimizer = accelerator.prepare(model, optimizer)
+    if phase == "full":
+        run.state.ema = EMA(accelerator.unwrap_model(model).transformer, config.ema_profiles())
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         set_learning_rate(run.state.lr_scheduler, optimizer, learning_rate)
@@ -277,6 +288,11 @@ def train_phase(
             run.stream_state = load_data_state(accelerator, checkpoint, config.dataloader_num_workers)
         logger.info(f"resumed from {checkpoint} at step {progress.step}")
     batches = load_batches(run, progress.step, end_step)
+    batch = None
+    if progress.step < end_step:
+        batch = next_batch(run, batches, None)  # so that a process without data is known before a step
+        stop_without_data(run)
+        batches = itertools.chain([batch], batches)
     model.train()
 
     bar = tqdm(
@@ -291,22 +307,23 @@ def train_phase(
         started, waited, sums = time.perf_counter(), 0.0, {}
         for _ in range(config.gradient_accumulation_steps):
             wait_started = time.perf_counter()
-            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in next(batches).items()}
+            batch = next_batch(run, batches, batch)
             waited += time.perf_counter() - wait_started
             with accelerator.accumulate(model):
-                parts = losses(model, batch, step)
+                parts = losses(model, to_device(batch, accelerator.device), step)
                 accelerator.backward(parts["loss"])
                 for name, value in parts.items():
                     sums[name] = sums.get(name, 0) + value.detach() / config.gradient_accumulation_steps
                 if accelerator.sync_gradients:
-                    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                    grad_norm = float(whole_tensor(grad_norm))
                     finite = math.isfinite(grad_norm)
                     # fp16's loss scaler has to see an overflow in order to back off; it skips the step itself.
                     if finite or accelerator.mixed_precision == "fp16":
                         optimizer.step()
                 optimizer.zero_grad()
         if finite and run.state.ema is not None:
-            run.state.ema.step(accelerator.unwrap_model(model).transformer.parameters())
+            run.state.ema.step()
         used_learning_rate = optimizer.param_groups[0]["lr"]
         run.state.lr_scheduler.step()
 
@@ -316,6 +333,7 @@ def train_phase(
         progress.flops += (flops_per_image if aligned else flops_without_encoder) * run.step_batch_size
         progress.nonfinite_steps += not finite
         progress.nonfinite_in_a_row = 0 if finite else progress.nonfinite_in_a_row + 1
+        sums, stopping = agree(run, sums)
         record = log_step(run, phase, step, sums, grad_norm, used_learning_rate, time.perf_counter() - started, waited)
         shown = {name: f"{record[name]:.4f}" for name in sums}
         bar.set_postfix({"img/s": f"{record['images_per_second']:.0f}", **shown}, refresh=False)
@@ -324,9 +342,6 @@ def train_phase(
                 f"{progress.nonfinite_in_a_row} steps in a row had a non-finite gradient; the last checkpoint in "
                 f"{config.output_dir} is from before them. Resume from it with a lower learning_rate"
             )
-        if run.stop_requested:
-            accelerator.set_trigger()
-        stopping = accelerator.check_trigger()  # on all processes, when the signal reached any of them
         if stopping or progress.step % config.checkpointing_steps == 0 or progress.step == end_step:
             data_state = None
             if run.stream is not None:
@@ -334,14 +349,14 @@ def train_phase(
                 data_state = {"workers": config.dataloader_num_workers, "stream": run.stream_state}
             save_checkpoint(accelerator, config.output_dir, progress, config.checkpoints_total_limit, data_state)
             logger.info(f"saved checkpoint-{progress.step}")
+        if phase == "full" and config.ema_snapshot_steps and progress.step % config.ema_snapshot_steps == 0:
+            save_snapshots(run.state.ema, Path(config.output_dir) / "ema_snapshots", accelerator.is_main_process)
         if stopping:
             logger.info("stopped by SIGTERM: go on with --resume_from_checkpoint latest")
             accelerator.end_training()
             raise SystemExit(0)
         if phase == "full" and config.validation_steps and progress.step % config.validation_steps == 0:
-            if accelerator.is_main_process:
-                validate(run, accelerator.unwrap_model(model).transformer)
-            accelerator.wait_for_everyone()
+            validate(run)
     return model
 
 
@@ -353,15 +368,56 @@ def set_learning_rate(lr_scheduler, optimizer: torch.optim.Optimizer, learning_r
         group["lr"] = learning_rate * factor(lr_scheduler.last_epoch)
 
 
+def next_batch(run: Run, batches: Iterator[Batch], previous: Batch | None) -> Batch | None:
+    """The next batch; after a failure to read it the previous one, so that no other process waits for this one's share
+    of a step for ever. `agree` then ends the run on all of them, and nothing of that step is kept."""
+    try:
+        return previous if run.data_error is not None else next(batches)
+    except Exception as error:
+        logger.debug("reading failed", exc_info=True)
+        run.data_error = f"{type(error).__name__}: {error}"
+        return previous
+
+
+def stop_without_data(run: Run) -> None:
+    """Ends the run on all processes, with one message, if any of them has no data."""
+    errors = gather_object([(run.accelerator.process_index, run.data_error)])
+    for process, error in errors:
+        if error is not None:
+            raise RuntimeError(
+                f"process {process} of {len(errors)} could not read its data, so all stop before step "
+                f"{run.progress.step + 1}: {error}\nGo on from the last checkpoint with --resume_from_checkpoint latest"
+            )
+
+
+def agree(run: Run, sums: Batch) -> tuple[dict[str, float], bool]:
+    """In one reduction: the means of the losses over all processes, whether SIGTERM reached any, whether any lacks data."""
+    flags = torch.tensor([run.stop_requested, run.data_error is not None], device=run.accelerator.device)
+    *values, stopping, failing = run.accelerator.reduce(torch.stack([*sums.values(), *flags.float()]), "mean").tolist()
+    if failing:
+        stop_without_data(run)
+    return dict(zip(sums, values, strict=True)), stopping > 0
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
 def log_step(
-    run: Run, phase: str, step: int, sums: Batch, grad_norm: float, learning_rate: float, seconds: float, waited: float
+    run: Run,
+    phase: str,
+    step: int,
+    sums: dict[str, float],
+    grad_norm: float,
+    learning_rate: float,
+    seconds: float,
+    waited: float,
 ) -> dict[str, object]:
-    """Writes one line of metrics.jsonl and of the trackers; the losses are means over all processes."""
-    values = run.accelerator.reduce(torch.stack(list(sums.values())), reduction="mean").tolist()
+    """Writes one line of metrics.jsonl and of the trackers."""
     record = {
         "step": run.progress.step,
         "phase": phase,
-        **dict(zip(sums, values, strict=True)),
+        **sums,
         "lambda": 1.0 if phase == "warmup" else phase_2_weight(run.config, step),
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
@@ -403,7 +459,9 @@ def load_batches(run: Run, start_step: int, end_step: int) -> Iterator[Batch]:
     )
     pin_memory = accelerator.device.type == "cuda"
     if config.streaming:
-        samples = StreamingSamples(maker, accelerator.num_processes, accelerator.process_index)
+        samples = StreamingSamples(
+            maker, accelerator.num_processes, accelerator.process_index, retry_seconds=config.stream_retry_seconds
+        )
         # What comes next in a stream is a state, kept for the checkpoints and for the next phase.
         run.stream = stream_loader(
             samples, config.train_batch_size, config.dataloader_num_workers, pin_memory, run.stream_state
@@ -530,11 +588,18 @@ def prepare_output_dir(config: TrainingConfig, resuming: bool) -> None:
         raise ValueError(f"cannot write to output_dir {folder}: {error}") from error
 
 
-def save_warmup(model: AlignedTransformer, folder: Path) -> None:
+def save_warmup(config: TrainingConfig, state: dict[str, torch.Tensor], num_classes: int, folder: Path) -> None:
     """A finished warmup, which `--warmup_from` takes: one warmup can serve many runs."""
-    model.transformer.save_pretrained(folder / "transformer")
+    transformer = build_warmup_transformer(config.model_config(num_classes), config.warmup_depth)
+    first = "transformer."
+    transformer.load_state_dict({k.removeprefix(first): v for k, v in state.items() if k.startswith(first)})
+    transformer.save_pretrained(folder / "transformer")
     # The names that converted checkpoints have too; 0 is the encoder.
-    projector = {f"projectors.0.{name}": tensor.contiguous() for name, tensor in model.projector.state_dict().items()}
+    projector = {
+        name.replace("projector.", "projectors.0.", 1): tensor.contiguous()
+        for name, tensor in state.items()
+        if name.startswith("projector.")
+    }
     save_file(projector, folder / "projectors.safetensors")
 
 
@@ -586,7 +651,6 @@ def sample_grid(run: Run, transformer: ERWTransformer2DModel) -> Image.Image:
     else:
         labels = [i * num_classes // count for i in range(count)]  # evenly spaced ones
     pipeline = build_pipeline(run, transformer)
-    transformer.eval()
     with run.accelerator.autocast():
         images = pipeline(
             class_labels=labels,
@@ -594,34 +658,46 @@ def sample_grid(run: Run, transformer: ERWTransformer2DModel) -> Image.Image:
             guidance_scale=run.config.guidance_scale,
             generator=[torch.Generator().manual_seed(run.config.seed + i) for i in range(count)],
         ).images
-    transformer.train()
     columns = num_classes if 4 <= num_classes <= count else math.ceil(math.sqrt(count))
     return image_grid(images, columns=columns)
 
 
-def validate(run: Run, transformer: ERWTransformer2DModel) -> None:
+def averaged_transformer(run: Run) -> ERWTransformer2DModel | None:
+    """A model with the EMA weights, on the main process; every process calls it, since weights may be sharded."""
+    weights = run.state.ema.weights()
+    if not run.accelerator.is_main_process:
+        return None
+    transformer = ERWTransformer2DModel(**run.config.model_config(run.source.num_classes))
+    transformer.load_state_dict(weights, strict=False)  # buffers are no weights
+    return transformer.to(run.accelerator.device).eval()
+
+
+def validate(run: Run) -> None:
     """Writes `samples/step-N.png`, made with the EMA weights, and hands it to the trackers."""
-    run.state.ema.store(transformer.parameters())
-    run.state.ema.copy_to(transformer.parameters())
-    grid = sample_grid(run, transformer)
-    run.state.ema.restore(transformer.parameters())
-    path = Path(run.config.output_dir) / "samples" / f"step-{run.progress.step:07d}.png"
-    path.parent.mkdir(exist_ok=True)
-    grid.save(path)
-    for tracker in run.accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=run.progress.step, **layout)
+    transformer = averaged_transformer(run)
+    if transformer is not None:
+        grid = sample_grid(run, transformer)
+        path = Path(run.config.output_dir) / "samples" / f"step-{run.progress.step:07d}.png"
+        path.parent.mkdir(exist_ok=True)
+        grid.save(path)
+        for tracker in run.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images(
+                    {"samples": np.asarray(grid.convert("RGB"))[None]}, step=run.progress.step, **layout
+                )
+    run.accelerator.wait_for_everyone()
 
 
-def finish(run: Run, transformer: ERWTransformer2DModel) -> None:
+def finish(run: Run) -> None:
     """The pipeline with the EMA weights, a grid of its pictures, and the loss curve."""
     folder = Path(run.config.output_dir)
-    run.state.ema.copy_to(transformer.parameters())
-    sample_grid(run, transformer).save(folder / "grid.png")
-    build_pipeline(run, transformer.eval()).save_pretrained(folder / "pipeline")
-    plot_losses(folder / "metrics.jsonl", folder / "loss_curve.png")
-    logger.info(f"done: {folder}/pipeline, {folder}/grid.png, {folder}/loss_curve.png")
+    transformer = averaged_transformer(run)
+    if transformer is not None:
+        sample_grid(run, transformer).save(folder / "grid.png")
+        build_pipeline(run, transformer).save_pretrained(folder / "pipeline")
+        plot_losses(folder / "metrics.jsonl", folder / "loss_curve.png")
+        logger.info(f"done: {folder}/pipeline, {folder}/grid.png, {folder}/loss_curve.png")
 
 
 if __name__ == "__main__":

@@ -21,11 +21,17 @@ import copy
 import hashlib
 import itertools
 import logging
+import tarfile
+import time
+import zipfile
 from collections.abc import Iterator
 
+import datasets
 import numpy as np
+import pyarrow
 import torch
 from datasets.distributed import split_dataset_by_node
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from erw_hf.data.samples import IMAGE_ERRORS, MOMENTS_COLUMN, SampleMaker, decode_image
@@ -34,6 +40,113 @@ from erw_hf.data.samples import IMAGE_ERRORS, MOMENTS_COLUMN, SampleMaker, decod
 logger = logging.getLogger(__name__)
 
 BLOCK = 1000  # rows shuffled together: 100 MB of ImageNet's JPEG files in each worker, read again at most on resume
+
+# One place retries: RowReader, until a deadline, whatever the error was. `datasets` would wait up to half an hour in each
+# read and fail at once on most server errors. huggingface_hub's own six tries within half a minute stay.
+datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0
+datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
+datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
+
+BROKEN_SHARD = (tarfile.TarError, zipfile.BadZipFile, pyarrow.ArrowInvalid, EOFError)
+# Trying again would not help.
+FATAL = (
+    ValueError,
+    TypeError,
+    LookupError,
+    FileNotFoundError,
+    PermissionError,
+    RepositoryNotFoundError,
+    EntryNotFoundError,
+)
+
+
+class RowReader:
+    """
+    The rows of one epoch of a stream, over failures of the network and broken shards.
+
+    What fails is tried again with back-off; a shard that is truncated is left where it breaks, counted and named, and the
+    next one goes on. Both leave the order of the other rows as it is, so a run that met them resumes exactly too.
+
+    Args:
+        dataset (`datasets.IterableDataset`): The stream; its epoch is set.
+        state (`dict`, *optional*): Where to begin, of `state_dict`.
+        retry_seconds (`float`): How long to go on trying while no row comes.
+    """
+
+    def __init__(self, dataset: datasets.IterableDataset, state: dict | None, retry_seconds: float) -> None:
+        self.dataset = dataset
+        self.retry_seconds = retry_seconds
+        self.broken_shards = 0
+        self._loaded: dict | None = None  # what was loaded, until a row has come
+        self._restart(state)
+
+    def _restart(self, state: dict | None) -> None:
+        if state is not None:
+            self.dataset.load_state_dict(state)
+        self._loaded = state
+        self._rows = iter(self.dataset)
+
+    def state_dict(self) -> dict | None:
+        """Where the next row is; `None` at the start of the epoch."""
+        # Right after loading, `datasets` still reports where its unstarted iterator began: the loaded state holds.
+        if self._loaded is not None:
+            return self._loaded
+        return copy.deepcopy(self.dataset.state_dict())
+
+    def read(self, count: int) -> list[dict]:
+        """
+        Args:
+            count (`int`): Rows to read.
+
+        Returns:
+            `list[dict]`: The rows; fewer at the end of the epoch, none after it.
+
+        Raises:
+            ConnectionError: if no row came for `retry_seconds`.
+        """
+        rows: list[dict] = []
+        failing_since, wait = None, 1.0
+        while True:
+            try:
+                for row in itertools.islice(self._rows, count - len(rows)):
+                    rows.append(row)
+                    self._loaded, failing_since, wait = None, None, 1.0
+                return rows
+            except BROKEN_SHARD as error:
+                self._skip_shard(error)
+            except FATAL:
+                raise
+            except Exception as error:
+                now = time.monotonic()
+                failing_since = failing_since or now
+                if now + wait > failing_since + self.retry_seconds:
+                    raise ConnectionError(
+                        f"no data for {now - failing_since:.0f} s and {self.retry_seconds} s allowed; the last error was "
+                        f"{type(error).__name__}: {error}"
+                    ) from error
+                logger.warning(f"reading failed, trying again in {wait:.0f} s ({type(error).__name__}: {error})")
+                time.sleep(wait)
+                wait = min(2 * wait, 60.0)
+                self._restart(self.state_dict())
+
+    def _skip_shard(self, error: Exception) -> None:
+        state = copy.deepcopy(self.dataset.state_dict() if self._loaded is None else self._loaded)
+        # Mapped and cast streams are wrapped around the one that knows the shards, and their states likewise.
+        position, examples = state["examples_iterable"], self.dataset._prepare_ex_iterable_for_iteration()
+        while "shard_idx" not in position:
+            position = position["examples_iterable"]
+        while not hasattr(examples, "kwargs"):
+            examples = examples.ex_iterable
+        files = next(value for value in examples.kwargs.values() if isinstance(value, list))
+        self.broken_shards += 1
+        logger.warning(
+            f"left the broken shard {files[position['shard_idx']]} after {position['shard_example_idx']} of its examples "
+            f"({type(error).__name__}: {error}); {self.broken_shards} broken so far"
+        )
+        position["shard_idx"] += 1
+        position["shard_example_idx"] = 0
+        self._restart(state)
 
 
 class StreamingSamples(torch.utils.data.IterableDataset):
@@ -49,14 +162,23 @@ class StreamingSamples(torch.utils.data.IterableDataset):
         num_processes (`int`): Number of training processes.
         process_index (`int`): This process.
         block (`int`, *optional*, defaults to 1000): Rows shuffled together.
+        retry_seconds (`float`, *optional*, defaults to 300): How long to go on trying while no data comes.
     """
 
-    def __init__(self, maker: SampleMaker, num_processes: int, process_index: int, block: int = BLOCK) -> None:
+    def __init__(
+        self,
+        maker: SampleMaker,
+        num_processes: int,
+        process_index: int,
+        block: int = BLOCK,
+        retry_seconds: float = 300,
+    ) -> None:
         dataset = maker.source.dataset.shuffle(seed=maker.seed, buffer_size=1, max_buffer_input_shards=1)
         self.dataset = split_dataset_by_node(dataset, rank=process_index, world_size=num_processes)
         self.maker = maker
         self.process_index = process_index
         self.block = block
+        self.retry_seconds = retry_seconds
         self.skipped = 0
         self._state: dict = {"epoch": 0, "block": 0, "offset": 0, "upstream": None}
 
@@ -80,15 +202,10 @@ class StreamingSamples(torch.utils.data.IterableDataset):
         state = self._state
         for epoch in itertools.count(state["epoch"]):
             dataset.set_epoch(epoch)  # before the state, which is ignored otherwise
-            if state["upstream"] is not None:
-                dataset.load_state_dict(state["upstream"])
-            rows = iter(dataset)
+            reader = RowReader(dataset, state["upstream"], self.retry_seconds)
             for block in itertools.count(state["block"]):
-                # Right after loading, `datasets` still reports where its unstarted iterator began: the loaded state holds.
-                upstream = state["upstream"]
-                if upstream is None and block > 0:
-                    upstream = copy.deepcopy(dataset.state_dict())
-                buffer = list(itertools.islice(rows, self.block))
+                upstream = reader.state_dict() if block > 0 else None
+                buffer = reader.read(self.block)
                 if not buffer:
                     break
                 rng = np.random.default_rng([self.maker.seed, epoch, self.process_index, worker_id, block])
@@ -98,7 +215,7 @@ class StreamingSamples(torch.utils.data.IterableDataset):
                     sample = self._sample(buffer[order[offset]], epoch)
                     if sample is not None:
                         yield sample
-                state = {"offset": 0, "upstream": None}
+                state = {"offset": 0}
             state = {"block": 0, "offset": 0, "upstream": None}
 
     def _sample(self, row: dict, epoch: int) -> dict[str, torch.Tensor] | None:

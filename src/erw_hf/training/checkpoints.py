@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers.training_utils import EMAModel
+
+from erw_hf.training.ema import EMA
 
 
 logger = get_logger(__name__)
@@ -58,10 +59,10 @@ class TrainingState:
 
     Args:
         lr_scheduler (`torch.optim.lr_scheduler.LRScheduler`, *optional*): Schedule of the running phase.
-        ema ([`~diffusers.training_utils.EMAModel`], *optional*): EMA of the running phase; phase 1 has none.
+        ema ([`~training.ema.EMA`], *optional*): EMA of the running phase; phase 1 has none.
     """
 
-    def __init__(self, lr_scheduler=None, ema: EMAModel | None = None) -> None:
+    def __init__(self, lr_scheduler=None, ema: EMA | None = None) -> None:
         self.lr_scheduler = lr_scheduler
         self.ema = ema
 
@@ -74,9 +75,7 @@ class TrainingState:
     def load_state_dict(self, state: dict[str, object]) -> None:
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if self.ema is not None:
-            device = self.ema.shadow_params[0].device
             self.ema.load_state_dict(state["ema"])
-            self.ema.to(device)
 
 
 def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:

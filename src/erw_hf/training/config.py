@@ -26,6 +26,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from erw_hf.training.ema import SNAPSHOT_SIGMA_RELS, EMAProfile, power_of
+
 
 def _key(default, help: str):
     return field(default=default, metadata={"help": help})
@@ -53,6 +55,9 @@ class TrainingConfig:
         None, "Column of labels; detected by default. Data without labels trains unconditionally."
     )
     random_flip: bool = _key(False, "Mirror half of the images. ERW and REPA do not.")
+    stream_retry_seconds: int = _key(
+        300, "How long a stream that gives no data is tried again; below the 10 minutes after which NCCL gives up."
+    )
     dataloader_num_workers: int = _key(4, "Loader processes for each training process.")
 
     # Latents
@@ -118,6 +123,12 @@ class TrainingConfig:
     adam_weight_decay: float = _key(0.0, "AdamW weight decay.")
     max_grad_norm: float = _key(1.0, "Gradient clipping.")
     ema_decay: float = _key(0.9999, "Decay of the exponential moving average of the weights, in phase 2.")
+    ema_sigma_rel: float | None = _key(
+        None, "In place of ema_decay: relative width of a power-function average (EDM2), 0.05 to 0.15."
+    )
+    ema_snapshot_steps: int = _key(
+        0, "Steps between stored power-function averages, from which any width is rebuilt later; 0 for none."
+    )
     gradient_checkpointing: bool = _key(
         False, "Recompute blocks in the backward pass: less memory, a third more time."
     )
@@ -160,6 +171,8 @@ class TrainingConfig:
             )
         if not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob must lie in [0, 1), got {self.class_dropout_prob}")
+        if self.ema_sigma_rel is not None:
+            power_of(self.ema_sigma_rel)  # raises for an impossible width
         if self.sample_size % self.patch_size != 0:
             raise ValueError(f"sample_size={self.sample_size} is no multiple of patch_size={self.patch_size}")
         if self.vae is None and self.in_channels not in (1, 3):
@@ -176,6 +189,19 @@ class TrainingConfig:
             raise ValueError('alignment_schedule "half_life" needs alignment_half_life')
         if self.alignment_schedule == "stop" and self.alignment_stop_step is None:
             raise ValueError('alignment_schedule "stop" needs alignment_stop_step')
+
+    def ema_profiles(self) -> list[EMAProfile]:
+        """
+        Returns:
+            `list[EMAProfile]`: The averages of the weights: first the one that pictures and the pipeline are made with.
+        """
+        first = (
+            EMAProfile(decay=self.ema_decay)
+            if self.ema_sigma_rel is None
+            else EMAProfile(sigma_rel=self.ema_sigma_rel)
+        )
+        stored = SNAPSHOT_SIGMA_RELS if self.ema_snapshot_steps else ()
+        return [first, *(EMAProfile(sigma_rel=width) for width in stored)]
 
     @property
     def token_grid(self) -> int:
