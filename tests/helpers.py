@@ -70,7 +70,7 @@ def train(*flags: str) -> None:
             GradientState._reset_state()
 
 
-def _launch_command(flags: tuple[str, ...], processes: int) -> tuple[list[str], dict[str, str]]:
+def launch_command(flags: tuple[str, ...], processes: int) -> tuple[list[str], dict[str, str]]:
     """accelerate's way to N CPU processes is --multi_gpu without a GPU."""
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     launch = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else ["--cpu"]
@@ -80,7 +80,7 @@ def _launch_command(flags: tuple[str, ...], processes: int) -> tuple[list[str], 
 
 def launch_training(*flags: str, processes: int = 1) -> None:
     """Runs the training script as a user does."""
-    command, environment = _launch_command(flags, processes)
+    command, environment = launch_command(flags, processes)
     result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
     if result.returncode != 0:
         raise AssertionError(f"training failed:\n{result.stdout[-2000:]}\n{result.stderr[-6000:]}")
@@ -107,7 +107,7 @@ def terminate_training_at(step: int, *flags: str, processes: int = 1) -> list[in
 
 @contextlib.contextmanager
 def _training_until(step: int, flags: tuple[str, ...], processes: int) -> Iterator[subprocess.Popen]:
-    command, environment = _launch_command(flags, processes)
+    command, environment = launch_command(flags, processes)
     output_dir = next(Path(flag.split("=", 1)[1]) for flag in flags if str(flag).startswith("--output_dir="))
     metrics = output_dir / "metrics.jsonl"
     process = subprocess.Popen(

@@ -12,17 +12,20 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 import collections
+import io
+import itertools
 import logging
+import tarfile
 
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, load_dataset
 from helpers import kill_training_at, launch_training, train
 from PIL import Image as PILImage
 
 from erw_hf.data.samples import SampleMaker, load_source
-from erw_hf.data.streaming import StreamingSamples, stream_loader
+from erw_hf.data.streaming import RowReader, StreamingSamples, stream_loader
 from erw_hf.training.logging import read_metrics
 
 
@@ -152,6 +155,86 @@ def test_streams_are_checked_before_training(tmp_path, shards):
     maker = SampleMaker(source, 8, 1, (1, 8, 8), 0, 0.1, False)
     with pytest.raises(ValueError, match=r"label 7 of .* is not in \[0, 2\]"):
         next(iter(StreamingSamples(maker, 1, 0)))
+
+
+def test_truncated_shards_are_left_counted_and_named(tmp_path, caplog):
+    """Also resumed exactly: in a block that holds the break, and after it."""
+    path = write_shards(tmp_path / "cut", rows=60, shards=4)
+    shard = tmp_path / "cut" / "train-2.parquet"
+    lost = set(load_dataset("parquet", data_files=str(shard), split="train").to_pandas().index)
+    shard.write_bytes(shard.read_bytes()[:-40])
+    with caplog.at_level(logging.WARNING):
+        whole = read(loader(path), 30)
+    assert "left the broken shard" in caplog.text and "train-2.parquet" in caplog.text
+    seen = collections.Counter(n for batch in whole for n in batch)
+    assert len(seen) == 60 - len(lost)
+    for cut in (3, 7, 9, 13):
+        stream = loader(path)
+        iterator = iter(stream)
+        assert [numbers(next(iterator)) for _ in range(cut)] == whole[:cut]
+        assert read(loader(path, state=stream.state_dict()), 30 - cut) == whole[cut:]
+
+
+def test_a_truncated_archive_is_left_where_it_breaks(tmp_path, caplog):
+    for shard in range(3):
+        with tarfile.open(tmp_path / f"train-{shard}.tar", "w") as archive:
+            for i in range(10 * shard, 10 * shard + 10):
+                buffer = io.BytesIO()
+                PILImage.new("L", (8, 8), i).save(buffer, "PNG")
+                for suffix, content in (("png", buffer.getvalue()), ("cls", b"1")):
+                    member = tarfile.TarInfo(f"{i:04d}.{suffix}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    broken = tmp_path / "train-1.tar"
+    broken.write_bytes(broken.read_bytes()[: 4 * 1024 + 512 + 20])  # in the content of the third member
+    source = load_source(str(tmp_path), streaming=True, num_classes=3)
+    maker = SampleMaker(source, 8, 1, (1, 8, 8), 0, 0.1, False)
+    with caplog.at_level(logging.WARNING):
+        samples = StreamingSamples(maker, 1, 0, block=7)
+        epoch = [int(sample["pixels"][0, 0, 0]) for sample in itertools.islice(samples, 22)]
+    assert sorted(epoch) == [*range(12), *range(20, 30)]
+    assert "left the broken shard" in caplog.text and "train-1.tar after 2 of its examples" in caplog.text
+
+
+def flaky_stream(failures):
+    """40 numbers in 4 shards; reading fails at each of `failures`, in turn, as over a network."""
+
+    def rows(shards):
+        for shard in shards:
+            for number in range(10 * shard, 10 * shard + 10):
+                if failures and failures[0] == number:
+                    raise OSError(f"connection lost at {failures.pop(0)}")
+                yield {"label": number}
+
+    return IterableDataset.from_generator(rows, gen_kwargs={"shards": [0, 1, 2, 3]})
+
+
+def test_the_reader_goes_on_after_failures_where_it_was(monkeypatch, caplog):
+    waits = []
+    monkeypatch.setattr("erw_hf.data.retrying.time.sleep", waits.append)
+    reader = RowReader(flaky_stream([0, 5, 5, 5, 23]), None, retry_seconds=1000)
+    rows = [row["label"] for _ in range(5) for row in reader.read(9)]
+    assert rows == list(range(40))
+    assert waits == [1, 1, 2, 4, 1]  # back-off, from the start again once a row has come
+    assert "trying again in 4 s (OSError: connection lost at 5)" in caplog.text
+
+
+def test_the_reader_gives_up_in_bounded_time(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("erw_hf.data.retrying.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("erw_hf.data.retrying.time.sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    with pytest.raises(ConnectionError, match="no data for .* connection lost at 7"):
+        RowReader(flaky_stream([7] * 1000), None, retry_seconds=300).read(9)
+    assert 200 < clock[0] <= 300
+    reader = RowReader(flaky_stream([]), None, retry_seconds=300)
+    monkeypatch.setattr(reader, "_rows", failing())
+    with pytest.raises(FileNotFoundError):  # what waiting does not mend is raised at once
+        reader.read(1)
+
+
+def failing():
+    raise FileNotFoundError("gone")
+    yield
 
 
 def losses(run):

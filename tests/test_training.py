@@ -16,12 +16,20 @@
 import json
 import os
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import kill_training_at, launch_training, terminate_training_at, train
+from helpers import (
+    REPOSITORY,
+    kill_training_at,
+    launch_command,
+    launch_training,
+    terminate_training_at,
+    train,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -150,6 +158,26 @@ def test_killed_twice_and_resumed_is_bitwise_the_uninterrupted_one(tmp_path, tin
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(weights(tmp_path / "cut")[name], tensor), name
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_usable(tmp_path, tiny_flags, uninterrupted):
+    whole, flags = uninterrupted
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for step in range(5, 8):
+        shutil.rmtree(run / f"checkpoint-{step}")
+    shutil.rmtree(run / "pipeline")
+    resume = [*flags, f"--output_dir={run}", "--resume_from_checkpoint=latest"]
+    command, environment = launch_command(tuple(resume), processes=1)
+    # No file may grow beyond 16 kB: metrics.jsonl stays below, a checkpoint's files do not.
+    limited = ["prlimit", "--fsize=16384", *command]
+    result = subprocess.run(limited, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert "checkpoint-5 could not be written" in result.stderr and "Make room" in result.stderr
+    assert sorted(path.name for path in run.glob("*checkpoint*")) == [f"checkpoint-{step}" for step in range(1, 5)]
+    train(*resume)
+    assert losses(run) == losses(whole)
+    assert all(torch.equal(weights(run)[name], tensor) for name, tensor in weights(whole).items())
 
 
 @pytest.mark.parametrize("processes", [1, 2])

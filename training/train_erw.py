@@ -182,9 +182,19 @@ def check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
                 f"DeepSpeed ZeRO {plugin.zero_stage} is not supported, 1 and 2 are: to shard the weights themselves, take "
                 "FSDP2 (training/accelerate/fsdp2.yaml)"
             )
-        # accelerate takes it from the loader that it prepares; ours it does not prepare.
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.train_batch_size
-        plugin.deepspeed_config["gradient_clipping"] = config.max_grad_norm
+        # Weights stay float32, as everywhere: DeepSpeed's own bf16 would round what the EMA averages.
+        if accelerator.mixed_precision == "fp16":
+            raise ValueError("mixed_precision fp16 is not supported with DeepSpeed: set bf16")
+        autocast = {"enabled": accelerator.mixed_precision == "bf16", "dtype": "bfloat16"}
+        plugin.deepspeed_config.update(bf16={"enabled": False}, torch_autocast=autocast)
+        # accelerate takes the batch from the loader that it prepares, and the rest from its own file.
+        plugin.deepspeed_config.update(
+            train_micro_batch_size_per_gpu=config.train_batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            gradient_clipping=config.max_grad_norm,
+        )
+    # The launcher's environment would win over the configuration.
+    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
 
 
 def stop_on_sigterm(run: Run) -> None:

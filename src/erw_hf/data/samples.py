@@ -17,21 +17,26 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
 from datasets.data_files import EmptyDatasetError
+from datasets.exceptions import DatasetNotFoundError
 from datasets.utils.file_utils import xopen
 from PIL import Image, UnidentifiedImageError
 
 from erw_hf.data.digits import load_digits_dataset
+from erw_hf.data.retrying import Backoff
 
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
 LABEL_COLUMNS = ("label", "cls", "labels", "class")
@@ -69,6 +74,7 @@ def load_source(
     label_column: str | None = None,
     num_classes: int | None = None,
     streaming: bool = False,
+    retry_seconds: float = 300,
 ) -> Source:
     """
     Opens a data set and checks what can be checked before training.
@@ -86,16 +92,19 @@ def load_source(
         streaming (`bool`, *optional*, defaults to `False`):
             Read rows as they come, without downloading the data set first. Labels can then not be looked through
             beforehand: they must be a ClassLabel, or come with `num_classes`.
+        retry_seconds (`float`, *optional*, defaults to 300): How long to go on trying while the Hub fails.
 
     Returns:
         [`Source`]: The data set and what is known of it.
 
     Raises:
         ValueError: for a missing column, an empty data set, labels that are no classes.
+        PermissionError: for a gated data set that this account may not read; the message says how to get access.
     """
-    dataset = _load(dataset_name, split, dataset_config_name, streaming)
+    dataset = _retried(retry_seconds, lambda: _load(dataset_name, split, dataset_config_name, streaming))
     if streaming:
-        return _check_stream(dataset, dataset_name, image_column, label_column, num_classes)
+        first = _retried(retry_seconds, lambda: next(iter(dataset.decode(False).take(1)), None))
+        return _check_stream(dataset, first, dataset_name, image_column, label_column, num_classes)
     if len(dataset) == 0:
         raise ValueError(f"the data set {dataset_name!r} (split {split!r}) is empty")
     image_column = find_column(dataset.column_names, image_column, IMAGE_COLUMNS, "image_column")
@@ -129,14 +138,23 @@ def load_source(
     return Source(dataset, image_column, label_column, num_classes, id2label, is_latent_cache)
 
 
+def _retried(seconds: float, call: Callable[[], T]) -> T:
+    backoff = Backoff(seconds)
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            backoff.failed(error)
+
+
 def _check_stream(
     dataset: IterableDataset,
+    first: dict | None,
     dataset_name: str,
     image_column: str | None,
     label_column: str | None,
     num_classes: int | None,
 ) -> Source:
-    first = next(iter(dataset.decode(False).take(1)), None)
     if first is None:
         raise ValueError(f"the data set {dataset_name!r} is empty")
     columns = list(first)
@@ -172,6 +190,13 @@ def _load(
         return dataset.to_iterable_dataset(num_shards=min(len(dataset), 8)) if streaming else dataset
     try:
         return load_dataset(dataset_name, dataset_config_name, split=split, streaming=streaming)
+    except DatasetNotFoundError as error:
+        if "gated" not in str(error):
+            raise
+        raise PermissionError(
+            f"{error} Accept the terms there with your account, then `hf auth login` (or set HF_TOKEN) on this machine. "
+            "Copies of ImageNet at 256 px that ask for no terms exist too: see the README"
+        ) from error
     except (EmptyDatasetError, ValueError) as error:
         if isinstance(error, EmptyDatasetError) or "no data" in str(error):
             raise ValueError(f"the data set {dataset_name!r} (split {split!r}) is empty: {error}") from error

@@ -22,7 +22,6 @@ import hashlib
 import itertools
 import logging
 import tarfile
-import time
 import zipfile
 from collections.abc import Iterator
 
@@ -31,9 +30,9 @@ import numpy as np
 import pyarrow
 import torch
 from datasets.distributed import split_dataset_by_node
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from erw_hf.data.retrying import Backoff
 from erw_hf.data.samples import IMAGE_ERRORS, MOMENTS_COLUMN, SampleMaker, decode_image
 
 
@@ -41,24 +40,7 @@ logger = logging.getLogger(__name__)
 
 BLOCK = 1000  # rows shuffled together: 100 MB of ImageNet's JPEG files in each worker, read again at most on resume
 
-# One place retries: RowReader, until a deadline, whatever the error was. `datasets` would wait up to half an hour in each
-# read and fail at once on most server errors. huggingface_hub's own six tries within half a minute stay.
-datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
-datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0
-datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
-datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
-
 BROKEN_SHARD = (tarfile.TarError, zipfile.BadZipFile, pyarrow.ArrowInvalid, EOFError)
-# Trying again would not help.
-FATAL = (
-    ValueError,
-    TypeError,
-    LookupError,
-    FileNotFoundError,
-    PermissionError,
-    RepositoryNotFoundError,
-    EntryNotFoundError,
-)
 
 
 class RowReader:
@@ -106,47 +88,41 @@ class RowReader:
             ConnectionError: if no row came for `retry_seconds`.
         """
         rows: list[dict] = []
-        failing_since, wait = None, 1.0
+        backoff = Backoff(self.retry_seconds)
         while True:
             try:
                 for row in itertools.islice(self._rows, count - len(rows)):
                     rows.append(row)
-                    self._loaded, failing_since, wait = None, None, 1.0
+                    self._loaded = None
+                    backoff.succeeded()
                 return rows
             except BROKEN_SHARD as error:
                 self._skip_shard(error)
-            except FATAL:
-                raise
             except Exception as error:
-                now = time.monotonic()
-                failing_since = failing_since or now
-                if now + wait > failing_since + self.retry_seconds:
-                    raise ConnectionError(
-                        f"no data for {now - failing_since:.0f} s and {self.retry_seconds} s allowed; the last error was "
-                        f"{type(error).__name__}: {error}"
-                    ) from error
-                logger.warning(f"reading failed, trying again in {wait:.0f} s ({type(error).__name__}: {error})")
-                time.sleep(wait)
-                wait = min(2 * wait, 60.0)
+                backoff.failed(error)
                 self._restart(self.state_dict())
 
     def _skip_shard(self, error: Exception) -> None:
-        state = copy.deepcopy(self.dataset.state_dict() if self._loaded is None else self._loaded)
-        # Mapped and cast streams are wrapped around the one that knows the shards, and their states likewise.
-        position, examples = state["examples_iterable"], self.dataset._prepare_ex_iterable_for_iteration()
-        while "shard_idx" not in position:
-            position = position["examples_iterable"]
+        broken = copy.deepcopy(_innermost(self.dataset.state_dict()))  # before a fresh state is made, which resets it
+        examples = self.dataset._prepare_ex_iterable_for_iteration()
+        fresh = {"examples_iterable": examples._init_state_dict(), "epoch": self.dataset.epoch}
+        # Shuffled and cast streams are wrapped around the one that knows the shards.
         while not hasattr(examples, "kwargs"):
             examples = examples.ex_iterable
         files = next(value for value in examples.kwargs.values() if isinstance(value, list))
         self.broken_shards += 1
         logger.warning(
-            f"left the broken shard {files[position['shard_idx']]} after {position['shard_example_idx']} of its examples "
+            f"left the broken shard {files[broken['shard_idx']]} after {broken['shard_example_idx']} of its examples "
             f"({type(error).__name__}: {error}); {self.broken_shards} broken so far"
         )
-        position["shard_idx"] += 1
-        position["shard_example_idx"] = 0
-        self._restart(state)
+        _innermost(fresh)["shard_idx"] = broken["shard_idx"] + 1
+        self._restart(fresh)
+
+
+def _innermost(state: dict) -> dict:
+    while "shard_idx" not in state:
+        state = state["examples_iterable"]
+    return state
 
 
 class StreamingSamples(torch.utils.data.IterableDataset):

@@ -151,6 +151,9 @@ def save_checkpoint(
         progress ([`Progress`]): How far the run is.
         total_limit (`int`, *optional*): Checkpoints to keep, this one included.
         data_state (`dict`, *optional*): State of this process's stream of data. accelerate keeps one for all processes.
+
+    Raises:
+        RuntimeError: if it cannot be written, on a full disk for instance.
     """
     final = Path(output_dir) / f"checkpoint-{progress.step}"
     temporary = Path(output_dir) / f".writing-{final.name}"
@@ -158,9 +161,17 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    if data_state is not None:
-        torch.save({"processes": accelerator.num_processes, **data_state}, temporary / _data_file(accelerator))
+    try:
+        accelerator.save_state(str(temporary))
+        if data_state is not None:
+            torch.save({"processes": accelerator.num_processes, **data_state}, temporary / _data_file(accelerator))
+    except Exception as error:  # OSError, and what safetensors and torch make of one
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RuntimeError(
+            f"{final} could not be written ({error}); the whole ones are "
+            f"{[path.name for path in list_checkpoints(output_dir)] or 'none'}. Make room (one more than "
+            "checkpoints_total_limit must fit), then go on with --resume_from_checkpoint latest"
+        ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (temporary / "progress.json").write_text(json.dumps(asdict(progress)))

@@ -238,6 +238,7 @@ class TrainingConfig:
             "label_column": self.label_column,
             "num_classes": self.num_classes,
             "streaming": self.streaming,
+            "retry_seconds": self.stream_retry_seconds,
         }
 
     def save(self, path: str | os.PathLike) -> None:

@@ -246,10 +246,9 @@ def main() -> None:
     parser.add_argument("--step", type=int, help="step of phase 2 at which the average ends; the last by default")
     parser.add_argument("--output_dir", type=Path, required=True, help="where to write the pipeline")
     args = parser.parse_args()
+    weights = rebuild(args.run_dir / "ema_snapshots", args.sigma_rel, args.step)
     pipeline = ERWPipeline.from_pretrained(args.run_dir / "pipeline")
-    pipeline.transformer.load_state_dict(
-        rebuild(args.run_dir / "ema_snapshots", args.sigma_rel, args.step), strict=False
-    )
+    pipeline.transformer.load_state_dict(weights, strict=False)  # buffers are no weights
     pipeline.save_pretrained(args.output_dir)
 
 

@@ -1,0 +1,85 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What to do when data does not come: the one retry policy of reading, from disk or from the Hub."""
+
+import logging
+import time
+
+import datasets
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+
+
+logger = logging.getLogger(__name__)
+
+# `datasets` would wait up to half an hour in each read of some kind, and fail at once on most server errors. The six
+# tries that huggingface_hub makes within half a minute stay.
+datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0
+datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
+datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
+
+# Waiting does not mend these.
+FATAL = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    FileNotFoundError,
+    PermissionError,
+    RepositoryNotFoundError,
+    EntryNotFoundError,
+)
+
+
+class Backoff:
+    """
+    Waits after failures, longer each time, and gives up at a deadline.
+
+    Args:
+        seconds (`float`): How long to go on trying after the first failure.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.succeeded()
+
+    def succeeded(self) -> None:
+        """Begins anew: the next failure is a first one."""
+        self._failing_since: float | None = None
+        self._wait = 1.0
+
+    def failed(self, error: Exception) -> None:
+        """
+        Waits for the next try.
+
+        Args:
+            error (`Exception`): What happened.
+
+        Raises:
+            Exception: `error` itself, if waiting does not mend it.
+            ConnectionError: if the deadline does not allow another try.
+        """
+        if isinstance(error, FATAL):
+            raise error
+        now = time.monotonic()
+        self._failing_since = now if self._failing_since is None else self._failing_since
+        if now + self._wait > self._failing_since + self.seconds:
+            raise ConnectionError(
+                f"no data for {now - self._failing_since:.0f} s, and stream_retry_seconds={self.seconds} is all that is "
+                f"allowed; the last error was {type(error).__name__}: {error}"
+            ) from error
+        logger.warning(f"reading failed, trying again in {self._wait:.0f} s ({type(error).__name__}: {error})")
+        time.sleep(self._wait)
+        self._wait = min(2 * self._wait, 60.0)

@@ -1,0 +1,89 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Training on a stream from a Hub that fails: what it survives, and how it ends where it cannot."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import REPOSITORY, launch_command
+from loopback_hub import LoopbackHub
+from test_streaming import write_shards
+
+from erw_hf.training.logging import read_metrics
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with LoopbackHub() as hub:
+        write_shards(tmp_path / "shards")
+        hub.add_repo("datasets", "user/greys", tmp_path / "shards")
+        yield hub
+
+
+def launch(hub, tmp_path, flags, processes=2, token="hf_loopback", **variables):
+    command, environment = launch_command(tuple(flags), processes)
+    environment |= hub.environment(tmp_path / "home", token) | variables
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def losses(run):
+    return [(record["step"], record["loss"]) for record in read_metrics(run / "metrics.jsonl")]
+
+
+def test_two_processes_survive_a_failing_hub_with_the_same_losses(hub, tmp_path, tiny_flags):
+    """429, 500, 503, a hanging and a cut connection: nothing is lost, repeated or in another order."""
+    flags = [*tiny_flags, "--dataset_name=user/greys", "--streaming"]
+    calm = launch(hub, tmp_path, [*flags, f"--output_dir={tmp_path}/calm"])
+    assert calm.returncode == 0, calm.stderr[-4000:]
+    parquet = r"/resolve/.*\.parquet"
+    faults = [
+        hub.fault(parquet, method="GET", status=429, retry_after=1),
+        hub.fault(parquet, method="GET", status=500, after=2),
+        hub.fault(parquet, method="GET", status=503, after=4, times=2),
+        hub.fault(parquet, method="GET", hang=30, after=6),
+        hub.fault(parquet, method="GET", cut_after=200, after=8),
+        hub.fault(r"/api/datasets/user/greys", status=502),
+    ]
+    stormy = launch(hub, tmp_path, [*flags, f"--output_dir={tmp_path}/stormy"], HF_HUB_DOWNLOAD_TIMEOUT="2")
+    assert stormy.returncode == 0, stormy.stderr[-4000:]
+    assert all(fault.fired for fault in faults), [fault.fired for fault in faults]
+    assert losses(tmp_path / "stormy") == losses(tmp_path / "calm")
+
+
+def test_a_hub_that_stays_away_ends_all_processes_with_one_message_and_a_checkpoint(hub, tmp_path, tiny_flags):
+    flags = [*tiny_flags, "--dataset_name=user/greys", "--streaming", "--stream_retry_seconds=3"]
+    flags += ["--warmup_steps=1", "--max_train_steps=60", f"--output_dir={tmp_path}/run", "--train_batch_size=8"]
+    # From the third file on: some steps are done by then.
+    hub.fault(r"/resolve/.*\.parquet", method="GET", status=500, times=None, after=14)
+    started = time.monotonic()
+    result = launch(hub, tmp_path, flags)
+    assert time.monotonic() - started < 150
+    assert result.returncode != 0
+    messages = re.findall(r"RuntimeError: process \d of 2 could not read its data, so all stop .*", result.stderr)
+    assert len(messages) == 2 and len({re.sub(r"^\[rank\d\]: ", "", message) for message in messages}) == 1
+    assert "no data for" in messages[0]
+    assert "--resume_from_checkpoint latest" in result.stderr
+    assert len(losses(tmp_path / "run")) > 0  # it had begun
+
+
+def test_gated_data_says_how_to_get_access(hub, tmp_path):
+    hub.add_repo("datasets", "ILSVRC/imagenet-1k", tmp_path / "shards", gated=True)
+    code = "from erw_hf.data.samples import load_source; load_source('ILSVRC/imagenet-1k', streaming=True)"
+    environment = {**os.environ, **hub.environment(tmp_path / "home")}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert "PermissionError" in result.stderr and "gated" in result.stderr and "hf auth login" in result.stderr
