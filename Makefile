@@ -7,7 +7,7 @@ QUICKSTART := outputs/quickstart
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: quickstart test demo style quality clean
+.PHONY: quickstart test soak demo style quality clean
 
 quickstart: $(VENV)/.installed ## train on digits from random weights and show pictures, minutes on 2 CPU cores
 	$(LAUNCH) training/train_erw.py --config training/configs/digits.yaml --output_dir $(QUICKSTART) --overwrite_output_dir
@@ -15,6 +15,9 @@ quickstart: $(VENV)/.installed ## train on digits from random weights and show p
 
 test: $(VENV)/.installed ## all tests
 	$(BIN)/python -m pytest
+
+soak: $(VENV)/.installed ## kill training 30 times and compare with runs that were left alone
+	cd tests && HF_HUB_OFFLINE=1 ../$(BIN)/python soak.py --kills 30
 
 demo: $(VENV)/.installed ## the Gradio demo in a browser, with the shipped digits
 	GRADIO_ANALYTICS_ENABLED=False $(BIN)/python spaces/erw/app.py

@@ -13,17 +13,19 @@
 # limitations under the License.
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from diffusers import AutoencoderKL
 from helpers import REPOSITORY, train
 from safetensors.torch import load_file
 
+from erw_hf import RepresentationEncoder
 from erw_hf.data.digits import load_digits_dataset
 from erw_hf.data.latents import encode_moments
 from erw_hf.data.samples import center_crop
@@ -76,7 +78,6 @@ def test_statistics_are_those_of_the_moments(cached):
 
 
 def test_a_stopped_run_goes_on_and_other_settings_are_refused(cached, vae_path, tmp_path):
-    import shutil
 
     folder = tmp_path / "cut"
     shutil.copytree(cached, folder)
@@ -123,3 +124,45 @@ def test_flipped_twins(vae_path, tmp_path):
     plain, flipped = rows[by_key["17"]], rows[by_key["17-flipped"]]
     difference = np.asarray(plain["image"], dtype=int)[:, ::-1] - np.asarray(flipped["image"], dtype=int)
     assert np.abs(difference).mean() < 3 and plain["label"] == flipped["label"]
+
+
+def test_cached_features_stand_in_for_the_encoder(vae_path, encoder_path, tmp_path, tiny_flags, monkeypatch):
+    """The same losses as with the encoder running, up to bfloat16, and neither images nor encoder are touched."""
+    cache(tmp_path / "cache", vae_path, f"--encoder={encoder_path}")
+    flags = [*tiny_flags, f"--vae={vae_path}", "--in_channels=4", "--seed=3"]
+    plain = tmp_path / "plain"
+    shutil.copytree(tmp_path / "cache", plain)
+    for path in (plain / "data").glob("*.parquet"):
+        Dataset.from_parquet(str(path)).remove_columns("features").to_parquet(path)
+    train(*flags, f"--dataset_name={plain}", f"--output_dir={tmp_path}/encoded")
+
+    def refuse(*args):
+        raise AssertionError("looked at what is cached")
+
+    monkeypatch.setattr("erw_hf.data.samples.decode_image", refuse)
+    forward = RepresentationEncoder.forward
+    monkeypatch.setattr(
+        RepresentationEncoder, "forward", lambda self, x: refuse() if x.abs().sum() else forward(self, x)
+    )
+    losses = {}
+    for streaming in ([], ["--streaming"]):
+        run = tmp_path / f"cached{len(streaming)}"
+        train(*flags, *streaming, f"--dataset_name={tmp_path}/cache", f"--output_dir={run}")
+        losses[len(streaming)] = [record["loss"] for record in read_metrics(run / "metrics.jsonl")]
+    encoded = [record["loss"] for record in read_metrics(tmp_path / "encoded" / "metrics.jsonl")]
+    # Images are cached as JPEG, tokens come of the images themselves: close, not equal.
+    assert losses[0] == pytest.approx(encoded, rel=2e-2)
+    assert len(losses[1]) == len(encoded)
+    with pytest.raises(ValueError, match="the cache holds tokens of"):
+        train(*flags, "--patch_size=4", f"--dataset_name={tmp_path}/cache", f"--output_dir={tmp_path}/other")
+
+
+def test_without_an_encoder_no_image_is_decoded(cached, vae_path, tmp_path, tiny_flags, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("decoded an image that nobody needs")
+
+    monkeypatch.setattr("erw_hf.data.samples.decode_image", refuse)
+    monkeypatch.setattr("erw_hf.data.streaming.decode_image", refuse)
+    flags = [*tiny_flags, f"--dataset_name={cached}", f"--vae={vae_path}", "--in_channels=4", "--warmup_steps=0"]
+    for streaming in ([], ["--streaming"]):
+        train(*flags, *streaming, "--alignment_weight=0", f"--output_dir={tmp_path}/run{len(streaming)}")

@@ -37,9 +37,18 @@ from datasets import Dataset, Features, Image, Value
 from diffusers import AutoModel
 from tqdm.auto import tqdm
 
-from erw_hf import ERWPipeline
+from erw_hf import ERWPipeline, RepresentationEncoder
 from erw_hf.data.latents import encode_moments
-from erw_hf.data.samples import IMAGE_ERRORS, MOMENTS_COLUMN, Source, center_crop, decode_image, load_source
+from erw_hf.data.samples import (
+    FEATURES_COLUMN,
+    IMAGE_ERRORS,
+    KEY_COLUMN,
+    MOMENTS_COLUMN,
+    Source,
+    center_crop,
+    decode_image,
+    load_source,
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -52,6 +61,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--label_column")
     parser.add_argument("--vae", required=True, help="Hub id or folder of a diffusers autoencoder")
     parser.add_argument("--sample_size", type=int, default=32, help="side of the latent")
+    parser.add_argument("--encoder", help="store this encoder's tokens too, in bfloat16: for short warmups, large")
+    parser.add_argument(
+        "--patch_size", type=int, default=2, help="of the transformer, which sets the grid of the tokens"
+    )
     parser.add_argument("--flipped", action="store_true", help="store each image's mirror image too")
     parser.add_argument("--rows_per_file", type=int, default=20_000)
     parser.add_argument("--batch_size", type=int, default=32)
@@ -68,6 +81,12 @@ def main() -> None:
     )
     vae = AutoModel.from_pretrained(args.vae).to(accelerator.device).eval().requires_grad_(False)
     side = args.sample_size * ERWPipeline.vae_scale_factor_of(vae)
+    encoder = None
+    if args.encoder is not None:
+        dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+        encoder = RepresentationEncoder.from_pretrained(
+            args.encoder, token_grid=args.sample_size // args.patch_size, dtype=dtype
+        ).to(accelerator.device)
     rows = len(source.dataset) * (2 if args.flipped else 1)
     order = np.random.default_rng(args.seed).permutation(rows)
     files = math.ceil(rows / args.rows_per_file)
@@ -83,7 +102,7 @@ def main() -> None:
         path = folder / f"train-{number:05d}-of-{files:05d}.parquet"
         if not path.exists():
             mine = order[number * args.rows_per_file : (number + 1) * args.rows_per_file]
-            write_file(args, source, vae, side, mine, path)
+            write_file(args, source, vae, encoder, side, mine, path)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         print(f"{rows} rows in {files} files: {json.dumps(merge_statistics(folder, Path(args.output_dir)))}")
@@ -102,11 +121,19 @@ def check_same_run(args: argparse.Namespace, folder: Path, accelerator: Accelera
 
 
 def write_file(
-    args: argparse.Namespace, source: Source, vae: torch.nn.Module, side: int, indices: np.ndarray, path: Path
+    args: argparse.Namespace,
+    source: Source,
+    vae: torch.nn.Module,
+    encoder: RepresentationEncoder | None,
+    side: int,
+    indices: np.ndarray,
+    path: Path,
 ) -> None:
     """One parquet file, and beside it the sums for the statistics; under another name until they are complete."""
     channels = vae.config.in_channels
-    features = {MOMENTS_COLUMN: Value("binary"), "image": Image(), "key": Value("string")}
+    features = {MOMENTS_COLUMN: Value("binary"), "image": Image(), KEY_COLUMN: Value("string")}
+    if encoder is not None:
+        features[FEATURES_COLUMN] = Value("binary")
     if source.label_column is not None:
         features["label"] = source.dataset.features[source.label_column]
     columns: dict[str, list] = {name: [] for name in features}
@@ -127,16 +154,20 @@ def write_file(
             image.save(buffer, "JPEG", quality=args.jpeg_quality, subsampling=0)
             pixels.append(torch.from_numpy(np.asarray(image).reshape(side, side, -1).transpose(2, 0, 1).copy()))
             columns["image"].append({"bytes": buffer.getvalue(), "path": None})
-            columns["key"].append(f"{row}{'-flipped' if flip else ''}")
+            columns[KEY_COLUMN].append(f"{row}{'-flipped' if flip else ''}")
             if source.label_column is not None:
                 columns["label"].append(record[source.label_column])
         if not pixels:
             continue
-        moments = encode_moments(torch.stack(pixels).to(vae.device), vae)
+        batch = torch.stack(pixels).to(vae.device)
+        moments = encode_moments(batch, vae)
         mean, std = moments.double().chunk(2, dim=1)
         sums = sums + mean.sum(dim=(0, 2, 3))
         squares = squares + (mean.square() + std.square()).sum(dim=(0, 2, 3))  # of a draw, in expectation
         count += mean[:, 0].numel()
+        if encoder is not None:
+            tokens = encoder(batch.float() / 255).bfloat16().cpu().view(torch.int16)  # NumPy has no bfloat16
+            columns[FEATURES_COLUMN] += [row.tobytes() for row in tokens.numpy()]
         columns[MOMENTS_COLUMN] += [row.tobytes() for row in moments.half().cpu().numpy()]
     temporary = path.with_suffix(".writing")
     Dataset.from_dict(columns, features=Features(features)).to_parquet(temporary)

@@ -272,7 +272,8 @@ def train_phase(
     """The loop, for either phase."""
     config, accelerator, progress = run.config, run.accelerator, run.progress
     flops_without_encoder = count_step_flops(model, None)
-    flops_per_image = flops_without_encoder if model.projector is None else count_step_flops(model, run.encoder)
+    encodes = model.projector is not None and not run.source.has_features
+    flops_per_image = count_step_flops(model, run.encoder) if encodes else flops_without_encoder
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,
@@ -517,7 +518,10 @@ def times(config: TrainingConfig, batch: Batch) -> torch.Tensor:
 
 def targets(run: Run, batch: Batch) -> torch.Tensor:
     """The encoder's patch tokens (B, N, D) of a batch."""
-    tokens = run.encoder(batch["pixels"].float() / 255)
+    if "features" in batch:  # of a latent cache
+        tokens = batch["features"].unflatten(1, (run.config.token_grid**2, -1))
+    else:
+        tokens = run.encoder(batch["pixels"].float() / 255)
     return spatial_normalize(tokens) if run.config.spatial_norm else tokens
 
 
@@ -556,6 +560,16 @@ def check_cache(config: TrainingConfig) -> None:
     if not record.is_file():  # on the Hub, or moved without its record
         return
     made = json.loads(record.read_text())
+    if made["encoder"] is not None and config.aligns:
+        theirs, ours = (
+            (made["encoder"], made["sample_size"] // made["patch_size"]),
+            (config.encoder, config.token_grid),
+        )
+        if Path(theirs[0]).name != Path(ours[0]).name or theirs[1] != ours[1]:
+            raise ValueError(
+                f"the cache holds tokens of {theirs[0]!r} on a grid of side {theirs[1]}, the config names {ours[0]!r} and "
+                f"{ours[1]}"
+            )
     if made["sample_size"] != config.sample_size:
         raise ValueError(f"the cache has sample_size {made['sample_size']}, the config {config.sample_size}")
     if Path(made["vae"]).name != Path(config.vae).name:
@@ -570,7 +584,7 @@ def check_cache(config: TrainingConfig) -> None:
 
 def load_encoder(config: TrainingConfig, accelerator: Accelerator) -> RepresentationEncoder | None:
     """The teacher, if the run aligns at all."""
-    if config.encoder is None or (config.warmup_steps == 0 and config.alignment_weight == 0):
+    if not config.aligns:
         return None
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     encoder = RepresentationEncoder.from_pretrained(

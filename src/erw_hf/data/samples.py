@@ -48,22 +48,27 @@ class Source:
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): The rows.
-        image_column (`str`): Column of images.
+        image_column (`str`, *optional*): Column of images; `None` where a latent cache is read without them.
         label_column (`str`, *optional*): Column of class ids; `None` for data without labels.
         num_classes (`int`): Number of classes; 0 without labels.
         id2label (`dict[int, str]`, *optional*): Names of the classes, where the data set has them.
         is_latent_cache (`bool`): Whether the rows hold VAE moments, as `training/cache_latents.py` writes them.
+        has_features (`bool`): Whether they hold an encoder's tokens too.
     """
 
     dataset: Dataset | IterableDataset
-    image_column: str
+    image_column: str | None
     label_column: str | None
     num_classes: int
     id2label: dict[int, str] | None
     is_latent_cache: bool = False
+    has_features: bool = False
 
 
+# Columns of a latent cache, beside the image and the label.
 MOMENTS_COLUMN = "moments"  # float16 bytes of (2 c, h, w), in C order
+FEATURES_COLUMN = "features"  # bfloat16 bytes of (N, D), in C order
+KEY_COLUMN = "key"  # what identifies the sample
 
 
 def load_source(
@@ -75,6 +80,7 @@ def load_source(
     num_classes: int | None = None,
     streaming: bool = False,
     retry_seconds: float = 300,
+    needs_images: bool = True,
 ) -> Source:
     """
     Opens a data set and checks what can be checked before training.
@@ -93,6 +99,9 @@ def load_source(
             Read rows as they come, without downloading the data set first. Labels can then not be looked through
             beforehand: they must be a ClassLabel, or come with `num_classes`.
         retry_seconds (`float`, *optional*, defaults to 300): How long to go on trying while the Hub fails.
+        needs_images (`bool`, *optional*, defaults to `True`):
+            `False` leaves the images of a latent cache, and their bytes on the Hub, where they are. One that holds an
+            encoder's tokens is always read so.
 
     Returns:
         [`Source`]: The data set and what is known of it.
@@ -104,18 +113,39 @@ def load_source(
     dataset = _retried(retry_seconds, lambda: _load(dataset_name, split, dataset_config_name, streaming))
     if streaming:
         first = _retried(retry_seconds, lambda: next(iter(dataset.decode(False).take(1)), None))
-        return _check_stream(dataset, first, dataset_name, image_column, label_column, num_classes)
-    if len(dataset) == 0:
+    else:
+        first = dataset[0] if len(dataset) > 0 else None
+    if first is None:
         raise ValueError(f"the data set {dataset_name!r} (split {split!r}) is empty")
-    image_column = find_column(dataset.column_names, image_column, IMAGE_COLUMNS, "image_column")
-    if image_column is None:
-        raise ValueError(
-            f"no image column among {dataset.column_names}: tried {list(IMAGE_COLUMNS)}; name it with --image_column"
-        )
-    dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
-    label_column = find_column(dataset.column_names, label_column, LABEL_COLUMNS, "label_column")
+    columns = list(first)
+    kind = {"is_latent_cache": MOMENTS_COLUMN in columns, "has_features": FEATURES_COLUMN in columns}
+    if kind["is_latent_cache"] and (kind["has_features"] or not needs_images):
+        image_column = None
+        columns = [name for name in columns if name not in IMAGE_COLUMNS]
+        if (
+            streaming
+        ):  # named when it is opened, since a stream reads all columns and drops what select_columns leaves out
+            dataset = _retried(
+                retry_seconds, lambda: _load(dataset_name, split, dataset_config_name, True, columns=columns)
+            )
+        else:
+            dataset = dataset.select_columns(columns)
+    else:
+        image_column = find_column(columns, image_column, IMAGE_COLUMNS, "image_column")
+        if image_column is None:
+            raise ValueError(
+                f"no image column among {columns}: tried {list(IMAGE_COLUMNS)}; name it with --image_column"
+            )
+        # Encoded bytes: a stream's shuffle holds many of them, and the key of a sample is their hash.
+        dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
+    label_column = find_column(columns, label_column, LABEL_COLUMNS, "label_column")
     if label_column is None:
-        return Source(dataset, image_column, None, 0, None, MOMENTS_COLUMN in dataset.column_names)
+        return Source(dataset, image_column, None, 0, None, **kind)
+    if streaming:
+        num_classes, names = _classes_of_stream(dataset, first, label_column, num_classes)
+        return Source(
+            dataset, image_column, label_column, num_classes, dict(enumerate(names)) if names else None, **kind
+        )
 
     if dataset.features[label_column].dtype == "string":
         dataset = dataset.class_encode_column(label_column)
@@ -134,8 +164,7 @@ def load_source(
             f"(num_classes={num_classes}); {int(outside.sum())} of {len(labels)} rows are outside"
         )
     id2label = dict(enumerate(names[:num_classes])) if names is not None else None
-    is_latent_cache = MOMENTS_COLUMN in dataset.column_names
-    return Source(dataset, image_column, label_column, num_classes, id2label, is_latent_cache)
+    return Source(dataset, image_column, label_column, num_classes, id2label, **kind)
 
 
 def _retried(seconds: float, call: Callable[[], T]) -> T:
@@ -147,37 +176,19 @@ def _retried(seconds: float, call: Callable[[], T]) -> T:
             backoff.failed(error)
 
 
-def _check_stream(
-    dataset: IterableDataset,
-    first: dict | None,
-    dataset_name: str,
-    image_column: str | None,
-    label_column: str | None,
-    num_classes: int | None,
-) -> Source:
-    if first is None:
-        raise ValueError(f"the data set {dataset_name!r} is empty")
-    columns = list(first)
-    image_column = find_column(columns, image_column, IMAGE_COLUMNS, "image_column")
-    if image_column is None:
-        raise ValueError(f"no image column among {columns}: tried {list(IMAGE_COLUMNS)}; name it with --image_column")
-    label_column = find_column(columns, label_column, LABEL_COLUMNS, "label_column")
-    # Encoded bytes: the shuffle holds many of them, and the key of a sample is their hash.
-    dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
-    if label_column is None:
-        return Source(dataset, image_column, None, 0, None, MOMENTS_COLUMN in columns)
+def _classes_of_stream(
+    dataset: IterableDataset, first: dict, label_column: str, num_classes: int | None
+) -> tuple[int, list[str] | None]:
     names = getattr((dataset.features or {}).get(label_column), "names", None)
     if names is None and num_classes is None:
         raise ValueError(f"column {label_column!r} is no ClassLabel: a stream needs num_classes")
     if not isinstance(first[label_column], int):
         raise ValueError(f"labels must be class ids, column {label_column!r} holds {first[label_column]!r}")
-    num_classes = len(names) if num_classes is None else num_classes
-    id2label = dict(enumerate(names)) if names else None
-    return Source(dataset, image_column, label_column, num_classes, id2label, MOMENTS_COLUMN in columns)
+    return len(names) if num_classes is None else num_classes, names
 
 
 def _load(
-    dataset_name: str, split: str, dataset_config_name: str | None, streaming: bool
+    dataset_name: str, split: str, dataset_config_name: str | None, streaming: bool, **options: object
 ) -> Dataset | IterableDataset:
     dataset = None
     if dataset_name == "digits":
@@ -189,7 +200,7 @@ def _load(
     if dataset is not None:
         return dataset.to_iterable_dataset(num_shards=min(len(dataset), 8)) if streaming else dataset
     try:
-        return load_dataset(dataset_name, dataset_config_name, split=split, streaming=streaming)
+        return load_dataset(dataset_name, dataset_config_name, split=split, streaming=streaming, **options)
     except DatasetNotFoundError as error:
         if "gated" not in str(error):
             raise
@@ -333,19 +344,27 @@ class SampleMaker:
             raise ValueError("random_flip does not work on a latent cache: cache the flipped images too (--flipped)")
 
     def __call__(
-        self, image: Image.Image, label: int | None, epoch: int, key: str | int, moments: bytes | None = None
+        self,
+        image: Image.Image | None,
+        label: int | None,
+        epoch: int,
+        key: str | int,
+        moments: bytes | None = None,
+        features: bytes | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         Args:
-            image (`PIL.Image.Image`): The image, of any mode and size.
+            image (`PIL.Image.Image`, *optional*): The image, of any mode and size.
             label (`int`, *optional*): Its class.
             epoch (`int`): Epoch, from 0.
             key (`str` or `int`): What identifies the sample.
             moments (`bytes`, *optional*): Moments from a latent cache.
+            features (`bytes`, *optional*): An encoder's tokens from a latent cache.
 
         Returns:
-            `dict[str, torch.Tensor]`: `pixels` (C, H, W) uint8, `label`, `drop`, `time_normal`, `noise` (c, h, w),
-            `posterior_noise` (c, h, w) and, from a cache, `moments` (2 c, h, w) float16.
+            `dict[str, torch.Tensor]`: `pixels` (C, H, W) uint8 where there is an image, `label`, `drop`, `time_normal`,
+            `noise` (c, h, w), `posterior_noise` (c, h, w) and, from a cache, `moments` (2 c, h, w) float16 and
+            `features` (N D,) bfloat16.
         """
         rng = sample_rng(self.seed, epoch, key)
         # The order of the draws is part of the reproducibility promise: append, never insert.
@@ -355,18 +374,21 @@ class SampleMaker:
         noise = rng.standard_normal(self.latent_shape, dtype=np.float32)
         posterior_noise = rng.standard_normal(self.latent_shape, dtype=np.float32)
 
-        image = center_crop(image.convert(self.mode), self.image_size)
-        if flip and self.random_flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = np.asarray(image).reshape(self.image_size, self.image_size, -1).transpose(2, 0, 1)
         sample = {
-            "pixels": torch.from_numpy(pixels.copy()),
             "label": torch.tensor(0 if label is None else label),
             "drop": torch.tensor(drop or label is None),
             "time_normal": torch.tensor(time_normal),
             "noise": torch.from_numpy(noise),
             "posterior_noise": torch.from_numpy(posterior_noise),
         }
+        if image is not None:
+            image = center_crop(image.convert(self.mode), self.image_size)
+            if flip and self.random_flip:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            pixels = np.asarray(image).reshape(self.image_size, self.image_size, -1).transpose(2, 0, 1)
+            sample["pixels"] = torch.from_numpy(pixels.copy())
+        if features is not None:
+            sample["features"] = torch.frombuffer(bytearray(features), dtype=torch.bfloat16)
         if moments is not None:
             channels, height, width = self.latent_shape
             array = np.frombuffer(moments, dtype=np.float16).reshape(2 * channels, height, width)
@@ -394,6 +416,9 @@ class TrainingSamples(torch.utils.data.Dataset):
         source = self.maker.source
         for candidate in range(index, index + len(self)):
             row = source.dataset[candidate % len(self)]
+            if source.image_column is None:
+                image = None
+                break
             try:
                 image, _ = decode_image(row[source.image_column])
                 break
@@ -408,8 +433,9 @@ class TrainingSamples(torch.utils.data.Dataset):
         else:
             raise ValueError("the data set holds no readable image")
         label = None if source.label_column is None else row[source.label_column]
-        moments = row[MOMENTS_COLUMN] if source.is_latent_cache else None
-        return self.maker(image, label, epoch, candidate % len(self), moments)
+        return self.maker(
+            image, label, epoch, candidate % len(self), row.get(MOMENTS_COLUMN), row.get(FEATURES_COLUMN)
+        )
 
 
 class StepSampler(torch.utils.data.Sampler[list[tuple[int, int]]]):

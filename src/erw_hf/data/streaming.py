@@ -33,7 +33,14 @@ from datasets.distributed import split_dataset_by_node
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from erw_hf.data.retrying import Backoff
-from erw_hf.data.samples import IMAGE_ERRORS, MOMENTS_COLUMN, SampleMaker, decode_image
+from erw_hf.data.samples import (
+    FEATURES_COLUMN,
+    IMAGE_ERRORS,
+    KEY_COLUMN,
+    MOMENTS_COLUMN,
+    SampleMaker,
+    decode_image,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -196,20 +203,24 @@ class StreamingSamples(torch.utils.data.IterableDataset):
 
     def _sample(self, row: dict, epoch: int) -> dict[str, torch.Tensor] | None:
         source = self.maker.source
-        name = row.get("__key__") or row[source.image_column]["path"] or "an image without a name"
+        key = row.get("__key__") or row.get(KEY_COLUMN)
+        name = key or row[source.image_column]["path"] or "an image without a name"
         label = None
         if source.label_column is not None:
             label = row[source.label_column]
             if label is None or not 0 <= label < source.num_classes:
                 raise ValueError(f"label {label} of {name} is not in [0, {source.num_classes - 1}]")
+        if source.image_column is None:
+            return self.maker(None, label, epoch, key, row[MOMENTS_COLUMN], row.get(FEATURES_COLUMN))
         try:
             image, encoded = decode_image(row[source.image_column])
         except IMAGE_ERRORS as error:
             self.skipped += 1
             logger.warning(f"skipped {name}, which is no readable image ({error}); {self.skipped} skipped so far")
             return None
-        moments = row[MOMENTS_COLUMN] if source.is_latent_cache else None
-        return self.maker(image, label, epoch, hashlib.blake2b(encoded, digest_size=16).hexdigest(), moments)
+        if source.is_latent_cache:  # drawn alike whether its images are read or not
+            return self.maker(image, label, epoch, key, row[MOMENTS_COLUMN])
+        return self.maker(image, label, epoch, hashlib.blake2b(encoded, digest_size=16).hexdigest())
 
 
 def stream_loader(

@@ -204,6 +204,11 @@ class TrainingConfig:
         return [first, *(EMAProfile(sigma_rel=width) for width in stored)]
 
     @property
+    def aligns(self) -> bool:
+        """Whether any step of the run looks at the encoder's tokens."""
+        return self.encoder is not None and (self.warmup_steps > 0 or self.alignment_weight > 0)
+
+    @property
     def token_grid(self) -> int:
         """Side of the transformer's token grid."""
         return self.sample_size // self.patch_size
@@ -239,6 +244,7 @@ class TrainingConfig:
             "num_classes": self.num_classes,
             "streaming": self.streaming,
             "retry_seconds": self.stream_retry_seconds,
+            "needs_images": self.aligns,
         }
 
     def save(self, path: str | os.PathLike) -> None:

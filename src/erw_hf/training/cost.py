@@ -116,7 +116,7 @@ def _rows(info, config: TrainingConfig) -> int | None:
 
 
 def _encoder_on_meta(config: TrainingConfig) -> RepresentationEncoder | None:
-    if config.encoder is None or (config.warmup_steps == 0 and config.alignment_weight == 0):
+    if not config.aligns:
         return None
     encoder_config = AutoConfig.from_pretrained(config.encoder)
     tower = VISION_TOWERS.get(encoder_config.model_type)
