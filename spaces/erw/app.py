@@ -11,93 +11,470 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Gradio demo of an ERW pipeline: choose a class, see pictures. Default: the digits that this repository trained.
+"""Gradio demo of exported ERW pipelines: choose a class, see pictures, compare checkpoints, watch a picture form.
 
-Set ERW_MODEL to a Hub id or a folder to serve another exported pipeline.
+Environment variables, which only the owner of the demo sets:
+    ERW_MODEL: A Hub id or folder of an exported pipeline. By default the digits of the erw-hf repository.
+    ERW_MODELS: More of them, separated by commas, to choose from and to compare with.
+
+A pipeline is loaded through the code that travels in its repo, so nothing of erw_hf is needed here. That code is run:
+visitors choose among the models that were loaded at the start and can name no other.
 """
 
+import functools
+import html
+import importlib.util
+import itertools
+import json
+import math
 import os
+import queue
 import random
+import re
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+
+try:
+    import spaces  # has to come before torch: ZeroGPU lends a GPU to each call of what `spaces.GPU` marks
+except ImportError:
+    spaces = None
 
 import gradio as gr
 import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from gradio.processing_utils import save_pil_to_cache
+from PIL import Image
 
-from erw_hf import ERWPipeline
+
+HERE = Path(__file__).resolve().parent
+DEFAULT_MODEL = HERE / "../../pipelines/erw-digits"
+MAX_IMAGES, MAX_SEED, MAX_STEPS, MAX_REMEMBERED = 16, 2**31 - 1, 250, 48
+FRAMES = 8
+SAMPLERS = {"sde": "SDE, Euler-Maruyama", "euler": "ODE, Euler", "heun": "ODE, Heun"}
+# What a slider allows and the API accepts: lowest, highest, step, default, what the visitor reads.
+RANGES = {
+    "num_images": (1, MAX_IMAGES, 1, 8, "Images"),
+    "seed": (0, MAX_SEED, 1, 0, "Seed of the first image"),
+    "guidance_scale": (1.0, 8.0, 0.1, 1.8, "Guidance scale"),
+    "guidance_low": (0.0, 1.0, 0.05, 0.0, "Guidance from t"),
+    "guidance_high": (0.0, 1.0, 0.05, 0.7, "Guidance up to t"),
+    "num_inference_steps": (1, MAX_STEPS, 1, 50, "Steps"),
+}
+
+LINKED = ["label", *RANGES, "sampler", "model"]  # what a link holds, in the order of the controls
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+gpu = spaces.GPU if spaces else lambda function: function
 
 
-DEFAULT_MODEL = Path(__file__).parents[2] / "pipelines" / "erw-digits"
-MAX_IMAGES = 16
+class Frame(NamedTuple):
+    """A moment of a run: `call` model calls of `calls` made, x_t at time `t`, and the x_0 that the model then sees."""
 
-pipe = ERWPipeline.from_pretrained(os.environ.get("ERW_MODEL", DEFAULT_MODEL))
-pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-CHOICES = sorted(pipe.labels, key=pipe.labels.get) or [str(i) for i in range(pipe.transformer.config.num_classes)]
+    call: int
+    calls: int
+    t: float
+    noisy: list[Image.Image]
+    clean: list[Image.Image]
+
+
+def load_models() -> dict[str, DiffusionPipeline]:
+    """Loads what the owner serves, by short name, the default one first."""
+    first = os.environ.get("ERW_MODEL") or str(DEFAULT_MODEL)
+    if first == str(DEFAULT_MODEL) and not DEFAULT_MODEL.is_dir():
+        raise SystemExit("set ERW_MODEL to the Hub id or the folder of an exported ERW pipeline")
+    models = {}
+    for source in [first, *filter(None, map(str.strip, os.environ.get("ERW_MODELS", "").split(",")))]:
+        path = Path(source)  # a run's folder is named by the run: outputs/quickstart/pipeline is "quickstart"
+        name = path.parent.name if path.name == "pipeline" else path.name
+        dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+        pipe = DiffusionPipeline.from_pretrained(
+            source, custom_pipeline=source, trust_remote_code=True, dtype=dtype
+        ).to(DEVICE)
+        pipe.set_progress_bar_config(disable=True)
+        models[source if name in models else name] = pipe
+    return models
+
+
+def class_choices(pipe: DiffusionPipeline) -> list[tuple[str, str]]:
+    """(what the list shows and the search looks through, value) of every class, in the order of the ids."""
+    names = pipe.config.id2label or {}
+    choices = []
+    for class_id in range(pipe.transformer.config.num_classes):
+        name = names.get(str(class_id), str(class_id)).strip()
+        value = name if pipe.labels.get(name, class_id) == class_id else str(class_id)  # ImageNet has two cranes
+        choices.append((name if name == str(class_id) else f"{name} ({class_id})", value))
+    return choices
+
+
+MODELS = load_models()
+MODEL = next(iter(MODELS))
+CHOICES = {name: class_choices(pipe) for name, pipe in MODELS.items()}
+
+
+def refuse(message: str) -> gr.Error:
+    return gr.Error(message, print_exception=False)
+
+
+def checked_number(name: str, value) -> int | float:
+    low, high, step, _, title = RANGES[name]
+    try:
+        number = float("not a number" if isinstance(value, bool) else value)
+    except (TypeError, ValueError, OverflowError):
+        raise refuse(f"{title} must be a number, got {str(value)[:40]!r}") from None
+    if not low <= number <= high:
+        raise refuse(f"{title} must lie between {low} and {high}, got {str(value)[:40]}")
+    if step == 1 and number != int(number):
+        raise refuse(f"{title} must be a whole number, got {str(value)[:40]}")
+    return int(number) if step == 1 else number
+
+
+def class_id(settings: dict) -> int:
+    return [value for _, value in CHOICES[settings["model"]]].index(settings["label"])
+
+
+def checked_class(model: str, label) -> str:
+    """The value of a class in the list of choices, from its name or its id."""
+    if isinstance(label, bool) or not isinstance(label, (str, int)):
+        raise refuse(f"Class must be a name or an id, got {str(label)[:40]!r}")
+    pipe, text = MODELS[model], str(label).strip()[:100]
+    if text not in pipe.labels and text.isascii() and text.isdigit():
+        if int(text) >= len(CHOICES[model]):
+            raise refuse(f"{model} has the classes 0 to {len(CHOICES[model]) - 1}, not {text[:40]}")
+        return CHOICES[model][int(text)][1]
+    try:
+        return CHOICES[model][pipe.get_label_ids(text)[0]][1]
+    except ValueError as error:
+        raise refuse(str(error)) from error
+
+
+def checked(label, *numbers_sampler_model) -> dict:
+    """The settings by name, each as it should be, or a `gr.Error` that says what to do."""
+    *numbers, sampler, model = numbers_sampler_model
+    for title, value, known in (("Model", model, MODELS), ("Sampler", sampler, SAMPLERS)):
+        if not isinstance(value, str) or value not in known:
+            raise refuse(f"{title} must be one of {', '.join(known)}, got {str(value)[:40]!r}")
+    values = {name: checked_number(name, value) for name, value in zip(RANGES, numbers, strict=True)}
+    if values["guidance_low"] > values["guidance_high"]:
+        raise refuse("Guidance from t must not lie above Guidance up to t")
+    return {"label": checked_class(model, label), **values, "sampler": sampler, "model": model}
+
+
+def new_scheduler(pipe: DiffusionPipeline, sampler: str):
+    """A scheduler of its own for each call, since it keeps count of the steps."""
+    config = pipe.scheduler.config
+    if sampler == "euler":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps)
+    shipped = sys.modules[type(pipe.scheduler).__module__]  # the file that travels with the model holds both others
+    if not hasattr(shipped, "FlowMatchHeunScheduler"):
+        raise refuse(f"this model brings no {SAMPLERS[sampler]} sampler: choose {SAMPLERS['euler']}")
+    arguments = {"num_train_timesteps": config.num_train_timesteps, "path_type": config.get("path_type", "linear")}
+    if sampler == "heun":
+        return shipped.FlowMatchHeunScheduler(**arguments)
+    return shipped.FlowMatchEulerMaruyamaScheduler(**arguments, sigma_last=config.get("sigma_last", 0.04))
+
+
+def clean_prediction(path_type: str, velocity: torch.Tensor, latents: torch.Tensor, t: float) -> torch.Tensor:
+    """The x_0 that a velocity points at: x_t = alpha x_0 + sigma e and v = d_alpha x_0 + d_sigma e, solved for x_0."""
+    if path_type == "linear":
+        return latents - t * velocity
+    return math.cos(t * math.pi / 2) * latents - math.sin(t * math.pi / 2) * velocity / (math.pi / 2)
+
+
+def watch(pipe: DiffusionPipeline, frames: queue.Queue, stopped: threading.Event) -> None:
+    """Makes the scheduler's step put what it sees into `frames`, a few times a run, and raise once `stopped` is set."""
+    scheduler, path_type = pipe.scheduler, getattr(pipe.scheduler.config, "path_type", "linear")
+    step, made = scheduler.step, itertools.count()
+
+    def images_of(latents):
+        return pipe.image_processor.postprocess(pipe.decode_latents(latents).float(), output_type="pil")
+
+    @functools.wraps(step)  # the pipeline reads the arguments off it
+    def watched(velocity, timestep, latents, **kwargs):
+        if stopped.is_set():
+            raise InterruptedError
+        call, calls = next(made), len(scheduler.timesteps)
+        if call in {round(i * (calls - 1) / (FRAMES - 1)) for i in range(FRAMES)}:
+            t = float(timestep) / scheduler.config.num_train_timesteps
+            clean = clean_prediction(path_type, velocity, latents, t)
+            frames.put(Frame(call, calls, t, images_of(latents), images_of(clean)))
+        return step(velocity, timestep, latents, **kwargs)
+
+    scheduler.step = watched
+
+
+@gpu
+def sample(settings: dict) -> Iterator[Frame]:
+    """Yields a few frames of the way from noise to images; the last one, at t = 0, holds the images.
+
+    The pipeline runs in a thread, so that frames come out while it works and closing this generator, which is what
+    Stop does, ends it within a step. It is a new pipeline object around the shared weights: calls share no state.
+    """
+    shared, count = MODELS[settings["model"]], settings["num_images"]
+    scheduler = new_scheduler(shared, settings["sampler"])
+    pipe = type(shared)(**{**shared.components, "scheduler": scheduler}, id2label=shared.config.id2label)
+    pipe.set_progress_bar_config(disable=True)
+    frames, stopped = queue.Queue(), threading.Event()
+    watch(pipe, frames, stopped)
+
+    def work():
+        try:
+            images = pipe(
+                class_labels=[class_id(settings)] * count,
+                num_inference_steps=settings["num_inference_steps"],
+                guidance_scale=settings["guidance_scale"],
+                guidance_interval=(settings["guidance_low"], settings["guidance_high"]),
+                generator=[torch.Generator().manual_seed(settings["seed"] + i) for i in range(count)],
+            ).images
+            frames.put(Frame(pipe.num_timesteps, pipe.num_timesteps, 0.0, images, images))
+        except Exception as error:  # raised again below, in the thread that answers the visitor
+            frames.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        t = 1.0
+        while t > 0:
+            frame = frames.get()
+            if isinstance(frame, Exception):
+                raise frame
+            yield frame
+            t = frame.t
+    finally:
+        stopped.set()
+
+
+def caption(settings: dict, index: int = 0) -> str:
+    return f"{settings['label'].split(',')[0]}, seed {settings['seed'] + index}"
+
+
+def captioned(images: list, settings: dict) -> list[tuple]:
+    return [(image, caption(settings, i)) for i, image in enumerate(images)]
+
+
+def saved(images: list, settings: dict) -> list[tuple[str, str, dict]]:
+    """(file, caption, settings that draw it alone) of each image. The PNG holds the settings too, as its text `erw`."""
+    entries = []
+    for i, image in enumerate(images):
+        own = {**settings, "seed": settings["seed"] + i, "num_images": 1}
+        image.info["erw"] = json.dumps(own)
+        name = re.sub(r"\W+", "-", f"{own['model']}-{caption(own)}").lower()
+        entries.append((save_pil_to_cache(image, gallery.GRADIO_CACHE, name, "png"), caption(own), own))
+    return entries
+
+
+# The events below get raw values (`preprocess=False`), since gradio's own checks of them answer in Python's words.
+# Their argument names are those of the API, and their docstrings what an MCP client reads.
 
 
 def generate(
-    label: str,
-    num_images: int = 8,
-    seed: int = 0,
-    guidance_scale: float = 1.8,
-    guidance_low: float = 0.0,
-    guidance_high: float = 0.7,
-    num_inference_steps: int = 50,
-    progress=gr.Progress(),
-) -> list[tuple]:
-    """Draws images of a class.
+    label, num_images, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler, model,
+    progress=gr.Progress()
+):  # fmt: skip
+    """Draws several images of a class, one for each seed from `seed` on. Arguments as of `draw`, and
+
+    Args:
+        num_images: Number of images, 1 to 16.
+    """
+    settings = checked(
+        label, num_images, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler, model
+    )
+    for frame in sample(settings):
+        progress((frame.call, frame.calls), unit="steps")
+        if frame.t > 0:
+            yield captioned(frame.clean, settings), None
+    entries = saved(frame.clean, settings)
+    yield [entry[:2] for entry in entries], entries
+
+
+def draw(label, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler, model):
+    """Draws one image of a class.
 
     Args:
         label: Name of a class, or its id.
-        num_images: Number of images, up to 16.
-        seed: Seed of the first image; each further one has the next seed.
+        seed: Seed of the image: the same seed and settings draw the same image.
         guidance_scale: Classifier-free guidance, 1 for none.
-        guidance_low: Flow time from which guidance applies.
+        guidance_low: Flow time from which guidance applies, 0 (picture) to 1 (noise).
         guidance_high: Flow time up to which guidance applies.
-        num_inference_steps: Sampling steps.
+        num_inference_steps: Sampling steps, 1 to 250.
+        sampler: sde, euler or heun.
+        model: Name of one of the models served.
     """
-    num_images, seed = min(int(num_images), MAX_IMAGES), int(seed)
-    try:
-        labels = label if label in pipe.labels else int(label)
-    except ValueError:
-        labels = label  # the pipeline says which names are near
-    try:
-        images = pipe(
-            class_labels=[labels] * num_images,
-            num_inference_steps=int(num_inference_steps),
-            guidance_scale=guidance_scale,
-            guidance_interval=(guidance_low, guidance_high),
-            generator=[torch.Generator().manual_seed(seed + i) for i in range(num_images)],
-            callback_on_step_end=lambda pipe, step, t, kwargs: (progress((step + 1, pipe.num_timesteps)), {})[1],
-        ).images
-    except ValueError as error:
-        raise gr.Error(str(error)) from error
-    side = max(images[0].width, 128)
-    return [(image.resize((side, side), 0), f"{label}, seed {seed + i}") for i, image in enumerate(images)]
-
-
-with gr.Blocks(title="ERW") as demo:
-    gr.Markdown("# ERW: pictures from a warmed-up diffusion transformer")
-    with gr.Row():
-        with gr.Column(scale=1):
-            label = gr.Dropdown(CHOICES, value=CHOICES[0], label="Class", allow_custom_value=True)
-            shuffle = gr.Button("Random class", size="sm")
-            num_images = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Images")
-            seed = gr.Number(0, label="Seed of the first image", precision=0)
-            with gr.Accordion("Sampling", open=False):
-                scale = gr.Slider(1.0, 5.0, 1.8, step=0.1, label="Guidance scale")
-                low = gr.Slider(0.0, 1.0, 0.0, step=0.05, label="Guidance from t")
-                high = gr.Slider(0.0, 1.0, 0.7, step=0.05, label="Guidance up to t")
-                steps = gr.Slider(2, 250, 50, step=1, label="Steps")
-            with gr.Row():
-                run = gr.Button("Generate", variant="primary")
-                stop = gr.Button("Stop")
-        gallery = gr.Gallery(label="Images", columns=4, format="png", scale=2)
-    shuffle.click(lambda: random.choice(CHOICES), outputs=label, api_visibility="private")
-    event = run.click(
-        generate, [label, num_images, seed, scale, low, high, steps], gallery, api_name="generate", concurrency_limit=1
+    settings = checked(
+        label, 1, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler, model
     )
-    stop.click(None, cancels=event, api_visibility="private")
+    *_, last = sample(settings)
+    return last.clean[0]
 
+
+def compare(
+    label, num_images, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler, model,
+    second_model, progress=gr.Progress()
+):  # fmt: skip
+    """Draws the same class with the same seeds by two models. Arguments as of `generate`.
+
+    Args:
+        second_model: Name of the model to compare with.
+    """
+    values = label, num_images, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler
+    both, shown = [checked(*values, model), checked(*values, second_model)], [[], []]
+    for i, settings in enumerate(both):
+        for frame in sample(settings):
+            progress((frame.call + i * frame.calls, 2 * frame.calls), unit="steps")
+            shown[i] = captioned(frame.clean, settings)
+            if frame.t > 0:
+                yield *shown, None
+    entries = [saved([image for image, _ in images], settings) for images, settings in zip(shown, both, strict=True)]
+    yield *([entry[:2] for entry in side] for side in entries), sum(entries, [])
+
+
+def form(label, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler, model):
+    """Shows how one image forms: x_t, and the picture that the model sees in it, from t = 1 (noise) to t = 0.
+
+    Arguments as of `draw`.
+    """
+    settings = checked(
+        label, 1, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler, model
+    )
+    noisy, clean = [], []
+    for frame in sample(settings):
+        noisy.append((frame.noisy[0], f"t = {frame.t:.2f}"))
+        clean.append((frame.clean[0], f"t = {frame.t:.2f}"))
+        yield noisy, clean
+
+
+def classes(model: str = MODEL) -> dict[str, int]:
+    """Lists the classes of a model, with the id of each.
+
+    Args:
+        model: Name of one of the models served.
+    """
+    if not isinstance(model, str) or model not in MODELS:
+        raise refuse(f"Model must be one of {', '.join(MODELS)}")
+    return {value: i for i, (_, value) in enumerate(CHOICES[model])}
+
+
+def remember(entries, remembered):
+    remembered = [*(entries or []), *remembered][:MAX_REMEMBERED]
+    return remembered, [entry[:2] for entry in remembered]
+
+
+def copy_back(remembered, event: gr.SelectData):
+    settings = remembered[event.index][2]
+    gr.Info(f"Settings of {caption(settings)} are back.", duration=3)
+    return *(settings[name] for name in LINKED if name != "num_images"), False
+
+
+def read_link(request: gr.Request):
+    """The settings that the page's address holds, and whether it holds any."""
+    defaults = {"label": CHOICES[MODEL][0][1], **{name: row[3] for name, row in RANGES.items()}}
+    defaults |= {"sampler": "sde", "model": MODEL}
+    linked = {name: value for name, value in request.query_params.items() if name in LINKED}
+    try:
+        settings = checked(*({**defaults, **linked}[name] for name in LINKED))
+    except gr.Error as error:
+        gr.Warning(f"The link was not understood, here are the defaults. {html.escape(error.message)}")
+        settings, linked = defaults, {}
+    label = gr.Dropdown(CHOICES[settings["model"]], value=settings.pop("label"))
+    return label, *settings.values(), not linked
+
+
+SIDE = MODELS[MODEL].transformer.config.sample_size * MODELS[MODEL].vae_scale_factor
+LOOK = ["pictures", "pixels"] if SIDE <= 64 else ["pictures"]  # style.css
+GALLERY = {"columns": 4, "object_fit": "contain", "format": "png", "interactive": False, "elem_classes": LOOK}
+BUTTONS = {"buttons": ["download", "download_all", "fullscreen"]}  # no "share", which asks another host
+
+
+def slider(name: str) -> gr.Slider:
+    low, high, step, default, title = RANGES[name]
+    return gr.Slider(low, high, default, step=step, label=title)
+
+
+with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
+    gr.Markdown(
+        "# Draw with ERW\nChoose a class and press **Generate**. A diffusion transformer turns noise (t = 1) into "
+        "pictures (t = 0); its early layers were [warmed up](https://arxiv.org/abs/2504.10188) before it trained.",
+        elem_id="title",
+    )
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            label = gr.Dropdown(
+                CHOICES[MODEL], value=CHOICES[MODEL][0][1], label="Class", info="Search by name or id",
+                allow_custom_value=True, elem_id="label",
+            )  # fmt: skip
+            shuffle = gr.Button("Random class", size="sm", elem_id="random")
+            num_images = slider("num_images")
+            with gr.Row():
+                seed = gr.Number(0, precision=0, label=RANGES["seed"][4], min_width=140, elem_id="seed")
+                new_seed = gr.Checkbox(True, label="New seed each time", min_width=140, elem_id="new-seed")
+            model = gr.Dropdown(list(MODELS), value=MODEL, label="Model", visible=len(MODELS) > 1, elem_id="model")
+            with gr.Accordion("Sampling and guidance", open=False):
+                sampler = gr.Radio([(title, name) for name, title in SAMPLERS.items()], value="sde", label="Sampler")
+                steps = slider("num_inference_steps")
+                scale, low, high = map(slider, ["guidance_scale", "guidance_low", "guidance_high"])
+            link = gr.Button("Copy link to these settings", size="sm", elem_id="link")
+        with gr.Column(scale=3, min_width=320):
+            with gr.Tab("Draw"):
+                with gr.Row():
+                    run = gr.Button("Generate", variant="primary", elem_id="generate", elem_classes="go")
+                    stop = gr.Button("Stop", variant="stop", elem_id="stop")
+                gallery = gr.Gallery(label="Pictures", elem_id="pictures", **GALLERY, **BUTTONS)
+            with gr.Tab("Compare", elem_id="compare-tab"):
+                others = list(MODELS)[1:] or list(MODELS)
+                second = gr.Dropdown(
+                    list(MODELS), value=others[0], label="Second model", elem_id="second",
+                    info="Draws the same class and seeds" + ("." if MODELS.keys() - {MODEL} else "; its owner serves one model."),
+                )  # fmt: skip
+                with gr.Row():
+                    run_compare = gr.Button("Compare", variant="primary", elem_id="compare", elem_classes="go")
+                    stop_compare = gr.Button("Stop", variant="stop")
+                with gr.Row():
+                    left = gr.Gallery(label="Model", elem_id="left", min_width=260, **GALLERY, **BUTTONS)
+                    right = gr.Gallery(label="Second model", elem_id="right", min_width=260, **GALLERY, **BUTTONS)
+            with gr.Tab("How a picture forms", elem_id="form-tab"):
+                with gr.Row():
+                    run_form = gr.Button("Show", variant="primary", elem_id="form", elem_classes="go")
+                    stop_form = gr.Button("Stop", variant="stop")
+                noisy = gr.Gallery(label="x_t: what the sampler holds", elem_id="noisy", **GALLERY, **BUTTONS)
+                clean = gr.Gallery(
+                    label="x_0: the picture that the model sees in it", elem_id="clean", **GALLERY, **BUTTONS
+                )
+    history = gr.Gallery(
+        label="Made in this visit: choose one to get its settings back", elem_id="history", allow_preview=False,
+        buttons=[], **{**GALLERY, "columns": 8, "elem_classes": [*LOOK, "remembered"]},
+    )  # fmt: skip
+    made, remembered = gr.State(), gr.State([], time_to_live=3600)
+    controls = [label, num_images, seed, scale, low, high, steps, sampler, model]
+    one_image = [control for control in controls if control is not num_images]
+
+    model_event = {"preprocess": False, "concurrency_id": "model"}
+    quick = {"api_visibility": "private", "queue": False}
+    for button, stopper, function, inputs, outputs in (
+        (run, stop, generate, controls, [gallery, made]),
+        (run_compare, stop_compare, compare, [*controls, second], [left, right, made]),
+        (run_form, stop_form, form, one_image, [noisy, clean]),
+    ):
+        seeded = button.click(None, [new_seed, *controls], seed, js="(draw, ...all) => erw.seed(draw, all)", **quick)
+        event = seeded.then(function, inputs, outputs, api_name=function.__name__, **model_event)
+        stopper.click(None, cancels=event, api_visibility="private")
+        if made in outputs:
+            event.success(remember, [made, remembered], [remembered, history], **quick)
+    one = gr.Image(visible=False, format="png")
+    gr.Button(visible=False).click(draw, one_image, one, api_name="draw", **model_event)
+    gr.api(classes, queue=False)
+
+    shuffle.click(lambda model: random.choice(CHOICES[model])[1], model, label, **quick)
+    model.change(lambda model: gr.Dropdown(CHOICES[model]), model, label, **quick)
+    history.select(copy_back, remembered, [*one_image, new_seed], **quick)
+    link.click(None, controls, js="(...values) => erw.copy(values)", **quick)
+    demo.load(read_link, None, [*controls, new_seed], **quick).then(None, js="() => erw.open()", **quick)
+
+demo.queue(max_size=128, default_concurrency_limit=1)
+LAUNCH = {"css_paths": HERE / "style.css", "head_paths": HERE / "page.html", "footer_links": ["api", "settings"]}
+LAUNCH |= {"theme": gr.themes.Soft(primary_hue="indigo"), "ssr_mode": False}
+LAUNCH |= {"mcp_server": importlib.util.find_spec("mcp") is not None}  # Spaces bring it
 
 if __name__ == "__main__":
-    demo.queue(max_size=64).launch(ssr_mode=False)
+    demo.launch(**LAUNCH)
