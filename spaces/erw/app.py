@@ -53,12 +53,12 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 DEFAULT_MODEL = HERE / "../../pipelines/erw-digits"
 MAX_IMAGES, MAX_SEED, MAX_STEPS, MAX_REMEMBERED = 16, 2**31 - 1, 250, 48
-FRAMES = 8
+FRAMES = 7  # pictures of the way; with the end they fill two rows
 SAMPLERS = {"sde": "SDE, Euler-Maruyama", "euler": "ODE, Euler", "heun": "ODE, Heun"}
 # What a slider allows and the API accepts: lowest, highest, step, default, what the visitor reads.
 RANGES = {
     "num_images": (1, MAX_IMAGES, 1, 8, "Images"),
-    "seed": (0, MAX_SEED, 1, 0, "Seed of the first image"),
+    "seed": (0, MAX_SEED, 1, 0, "First seed"),
     "guidance_scale": (1.0, 8.0, 0.1, 1.8, "Guidance scale"),
     "guidance_low": (0.0, 1.0, 0.05, 0.0, "Guidance from t"),
     "guidance_high": (0.0, 1.0, 0.05, 0.7, "Guidance up to t"),
@@ -72,13 +72,13 @@ gpu = spaces.GPU if spaces else lambda function: function
 
 
 class Frame(NamedTuple):
-    """A moment of a run: `call` model calls of `calls` made, x_t at time `t`, and the x_0 that the model then sees."""
+    """A moment of a run: after `call` model calls of `calls`, x_t at time `t`, and the x_0 that the model sees in it."""
 
     call: int
     calls: int
     t: float
-    noisy: list[Image.Image]
-    clean: list[Image.Image]
+    noisy: list[Image.Image] | None = None
+    clean: list[Image.Image] | None = None
 
 
 def load_models() -> dict[str, DiffusionPipeline]:
@@ -185,7 +185,7 @@ def clean_prediction(path_type: str, velocity: torch.Tensor, latents: torch.Tens
 
 
 def watch(pipe: DiffusionPipeline, frames: queue.Queue, stopped: threading.Event) -> None:
-    """Makes the scheduler's step put what it sees into `frames`, a few times a run, and raise once `stopped` is set."""
+    """Makes the scheduler's step put what it sees into `frames`, images a few times a run, and raise once `stopped` is set."""
     scheduler, path_type = pipe.scheduler, getattr(pipe.scheduler.config, "path_type", "linear")
     step, made = scheduler.step, itertools.count()
 
@@ -197,10 +197,11 @@ def watch(pipe: DiffusionPipeline, frames: queue.Queue, stopped: threading.Event
         if stopped.is_set():
             raise InterruptedError
         call, calls = next(made), len(scheduler.timesteps)
+        t = float(timestep) / scheduler.config.num_train_timesteps
+        images = ()
         if call in {round(i * (calls - 1) / (FRAMES - 1)) for i in range(FRAMES)}:
-            t = float(timestep) / scheduler.config.num_train_timesteps
-            clean = clean_prediction(path_type, velocity, latents, t)
-            frames.put(Frame(call, calls, t, images_of(latents), images_of(clean)))
+            images = images_of(latents), images_of(clean_prediction(path_type, velocity, latents, t))
+        frames.put(Frame(call, calls, t, *images))
         return step(velocity, timestep, latents, **kwargs)
 
     scheduler.step = watched
@@ -208,7 +209,7 @@ def watch(pipe: DiffusionPipeline, frames: queue.Queue, stopped: threading.Event
 
 @gpu
 def sample(settings: dict) -> Iterator[Frame]:
-    """Yields a few frames of the way from noise to images; the last one, at t = 0, holds the images.
+    """Yields a frame a model call, a few of them with pictures; the last one, at t = 0, holds the images.
 
     The pipeline runs in a thread, so that frames come out while it works and closing this generator, which is what
     Stop does, ends it within a step. It is a new pipeline object around the shared weights: calls share no state.
@@ -246,6 +247,15 @@ def sample(settings: dict) -> Iterator[Frame]:
         stopped.set()
 
 
+def pictures(settings: dict, progress: gr.Progress, part: int = 0, parts: int = 1) -> Iterator[Frame]:
+    """The frames that have pictures; the progress of `part` of `parts` goes on between them."""
+    for frame in sample(settings):
+        call, calls = part * frame.calls + frame.call, parts * frame.calls
+        progress((call, calls), desc=f"Step {call} of {calls}", unit="steps")
+        if frame.clean:
+            yield frame
+
+
 def caption(settings: dict, index: int = 0) -> str:
     return f"{settings['label'].split(',')[0]}, seed {settings['seed'] + index}"
 
@@ -281,8 +291,7 @@ def generate(
     settings = checked(
         label, num_images, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler, model
     )
-    for frame in sample(settings):
-        progress((frame.call, frame.calls), unit="steps")
+    for frame in pictures(settings, progress):
         if frame.t > 0:
             yield captioned(frame.clean, settings), None
     entries = saved(frame.clean, settings)
@@ -321,8 +330,7 @@ def compare(
     values = label, num_images, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler
     both, shown = [checked(*values, model), checked(*values, second_model)], [[], []]
     for i, settings in enumerate(both):
-        for frame in sample(settings):
-            progress((frame.call + i * frame.calls, 2 * frame.calls), unit="steps")
+        for frame in pictures(settings, progress, i, 2):
             shown[i] = captioned(frame.clean, settings)
             if frame.t > 0:
                 yield *shown, None
@@ -330,7 +338,10 @@ def compare(
     yield *([entry[:2] for entry in side] for side in entries), sum(entries, [])
 
 
-def form(label, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler, model):
+def form(
+    label, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler, model,
+    progress=gr.Progress()
+):  # fmt: skip
     """Shows how one image forms: x_t, and the picture that the model sees in it, from t = 1 (noise) to t = 0.
 
     Arguments as of `draw`.
@@ -339,9 +350,11 @@ def form(label, seed, guidance_scale, guidance_low, guidance_high, num_inference
         label, 1, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler, model
     )
     noisy, clean = [], []
-    for frame in sample(settings):
-        noisy.append((frame.noisy[0], f"t = {frame.t:.2f}"))
-        clean.append((frame.clean[0], f"t = {frame.t:.2f}"))
+    for frame in pictures(settings, progress):
+        # Saved once: a file that is written again while a browser reads it arrives broken.
+        for row, (image,), name in ((noisy, frame.noisy, "x_t"), (clean, frame.clean, "x_0")):
+            path = save_pil_to_cache(image, gallery.GRADIO_CACHE, f"{name}-at-{frame.t:.2f}", "png")
+            row.append((path, f"t = {frame.t:.2f}"))
         yield noisy, clean
 
 
@@ -408,18 +421,20 @@ with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_ca
             num_images = slider("num_images")
             with gr.Row():
                 seed = gr.Number(0, precision=0, label=RANGES["seed"][4], min_width=140, elem_id="seed")
-                new_seed = gr.Checkbox(True, label="New seed each time", min_width=140, elem_id="new-seed")
+                new_seed = gr.Checkbox(True, label="New seed each run", min_width=140, elem_id="new-seed")
             model = gr.Dropdown(list(MODELS), value=MODEL, label="Model", visible=len(MODELS) > 1, elem_id="model")
             with gr.Accordion("Sampling and guidance", open=False):
                 sampler = gr.Radio([(title, name) for name, title in SAMPLERS.items()], value="sde", label="Sampler")
                 steps = slider("num_inference_steps")
                 scale, low, high = map(slider, ["guidance_scale", "guidance_low", "guidance_high"])
-            link = gr.Button("Copy link to these settings", size="sm", elem_id="link")
         with gr.Column(scale=3, min_width=320):
+            status = gr.HTML(elem_id="status")
             with gr.Tab("Draw"):
                 with gr.Row():
-                    run = gr.Button("Generate", variant="primary", elem_id="generate", elem_classes="go")
-                    stop = gr.Button("Stop", variant="stop", elem_id="stop")
+                    run = gr.Button(
+                        "Generate", variant="primary", min_width=140, elem_id="generate", elem_classes="go"
+                    )
+                    stop = gr.Button("Stop", variant="stop", min_width=100, elem_id="stop")
                 gallery = gr.Gallery(label="Pictures", elem_id="pictures", **GALLERY, **BUTTONS)
             with gr.Tab("Compare", elem_id="compare-tab"):
                 others = list(MODELS)[1:] or list(MODELS)
@@ -428,19 +443,28 @@ with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_ca
                     info="Draws the same class and seeds" + ("." if MODELS.keys() - {MODEL} else "; its owner serves one model."),
                 )  # fmt: skip
                 with gr.Row():
-                    run_compare = gr.Button("Compare", variant="primary", elem_id="compare", elem_classes="go")
-                    stop_compare = gr.Button("Stop", variant="stop")
+                    run_compare = gr.Button(
+                        "Compare", variant="primary", min_width=140, elem_id="compare", elem_classes="go"
+                    )
+                    stop_compare = gr.Button("Stop", variant="stop", min_width=100)
                 with gr.Row():
-                    left = gr.Gallery(label="Model", elem_id="left", min_width=260, **GALLERY, **BUTTONS)
-                    right = gr.Gallery(label="Second model", elem_id="right", min_width=260, **GALLERY, **BUTTONS)
-            with gr.Tab("How a picture forms", elem_id="form-tab"):
+                    left = gr.Gallery(
+                        label="Model", elem_id="left", min_width=260, **BUTTONS, **{**GALLERY, "columns": 2}
+                    )
+                    right = gr.Gallery(
+                        label="Second model", elem_id="right", min_width=260, **BUTTONS, **{**GALLERY, "columns": 2}
+                    )
+            with gr.Tab("Watch", elem_id="form-tab"):
                 with gr.Row():
-                    run_form = gr.Button("Show", variant="primary", elem_id="form", elem_classes="go")
-                    stop_form = gr.Button("Stop", variant="stop")
+                    run_form = gr.Button(
+                        "Watch it form", variant="primary", min_width=140, elem_id="form", elem_classes="go"
+                    )
+                    stop_form = gr.Button("Stop", variant="stop", min_width=100)
                 noisy = gr.Gallery(label="x_t: what the sampler holds", elem_id="noisy", **GALLERY, **BUTTONS)
                 clean = gr.Gallery(
                     label="x_0: the picture that the model sees in it", elem_id="clean", **GALLERY, **BUTTONS
                 )
+            link = gr.Button("Copy link to these settings", size="sm", elem_id="link")
     history = gr.Gallery(
         label="Made in this visit: choose one to get its settings back", elem_id="history", allow_preview=False,
         buttons=[], **{**GALLERY, "columns": 8, "elem_classes": [*LOOK, "remembered"]},
@@ -449,16 +473,18 @@ with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_ca
     controls = [label, num_images, seed, scale, low, high, steps, sampler, model]
     one_image = [control for control in controls if control is not num_images]
 
-    model_event = {"preprocess": False, "concurrency_id": "model"}
+    model_event = {"preprocess": False, "concurrency_id": "model", "show_progress_on": status}
     quick = {"api_visibility": "private", "queue": False}
     for button, stopper, function, inputs, outputs in (
         (run, stop, generate, controls, [gallery, made]),
         (run_compare, stop_compare, compare, [*controls, second], [left, right, made]),
         (run_form, stop_form, form, one_image, [noisy, clean]),
     ):
-        seeded = button.click(None, [new_seed, *controls], seed, js="(draw, ...all) => erw.seed(draw, all)", **quick)
+        seeded = button.click(
+            None, [new_seed, *controls], [seed, status], js="(draw, ...all) => erw.seed(draw, all)", **quick
+        )
         event = seeded.then(function, inputs, outputs, api_name=function.__name__, **model_event)
-        stopper.click(None, cancels=event, api_visibility="private")
+        stopper.click(lambda: "Stopped.", None, status, cancels=event, show_progress="hidden", **quick)
         if made in outputs:
             event.success(remember, [made, remembered], [remembered, history], **quick)
     one = gr.Image(visible=False, format="png")
@@ -469,11 +495,15 @@ with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_ca
     model.change(lambda model: gr.Dropdown(CHOICES[model]), model, label, **quick)
     history.select(copy_back, remembered, [*one_image, new_seed], **quick)
     link.click(None, controls, js="(...values) => erw.copy(values)", **quick)
-    demo.load(read_link, None, [*controls, new_seed], **quick).then(None, js="() => erw.open()", **quick)
+    opened = demo.load(read_link, None, [*controls, new_seed], show_progress="hidden", **quick)
+    opened.then(None, js="() => erw.open()", **quick)
 
 demo.queue(max_size=128, default_concurrency_limit=1)
 LAUNCH = {"css_paths": HERE / "style.css", "head_paths": HERE / "page.html", "footer_links": ["api", "settings"]}
-LAUNCH |= {"theme": gr.themes.Soft(primary_hue="indigo"), "ssr_mode": False}
+LAUNCH |= {
+    "theme": gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono="monospace"),
+    "ssr_mode": False,
+}
 LAUNCH |= {"mcp_server": importlib.util.find_spec("mcp") is not None}  # Spaces bring it
 
 if __name__ == "__main__":
