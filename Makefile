@@ -7,7 +7,7 @@ QUICKSTART := outputs/quickstart
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: quickstart test soak demo style quality clean
+.PHONY: quickstart test soak test-browser demo style quality clean
 
 quickstart: $(VENV)/.installed ## train on digits from random weights and show pictures, minutes on 2 CPU cores
 	$(LAUNCH) training/train_erw.py --config training/configs/digits.yaml --output_dir $(QUICKSTART) --overwrite_output_dir
@@ -19,8 +19,13 @@ test: $(VENV)/.installed ## all tests
 soak: $(VENV)/.installed ## kill training 30 times and compare with runs that were left alone
 	cd tests && HF_HUB_OFFLINE=1 ../$(BIN)/python soak.py --kills 30
 
-demo: $(VENV)/.installed ## the Gradio demo in a browser, with the shipped digits
-	GRADIO_ANALYTICS_ENABLED=False $(BIN)/python spaces/erw/app.py
+test-browser: $(VENV)/.installed ## the demo in a headless Chromium, which root gets from Debian where it is missing; SCREENSHOTS=docs/images
+	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
+	npm install --prefix tests/browser --no-save --no-package-lock --no-audit --no-fund --silent
+	node tests/browser/demo.mjs $(BIN)/python $(SCREENSHOTS)
+
+demo: $(VENV)/.installed ## the Gradio demo: the shipped digits, and to compare with them what was trained in outputs/
+	ERW_MODELS=$$(ls -d outputs/*/pipeline 2>/dev/null | paste -sd,) $(BIN)/python spaces/erw/app.py
 
 style: $(VENV)/.installed ## mend what can be mended
 	$(BIN)/ruff check --fix .

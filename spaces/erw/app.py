@@ -474,7 +474,7 @@ with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_ca
     one_image = [control for control in controls if control is not num_images]
 
     model_event = {"preprocess": False, "concurrency_id": "model", "show_progress_on": status}
-    quick = {"api_visibility": "private", "queue": False}
+    quick = {"api_visibility": "private", "queue": False}  # gr.Info and gr.Warning need the queue
     for button, stopper, function, inputs, outputs in (
         (run, stop, generate, controls, [gallery, made]),
         (run_compare, stop_compare, compare, [*controls, second], [left, right, made]),
@@ -493,9 +493,9 @@ with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_ca
 
     shuffle.click(lambda model: random.choice(CHOICES[model])[1], model, label, **quick)
     model.change(lambda model: gr.Dropdown(CHOICES[model]), model, label, **quick)
-    history.select(copy_back, remembered, [*one_image, new_seed], **quick)
+    history.select(copy_back, remembered, [*one_image, new_seed], api_visibility="private")
     link.click(None, controls, js="(...values) => erw.copy(values)", **quick)
-    opened = demo.load(read_link, None, [*controls, new_seed], show_progress="hidden", **quick)
+    opened = demo.load(read_link, None, [*controls, new_seed], show_progress="hidden", api_visibility="private")
     opened.then(None, js="() => erw.open()", **quick)
 
 demo.queue(max_size=128, default_concurrency_limit=1)
