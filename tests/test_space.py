@@ -11,40 +11,283 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The demo, served for real and asked through its API."""
+"""The demo, served for real and asked through its API. `tests/browser` has what a visitor sees."""
 
+import importlib.metadata
 import importlib.util
+import json
+import os
+import random
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import psutil
 import pytest
+import torch
 from helpers import REPOSITORY
+from PIL import Image
+
+from erw_hf import ERWPipeline
+
+
+SPACE, DIGITS = REPOSITORY / "spaces" / "erw", REPOSITORY / "pipelines" / "erw-digits"
+FAST = {"num_inference_steps": 3}
 
 
 @pytest.fixture(scope="module")
-def client():
-    from gradio_client import Client
-
+def app(tmp_path_factory):
+    twin = tmp_path_factory.mktemp("models") / "twin"
+    shutil.copytree(DIGITS, twin)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-        spec = importlib.util.spec_from_file_location("app", REPOSITORY / "spaces" / "erw" / "app.py")
+        patch.setenv("ERW_MODELS", str(twin))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
+        patch.delenv("ERW_MODEL", raising=False)
+        spec = importlib.util.spec_from_file_location("app", SPACE / "app.py")
         app = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(app)
-        _, url, _ = app.demo.queue().launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
-        yield Client(url, verbose=False)
+        _, app.url, _ = app.demo.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
+        yield app
         app.demo.close()
 
 
-def test_a_class_is_drawn_with_a_seed_an_image(client):
-    first = client.predict("7", 2, 5, 1.8, 0.0, 0.7, 4, api_name="/generate")
-    assert [image["caption"] for image in first] == ["7, seed 5", "7, seed 6"]
+@pytest.fixture(scope="module")
+def client(app):
+    from gradio_client import Client
+
+    return Client(app.url, verbose=False)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return ERWPipeline.from_pretrained(DIGITS)
+
+
+def directly(pipe, label, seeds, num_inference_steps=3, **kwargs):
+    """What the demo has to answer: the pipeline's own images."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    labels = [int(label)] * len(seeds)
+    images = pipe(class_labels=labels, num_inference_steps=num_inference_steps, generator=generators, **kwargs).images
+    return [image.tobytes() for image in images]
+
+
+def pixels(path):
+    return Image.open(path).tobytes()
+
+
+def test_a_class_is_drawn_with_a_seed_an_image(client, pipe):
+    answer = client.predict("7", 2, 5, 1.8, 0.0, 0.7, 4, api_name="/generate")
+    assert [image["caption"] for image in answer] == ["7, seed 5", "7, seed 6"]
+    assert [pixels(image["image"]) for image in answer] == directly(pipe, 7, [5, 6], 4)
+    settings = json.loads(Image.open(answer[1]["image"]).text["erw"])  # a picture says how it was made
+    assert (settings["label"], settings["seed"], settings["num_inference_steps"]) == ("7", 6, 4)
     again = client.predict("7", 1, 6, 1.8, 0.0, 0.7, 4, api_name="/generate")
-
-    def content(image):
-        with open(image["image"], "rb") as file:
-            return file.read()
-
-    assert content(again[0]) == content(first[1])  # the seed makes the picture, not the batch
+    assert pixels(again[0]["image"]) == pixels(answer[1]["image"])  # the seed makes the picture, not the batch
 
 
-def test_an_unknown_class_is_a_clear_error(client):
-    with pytest.raises(Exception, match="did you mean"):
-        client.predict("seven", 1, 0, 1.8, 0.0, 0.7, 4, api_name="/generate")
+def test_the_samplers_and_the_guidance_are_those_asked_for(client, pipe):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from erw_hf import FlowMatchHeunScheduler
+
+    for sampler, scheduler in (("euler", FlowMatchEulerDiscreteScheduler()), ("heun", FlowMatchHeunScheduler())):
+        ode = ERWPipeline(**{**pipe.components, "scheduler": scheduler}, id2label=pipe.config.id2label)
+        guidance = {"guidance_scale": 3.0, "guidance_interval": (0.2, 0.9)}
+        drawn = client.predict("3", 1, 3.0, 0.2, 0.9, 3, sampler, "erw-digits", api_name="/draw")
+        assert [pixels(drawn)] == directly(ode, 3, [1], **guidance), sampler
+
+
+def test_two_models_draw_the_same_seeds(client, pipe):
+    left, right = client.predict(label="4", num_images=2, seed=3, second_model="twin", **FAST, api_name="/compare")
+    assert [pixels(image["image"]) for image in left] == directly(pipe, 4, [3, 4])
+    assert [pixels(image["image"]) for image in right] == directly(pipe, 4, [3, 4])
+
+
+def test_an_image_forms_from_its_noise(client, pipe):
+    noisy, clean = client.predict(label="2", seed=9, num_inference_steps=12, api_name="/form")
+    assert len(noisy) == len(clean) == 8
+    assert (noisy[0]["caption"], noisy[-1]["caption"]) == ("t = 1.00", "t = 0.00")
+    noise = torch.randn((1, 1, 32, 32), generator=torch.Generator().manual_seed(9))
+    assert pixels(noisy[0]["image"]) == pipe.image_processor.postprocess(noise, output_type="pil")[0].tobytes()
+    assert [pixels(noisy[-1]["image"])] == [pixels(clean[-1]["image"])] == directly(pipe, 2, [9], 12)
+
+
+def test_the_clean_prediction_is_that_of_the_shipped_schedulers(app):
+    velocity, latents = torch.randn(2, 1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    shipped = sys.modules[type(app.MODELS["erw-digits"].scheduler).__module__]
+    for path_type in ("linear", "cosine"):
+        scheduler = shipped.FlowMatchEulerMaruyamaScheduler(path_type=path_type)
+        scheduler.set_timesteps(7)
+        for time_ in scheduler.timesteps:
+            expected = scheduler.step(velocity, time_, latents).pred_original_sample
+            t = float(time_) / 1000
+            assert torch.allclose(app.clean_prediction(path_type, velocity, latents, t), expected, atol=1e-5)
+
+
+def test_classes_are_listed(client, pipe):
+    assert client.predict(api_name="/classes") == pipe.labels
+
+
+def test_fifty_at_once_none_lost_none_wrong_memory_flat(client, pipe):
+    asked = [(i % 10, 1000 + i) for i in range(50)]
+
+    def ask(label, seed):
+        return client.submit(label=str(label), seed=seed, num_images=2, **FAST, api_name="/generate")
+
+    def everything():
+        return [job.result(timeout=60) for job in [ask(*each) for each in asked]]
+
+    answers = everything()
+    for (label, seed), answer in zip(asked, answers, strict=True):
+        assert [image["caption"] for image in answer] == [f"{label}, seed {seed}", f"{label}, seed {seed + 1}"]
+        assert [pixels(image["image"]) for image in answer] == directly(pipe, label, [seed, seed + 1])
+    process = psutil.Process()
+    before, threads = process.memory_info().rss, process.num_threads()
+    everything()
+    assert process.memory_info().rss - before < 30e6
+    assert process.num_threads() <= threads + 8
+
+
+def nonsense(count: int, seed: int = 0):
+    """Arguments of /generate of which one is wrong: a type, a range, a name, a path."""
+    generator = random.Random(seed)
+    anything = [
+        None,
+        True,
+        [],
+        {},
+        [1, 2],
+        {"path": "/etc/passwd"},
+        "",
+        "seven",
+        "\u202e\u0000",
+        "🦆" * 500,
+        "nan",
+        "-1",
+    ]
+    anything += ["../../etc/passwd", "/etc/passwd", "C:\\boot.ini", "file:///etc/hosts", "9" * 5000, -1, 10**30, 1e300]
+    anything += ["<img src=x onerror=alert(1)>", "'; DROP TABLE classes; --", 2.5, -0.5, 1e9, "1e999", "٣٣٣"]
+    names = ["label", "num_images", "seed", "guidance_scale", "guidance_low", "guidance_high", "num_inference_steps"]
+    for _ in range(count):
+        name = generator.choice([*names, "sampler", "model"])
+        yield name, generator.choice(anything)
+
+
+def test_two_hundred_wrong_inputs_are_clear_errors(client, pipe):
+    words = {
+        "label": "Class|unknown class|has the classes", "num_images": "Images", "seed": "First seed", "model": "Model",
+        "guidance_scale": "Guidance scale", "guidance_low": "Guidance from", "guidance_high": "Guidance up to",
+        "num_inference_steps": "Steps", "sampler": "Sampler",
+    }  # fmt: skip
+    right = [("guidance_scale", 2.5), ("seed", 1e9), ("seed", "٣٣٣")]  # 333, in digits that Python reads
+    cases = [case for case in nonsense(220) if case not in right][:200]
+    assert len(cases) == 200
+
+    def ask(case):
+        name, value = case
+        arguments = {"label": "7", "num_images": 1, **FAST, name: value}
+        try:
+            return client.predict(**arguments, api_name="/generate")
+        except Exception as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        for (name, value), answer in zip(cases, pool.map(ask, cases), strict=True):
+            assert isinstance(answer, str), (name, value)
+            assert re.match(words[name], answer), (name, value, answer)
+            assert len(answer) < 300 and "Traceback" not in answer
+    assert client.predict(label="7", num_images=1, **FAST, api_name="/generate")
+
+
+def test_a_stopped_run_ends_and_leaves_the_machine_free(client, app):
+    started = time.monotonic()
+    job = client.submit(label="7", num_images=16, num_inference_steps=250, api_name="/generate")
+    while not job.outputs():
+        time.sleep(0.02)
+    job.cancel()
+    client.predict(label="7", num_images=1, **FAST, api_name="/generate")
+    assert time.monotonic() - started < 10
+
+
+def test_the_mcp_server_draws_an_image(app):
+    import asyncio
+
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    async def ask():
+        async with streamablehttp_client(f"{app.url}gradio_api/mcp/") as (reader, writer, _):
+            async with ClientSession(reader, writer) as session:
+                await session.initialize()
+                tools = {tool.name: tool for tool in (await session.list_tools()).tools}
+                answer = await session.call_tool("draw", {"label": "7", "seed": 5, **FAST})
+                return tools, answer
+
+    tools, answer = asyncio.run(ask())
+    assert "Draws one image of a class" in tools["draw"].description
+    assert "the same seed and settings" in tools["draw"].inputSchema["properties"]["seed"]["description"]
+    assert [content.type for content in answer.content][0] == "image"
+
+
+def requirements_only(folder: Path) -> None:
+    """Links the files of what requirements.txt and the sdk ask for, and what that needs in turn, into a folder."""
+    wanted = [line for line in (SPACE / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    wanted, seen = [*wanted, "gradio"], set()
+    while wanted:
+        name = re.match(r"[\w.-]+", wanted.pop())[0].lower().replace("_", "-")
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # of another platform
+        wanted += [need for need in distribution.requires or [] if "extra ==" not in need]
+        for file in distribution.files or []:
+            link = folder / file.parts[0]
+            if file.parts[0] != ".." and not link.exists():
+                link.symlink_to(Path(distribution.locate_file(file.parts[0])).resolve())
+
+
+def test_the_folder_alone_runs_with_its_requirements(tmp_path):
+    shutil.copytree(SPACE, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(DIGITS, tmp_path / "model")
+    (tmp_path / "packages").mkdir()
+    requirements_only(tmp_path / "packages")
+    check = (
+        "import runpy, importlib.util as u\n"
+        "assert not any(map(u.find_spec, ('erw_hf', 'datasets', 'transformers', 'sklearn')))\n"
+        "app = runpy.run_path('app.py')\n"
+        "settings = app['checked']('7', 1, 5, 1.8, 0.0, 0.7, 3, 'heun', 'model')\n"
+        "*_, frame = app['sample'](settings)\n"
+        "app['demo'].launch(prevent_thread_lock=True, **app['LAUNCH'])\n"
+        "print('drawn', frame.clean[0].size)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "packages"), "HF_HOME": str(tmp_path / "home")}
+    environment |= {"ERW_MODEL": str(tmp_path / "model"), "HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
+    environment.pop("ERW_MODELS", None)
+    command = [sys.executable, "-S", "-c", check]
+    run = subprocess.run(command, cwd=tmp_path / "space", env=environment, capture_output=True, text=True, timeout=120)
+    assert "drawn (32, 32)" in run.stdout, run.stderr[-3000:]
+
+
+def test_without_a_model_the_folder_says_what_to_set(tmp_path, monkeypatch):
+    monkeypatch.delenv("ERW_MODEL", raising=False)
+    with pytest.raises(SystemExit, match="set ERW_MODEL"):
+        runpy.run_path(str(shutil.copy(SPACE / "app.py", tmp_path)))
+
+
+def test_the_front_matter_is_that_of_a_space():
+    from huggingface_hub import SpaceCard
+
+    data = SpaceCard.load(SPACE / "README.md").data
+    assert (data.sdk, data.app_file) == ("gradio", "app.py")
+    assert f"gradio=={data.sdk_version}" in (REPOSITORY / "constraints.txt").read_text()
+    assert len(data.short_description) <= 60 and data.title and data.emoji and data.license and data.tags
+    assert "gradio" not in re.sub("#.*", "", (SPACE / "requirements.txt").read_text())  # sdk_version decides

@@ -39,9 +39,9 @@ from typing import NamedTuple
 
 
 try:
-    import spaces  # has to come before torch: ZeroGPU lends a GPU to each call of what `spaces.GPU` marks
+    from spaces import GPU  # has to come before torch: ZeroGPU lends a GPU to each call of what this marks
 except ImportError:
-    spaces = None
+    GPU = None
 
 import gradio as gr
 import torch
@@ -64,11 +64,9 @@ RANGES = {
     "guidance_high": (0.0, 1.0, 0.05, 0.7, "Guidance up to t"),
     "num_inference_steps": (1, MAX_STEPS, 1, 50, "Steps"),
 }
-
 LINKED = ["label", *RANGES, "sampler", "model"]  # what a link holds, in the order of the controls
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-gpu = spaces.GPU if spaces else lambda function: function
 
 
 class Frame(NamedTuple):
@@ -207,7 +205,7 @@ def watch(pipe: DiffusionPipeline, frames: queue.Queue, stopped: threading.Event
     scheduler.step = watched
 
 
-@gpu
+@(GPU or (lambda function: function))
 def sample(settings: dict) -> Iterator[Frame]:
     """Yields a frame a model call, a few of them with pictures; the last one, at t = 0, holds the images.
 
@@ -427,8 +425,8 @@ with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_ca
                 sampler = gr.Radio([(title, name) for name, title in SAMPLERS.items()], value="sde", label="Sampler")
                 steps = slider("num_inference_steps")
                 scale, low, high = map(slider, ["guidance_scale", "guidance_low", "guidance_high"])
-        with gr.Column(scale=3, min_width=320):
             status = gr.HTML(elem_id="status")
+        with gr.Column(scale=3, min_width=320):
             with gr.Tab("Draw"):
                 with gr.Row():
                     run = gr.Button(
@@ -440,7 +438,7 @@ with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_ca
                 others = list(MODELS)[1:] or list(MODELS)
                 second = gr.Dropdown(
                     list(MODELS), value=others[0], label="Second model", elem_id="second",
-                    info="Draws the same class and seeds" + ("." if MODELS.keys() - {MODEL} else "; its owner serves one model."),
+                    info="Draws the same class and seeds." if others != [MODEL] else "This demo serves one (ERW_MODELS adds more).",
                 )  # fmt: skip
                 with gr.Row():
                     run_compare = gr.Button(
@@ -466,7 +464,7 @@ with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_ca
                 )
             link = gr.Button("Copy link to these settings", size="sm", elem_id="link")
     history = gr.Gallery(
-        label="Made in this visit: choose one to get its settings back", elem_id="history", allow_preview=False,
+        label="Made so far: choose one for its settings", elem_id="history", allow_preview=False,
         buttons=[], **{**GALLERY, "columns": 8, "elem_classes": [*LOOK, "remembered"]},
     )  # fmt: skip
     made, remembered = gr.State(), gr.State([], time_to_live=3600)
@@ -499,11 +497,9 @@ with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_ca
     opened.then(None, js="() => erw.open()", **quick)
 
 demo.queue(max_size=128, default_concurrency_limit=1)
-LAUNCH = {"css_paths": HERE / "style.css", "head_paths": HERE / "page.html", "footer_links": ["api", "settings"]}
-LAUNCH |= {
-    "theme": gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono="monospace"),
-    "ssr_mode": False,
-}
+THEME = gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono="monospace")
+LAUNCH = {"theme": THEME.set(checkbox_border_color="*neutral_400"), "ssr_mode": False}
+LAUNCH |= {"css_paths": HERE / "style.css", "head_paths": HERE / "page.html", "footer_links": ["api", "settings"]}
 LAUNCH |= {"mcp_server": importlib.util.find_spec("mcp") is not None}  # Spaces bring it
 
 if __name__ == "__main__":
