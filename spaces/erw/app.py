@@ -33,6 +33,7 @@ import random
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +47,7 @@ except ImportError:
 import gradio as gr
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from gradio.processing_utils import save_pil_to_cache
+from gradio.processing_utils import encode_pil_to_bytes, hash_bytes
 from PIL import Image
 
 
@@ -245,21 +246,31 @@ def sample(settings: dict) -> Iterator[Frame]:
         stopped.set()
 
 
-def pictures(settings: dict, progress: gr.Progress, part: int = 0, parts: int = 1) -> Iterator[Frame]:
-    """The frames that have pictures; the progress of `part` of `parts` goes on between them."""
+def pictures(settings: dict, progress: gr.Progress, part=0, parts=1, pause: float = 0.2) -> Iterator[Frame]:
+    """The frames that have pictures, `pause` seconds apart; the progress of `part` of `parts` goes on between them."""
+    shown = time.monotonic()
     for frame in sample(settings):
         call, calls = part * frame.calls + frame.call, parts * frame.calls
         progress((call, calls), desc=f"Step {call} of {calls}", unit="steps")
-        if frame.clean:
+        if frame.clean and (frame.t == 0 or time.monotonic() - shown >= pause):
             yield frame
+            shown = time.monotonic()
 
 
 def caption(settings: dict, index: int = 0) -> str:
     return f"{settings['label'].split(',')[0]}, seed {settings['seed'] + index}"
 
 
-def captioned(images: list, settings: dict) -> list[tuple]:
-    return [(image, caption(settings, i)) for i, image in enumerate(images)]
+def stored(image: Image.Image, name: str) -> str:
+    """The path of an image in gradio's cache. gradio itself would write a file again that is on its way to someone."""
+    data = encode_pil_to_bytes(image, "png")
+    path = Path(gallery.GRADIO_CACHE) / hash_bytes(data) / f"{name}.png"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{threading.get_ident()}")
+        unfinished.write_bytes(data)
+        unfinished.replace(path)
+    return str(path)
 
 
 def saved(images: list, settings: dict) -> list[tuple[str, str, dict]]:
@@ -269,7 +280,7 @@ def saved(images: list, settings: dict) -> list[tuple[str, str, dict]]:
         own = {**settings, "seed": settings["seed"] + i, "num_images": 1}
         image.info["erw"] = json.dumps(own)
         name = re.sub(r"\W+", "-", f"{own['model']}-{caption(own)}").lower()
-        entries.append((save_pil_to_cache(image, gallery.GRADIO_CACHE, name, "png"), caption(own), own))
+        entries.append((stored(image, name), caption(own), own))
     return entries
 
 
@@ -290,10 +301,8 @@ def generate(
         label, num_images, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler, model
     )
     for frame in pictures(settings, progress):
-        if frame.t > 0:
-            yield captioned(frame.clean, settings), None
-    entries = saved(frame.clean, settings)
-    yield [entry[:2] for entry in entries], entries
+        entries = saved(frame.clean, settings)
+        yield [entry[:2] for entry in entries], entries if frame.t == 0 else None
 
 
 def draw(label, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler, model):
@@ -313,7 +322,7 @@ def draw(label, seed, guidance_scale, guidance_low, guidance_high, num_inference
         label, 1, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler, model
     )
     *_, last = sample(settings)
-    return last.clean[0]
+    return saved(last.clean, settings)[0][0]
 
 
 def compare(
@@ -326,14 +335,12 @@ def compare(
         second_model: Name of the model to compare with.
     """
     values = label, num_images, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler
-    both, shown = [checked(*values, model), checked(*values, second_model)], [[], []]
+    values = label, num_images, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler
+    both, made = [checked(*values, model), checked(*values, second_model)], [[], []]
     for i, settings in enumerate(both):
         for frame in pictures(settings, progress, i, 2):
-            shown[i] = captioned(frame.clean, settings)
-            if frame.t > 0:
-                yield *shown, None
-    entries = [saved([image for image, _ in images], settings) for images, settings in zip(shown, both, strict=True)]
-    yield *([entry[:2] for entry in side] for side in entries), sum(entries, [])
+            made[i] = saved(frame.clean, settings)
+            yield *([entry[:2] for entry in side] for side in made), made[0] + made[1] if i and frame.t == 0 else None
 
 
 def form(
@@ -348,11 +355,9 @@ def form(
         label, 1, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler, model
     )
     noisy, clean = [], []
-    for frame in pictures(settings, progress):
-        # Saved once: a file that is written again while a browser reads it arrives broken.
+    for frame in pictures(settings, progress, pause=0):
         for row, (image,), name in ((noisy, frame.noisy, "x_t"), (clean, frame.clean, "x_0")):
-            path = save_pil_to_cache(image, gallery.GRADIO_CACHE, f"{name}-at-{frame.t:.2f}", "png")
-            row.append((path, f"t = {frame.t:.2f}"))
+            row.append((stored(image, f"{name}-at-{frame.t:.2f}"), f"t = {frame.t:.2f}"))
         yield noisy, clean
 
 
