@@ -469,7 +469,7 @@ with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_ca
                 )
             link = gr.Button("Copy link to these settings", size="sm", elem_id="link")
     history = gr.Gallery(
-        label="Made so far: choose one for its settings", elem_id="history", allow_preview=False,
+        label="Made so far (choose to reuse)", elem_id="history", allow_preview=False,
         buttons=[], **{**GALLERY, "columns": 8, "elem_classes": [*LOOK, "remembered"]},
     )  # fmt: skip
     made, remembered = gr.State(), gr.State([], time_to_live=3600)
