@@ -30,10 +30,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers import REPOSITORY
+from helpers import REPOSITORY, TINY_MODEL
 from PIL import Image
 
-from erw_hf import ERWPipeline
+from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler
 
 
 SPACE, DIGITS = REPOSITORY / "spaces" / "erw", REPOSITORY / "pipelines" / "erw-digits"
@@ -128,6 +128,13 @@ def test_the_clean_prediction_is_that_of_the_shipped_schedulers(app):
             expected = scheduler.step(velocity, time_, latents).pred_original_sample
             t = float(time_) / 1000
             assert torch.allclose(app.clean_prediction(path_type, velocity, latents, t), expected, atol=1e-5)
+
+
+def test_two_classes_of_one_name_are_told_apart_by_id(app):
+    model = ERWTransformer2DModel(**{**TINY_MODEL, "num_classes": 3})
+    names = {0: "crane", 1: "bolete", 2: "crane"}
+    choices = app.class_choices(ERWPipeline(model, None, FlowMatchEulerMaruyamaScheduler(), id2label=names))
+    assert choices == [("crane (0)", "0"), ("bolete (1)", "bolete"), ("crane (2)", "2")]
 
 
 def test_classes_are_listed(client, pipe):

@@ -104,7 +104,7 @@ def class_choices(pipe: DiffusionPipeline) -> list[tuple[str, str]]:
     choices = []
     for class_id in range(pipe.transformer.config.num_classes):
         name = names.get(str(class_id), str(class_id)).strip()
-        value = name if pipe.labels.get(name, class_id) == class_id else str(class_id)  # ImageNet has two cranes
+        value = name if pipe.labels.get(name) == class_id else str(class_id)  # ImageNet has two cranes
         choices.append((name if name == str(class_id) else f"{name} ({class_id})", value))
     return choices
 
