@@ -14,9 +14,44 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModel, BitImageProcessorPil, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+from transformers import (
+    AutoModel,
+    BitImageProcessorPil,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    Siglip2Config,
+    TimmWrapperConfig,
+    TimmWrapperModel,
+)
 
 from erw_hf import RepresentationEncoder
+
+
+def test_models_of_timm(tmp_path):
+    """What transformers lacks, MoCo v3's ViT for instance, comes through its wrapper of timm."""
+    config = TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224",
+        model_args={"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4, "img_size": 16},
+        pretrained_cfg={"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 16, 16]},
+    )
+    TimmWrapperModel(config).save_pretrained(tmp_path)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    encoder = RepresentationEncoder.from_pretrained(tmp_path, token_grid=4)
+    assert (encoder.num_prefix_tokens, encoder.embed_dim, encoder.image_size) == (1, 16, 16)
+    normalised = (images - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
+    own = AutoModel.from_pretrained(tmp_path).eval().timm_model
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(images), own.forward_features(normalised)[:, 1:])
+    other = RepresentationEncoder.from_pretrained(tmp_path, token_grid=6)  # another grid than the model's own
+    assert other(images).shape == (2, 36, 16) and other.image_size == 24
+
+
+def test_naflex_variants_are_refused_with_what_to_take(tmp_path):
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = Siglip2Config(vision_config=vision, text_config={**vision, "vocab_size": 50})
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="NaFlex.*siglip2-base-patch16-256"):
+        RepresentationEncoder.from_pretrained(tmp_path, token_grid=4)
 
 
 def test_tokens_are_the_models_own_on_normalised_images(encoder_path):

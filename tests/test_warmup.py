@@ -159,6 +159,20 @@ def test_objective_against_its_statement(path_type):
     torch.testing.assert_close(losses["loss"], velocity + 0.3 * alignment)
 
 
+def test_contrastive_flow_matching_against_its_statement():
+    model, data = randomize(full_model(), seed=7), batch()
+    noise, t = torch.randn(4, 1, 8, 8), torch.tensor([0.1, 0.4, 0.6, 0.95])
+    plain = full_loss(model, noise=noise, t=t, weight=0.3, **data)
+    losses = full_loss(model, noise=noise, t=t, weight=0.3, contrastive_weight=0.05, **data)
+    distances = []
+    for i in range(4):  # the velocity of sample i - 1 is what sample i must not predict
+        x0, e, s = data["x0"][i], noise[i], t[i]
+        predicted, _ = model(((1 - s) * x0 + s * e)[None], s[None], data["class_labels"][i : i + 1], torch.zeros(1))
+        distances.append((predicted[0] - (noise[i - 1] - data["x0"][i - 1])).square().mean())
+    torch.testing.assert_close(losses["contrastive"], torch.stack(distances).mean())
+    torch.testing.assert_close(losses["loss"], plain["loss"] - 0.05 * losses["contrastive"])
+
+
 def test_without_a_target_the_projector_rests_but_stays_in_the_graph():
     model, data = randomize(full_model()), batch()
     data["target"] = None

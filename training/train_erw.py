@@ -250,7 +250,7 @@ def train_full(run: Run, warmup_state: dict[str, torch.Tensor] | None, checkpoin
         target = targets(run, batch) if weight > 0 else None
         return full_loss(
             model, latents(run, batch), batch["noise"], times(config, batch), batch["label"], batch["drop"], target,
-            weight, config.path_type, alignment,
+            weight, config.path_type, alignment, config.contrastive_weight,
         )  # fmt: skip
 
     train_phase(

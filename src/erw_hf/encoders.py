@@ -66,8 +66,11 @@ class RepresentationEncoder(nn.Module):
         if self._shuffles:
             model.config.mask_ratio = 0.0
         self.token_grid = token_grid
-        patch_size = model.config.patch_size
+        is_timm = getattr(model.config, "model_type", None) == "timm_wrapper"
+        patch_size = model.timm_model.patch_embed.patch_size[0] if is_timm else model.config.patch_size
         self.image_size = token_grid * patch_size if image_size is None else image_size
+        if is_timm:
+            model.timm_model.set_input_size(self.image_size)  # resamples the position table with antialias
         self.register_buffer("image_mean", torch.tensor(image_mean).reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(image_std).reshape(1, -1, 1, 1), persistent=False)
 
@@ -120,12 +123,21 @@ class RepresentationEncoder(nn.Module):
             ValueError: if its tokens do not fit the grid.
         """
         config = AutoConfig.from_pretrained(pretrained_model_name_or_path, revision=revision)
+        if config.model_type == "siglip2":
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a NaFlex variant of SigLIP 2, which takes patches of images of any "
+                "shape: use one of fixed size, such as google/siglip2-base-patch16-256"
+            )
         model_class = VISION_TOWERS.get(config.model_type, AutoModel)
         model = model_class.from_pretrained(pretrained_model_name_or_path, dtype=dtype, revision=revision)
         # Mean and deviation come from the model's own processor: constants in the code were wrong for half of the
         # encoders that published training code supports.
         processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, revision=revision, backend="pil")
-        return cls(model, processor.image_mean, processor.image_std, token_grid, image_size, antialias_positions)
+        if config.model_type == "timm_wrapper":  # models of timm, whose processor holds timm's own settings
+            mean, std = processor.data_config["mean"], processor.data_config["std"]
+        else:
+            mean, std = processor.image_mean, processor.image_std
+        return cls(model, mean, std, token_grid, image_size, antialias_positions)
 
     @property
     def dtype(self) -> torch.dtype:

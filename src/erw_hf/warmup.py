@@ -103,6 +103,7 @@ def full_loss(
     weight: float,
     path_type: str = "linear",
     alignment_loss: AlignmentLoss = cosine_alignment_loss,
+    contrastive_weight: float = 0.0,
 ) -> dict[str, torch.Tensor]:
     """
     Phase 2 (ERW, Eq. 5 and 14): velocity matching plus lambda times the alignment of the noised latent's tokens.
@@ -118,19 +119,28 @@ def full_loss(
         weight (`float`): lambda.
         path_type (`str`, *optional*, defaults to `"linear"`): See [`~flow.path_coefficients`].
         alignment_loss (`Callable`, *optional*, defaults to [`~alignment.cosine_alignment_loss`]): The loss of a sample.
+        contrastive_weight (`float`, *optional*, defaults to 0.0):
+            Weight of contrastive flow matching (arXiv 2506.05350, Eq. 5): the prediction is pushed away from the velocity
+            of another sample, here the next one in the batch.
 
     Returns:
-        `dict[str, torch.Tensor]`: scalars `loss`, `velocity` and, with a target, `alignment`.
+        `dict[str, torch.Tensor]`: scalars `loss`, `velocity`, with a weight `contrastive` (the mean squared distance to
+        the other velocity) and with a target `alignment`.
     """
     x_t, velocity = interpolate(x0, noise, t, path_type)
     predicted, projected = model(x_t, t, class_labels, drop)
     velocity_loss = (predicted.float() - velocity).square().mean()
-    if target is None:
+    losses = {"loss": velocity_loss, "velocity": velocity_loss}
+    if contrastive_weight > 0:
+        losses["contrastive"] = (predicted.float() - velocity.roll(1, dims=0)).square().mean()
+        losses["loss"] = losses["loss"] - contrastive_weight * losses["contrastive"]
+    if target is not None:
+        losses["alignment"] = alignment_loss(projected, target).mean()
+        losses["loss"] = losses["loss"] + weight * losses["alignment"]
+    elif projected is not None:
         # A projector that rests (lambda = 0) stays in the graph: DistributedDataParallel waits for every gradient.
-        loss = velocity_loss if projected is None else velocity_loss + 0 * projected.sum()
-        return {"loss": loss, "velocity": velocity_loss}
-    alignment = alignment_loss(projected, target).mean()
-    return {"loss": velocity_loss + weight * alignment, "velocity": velocity_loss, "alignment": alignment}
+        losses["loss"] = losses["loss"] + 0 * projected.sum()
+    return losses
 
 
 def check_hand_over(

@@ -107,6 +107,10 @@ class TrainingConfig:
     timestep_logit_std: float = _key(1.0, "Standard deviation of logit(t); logit_normal.")
     timestep_shift: float = _key(1.0, "Shift of t towards the noise; 1 for none.")
 
+    contrastive_weight: float = _key(
+        0.0, "Weight of contrastive flow matching, which parts samples of a batch; 0.05 as published, 0 for none."
+    )
+
     # Optimisation
     train_batch_size: int = _key(32, "Samples of one process in one forward.")
     gradient_accumulation_steps: int = _key(1, "Forwards of one process in one step.")
@@ -168,6 +172,10 @@ class TrainingConfig:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} must lie in [0, max_train_steps={self.max_train_steps}]: "
                 "max_train_steps counts both phases"
+            )
+        if self.contrastive_weight > 0 and self.train_batch_size < 2:
+            raise ValueError(
+                "contrastive_weight needs a train_batch_size of at least 2: it compares samples of a batch"
             )
         if not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob must lie in [0, 1), got {self.class_dropout_prob}")
