@@ -1,0 +1,208 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Features of many images, by many processes, a little at a time, and again where an earlier run stopped."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from erw_hf.evaluation.images import ImageSet
+
+
+class FeatureStatistics:
+    """
+    Mean and covariance of features that come in batches: sums in float64, no feature is kept.
+
+    Args:
+        dim (`int`): Width D of the features.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.count = 0
+        self.sum = torch.zeros(dim, dtype=torch.float64)
+        self.products = torch.zeros(dim, dim, dtype=torch.float64)
+
+    def update(self, features: torch.Tensor) -> None:
+        """
+        Args:
+            features (`torch.Tensor` of shape `(B, D)`): More features.
+        """
+        features = features.double().cpu()
+        self.count += len(features)
+        self.sum += features.sum(dim=0)
+        self.products += features.T @ features
+
+    def merge(self, other: "FeatureStatistics") -> None:
+        """
+        Args:
+            other ([`FeatureStatistics`]): Of other samples.
+        """
+        self.count += other.count
+        self.sum += other.sum
+        self.products += other.products
+
+    def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Returns:
+            `tuple[numpy.ndarray, numpy.ndarray]`: Mean (D,) and unbiased covariance (D, D), as of `numpy.cov`.
+
+        Raises:
+            ValueError: for fewer than 2 samples.
+        """
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, there are {self.count}")
+        mean = self.sum / self.count
+        covariance = (self.products - self.count * mean.outer(mean)) / (self.count - 1)
+        return mean.numpy(), covariance.numpy()
+
+
+@dataclass
+class Features:
+    """What [`extract_features`] found.
+
+    Args:
+        count (`int`): Number of images.
+        statistics (`dict[str, FeatureStatistics]`): Of each layer but `logits`.
+        folder (`Path`): Where the layers that were to be kept lie.
+        seconds (`dict[str, float]`): Of each stage, in the process that took longest for it.
+    """
+
+    count: int
+    statistics: dict[str, FeatureStatistics]
+    folder: Path
+    seconds: dict[str, float]
+
+    def layer(self, name: str) -> torch.Tensor | None:
+        """
+        Args:
+            name (`str`): A layer that was kept, or `"labels"`.
+
+        Returns:
+            `torch.Tensor` of shape `(N, ...)`, *optional*: Of every image, in order; `None` if it is not there.
+        """
+        files = sorted(self.folder.glob(f"{name}-*.npy"))
+        return torch.from_numpy(np.concatenate([np.load(file) for file in files])) if files else None
+
+
+@torch.no_grad()
+def extract_features(
+    images: ImageSet,
+    extractors: Sequence[torch.nn.Module],
+    accelerator: Accelerator,
+    folder: str | os.PathLike,
+    batch_size: int,
+    keep: Sequence[str] = (),
+    save_steps: int = 10,
+    write: Callable[[Sequence[int], torch.Tensor], None] | None = None,
+    description: str = "images",
+) -> Features:
+    """
+    Reads images and sums up their features. All processes call it, each taking whole batches: batch b holds the images
+    `[b B, (b + 1) B)` however many processes there are. What is done is kept in `folder`, which all processes must
+    see; a call after a kill goes on from there, and with as many processes its sums are bitwise the uninterrupted ones.
+
+    Args:
+        images ([`ImageSet`]): The images.
+        extractors (`Sequence[torch.nn.Module]`): Networks, on the accelerator's device.
+        accelerator (`Accelerator`): The processes.
+        folder (`str` or `os.PathLike`): Folder for the work.
+        batch_size (`int`): Images of one batch.
+        keep (`Sequence[str]`, *optional*, defaults to `()`): Layers whose features are to be kept, in files.
+        save_steps (`int`, *optional*, defaults to 10): Batches between two saves of the sums.
+        write (`Callable`, *optional*): Called with the indices and the pixels of each batch.
+        description (`str`, *optional*, defaults to `"images"`): Name of the progress bar.
+
+    Returns:
+        [`Features`]: On every process.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = _read_parts(folder)
+    accelerator.wait_for_everyone()  # all have read before anyone writes
+    done = {batch for part in parts.values() for batch in part["done"]}
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    name = f"part-{rank:05d}.pt"
+    part = parts.get(name, {"done": [], "seconds": {"read": 0.0, "extract": 0.0}, "sums": {}})
+    sums: dict[str, FeatureStatistics] = part["sums"]
+    mine = [b for b in range(math.ceil(images.count / batch_size)) if b % processes == rank and b not in done]
+
+    bar = tqdm(
+        total=images.count,
+        initial=min(len(done) * batch_size, images.count),
+        desc=description,
+        unit="img",
+        disable=not accelerator.is_main_process,
+    )
+    for number, batch in enumerate(mine, start=1):
+        indices = range(batch * batch_size, min((batch + 1) * batch_size, images.count))
+        started = time.perf_counter()
+        pixels, labels = images.read(indices)
+        if write is not None:
+            write(indices, pixels)
+        read = time.perf_counter()
+        layers = {}
+        for extractor in extractors:
+            layers |= extractor(pixels.to(accelerator.device))
+        layers = {layer: features.float().cpu() for layer, features in layers.items()}
+        for layer, features in layers.items():
+            if layer != "logits":
+                sums.setdefault(layer, FeatureStatistics(features.shape[1])).update(features)
+        kept = {layer: layers[layer] for layer in keep}
+        if labels is not None:
+            kept["labels"] = labels
+        for layer, values in kept.items():
+            np.save(folder / f"{layer}-{batch:07d}.npy", values.numpy())
+        part["seconds"]["read"] += read - started
+        part["seconds"]["extract"] += time.perf_counter() - read
+        part["done"].append(batch)
+        if number % save_steps == 0 or number == len(mine):
+            _save_part(part, folder / name)
+        bar.update(min(len(indices) * processes, bar.total - bar.n))
+    bar.close()
+    accelerator.wait_for_everyone()
+    parts = list(_read_parts(folder).values())
+    statistics: dict[str, FeatureStatistics] = {}
+    for part in parts:
+        for layer, other in part["sums"].items():
+            statistics.setdefault(layer, FeatureStatistics(len(other.sum))).merge(other)
+    seconds = {stage: max(part["seconds"][stage] for part in parts) for stage in ("read", "extract")}
+    return Features(images.count, statistics, folder, seconds)
+
+
+def _save_part(part: dict, path: Path) -> None:
+    """Whole or absent."""
+    state = part | {"sums": {layer: vars(sums) for layer, sums in part["sums"].items()}}
+    temporary = path.with_suffix(".writing")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def _read_parts(folder: Path) -> dict[str, dict]:
+    """What each process has done, in an order that does not depend on the file system."""
+    parts = {}
+    for path in sorted(folder.glob("part-*.pt")):
+        part = torch.load(path, weights_only=True)
+        for layer, state in part["sums"].items():
+            part["sums"][layer] = FeatureStatistics(len(state["sum"]))
+            vars(part["sums"][layer]).update(state)
+        parts[path.name] = part
+    return parts

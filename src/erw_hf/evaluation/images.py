@@ -1,0 +1,288 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Sets of images to be measured: drawn by a pipeline, in an npz file, or in a data set."""
+
+import contextlib
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from erw_hf.data.samples import IMAGE_ERRORS, center_crop, decode_image, load_source, sample_rng
+from erw_hf.pipeline_erw import ERWPipeline
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images that can be read by index, in any order and by any process.
+
+    Args:
+        count (`int`): Number of images.
+        size (`tuple[int, int]`): Height and width of each.
+        read (`Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor | None]]`):
+            Indices -> images (B, 3, H, W) uint8 and their classes (B,), where there are any.
+        num_classes (`int`, *optional*, defaults to 0): Number of classes; 0 for images without.
+    """
+
+    count: int
+    size: tuple[int, int]
+    read: Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor | None]]
+    num_classes: int = 0
+
+
+def sample_label(seed: int, index: int, num_classes: int, labels: str) -> int:
+    """
+    The class of a sample, by its index alone.
+
+    Args:
+        seed (`int`): Seed of the evaluation.
+        index (`int`): Which sample.
+        num_classes (`int`): Number of classes; 0 for an unconditional model.
+        labels (`str`): `"random"`: uniform, as SiT, REPA and ERW; `"balanced"`: each class in turn.
+
+    Returns:
+        `int`: The class; 0, the null class, for an unconditional model.
+    """
+    if num_classes == 0:
+        return 0
+    if labels == "balanced":
+        return index % num_classes
+    return int(sample_rng(seed, 0, index).integers(num_classes))
+
+
+def sample_generator(seed: int, index: int) -> torch.Generator:
+    """
+    The noise of a sample, by its index alone: on the CPU, so that every device draws the same.
+
+    Args:
+        seed (`int`): Seed of the evaluation.
+        index (`int`): Which sample.
+
+    Returns:
+        `torch.Generator`: Its generator.
+    """
+    # torch's generator takes the low 32 bits of a seed: hashes of (seed, index) would collide among 50 000 samples.
+    first = int(sample_rng(seed, 0, "noise").integers(2**32))
+    return torch.Generator().manual_seed((first + index) % 2**32)
+
+
+def generated_images(
+    pipe: ERWPipeline,
+    count: int,
+    seed: int,
+    labels: str = "random",
+    num_inference_steps: int = 250,
+    guidance_scale: float = 1.8,
+    guidance_interval: tuple[float, float] = (0.0, 0.7),
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> ImageSet:
+    """
+    Images that a pipeline draws, each a function of (seed, index). The last bits of an image also depend on the batch
+    that it is drawn in, as those of any batched product do; 8-bit rounding hides nearly all of that.
+
+    Args:
+        pipe ([`ERWPipeline`]): The pipeline, on its device.
+        count (`int`): Number of images.
+        seed (`int`): Seed of the evaluation.
+        labels (`str`, *optional*, defaults to `"random"`): See [`sample_label`].
+        num_inference_steps (`int`, *optional*, defaults to 250): See [`ERWPipeline`].
+        guidance_scale (`float`, *optional*, defaults to 1.8): See [`ERWPipeline`].
+        guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 0.7)`): See [`ERWPipeline`].
+        autocast (`Callable`, *optional*, defaults to `contextlib.nullcontext`): Context that the pipeline runs in.
+
+    Returns:
+        [`ImageSet`]: The images. Reading raises a `ValueError` where the model gives NaN or infinity.
+    """
+    num_classes = pipe.transformer.config.num_classes
+
+    def read(indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        classes = [sample_label(seed, index, num_classes, labels) for index in indices]
+        with autocast():
+            images = pipe(
+                class_labels=classes,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                guidance_interval=guidance_interval,
+                generator=[sample_generator(seed, index) for index in indices],
+                output_type="pt",
+            ).images.float()
+        broken = ~torch.isfinite(images).flatten(1).all(dim=1)
+        if broken.any():
+            raise ValueError(
+                f"sample {indices[int(broken.int().argmax())]} holds NaN or infinity: the weights are broken, or the "
+                "precision is too low (try --mixed_precision no)"
+            )
+        return to_uint8(images), torch.tensor(classes)
+
+    side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    return ImageSet(count, (side, side), read, num_classes)
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """
+    Rounds as diffusers does when it makes PIL images, so that what is measured is what users save.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, C, H, W)`): Images in [0, 1], of 3 channels or one.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 3, H, W)`, uint8, on the CPU: The same.
+    """
+    return (images * 255).round().to(torch.uint8).cpu().expand(-1, 3, -1, -1)
+
+
+def npz_images(path: str | Path) -> ImageSet:
+    """
+    The images of a file in ADM's layout, without reading the file into memory.
+
+    Args:
+        path (`str` or `Path`): An npz file whose `arr_0` is (N, H, W, 3) uint8.
+
+    Returns:
+        [`ImageSet`]: The images.
+
+    Raises:
+        ValueError: if there is no such array.
+    """
+    archive = zipfile.ZipFile(path)
+    if "arr_0.npy" not in archive.namelist():
+        raise ValueError(f"{path} holds no images: it has no arr_0, (N, H, W, 3) uint8 as ADM's sample files")
+    stored = archive.open("arr_0.npy")
+    version = np.lib.format.read_magic(stored)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read_header(stored)
+    if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran_order:
+        raise ValueError(f"arr_0 of {path} must be (N, H, W, 3) uint8, it is {shape} {dtype}")
+    start, size = stored.tell(), int(np.prod(shape[1:]))
+
+    def read(indices: Sequence[int]) -> tuple[torch.Tensor, None]:
+        images = np.empty((len(indices), *shape[1:]), dtype=np.uint8)
+        for image, index in zip(images, indices, strict=True):
+            stored.seek(start + index * size)
+            image[:] = np.frombuffer(stored.read(size), dtype=np.uint8).reshape(shape[1:])
+        return torch.from_numpy(images).permute(0, 3, 1, 2), None
+
+    return ImageSet(shape[0], shape[1:3], read)
+
+
+def dataset_images(dataset_name: str, split: str = "train", image_size: int | None = None) -> ImageSet:
+    """
+    The images of a data set.
+
+    Args:
+        dataset_name (`str`): See [`~data.samples.load_source`]; a folder of image files is one too.
+        split (`str`, *optional*, defaults to `"train"`): Split to read.
+        image_size (`int`, *optional*):
+            Side in pixels of the centred square to take, by ADM's preprocessing. Without it all images must have one
+            size.
+
+    Returns:
+        [`ImageSet`]: The images. Reading raises a `ValueError` for images of several sizes and for broken ones.
+    """
+    source = load_source(dataset_name, split)
+    first: dict[str, tuple[int, ...]] = {}  # the shape that all images must have
+
+    def read(indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        images, labels = [], []
+        for index in indices:
+            row = source.dataset[int(index)]
+            try:
+                image = decode_image(row[source.image_column])[0].convert("RGB")
+            except IMAGE_ERRORS as error:
+                name = row[source.image_column]["path"] or "no name"
+                raise ValueError(f"row {index} of {dataset_name} ({name}) is no readable image: {error}") from error
+            images.append(np.asarray(image if image_size is None else center_crop(image, image_size)))
+            labels.append(0 if source.label_column is None else row[source.label_column])
+        for index, image in zip(indices, images, strict=True):
+            if image.shape != first.get("shape", image.shape):
+                raise ValueError(
+                    f"image {index} of {dataset_name} is {image.shape[1]}x{image.shape[0]} px, others are "
+                    f"{first['shape'][1]}x{first['shape'][0]}: set --image_size"
+                )
+            first["shape"] = image.shape
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        return pixels, None if source.label_column is None else torch.tensor(labels)
+
+    return ImageSet(len(source.dataset), tuple(read([0])[0].shape[2:]), read, source.num_classes)
+
+
+def take(images: ImageSet, count: int, seed: int) -> ImageSet:
+    """
+    Args:
+        images ([`ImageSet`]): Images.
+        count (`int`): How many of them.
+        seed (`int`): Seed of the choice, which is random since data sets are often sorted by class.
+
+    Returns:
+        [`ImageSet`]: So many of them, or all, in their order.
+    """
+    if count >= images.count:
+        return images
+    rows = np.sort(np.random.default_rng(seed).permutation(images.count)[:count])
+    return replace(images, count=count, read=lambda indices: images.read(rows[list(indices)].tolist()))
+
+
+class NpzWriter:
+    """
+    Writes images as ADM's sample file, by all processes, and again where an earlier run stopped.
+
+    Args:
+        path (`str` or `Path`): The npz file. Until [`close`] the images lie beside it as `.npy`.
+        count (`int`): Number of images.
+    """
+
+    def __init__(self, path: str | Path, count: int) -> None:
+        self.path, self.count = Path(path), count
+        self.raw = self.path.with_suffix(".npy")
+        self.array: np.memmap | None = None
+
+    def write(self, indices: Sequence[int], images: torch.Tensor) -> None:
+        """
+        Args:
+            indices (`Sequence[int]`): Which images.
+            images (`torch.Tensor` of shape `(B, 3, H, W)`, uint8): The images.
+        """
+        pixels = images.permute(0, 2, 3, 1).numpy()
+        if self.array is None:
+            self.array = self._open((self.count, *pixels.shape[1:]))
+        self.array[list(indices)] = pixels
+        self.array.flush()
+
+    def _open(self, shape: tuple[int, ...]) -> np.memmap:
+        """The array on disk, made by whichever process comes first: whole, under another name, then linked."""
+        if not self.raw.exists():
+            temporary = self.raw.with_suffix(f".{os.getpid()}")
+            np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape).flush()
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, self.raw)
+            temporary.unlink()
+        return np.lib.format.open_memmap(self.raw, mode="r+")
+
+    def close(self, is_main_process: bool) -> None:
+        """
+        Makes the npz file, after all processes have written.
+
+        Args:
+            is_main_process (`bool`): Whether this process is the one to do it.
+        """
+        if is_main_process and self.raw.exists():
+            temporary = self.path.with_suffix(".writing")
+            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+                archive.write(self.raw, "arr_0.npy")
+            temporary.replace(self.path)
+            self.raw.unlink()

@@ -1,0 +1,316 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""From features to the numbers that papers report, against statistics in ADM's file format."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from erw_hf.evaluation.extractors import weights_hash
+from erw_hf.evaluation.features import Features, extract_features
+from erw_hf.evaluation.images import ImageSet, npz_images, take
+from erw_hf.evaluation.metrics import frechet_distance
+
+
+METRICS = ("fid", "sfid", "inception_score", "precision_recall", "kid", "fd_dinov2", "accuracy")
+ADM_REFERENCE = (
+    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
+    "VIRTUAL_imagenet256_labeled.npz"
+)
+
+# Metric -> the layer that it is a Fréchet distance of, and layer -> its names in an npz; the first two are ADM's.
+_FRECHET = {"fid": "pool", "sfid": "spatial", "fd_dinov2": "dinov2"}
+_NAMES = {
+    "pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "dinov2": ("mu_dinov2", "sigma_dinov2"),
+}  # fmt: skip
+_HOW_TO_MAKE = (
+    "make the statistics from a data set with `evaluate.py --images DATASET --save_reference FILE.npz`, or take ADM's: "
+    f"{ADM_REFERENCE}"
+)
+REFERENCE_IMAGES = 10_000  # that a reference file holds for precision, recall and KID, as ADM's does
+KID_SUBSET_SIZE = 1000
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are compared with.
+
+    Args:
+        path (`Path`): The npz file.
+        statistics (`dict[str, tuple[numpy.ndarray, numpy.ndarray]]`): Mean and covariance of each layer that it has.
+        has_images (`bool`): Whether it has images, in `arr_0`.
+    """
+
+    path: Path
+    statistics: dict[str, tuple[np.ndarray, np.ndarray]]
+    has_images: bool
+
+
+def save_reference(
+    path: str | os.PathLike, features: Features, images: ImageSet, seed: int, extractor_hash: str
+) -> None:
+    """
+    Writes statistics as ADM's reference files hold them: `mu`, `sigma`, `mu_s`, `sigma_s` of all images, and 10 000 of
+    the images as `arr_0`. Beside ADM's names: `mu_dinov2`, `sigma_dinov2`, and the hash of the extractor.
+
+    Args:
+        path (`str` or `os.PathLike`): The npz file.
+        features ([`Features`]): Of the images.
+        images ([`ImageSet`]): The images.
+        seed (`int`): Seed of the choice of the images.
+        extractor_hash (`str`): [`~evaluation.extractors.weights_hash`] of the extractor.
+    """
+    arrays = {"extractor": np.array(extractor_hash)}
+    for layer, statistics in features.statistics.items():
+        arrays |= dict(zip(_NAMES[layer], statistics.mean_and_covariance(), strict=True))
+    some = take(images, REFERENCE_IMAGES, seed)
+    arrays["arr_0"] = np.empty((some.count, *images.size, 3), dtype=np.uint8)
+    for start in range(0, some.count, 100):
+        indices = range(start, min(start + 100, some.count))
+        arrays["arr_0"][list(indices)] = some.read(indices)[0].permute(0, 2, 3, 1).numpy()
+    temporary = Path(path).with_suffix(".writing")
+    with temporary.open("wb") as file:
+        np.savez(file, **arrays)
+    os.replace(temporary, path)
+
+
+def load_reference(
+    path: str | os.PathLike, metrics: Sequence[str], extractor_hash: str, image_size: tuple[int, int]
+) -> Reference:
+    """
+    Reads a reference and checks that it serves the metrics.
+
+    Args:
+        path (`str` or `os.PathLike`): An npz file, ours or ADM's.
+        metrics (`Sequence[str]`): Some of `METRICS`.
+        extractor_hash (`str`): [`~evaluation.extractors.weights_hash`] of the extractor of the samples.
+        image_size (`tuple[int, int]`): Height and width of the samples.
+
+    Returns:
+        [`Reference`]: Its statistics.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it lacks something, is of images of another size, or was made with another extractor.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no reference {path}: {_HOW_TO_MAKE}")
+    with np.load(path) as file:
+        for metric in metrics:
+            missing = [name for name in _NAMES.get(_FRECHET.get(metric), ()) if name not in file]
+            if missing:
+                raise ValueError(
+                    f"{path} has no {' and '.join(missing)}, which {metric} needs (it has {file.files}): {_HOW_TO_MAKE}"
+                )
+        has_images = "arr_0" in file.files
+        if not has_images and ("precision_recall" in metrics or "kid" in metrics):
+            raise ValueError(
+                f"{path} has no images (arr_0), which precision, recall and KID need: {_HOW_TO_MAKE}; or leave them "
+                "out by --metrics"
+            )
+        if "extractor" in file and str(file["extractor"]) != extractor_hash:
+            raise ValueError(f"{path} was made with another extractor or other weights of it: {_HOW_TO_MAKE}")
+        statistics = {
+            layer: (file[mu], file[sigma]) for layer, (mu, sigma) in _NAMES.items() if mu in file and sigma in file
+        }
+    if has_images and npz_images(path).size != image_size:
+        raise ValueError(
+            f"{path} is of {npz_images(path).size} px images, the samples are {image_size} px: take a reference of their "
+            "size, or set --image_size"
+        )
+    return Reference(path, statistics, has_images)
+
+
+def available_metrics(extractors: Sequence[torch.nn.Module], num_classes: int) -> list[str]:
+    """
+    Args:
+        extractors (`Sequence[torch.nn.Module]`): Networks.
+        num_classes (`int`): Number of classes of the images; 0 for images without.
+
+    Returns:
+        `list[str]`: Those of `METRICS` that can be had; accuracy where the first network tells the very classes.
+    """
+    layers = {layer for extractor in extractors for layer in extractor.layers}
+    needs = {"inception_score": "logits", "precision_recall": "pool", "kid": "pool", "accuracy": "logits", **_FRECHET}
+    reads_classes = num_classes > 0 and extractors[0].num_classes == num_classes
+    return [metric for metric in METRICS if needs[metric] in layers and (metric != "accuracy" or reads_classes)]
+
+
+def kept_layers(metrics: Sequence[str]) -> list[str]:
+    """
+    Args:
+        metrics (`Sequence[str]`): Some of `METRICS`.
+
+    Returns:
+        `list[str]`: Layers whose features must be kept for them; sums serve the Fréchet distances.
+    """
+    keep = ["pool"] if "precision_recall" in metrics or "kid" in metrics else []
+    return keep + (["logits"] if "inception_score" in metrics or "accuracy" in metrics else [])
+
+
+def quality_metrics(
+    metrics: Sequence[str],
+    samples: Features,
+    reference: Reference,
+    reference_pool: torch.Tensor | None = None,
+) -> dict[str, float]:
+    """
+    The numbers. Inception score, KID, precision and recall by torch-fidelity's functions; the score over consecutive
+    5 000 samples, unshuffled, as ADM's evaluator; precision and recall with k = 3.
+
+    Args:
+        metrics (`Sequence[str]`): Some of `METRICS`.
+        samples ([`Features`]): Of the samples, with [`kept_layers`].
+        reference ([`Reference`]): What they are compared with.
+        reference_pool (`torch.Tensor` of shape `(M, D)`, *optional*): Features of the reference's images.
+
+    Returns:
+        `dict[str, float]`: Value of each metric.
+
+    Raises:
+        ImportError: for a metric of torch-fidelity where it is not installed.
+        ValueError: if the features do not fit the reference's, or are not finite.
+    """
+    results: dict[str, float] = {}
+    for metric in metrics:
+        if metric in _FRECHET:
+            mu, sigma = samples.statistics[_FRECHET[metric]].mean_and_covariance()
+            expected_mu, expected_sigma = reference.statistics[_FRECHET[metric]]
+            if mu.shape != expected_mu.shape:
+                raise ValueError(
+                    f"{reference.path} has {expected_mu.size} features, the extractor {mu.size}: it was made with "
+                    f"another extractor; {_HOW_TO_MAKE}"
+                )
+            results[metric] = frechet_distance(mu, sigma, expected_mu, expected_sigma)
+        elif metric == "accuracy":
+            results[metric] = (samples.layer("logits").argmax(dim=1) == samples.layer("labels")).double().mean().item()
+        else:
+            results |= _fidelity_metric(metric, samples, reference_pool)
+    return results
+
+
+def _fidelity_metric(metric: str, samples: Features, reference_pool: torch.Tensor | None) -> dict[str, float]:
+    try:
+        from torch_fidelity.metric_isc import isc_features_to_metric
+        from torch_fidelity.metric_kid import kid_features_to_metric
+        from torch_fidelity.metric_prc import prc_features_to_metric
+    except ImportError as error:
+        raise ImportError(f"{metric} comes from torch-fidelity: pip install erw-hf[eval]") from error
+    if metric == "inception_score":
+        logits = samples.layer("logits")
+        found = isc_features_to_metric(logits, splits=max(1, len(logits) // 5000), shuffle=False)
+        return {
+            "inception_score": found["inception_score_mean"], "inception_score_std": found["inception_score_std"],
+        }  # fmt: skip
+    pool = samples.layer("pool")
+    if metric == "kid":
+        size = min(KID_SUBSET_SIZE, len(pool), len(reference_pool))
+        # float64: the cubes of a 2 048-wide inner product lose digits in float32.
+        found = kid_features_to_metric(pool.double(), reference_pool.double(), kid_subset_size=size, verbose=False)
+        return {"kid": found["kernel_inception_distance_mean"], "kid_std": found["kernel_inception_distance_std"]}
+    found = prc_features_to_metric(pool, reference_pool, save_cpu_ram=True, verbose=False)
+    return {"precision": found["precision"], "recall": found["recall"]}
+
+
+def make_reference(
+    path: Path,
+    images: ImageSet,
+    extractors: Sequence[torch.nn.Module],
+    accelerator: Accelerator,
+    folder: Path,
+    batch_size: int,
+    seed: int,
+) -> dict[str, float]:
+    """
+    Makes a reference file of images. All processes call it.
+
+    Args:
+        path (`Path`): The npz file.
+        images ([`ImageSet`]): The images.
+        extractors (`Sequence[torch.nn.Module]`): Networks; the first is the one whose hash the file holds.
+        accelerator (`Accelerator`): The processes.
+        folder (`Path`): Folder for the work.
+        batch_size (`int`): Images of one batch.
+        seed (`int`): Seed of the choice of the images that the file holds.
+
+    Returns:
+        `dict[str, float]`: Seconds of each stage.
+    """
+    features = extract_features(images, extractors, accelerator, folder, batch_size, description="reference")
+    if accelerator.is_main_process:
+        save_reference(path, features, images, seed, weights_hash(extractors[0]))
+    accelerator.wait_for_everyone()
+    return features.seconds
+
+
+def measure(
+    images: ImageSet,
+    metrics: Sequence[str],
+    reference: Reference,
+    extractors: Sequence[torch.nn.Module],
+    accelerator: Accelerator,
+    folder: Path,
+    batch_size: int,
+    save_steps: int = 10,
+    write: Callable[[Sequence[int], torch.Tensor], None] | None = None,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """
+    The whole of an evaluation. All processes call it.
+
+    Args:
+        images ([`ImageSet`]): The samples.
+        metrics (`Sequence[str]`): Some of `METRICS`.
+        reference ([`Reference`]): What they are compared with.
+        extractors (`Sequence[torch.nn.Module]`): Networks; the first gives `pool`.
+        accelerator (`Accelerator`): The processes.
+        folder (`Path`): Folder for the work; a call after a kill goes on from what it holds.
+        batch_size (`int`): Images of one batch.
+        save_steps (`int`, *optional*, defaults to 10): Batches between two saves.
+        write (`Callable`, *optional*): Called with the indices and the pixels of each batch of samples.
+
+    Returns:
+        `tuple[dict[str, float], dict[str, float]]`: Value of each metric, on the main process alone, and seconds of each
+        stage.
+
+    Raises:
+        ValueError: for fewer than 2 samples.
+    """
+    if images.count < 2:
+        raise ValueError(f"covariances need at least 2 samples, got num_samples={images.count}")
+    keep = kept_layers(metrics)
+    samples = extract_features(
+        images, extractors, accelerator, folder / "samples", batch_size, keep, save_steps, write, "samples"
+    )
+    seconds = {"samples": samples.seconds["read"], "features": samples.seconds["extract"]}
+    pool = None
+    if "pool" in keep:
+        features = extract_features(
+            npz_images(reference.path), extractors[:1], accelerator, folder / "reference_images", batch_size, ["pool"],
+            description="reference",
+        )  # fmt: skip
+        pool, seconds["reference_images"] = features.layer("pool"), sum(features.seconds.values())
+    results = {}
+    if accelerator.is_main_process:
+        started = time.perf_counter()
+        results = quality_metrics(metrics, samples, reference, pool)
+        seconds["metrics"] = time.perf_counter() - started
+    accelerator.wait_for_everyone()
+    return results, seconds

@@ -1,0 +1,248 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Evaluate a model, or images that are there already: FID, sFID, Inception score, precision, recall, KID, FD-DINOv2.
+
+    accelerate launch training/evaluate.py --model outputs/run/pipeline --num_samples 50000 \\
+        --reference VIRTUAL_imagenet256_labeled.npz --output_dir outputs/run/evaluation
+
+Noise and label of sample i depend on (seed, i) alone, so any number of processes draws the same images. A run that was
+killed goes on with the same command. `evaluation.json` holds the numbers and all that they depend on, and
+`evaluate.py --record evaluation.json` makes them again and compares.
+
+    ... --images DIR_OR_NPZ_OR_DATASET --reference R.npz             measures images without a model
+    ... --images DATASET --image_size 256 --save_reference R.npz     makes a reference, in ADM's format
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from erw_hf import ERWPipeline, FlowMatchHeunScheduler
+from erw_hf.evaluation.extractors import Dinov2Extractor, load_extractor, weights_hash
+from erw_hf.evaluation.images import ImageSet, NpzWriter, dataset_images, generated_images, npz_images, take
+from erw_hf.evaluation.quality import METRICS, available_metrics, load_reference, make_reference, measure
+from erw_hf.evaluation.record import compare_records, file_hash, hardware, versions, write_record
+
+
+# What does not change the numbers
+NOT_SETTINGS = ("output_dir", "record", "save_reference", "save_npz", "save_png", "save_steps")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--output_dir", default="outputs/evaluation", help="evaluation.json, and the work until then")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--model", help="Hub id or folder of a pipeline")
+    what.add_argument("--images", help="in place of a model: a folder of images, an npz file, or a data set")
+    what.add_argument("--record", help="an evaluation.json: evaluate again as it says, and compare")
+    parser.add_argument("--split", default="train", help="of --images, if a data set")
+    parser.add_argument("--image_size", type=int, help="crop and resize --images and the reference data set to this")
+    parser.add_argument("--num_samples", type=int, help="50 000 of a model; all of --images")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--labels", choices=("random", "balanced"), default="random")
+    parser.add_argument("--sampler", choices=("pipeline", "heun"), default="pipeline", help="pipeline: its own")
+    parser.add_argument("--num_inference_steps", type=int, default=250)
+    parser.add_argument("--guidance_scale", type=float, default=1.8)
+    parser.add_argument("--guidance_interval", type=float, nargs=2, default=(0.0, 0.7), metavar=("LOW", "HIGH"))
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--reference", help="npz of statistics (ADM's or ours), or a data set to make them from")
+    parser.add_argument("--reference_split", default="train")
+    parser.add_argument("--save_reference", help="npz file: store the statistics of what is evaluated as a reference")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, help="all that the extractors and labels allow")
+    parser.add_argument("--extractor", default="inception", help="inception, or the folder of a ResNet classifier")
+    parser.add_argument("--inception_weights", help="torch-fidelity's file; downloaded by default")
+    parser.add_argument("--dinov2", help="Hub id or folder of a DINOv2, facebook/dinov2-large for the usual FD-DINOv2")
+    parser.add_argument("--save_npz", action="store_true", help="write the images as ADM's sample file, samples.npz")
+    parser.add_argument("--save_png", action="store_true", help="write the images into samples/")
+    parser.add_argument("--save_steps", type=int, default=10, help="batches between two saves of the work")
+    args = parser.parse_args()
+    if args.record is not None:
+        settings = json.loads(Path(args.record).read_text())["settings"]
+        parser.set_defaults(**settings, output_dir=str(Path(args.record).parent / "again"))
+        args = parser.parse_args()
+    elif (args.model is None) == (args.images is None):
+        parser.error("name what to evaluate: --model or --images")
+    if args.reference is None and args.save_reference is None:
+        parser.error("name what to compare with, --reference, or what to make, --save_reference")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    accelerator = Accelerator()
+    output_dir, started = Path(args.output_dir), time.perf_counter()
+
+    # What is evaluated, and the networks behind the metrics
+    if args.model is not None:
+        pipe = load_pipeline(args, accelerator)
+        args.num_samples = args.num_samples or 50_000
+        images = generated_images(
+            pipe, args.num_samples, args.seed, args.labels, args.num_inference_steps, args.guidance_scale,
+            tuple(args.guidance_interval), accelerator.autocast,
+        )  # fmt: skip
+        model = describe_model(args.model, pipe)
+    else:
+        images = open_images(args.images, args.split, args.image_size)
+        args.num_samples = args.num_samples or images.count
+        images = take(images, args.num_samples, args.seed)
+        model = None
+    with accelerator.main_process_first():  # which downloads
+        extractors = [load_extractor(args.extractor, args.inception_weights)]
+        if args.dinov2 is not None:
+            extractors.append(Dinov2Extractor(args.dinov2))
+    extractors = [extractor.to(accelerator.device) for extractor in extractors]
+    hashes = [weights_hash(extractor) for extractor in extractors]
+    extractor = {"name": args.extractor, "sha256": hashes[0]}
+    if args.dinov2 is not None:
+        extractor |= {"dinov2": args.dinov2, "dinov2_sha256": hashes[1]}
+    available = available_metrics(extractors, images.num_classes)
+    args.metrics = args.metrics or available
+    if unavailable := [metric for metric in args.metrics if metric not in available]:
+        raise ValueError(f"{unavailable} cannot be had of these extractors and labels; {available} can")
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    work = output_dir / "work"
+    begin(output_dir, {"settings": settings, "model": model, "extractor": extractor}, accelerator)
+    seconds = {"load": time.perf_counter() - started}
+
+    # The reference
+    prepare = partial(make_reference, extractors=extractors, accelerator=accelerator, batch_size=args.batch_size)
+    if args.save_reference is not None:
+        prepare(Path(args.save_reference), images, folder=work / "save_reference", seed=args.seed)
+        accelerator.print(f"saved {args.save_reference}")
+    if args.reference is None:
+        finish(work, accelerator)
+        return
+    reference_path = Path(args.reference)
+    if reference_path.suffix != ".npz":
+        reference_path, part = output_dir / "reference.npz", time.perf_counter()
+        if not reference_path.exists():
+            real = open_images(args.reference, args.reference_split, images.size[0])
+            prepare(reference_path, real, folder=work / "reference", seed=args.seed)
+        seconds["reference"] = time.perf_counter() - part
+    reference = load_reference(reference_path, args.metrics, hashes[0], images.size)
+
+    # The samples, and the numbers
+    writer = NpzWriter(output_dir / "samples.npz", images.count) if args.save_npz else None
+    write = partial(write_images, output_dir / "samples" if args.save_png else None, writer)
+    metrics, stages = measure(
+        images, args.metrics, reference, extractors, accelerator, work, args.batch_size, args.save_steps, write
+    )
+    if writer is not None:
+        writer.close(accelerator.is_main_process)
+    seconds |= stages
+    record = {
+        "metrics": metrics,
+        "settings": settings,
+        "model": model,
+        "reference": {"name": args.reference, "sha256": file_hash(reference_path)},
+        "extractor": extractor,
+        "versions": versions(),
+        "hardware": hardware(accelerator),
+        "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
+    }
+    if accelerator.is_main_process:
+        write_record(output_dir / "evaluation.json", record)
+        report(record, output_dir)
+    finish(work, accelerator)
+    if args.record is not None and accelerator.is_main_process:
+        same, table = compare_records(json.loads(Path(args.record).read_text()), record)
+        print(table)
+        if not same:
+            sys.exit(f"the numbers are not those of {args.record}")
+
+
+def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> ERWPipeline:
+    with accelerator.main_process_first():
+        pipe = ERWPipeline.from_pretrained(args.model).to(accelerator.device)
+    if args.sampler == "heun":
+        pipe.scheduler = FlowMatchHeunScheduler(path_type=pipe.scheduler.config.path_type)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def describe_model(name: str, pipe: ERWPipeline) -> dict[str, object]:
+    return {
+        "name": name,
+        "sha256": weights_hash(pipe.transformer),
+        "weights": "of the pipeline, in which train_erw.py saves the EMA's",
+        "parameters": sum(parameter.numel() for parameter in pipe.transformer.parameters()),
+        "dtype": str(pipe.transformer.dtype),
+        "vae": None if pipe.vae is None else pipe.vae.config.get("_name_or_path") or type(pipe.vae).__name__,
+        "vae_sha256": None if pipe.vae is None else weights_hash(pipe.vae),
+        "scheduler": {"class": type(pipe.scheduler).__name__, **public_config(pipe.scheduler)},
+        "rounding": "round(255 clip(x / 2 + 1 / 2)), x in [-1, 1], as diffusers saves images",
+    }
+
+
+def public_config(component: object) -> dict[str, object]:
+    return {name: value for name, value in component.config.items() if not name.startswith("_")}
+
+
+def open_images(name: str, split: str, image_size: int | None) -> ImageSet:
+    return npz_images(name) if name.endswith(".npz") else dataset_images(name, split, image_size)
+
+
+def begin(output_dir: Path, settings: dict[str, object], accelerator: Accelerator) -> None:
+    """Work that was begun with other settings, or other weights, is not gone on with."""
+    path, settings = output_dir / "work" / "settings.json", json.loads(json.dumps(settings))
+    if (output_dir / "evaluation.json").exists():
+        raise ValueError(f"{output_dir} holds a finished evaluation: choose another --output_dir")
+    if path.exists() and (before := json.loads(path.read_text())) != settings:
+        different = [
+            f"{part}.{name}"
+            for part in settings
+            for name in settings[part] or {}
+            if (before[part] or {}).get(name) != settings[part][name]
+        ]
+        raise ValueError(f"{output_dir} was begun with other {', '.join(different)}: choose another --output_dir")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_record(path, settings)
+    accelerator.wait_for_everyone()
+
+
+def write_images(folder: Path | None, writer: NpzWriter | None, indices: Sequence[int], images: torch.Tensor) -> None:
+    if writer is not None:
+        writer.write(indices, images)
+    if folder is not None:
+        folder.mkdir(exist_ok=True)
+        for index, image in zip(indices, images.permute(0, 2, 3, 1).numpy(), strict=True):
+            Image.fromarray(image).save(folder / f"{index:06d}.png")
+
+
+def report(record: dict, output_dir: Path) -> None:
+    for name, value in record["metrics"].items():
+        print(f"{name:22}{value:12.6g}")
+    print(f"{output_dir / 'evaluation.json'}, after {record['seconds']} seconds")
+
+
+def finish(work: Path, accelerator: Accelerator) -> None:
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(work)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
