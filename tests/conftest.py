@@ -82,3 +82,21 @@ def tiny_flags(encoder_path) -> list[str]:
         "mixed_precision": "no",
     }
     return [f"--{name}={value}" for name, value in values.items()]
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """Random, and scaled so that the features do not collapse."""
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        patch.setattr(module, "load_state_dict_from_url", lambda *args, **kwargs: None)
+        torch.manual_seed(0)
+        model = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            torch.nn.init.kaiming_normal_(parameter)
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(model.state_dict(), path)
+    return path

@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -51,17 +51,17 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 PRESET = ["--config", "training/configs/digits.yaml"]
 
 
-def train(*flags: str) -> None:
-    """Runs the training script in this process, which saves the seconds that importing torch takes."""
+def run_script(name: str, *flags: str) -> None:
+    """Runs a script of training/ in this process, which saves the seconds that importing torch takes."""
     from accelerate.state import AcceleratorState, GradientState
 
-    spec = importlib.util.spec_from_file_location("train_erw", REPOSITORY / "training" / "train_erw.py")
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "training" / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train_erw.py", *PRESET, *map(str, flags)])
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
         patch.setenv("ACCELERATE_USE_CPU", "true")
         patch.chdir(REPOSITORY)
-        patch.setitem(sys.modules, "train_erw", script)
+        patch.setitem(sys.modules, name, script)
         spec.loader.exec_module(script)
         try:
             script.main()
@@ -70,12 +70,19 @@ def train(*flags: str) -> None:
             GradientState._reset_state()
 
 
-def launch_command(flags: tuple[str, ...], processes: int) -> tuple[list[str], dict[str, str]]:
+def train(*flags: str) -> None:
+    """Runs the training script with the digits preset in this process."""
+    run_script("train_erw", *PRESET, *flags)
+
+
+def launch_command(
+    flags: Iterable[str], processes: int, script: Iterable[str] = ("training/train_erw.py", *PRESET)
+) -> tuple[list[str], dict[str, str]]:
     """accelerate's way to N CPU processes is --multi_gpu without a GPU."""
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     launch = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else ["--cpu"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "--main_process_port", "0"]
-    return [*command, "training/train_erw.py", *PRESET, *map(str, flags)], environment
+    return [*command, *script, *map(str, flags)], environment
 
 
 def launch_training(*flags: str, processes: int = 1) -> None:
@@ -124,10 +131,11 @@ def _training_until(step: int, flags: tuple[str, ...], processes: int) -> Iterat
         yield process
     finally:
         if process.poll() is None:
-            _kill_tree(process)
+            kill_tree(process)
 
 
-def _kill_tree(process: subprocess.Popen) -> None:
+def kill_tree(process: subprocess.Popen) -> None:
+    """Ends a launcher, its processes and their workers with SIGKILL."""
     # torch's launcher gives each training process a session of its own, so killing the group would miss them.
     tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in tree:

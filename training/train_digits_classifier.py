@@ -56,7 +56,7 @@ def main() -> None:
     model = ResNetForImageClassification(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.steps)
-    for step in tqdm(range(args.steps), mininterval=5):
+    for _ in tqdm(range(args.steps), mininterval=5):
         rows = torch.randperm(len(train))[: args.batch_size]
         logits = model(pixel_values=normalise(augment(train[rows]))).logits
         loss = F.cross_entropy(logits, train_labels[rows], label_smoothing=0.05)

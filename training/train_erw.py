@@ -74,6 +74,7 @@ from erw_hf.training.ema import EMA, save_snapshots, whole_state_dict, whole_ten
 from erw_hf.training.flops import count_step_flops
 from erw_hf.training.logging import MetricsFile, image_grid, plot_losses
 from erw_hf.training.models import build_full_model, build_warmup_model
+from erw_hf.training.quality import QualityMonitor
 from erw_hf.warmup import (
     AlignmentLoss,
     build_warmup_transformer,
@@ -100,6 +101,7 @@ class Run:
     progress: Progress
     state: TrainingState
     metrics: MetricsFile | None  # on the main process
+    quality: QualityMonitor | None = None
     stream: StatefulDataLoader | None = None  # of streamed data
     stream_state: dict | None = None  # where the stream goes on
     data_error: str | None = None  # why this process has no next batch
@@ -160,6 +162,7 @@ def main() -> None:
         remove_later_checkpoints(output_dir, progress.step)
         config.save(output_dir / "config.yaml")
         run.metrics = MetricsFile(output_dir / "metrics.jsonl", resume_step=progress.step)
+    run.quality = QualityMonitor(config, accelerator, source, pixels, vae, encoder, resume_step=progress.step)
     if config.report_to != "none":
         accelerator.init_trackers(config.tracker_project_name, config={k: str(v) for k, v in vars(config).items()})
 
@@ -368,6 +371,8 @@ def train_phase(
             raise SystemExit(0)
         if phase == "full" and config.validation_steps and progress.step % config.validation_steps == 0:
             validate(run)
+        if run.quality.is_due(phase, progress.step):
+            measure_quality(run, phase, accelerator.unwrap_model(model).transformer)
     return model
 
 
@@ -686,10 +691,10 @@ def sample_grid(run: Run, transformer: ERWTransformer2DModel) -> Image.Image:
     return image_grid(images, columns=columns)
 
 
-def averaged_transformer(run: Run) -> ERWTransformer2DModel | None:
+def averaged_transformer(run: Run, on_all_processes: bool = False) -> ERWTransformer2DModel | None:
     """A model with the EMA weights, on the main process; every process calls it, since weights may be sharded."""
     weights = run.state.ema.weights()
-    if not run.accelerator.is_main_process:
+    if not (on_all_processes or run.accelerator.is_main_process):
         return None
     transformer = ERWTransformer2DModel(**run.config.model_config(run.source.num_classes))
     transformer.load_state_dict(weights, strict=False)  # buffers are no weights
@@ -711,6 +716,19 @@ def validate(run: Run) -> None:
                     {"samples": np.asarray(grid.convert("RGB"))[None]}, step=run.progress.step, **layout
                 )
     run.accelerator.wait_for_everyone()
+
+
+def measure_quality(run: Run, phase: str, transformer: ERWTransformer2DModel) -> None:
+    """FID and probes by all processes together, with the EMA weights; the warmup, which has none, with its own."""
+    if phase == "full":
+        transformer = averaged_transformer(run, on_all_processes=True)
+    else:
+        state = whole_state_dict(transformer)
+        config = run.config.model_config(run.source.num_classes)
+        transformer = build_warmup_transformer(config, run.config.warmup_depth)
+        transformer.load_state_dict(state)
+        transformer.to(run.accelerator.device).eval()
+    run.quality.measure(phase, run.progress.step, run.progress.images_seen, build_pipeline(run, transformer))
 
 
 def finish(run: Run) -> None:

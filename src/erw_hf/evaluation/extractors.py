@@ -53,6 +53,8 @@ class InceptionExtractor(nn.Module):
         except ImportError as error:
             raise ImportError("Inception comes from torch-fidelity: pip install erw-hf[eval]") from error
         try:
+            if weights is not None:
+                torch.load(weights, weights_only=True)  # torch-fidelity would run what a pickle holds: this refuses it
             self.inception = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
             )

@@ -161,7 +161,8 @@ def extract_features(
         read = time.perf_counter()
         layers = {}
         for extractor in extractors:
-            layers |= extractor(pixels.to(accelerator.device))
+            # Contiguous: convolutions round other strides of the same images in another way.
+            layers |= extractor(pixels.to(accelerator.device).contiguous())
         layers = {layer: features.float().cpu() for layer, features in layers.items()}
         for layer, features in layers.items():
             if layer != "logits":

@@ -154,6 +154,17 @@ class TrainingConfig:
     num_inference_steps: int = _key(50, "Sampling steps of a sample grid.")
     guidance_scale: float = _key(1.8, "Guidance of a sample grid.")
 
+    # Quality during training, by the code of training/evaluate.py and training/probe.py
+    evaluation_steps: int = _key(0, "Steps between measurements of FID in phase 2; 0 for none.")
+    evaluation_samples: int = _key(1000, "Images drawn for a measurement.")
+    evaluation_reference: str | None = _key(None, "What FID compares with: npz of statistics, or a data set.")
+    evaluation_extractor: str = _key("inception", "Network behind FID: inception, or the folder of a classifier.")
+    evaluation_guidance_scale: float = _key(1.0, "Guidance of the images drawn; published curves have none.")
+    probe_steps: int = _key(0, "Steps between probes of every block, by CKNNA and linear probe; 0 for none.")
+    probe_split: str = _key("validation", "Held-out split of the data set to probe with.")
+    probe_samples: int = _key(1000, "Held-out images of a probe, and as many training images to fit it on.")
+    probe_time: float = _key(0.5, "Flow time of the noised tokens, which are probed beside the clean ones.")
+
     def __post_init__(self) -> None:
         for name, annotation in get_type_hints(TrainingConfig).items():
             value = getattr(self, name)
@@ -193,6 +204,8 @@ class TrainingConfig:
             raise ValueError(f"projector_depth={self.projector_depth} must lie in [1, num_layers={self.num_layers}]")
         if self.warmup_steps > 0 and not 1 <= self.warmup_depth <= self.num_layers:
             raise ValueError(f"warmup_depth={self.warmup_depth} must lie in [1, num_layers={self.num_layers}]")
+        if self.evaluation_steps > 0 and self.evaluation_reference is None:
+            raise ValueError("evaluation_steps needs evaluation_reference, an npz of statistics or a data set")
         if self.alignment_schedule == "half_life" and not self.alignment_half_life:
             raise ValueError('alignment_schedule "half_life" needs alignment_half_life')
         if self.alignment_schedule == "stop" and self.alignment_stop_step is None:

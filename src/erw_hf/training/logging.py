@@ -105,6 +105,54 @@ def plot_losses(metrics_path: str | os.PathLike, png_path: str | os.PathLike) ->
     figure.savefig(png_path, dpi=120)
 
 
+def plot_quality(records: list[dict], png_path: str | os.PathLike) -> None:
+    """
+    Draws the measurements of a run against the images seen, one panel each.
+
+    Args:
+        records (`list[dict]`): Lines of `evaluations.jsonl`.
+        png_path (`str` or `os.PathLike`): The picture to write.
+    """
+    from matplotlib.figure import Figure
+
+    names = [name for name in ("fid", "accuracy") if any(record.get(name) is not None for record in records)]
+    figure = Figure(figsize=(6 * len(names), 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        points = [(r["images_seen"], r[name]) for r in records if r.get(name) is not None]
+        axes.plot(*zip(*points, strict=True), marker="o")
+        axes.set(xlabel="images seen (warmup counted)", ylabel=name, yscale="log" if name == "fid" else "linear")
+        axes.grid(alpha=0.3, which="both")
+    figure.savefig(png_path, dpi=120)
+
+
+def plot_probes(probes: list[tuple[str, dict]], png_path: str | os.PathLike) -> None:
+    """
+    Draws CKNNA and the linear probe's accuracy of every block, a line for each probe, the later the lighter; a column of
+    panels for each measure, a row for each flow time.
+
+    Args:
+        probes (`list[tuple[str, dict]]`):
+            Names (a step, for instance) and results of [`~evaluation.probes.probe_blocks`], one flow time each.
+        png_path (`str` or `os.PathLike`): The picture to write.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    times = sorted({result["t"] for _, result in probes})
+    measures = [measure for measure in ("cknna", "accuracy") if measure in probes[0][1]]
+    figure = Figure(figsize=(6 * len(measures), 4 * len(times)), layout="constrained")
+    for row, time in zip(figure.subplots(len(times), len(measures), squeeze=False), times, strict=True):
+        lines = [(name, result) for name, result in probes if result["t"] == time]
+        for axes, measure in zip(row, measures, strict=True):
+            for number, (name, result) in enumerate(lines):
+                color = colormaps["viridis"](number / max(1, len(lines) - 1))
+                axes.plot(range(1, len(result[measure]) + 1), result[measure], color=color, marker=".", label=name)
+            axes.set(title=f"t = {time:g}", xlabel="block", ylabel=measure)
+            axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize="small")
+    figure.savefig(png_path, dpi=120)
+
+
 def _smooth(values: tuple[float, ...]) -> np.ndarray:
     """Mean over a window around each point that is a twentieth of the curve, and shorter at its ends."""
     half = len(values) // 40

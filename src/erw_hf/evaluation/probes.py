@@ -1,0 +1,221 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What each block of a transformer knows of an image: CKNNA with an encoder, and a linear probe of the classes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from erw_hf.data.latents import pixels_to_latents
+from erw_hf.data.samples import IMAGE_ERRORS, Source, center_crop, decode_image, sample_rng
+from erw_hf.encoders import RepresentationEncoder
+from erw_hf.evaluation.metrics import cknna
+from erw_hf.flow import interpolate
+from erw_hf.transformer_erw import ERWTransformer2DModel
+
+
+@dataclass(frozen=True)
+class ProbeImages:
+    """Images held in memory for probing.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(N, C, H, W)`, uint8): The images.
+        labels (`torch.Tensor` of shape `(N,)`, *optional*): Their classes.
+        noise_seed (`int`): Seed of the noise that is added to each.
+    """
+
+    pixels: torch.Tensor
+    labels: torch.Tensor | None
+    noise_seed: int
+
+
+def load_probe_images(source: Source, count: int, image_size: int, channels: int, seed: int) -> ProbeImages:
+    """
+    Reads images for probing: of data at hand a random choice, of a stream the first ones.
+
+    Args:
+        source ([`~data.samples.Source`]): The data.
+        count (`int`): How many images, at most.
+        image_size (`int`): Side in pixels.
+        channels (`int`): 3 for RGB, 1 for grey.
+        seed (`int`): Seed of the choice and of the noise.
+
+    Returns:
+        [`ProbeImages`]: The images.
+
+    Raises:
+        ValueError: if none can be read.
+    """
+    rows = source.dataset
+    if hasattr(rows, "__len__"):
+        rows = rows.select(np.random.default_rng(seed).permutation(len(rows))[:count])
+    else:
+        rows = rows.take(count)
+    pixels, labels = [], []
+    for row in rows:
+        try:
+            image = decode_image(row[source.image_column])[0].convert({1: "L", 3: "RGB"}[channels])
+        except IMAGE_ERRORS:
+            continue  # training skips it too
+        image = np.asarray(center_crop(image, image_size)).reshape(image_size, image_size, channels)
+        pixels.append(torch.from_numpy(image.transpose(2, 0, 1).copy()))
+        labels.append(0 if source.label_column is None else row[source.label_column])
+    if not pixels:
+        raise ValueError("no image to probe with could be read")
+    return ProbeImages(torch.stack(pixels), None if source.label_column is None else torch.tensor(labels), seed)
+
+
+@torch.no_grad()
+def block_features(
+    transformer: ERWTransformer2DModel,
+    images: ProbeImages,
+    time: float,
+    vae: torch.nn.Module | None = None,
+    path_type: str = "linear",
+    batch_size: int = 64,
+) -> torch.Tensor:
+    """
+    The mean token of each block. No class is given to the model: its embedding would hand the probe the answer.
+
+    Args:
+        transformer ([`ERWTransformer2DModel`]): The model.
+        images ([`ProbeImages`]): What it sees.
+        time (`float`): Flow time; 0 shows clean latents, at other times the noise of an image is always the same.
+        vae (a diffusers autoencoder, *optional*): `None` for a model of pixels.
+        path_type (`str`, *optional*, defaults to `"linear"`): See [`~flow.path_coefficients`].
+        batch_size (`int`, *optional*, defaults to 64): Images of one forward.
+
+    Returns:
+        `torch.Tensor` of shape `(num_layers, N, D)`, float32, on the CPU: Mean tokens.
+    """
+    device, depths = transformer.device, tuple(range(1, len(transformer.transformer_blocks) + 1))
+    features = []
+    for start in range(0, len(images.pixels), batch_size):
+        latents = pixels_to_latents(images.pixels[start : start + batch_size].to(device), vae)
+        noise = [
+            sample_rng(images.noise_seed, 0, f"probe {start + i}").standard_normal(latents.shape[1:], dtype=np.float32)
+            for i in range(len(latents))
+        ]
+        times = torch.full((len(latents),), time, device=device)
+        noised, _ = interpolate(latents, torch.from_numpy(np.stack(noise)).to(device), times, path_type)
+        tokens = transformer(noised.to(transformer.dtype), times, hidden_states_depths=depths, tokens_only=True)
+        features.append(torch.stack([depth.float().mean(dim=1) for depth in tokens.hidden_states]).cpu())
+    return torch.cat(features, dim=1)
+
+
+def encoder_features(encoder: RepresentationEncoder, images: ProbeImages, batch_size: int = 64) -> torch.Tensor:
+    """
+    The mean patch token of an encoder.
+
+    Args:
+        encoder ([`RepresentationEncoder`]): The encoder.
+        images ([`ProbeImages`]): What it sees.
+        batch_size (`int`, *optional*, defaults to 64): Images of one forward.
+
+    Returns:
+        `torch.Tensor` of shape `(N, D)`, float32, on the CPU: Mean tokens.
+    """
+    device = encoder.image_mean.device
+    batches = images.pixels.split(batch_size)
+    return torch.cat([encoder(batch.to(device) / 255).float().mean(dim=1).cpu() for batch in batches])
+
+
+def linear_probe(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    test_features: torch.Tensor,
+    test_labels: torch.Tensor,
+    weight_decay: float = 1e-3,
+) -> float:
+    """
+    Accuracy of a multinomial logistic regression on standardised features, fitted to the optimum by L-BFGS.
+
+    Args:
+        features (`torch.Tensor` of shape `(N, D)`): To fit on.
+        labels (`torch.Tensor` of shape `(N,)`): Their classes.
+        test_features (`torch.Tensor` of shape `(M, D)`): To test on.
+        test_labels (`torch.Tensor` of shape `(M,)`): Their classes.
+        weight_decay (`float`, *optional*, defaults to 1e-3): Factor of half the squared norm of the weights, in a loss that
+            is a mean over samples.
+
+    Returns:
+        `float`: Share of the test samples whose class is found.
+    """
+    mean, std = features.double().mean(dim=0), features.double().std(dim=0).clamp(min=1e-6)
+    x, x_test = ((values.double() - mean) / std for values in (features, test_features))
+    num_classes = int(max(labels.max(), test_labels.max())) + 1
+    weight = x.new_zeros(x.shape[1], num_classes).requires_grad_()
+    bias = x.new_zeros(num_classes).requires_grad_()
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(x @ weight + bias, labels) + weight_decay / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    found = (x_test @ weight + bias).argmax(dim=1)
+    return (found == test_labels).double().mean().item()
+
+
+def probe_blocks(
+    transformer: ERWTransformer2DModel,
+    fit_images: ProbeImages,
+    test_images: ProbeImages,
+    times: Sequence[float] = (0.0,),
+    vae: torch.nn.Module | None = None,
+    encoder: RepresentationEncoder | None = None,
+    path_type: str = "linear",
+    k: int = 10,
+) -> list[dict[str, object]]:
+    """
+    Probes every block.
+
+    Args:
+        transformer ([`ERWTransformer2DModel`]): The model.
+        fit_images ([`ProbeImages`]): What the linear probe is fitted on.
+        test_images ([`ProbeImages`]): Held-out images, for its accuracy and for CKNNA.
+        times (`Sequence[float]`, *optional*, defaults to `(0.0,)`): Flow times.
+        vae (a diffusers autoencoder, *optional*): `None` for a model of pixels.
+        encoder ([`RepresentationEncoder`], *optional*): What CKNNA compares with; `None` goes without.
+        path_type (`str`, *optional*, defaults to `"linear"`): See [`~flow.path_coefficients`].
+        k (`int`, *optional*, defaults to 10): Neighbours of CKNNA.
+
+    Returns:
+        `list[dict[str, object]]`: For each time: `t`, and lists over blocks, `cknna` (with an encoder) and `accuracy`
+        (with labels).
+    """
+    # Of length 1, as in Huh et al.'s code: else a few long vectors are everyone's nearest neighbours.
+    target = None if encoder is None else F.normalize(encoder_features(encoder, test_images), dim=-1)
+    results = []
+    for time in times:
+        tested = block_features(transformer, test_images, time, vae, path_type)
+        result: dict[str, object] = {"t": time}
+        if target is not None:
+            result["cknna"] = [cknna(F.normalize(block, dim=-1).numpy(), target.numpy(), k) for block in tested]
+        if fit_images.labels is not None:
+            fitted = block_features(transformer, fit_images, time, vae, path_type)
+            result["accuracy"] = [
+                linear_probe(
+                    *(values.to(transformer.device) for values in (fit, fit_images.labels, test, test_images.labels))
+                )
+                for fit, test in zip(fitted, tested, strict=True)
+            ]
+        results.append(result)
+    return results

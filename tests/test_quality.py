@@ -1,0 +1,370 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The statistics and the numbers of an evaluation, on features, against torch-fidelity and ADM's formulas."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from helpers import REPOSITORY
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from erw_hf.data.digits import load_digits_dataset
+from erw_hf.evaluation import frechet_distance
+from erw_hf.evaluation.extractors import (
+    ClassifierExtractor,
+    Dinov2Extractor,
+    InceptionExtractor,
+    load_extractor,
+    weights_hash,
+)
+from erw_hf.evaluation.features import Features, FeatureStatistics, extract_features
+from erw_hf.evaluation.images import ImageSet, NpzWriter, dataset_images, npz_images, take
+from erw_hf.evaluation.quality import (
+    Reference,
+    available_metrics,
+    load_reference,
+    quality_metrics,
+    save_reference,
+)
+
+
+CLASSIFIER = REPOSITORY / "pipelines" / "digits-classifier"
+
+
+def draw(seed, count=600, dim=48):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(dim, dim, generator=torch.Generator().manual_seed(7)) / dim**0.5
+    return torch.randn(count, dim, generator=generator) @ mix + 0.3 * torch.randn(dim, generator=generator)
+
+
+def process(index=0, count=1):
+    """What extract_features uses of an Accelerator, one process after another."""
+    return SimpleNamespace(
+        process_index=index, num_processes=count, is_main_process=index == 0, device=torch.device("cpu"),
+        wait_for_everyone=lambda: None,
+    )  # fmt: skip
+
+
+def images_of(pixels, labels=None):
+    return ImageSet(
+        len(pixels), tuple(pixels.shape[2:]),
+        lambda indices: (pixels[list(indices)], None if labels is None else labels[list(indices)]),
+    )  # fmt: skip
+
+
+class MeanColours(torch.nn.Module):
+    """An extractor whose features are easy to foresee."""
+
+    layers, num_classes = ("pool", "logits"), 3
+
+    def forward(self, images):
+        pool = images.float().flatten(2)[:, :, ::7].flatten(1) / 255
+        return {"pool": pool, "logits": pool[:, :3]}
+
+
+@pytest.fixture
+def pixels():
+    return torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Samples and a reference, as extract_features leaves them."""
+    samples, real, logits = draw(0), draw(1, 500), 3 * draw(2, 600, 10)
+    statistics = []
+    for features in (samples, real):
+        statistics.append(FeatureStatistics(features.shape[1]))
+        statistics[-1].update(features)
+    for batch, name in ((0, "pool-0000000"), (1, "pool-0000001")):
+        np.save(tmp_path / f"{name}.npy", samples[batch * 300 : (batch + 1) * 300].numpy())
+    np.save(tmp_path / "logits-0000000.npy", logits.numpy())
+    np.save(tmp_path / "labels-0000000.npy", np.arange(600) % 10)
+    features = Features(600, {"pool": statistics[0]}, tmp_path, {})
+    reference = Reference(tmp_path / "r.npz", {"pool": statistics[1].mean_and_covariance()}, True)
+    return samples, real, logits, features, reference
+
+
+def test_streamed_statistics_are_those_of_the_whole_matrix():
+    features = draw(0, 1000)
+    parts = [FeatureStatistics(48) for _ in range(3)]
+    for number, batch in enumerate(features.split(64)):
+        parts[number % 3].update(batch)
+    for other in parts[1:]:
+        parts[0].merge(other)
+    mu, sigma = parts[0].mean_and_covariance()
+    np.testing.assert_allclose(mu, features.double().mean(0).numpy(), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(sigma, np.cov(features.double().numpy(), rowvar=False), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="at least 2 samples, there are 1"):
+        one = FeatureStatistics(48)
+        one.update(features[:1])
+        one.mean_and_covariance()
+
+
+def test_fid_is_torch_fidelitys_and_adms(measured):
+    samples, real, _, features, reference = measured
+    fid = quality_metrics(["fid"], features, reference)["fid"]
+    statistics = [fid_features_to_statistics(x.double()) for x in (samples, real)]
+    assert fid == pytest.approx(
+        fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"], rel=1e-6
+    )
+    (mu1, sigma1), (mu2, sigma2) = ((s["mu"], s["sigma"]) for s in statistics)
+    adm = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * scipy.linalg.sqrtm(sigma1 @ sigma2).real)
+    assert fid == pytest.approx(adm, rel=1e-6)
+
+
+def test_inception_score_is_adms(measured):
+    _, _, logits, features, reference = measured
+    found = quality_metrics(["inception_score", "accuracy"], features, reference)
+    p = torch.softmax(logits.double(), dim=1).numpy()
+    divergence = (p * (np.log(p) - np.log(p.mean(0, keepdims=True)))).sum(1).mean()
+    assert found["inception_score"] == pytest.approx(np.exp(divergence), rel=1e-9)
+    assert found["accuracy"] == pytest.approx((p.argmax(1) == np.arange(600) % 10).mean())
+
+
+def test_inception_score_takes_consecutive_5000_as_adm(tmp_path, measured):
+    logits = 3 * draw(3, 10_000, 10)
+    np.save(tmp_path / "logits-0000000.npy", logits.numpy())
+    found = quality_metrics(["inception_score"], measured[3], measured[4])
+    scores = []
+    for p in torch.softmax(logits.double(), dim=1).split(5000):
+        scores.append((p * (p.log() - p.mean(0).log())).sum(1).mean().exp().item())
+    assert found["inception_score"] == pytest.approx(np.mean(scores), rel=1e-9)
+    assert found["inception_score_std"] == pytest.approx(np.std(scores), rel=1e-6)
+
+
+def test_precision_and_recall_are_torch_fidelitys_and_adms(measured):
+    samples, real, _, features, reference = measured
+    found = quality_metrics(["precision_recall"], features, reference, real)
+    expected = prc_features_to_metric(samples, real, verbose=False)
+    assert (found["precision"], found["recall"]) == (expected["precision"], expected["recall"])
+
+    def inside(points, manifold, k=3):
+        """ADM: within the distance of some point of the manifold to its k-th neighbour."""
+        points, manifold = points.double().numpy(), manifold.double().numpy()
+        radii = np.sort(((manifold[:, None] - manifold) ** 2).sum(-1), axis=1)[:, k]
+        return (((points[:, None] - manifold) ** 2).sum(-1) <= radii).any(axis=1).mean()
+
+    assert found["precision"] == pytest.approx(inside(samples, real), abs=1e-7)  # a mean in float32
+    assert found["recall"] == pytest.approx(inside(real, samples), abs=1e-7)
+    assert 0.05 < found["recall"] < 0.95
+
+
+def test_kid_is_torch_fidelitys_and_its_definition(measured):
+    samples, real, _, features, reference = measured
+    found = quality_metrics(["kid"], features, reference, real)
+    expected = kid_features_to_metric(samples.double(), real.double(), kid_subset_size=500, verbose=False)
+    assert found["kid"] == expected["kernel_inception_distance_mean"]
+    # One subset of all: the unbiased estimate itself.
+    x, y = samples[:500].double().numpy(), real.double().numpy()
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    n = len(x)
+    mmd = sum((kernel(a, a).sum() - np.trace(kernel(a, a))) / (n * (n - 1)) for a in (x, y)) - 2 * kernel(x, y).mean()
+    whole = kid_features_to_metric(
+        torch.from_numpy(x), torch.from_numpy(y), kid_subset_size=500, kid_subsets=1, verbose=False
+    )
+    assert whole["kernel_inception_distance_mean"] == pytest.approx(mmd, rel=1e-6)
+
+
+def test_without_torch_fidelity_the_extra_is_named(measured, monkeypatch):
+    for module in ("torch_fidelity.metric_isc", "torch_fidelity.feature_extractor_inceptionv3"):
+        monkeypatch.setitem(__import__("sys").modules, module, None)
+    with pytest.raises(ImportError, match=r"pip install erw-hf\[eval\]"):
+        quality_metrics(["kid"], measured[3], measured[4], measured[1])
+    with pytest.raises(ImportError, match=r"pip install erw-hf\[eval\]"):
+        load_extractor("inception")
+
+
+def test_any_number_of_processes_gives_the_same_statistics(pixels, tmp_path):
+    runs = {}
+    for count in (1, 2, 3):
+        for index in reversed(range(count)):  # the last one sees what all have done
+            features = extract_features(
+                images_of(pixels, torch.arange(50)), [MeanColours()], process(index, count), tmp_path / str(count), 8,
+                ["pool"],
+            )  # fmt: skip
+        runs[count] = features
+    mu, sigma = runs[1].statistics["pool"].mean_and_covariance()
+    for count in (2, 3):
+        other_mu, other_sigma = runs[count].statistics["pool"].mean_and_covariance()
+        assert abs(other_mu - mu).max() <= 1e-12 and abs(other_sigma - sigma).max() <= 1e-12
+        assert torch.equal(runs[count].layer("pool"), runs[1].layer("pool"))
+        assert torch.equal(runs[count].layer("labels"), torch.arange(50))
+    assert runs[3].statistics["pool"].count == 50 and "logits" not in runs[3].statistics
+
+
+@pytest.mark.parametrize("restart", [1, 2])
+def test_what_was_done_is_not_done_again(pixels, tmp_path, restart):
+    """Stopped inside a batch and gone on with, by as many processes: the very bits; by others: the same to 1e-12."""
+    whole = extract_features(images_of(pixels), [MeanColours()], process(), tmp_path / "whole", 8, ["pool"])
+    read = []
+
+    def stop(indices):
+        read.append(indices[0])
+        if len(read) == 5:
+            raise KeyboardInterrupt
+        return pixels[list(indices)], None
+
+    stopping = ImageSet(50, (8, 8), stop)
+    with pytest.raises(KeyboardInterrupt):
+        extract_features(stopping, [MeanColours()], process(), tmp_path / "cut", 8, ["pool"], save_steps=2)
+    for index in reversed(range(restart)):
+        cut = extract_features(stopping, [MeanColours()], process(index, restart), tmp_path / "cut", 8, ["pool"])
+    # Batches 0 to 3 were saved; the fifth was not, and is read again.
+    assert read[:5] == [0, 8, 16, 24, 32] and sorted(read[5:]) == [32, 40, 48]
+    assert torch.equal(cut.layer("pool"), whole.layer("pool"))
+    difference = (cut.statistics["pool"].products - whole.statistics["pool"].products).abs().max()
+    assert difference == 0 if restart == 1 else difference <= 1e-12
+
+
+def test_reference_file_has_adms_names_and_reads_back(pixels, tmp_path):
+    features = extract_features(images_of(pixels), [MeanColours()], process(), tmp_path / "work", 8)
+    save_reference(tmp_path / "r.npz", features, images_of(pixels), 0, "hash")
+    with np.load(tmp_path / "r.npz") as file:
+        assert {"mu", "sigma", "arr_0"} <= set(file.files)
+        assert file["arr_0"].shape == (50, 8, 8, 3)
+    reference = load_reference(tmp_path / "r.npz", ["fid", "kid"], "hash", (8, 8))
+    assert quality_metrics(["fid"], features, reference)["fid"] == pytest.approx(0, abs=1e-9)
+    assert torch.equal(npz_images(tmp_path / "r.npz").read([3, 49])[0], pixels[[3, 49]])
+
+
+def test_a_reference_that_does_not_serve_says_what_to_get(pixels, tmp_path, measured):
+    path = tmp_path / "r.npz"
+    with pytest.raises(FileNotFoundError, match="VIRTUAL_imagenet256"):
+        load_reference(path, ["fid"], "hash", (8, 8))
+    np.savez(path, arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="no mu and sigma, which fid needs.*--save_reference.*https://"):
+        load_reference(path, ["fid"], "hash", (8, 8))
+    np.savez(path, mu=np.zeros(4), sigma=np.eye(4))
+    with pytest.raises(ValueError, match="no mu_s and sigma_s, which sfid needs"):
+        load_reference(path, ["fid", "sfid"], "hash", (8, 8))
+    with pytest.raises(ValueError, match="no images .*--metrics"):
+        load_reference(path, ["fid", "kid"], "hash", (8, 8))
+    with pytest.raises(ValueError, match="4 features, the extractor 48"):
+        quality_metrics(["fid"], measured[3], load_reference(path, ["fid"], "hash", (8, 8)))
+    np.savez(path, mu=np.zeros(4), sigma=np.eye(4), extractor="other")
+    with pytest.raises(ValueError, match="another extractor"):
+        load_reference(path, ["fid"], "hash", (8, 8))
+    np.savez(path, mu=np.zeros(4), sigma=np.eye(4), arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"of \(8, 8\) px images, the samples are \(16, 16\) px"):
+        load_reference(path, ["fid"], "hash", (16, 16))
+
+
+def test_images_that_cannot_be_measured(pixels, tmp_path):
+    np.savez(tmp_path / "a.npz", mu=np.zeros(4))
+    with pytest.raises(ValueError, match="holds no images"):
+        npz_images(tmp_path / "a.npz")
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((2, 8, 8, 3)))
+    with pytest.raises(ValueError, match="uint8"):
+        npz_images(tmp_path / "a.npz")
+    from PIL import Image
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, size in (("a", (8, 8)), ("b", (8, 10))):
+        Image.new("L", size).save(folder / f"{name}.png")
+    with pytest.raises(ValueError, match="image 1 of .* is 8x10 px, others are 8x8: set --image_size"):
+        dataset_images(str(folder)).read([0, 1])
+    assert dataset_images(str(folder), image_size=4).read([0, 1])[0].shape == (2, 3, 4, 4)
+
+
+def test_npz_writer_fills_adms_layout_from_any_process(pixels, tmp_path):
+    writers = [NpzWriter(tmp_path / "s.npz", 50) for _ in range(2)]
+    for start in range(0, 50, 8):
+        writers[start // 8 % 2].write(range(start, min(start + 8, 50)), pixels[start : start + 8])
+    for writer in writers:
+        writer.close(is_main_process=writer is writers[1])
+    assert torch.equal(npz_images(tmp_path / "s.npz").read(range(50))[0], pixels)
+    assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]
+    some = take(npz_images(tmp_path / "s.npz"), 20, seed=0)
+    assert some.count == 20 and len({tuple(image.flatten().tolist()) for image in some.read(range(20))[0]}) == 20
+
+
+def test_inception_is_torch_fidelitys_with_adms_spatial_features(inception_weights, pixels):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(inception_weights))
+    mixed = []
+    theirs.Mixed_6d.register_forward_hook(lambda module, inputs, output: mixed.append(output))
+    pool, logits = theirs(pixels[:2])
+    ours = load_extractor("inception", str(inception_weights))(pixels[:2])
+    assert torch.equal(ours["pool"], pool) and torch.equal(ours["logits"], logits)
+    assert pool.std() > 1e-3 and ours["spatial"].std() > 1e-3
+    # mixed_6/conv is the first branch of the concatenation; ADM takes [..., :7] of NHWC.
+    expected = mixed[0].permute(0, 2, 3, 1)[..., :7].reshape(2, -1)
+    assert ours["spatial"].shape == (2, 2023) and torch.equal(ours["spatial"], expected)
+
+
+def test_missing_inception_weights_say_where_they_are(monkeypatch):
+    from urllib.error import URLError
+
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+
+    def offline(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr(module, "load_state_dict_from_url", offline)
+    with pytest.raises(OSError, match="https://github.com/toshas/.*--inception_weights"):
+        InceptionExtractor()
+    with pytest.raises(OSError, match="--inception_weights"):
+        InceptionExtractor("nowhere.pth")
+
+
+def test_dinov2_features_are_the_class_token_at_224_px(encoder_path, pixels):
+    from PIL import Image
+    from transformers import AutoModel
+
+    extractor = Dinov2Extractor(str(encoder_path))
+    found = extractor(pixels[:1])["dinov2"]
+    image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).resize((224, 224), Image.Resampling.BICUBIC)
+    values = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
+    values = (values - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
+        :, None, None
+    ]
+    expected = AutoModel.from_pretrained(encoder_path).eval()(values[None]).last_hidden_state[:, 0]
+    assert torch.allclose(found, expected, atol=0.02)  # PIL rounds to 8 bits
+
+
+def test_the_shipped_classifier_reads_digits_it_has_not_seen():
+    extractor = ClassifierExtractor(str(CLASSIFIER))
+    assert extractor.layers == ("pool", "logits") and extractor.num_classes == 10
+    split = load_digits_dataset()["test"]
+    images = torch.stack([torch.from_numpy(np.asarray(image.convert("RGB")).copy()) for image in split["image"]])
+    features = extractor(images.permute(0, 3, 1, 2))
+    assert features["pool"].shape == (359, 64)
+    assert (features["logits"].argmax(1) == torch.tensor(list(split["label"]))).float().mean() > 0.97
+    assert (CLASSIFIER / "model.safetensors").stat().st_size < 2**20
+    assert available_metrics([extractor], 10) == ["fid", "inception_score", "precision_recall", "kid", "accuracy"]
+    assert "accuracy" not in available_metrics([extractor], 0)
+
+
+def test_hash_tells_weights_apart():
+    models = [torch.nn.Linear(2, 2) for _ in range(2)]
+    assert weights_hash(models[0]) == weights_hash(models[0]) != weights_hash(models[1])
+
+
+def test_frechet_distance_at_the_width_of_inception():
+    """Fewer samples than dimensions, as in every small evaluation."""
+    x, y = draw(0, 100, 256).double(), draw(1, 100, 256).double()
+    statistics = [fid_features_to_statistics(features) for features in (x, y)]
+    expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    found = frechet_distance(*(s[name] for s in statistics for name in ("mu", "sigma")))
+    assert found == pytest.approx(expected, rel=1e-6)
