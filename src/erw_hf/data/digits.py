@@ -13,6 +13,8 @@
 # limitations under the License.
 """The 1 797 handwritten digits inside scikit-learn's wheel, as a `datasets` data set: real data without a download."""
 
+from functools import cache
+
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
@@ -21,6 +23,7 @@ from PIL import Image as PILImage
 FACTOR = 4  # the source's 8x8 pixels become 32x32
 
 
+@cache  # enlarging takes a second
 def load_digits_dataset() -> DatasetDict:
     """
     Builds the data set of handwritten digits (Alpaydin & Kaynak, UCI 1998, test part; CC BY 4.0).

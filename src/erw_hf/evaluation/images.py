@@ -106,7 +106,10 @@ def generated_images(
         autocast (`Callable`, *optional*, defaults to `contextlib.nullcontext`): Context that the pipeline runs in.
 
     Returns:
-        [`ImageSet`]: The images. Reading raises a `ValueError` where the model gives NaN or infinity.
+        [`ImageSet`]: The images.
+
+    Raises:
+        ValueError: when read, where the model gives NaN or infinity.
     """
     num_classes = pipe.transformer.config.num_classes
 
@@ -192,7 +195,10 @@ def dataset_images(dataset_name: str, split: str = "train", image_size: int | No
             size.
 
     Returns:
-        [`ImageSet`]: The images. Reading raises a `ValueError` for images of several sizes and for broken ones.
+        [`ImageSet`]: The images.
+
+    Raises:
+        ValueError: when read, for images of several sizes and for broken ones.
     """
     source = load_source(dataset_name, split)
     first: dict[str, tuple[int, ...]] = {}  # the shape that all images must have

@@ -24,11 +24,14 @@ from erw_hf.encoders import RepresentationEncoder
 from erw_hf.evaluation.extractors import load_extractor, weights_hash
 from erw_hf.evaluation.images import dataset_images, generated_images
 from erw_hf.evaluation.probes import load_probe_images, probe_blocks
-from erw_hf.evaluation.quality import available_metrics, load_reference, make_reference, measure
+from erw_hf.evaluation.quality import Reference, available_metrics, load_reference, make_reference, measure
 from erw_hf.pipeline_erw import ERWPipeline
 from erw_hf.training.config import TrainingConfig
 from erw_hf.training.logging import MetricsFile, plot_probes, plot_quality, read_metrics
 from erw_hf.transformer_erw import ERWTransformer2DModel
+
+
+BATCH_SIZE = 64  # of real images through the extractor
 
 
 class QualityMonitor:
@@ -82,14 +85,15 @@ class QualityMonitor:
             self.fit_images = load_probe_images(source, config.probe_samples, side, channels, config.seed)
             self.held_out_images = load_probe_images(held_out, config.probe_samples, side, channels, config.seed)
 
-    def _reference(self, side: int):
-        config, accelerator, path = self.config, self.accelerator, Path(self.config.evaluation_reference)
+    def _reference(self, side: int) -> Reference:
+        config, path = self.config, Path(self.config.evaluation_reference)
         if path.suffix != ".npz":
             path, work = self.folder / "reference.npz", self.folder / "evaluation"
-            real = dataset_images(config.evaluation_reference, config.dataset_split, side)
             if not path.exists():
-                make_reference(path, real, [self.extractor], accelerator, work, config.train_batch_size, config.seed)
-            self._remove(work)
+                self._remove(work)
+                real = dataset_images(config.evaluation_reference, config.dataset_split, side)
+                make_reference(path, real, [self.extractor], self.accelerator, work, BATCH_SIZE, config.seed)
+                self._remove(work)
         return load_reference(path, self.metrics, weights_hash(self.extractor), (side, side))
 
     def _remove(self, folder: Path) -> None:
