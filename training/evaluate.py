@@ -35,6 +35,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from erw_hf import ERWPipeline, FlowMatchHeunScheduler
@@ -60,7 +61,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_samples", type=int, help="50 000 of a model; all of --images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--labels", choices=("random", "balanced"), default="random")
-    parser.add_argument("--sampler", choices=("pipeline", "heun"), default="pipeline", help="pipeline: its own")
+    parser.add_argument(
+        "--sampler",
+        choices=("pipeline", "heun", "euler"),
+        default="pipeline",
+        help="pipeline: its own, the SDE as a rule",
+    )
     parser.add_argument("--num_inference_steps", type=int, default=250)
     parser.add_argument("--guidance_scale", type=float, default=1.8)
     parser.add_argument("--guidance_interval", type=float, nargs=2, default=(0.0, 0.7), metavar=("LOW", "HIGH"))
@@ -95,7 +101,7 @@ def main() -> None:
     # What is evaluated, and the networks behind the metrics
     if args.model is not None:
         pipe = load_pipeline(args, accelerator)
-        args.num_samples = args.num_samples or 50_000
+        args.num_samples = 50_000 if args.num_samples is None else args.num_samples
         images = generated_images(
             pipe, args.num_samples, args.seed, args.labels, args.num_inference_steps, args.guidance_scale,
             tuple(args.guidance_interval), accelerator.autocast,
@@ -103,8 +109,8 @@ def main() -> None:
         model = describe_model(args.model, pipe)
     else:
         images = open_images(args.images, args.split, args.image_size)
-        args.num_samples = args.num_samples or images.count
-        images = take(images, args.num_samples, args.seed)
+        images = images if args.num_samples is None else take(images, args.num_samples, args.seed)
+        args.num_samples = images.count
         model = None
     with accelerator.main_process_first():  # which downloads
         extractors = [load_extractor(args.extractor, args.inception_weights)]
@@ -150,17 +156,17 @@ def main() -> None:
     if writer is not None:
         writer.close(accelerator.is_main_process)
     seconds |= stages
-    record = {
-        "metrics": metrics,
-        "settings": settings,
-        "model": model,
-        "reference": {"name": args.reference, "sha256": file_hash(reference_path)},
-        "extractor": extractor,
-        "versions": versions(),
-        "hardware": hardware(accelerator),
-        "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
-    }
     if accelerator.is_main_process:
+        record = {
+            "metrics": metrics,
+            "settings": settings,
+            "model": model,
+            "reference": {"name": args.reference, "sha256": file_hash(reference_path)},
+            "extractor": extractor,
+            "versions": versions(),
+            "hardware": hardware(accelerator),
+            "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
+        }
         write_record(output_dir / "evaluation.json", record)
         report(record, output_dir)
     finish(work, accelerator)
@@ -176,6 +182,8 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> ERWPipe
         pipe = ERWPipeline.from_pretrained(args.model).to(accelerator.device)
     if args.sampler == "heun":
         pipe.scheduler = FlowMatchHeunScheduler(path_type=pipe.scheduler.config.path_type)
+    if args.sampler == "euler":
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

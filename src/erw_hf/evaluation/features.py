@@ -160,9 +160,10 @@ def extract_features(
             write(indices, pixels)
         read = time.perf_counter()
         layers = {}
-        for extractor in extractors:
-            # Contiguous: convolutions round other strides of the same images in another way.
-            layers |= extractor(pixels.to(accelerator.device).contiguous())
+        # TF32, cuDNN's default, rounds features to 10 bits. Contiguous: other strides are rounded in another way.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            for extractor in extractors:
+                layers |= extractor(pixels.to(accelerator.device).contiguous())
         layers = {layer: features.float().cpu() for layer, features in layers.items()}
         for layer, features in layers.items():
             if layer != "logits":

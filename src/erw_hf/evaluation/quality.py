@@ -41,8 +41,8 @@ _NAMES = {
     "pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "dinov2": ("mu_dinov2", "sigma_dinov2"),
 }  # fmt: skip
 _HOW_TO_MAKE = (
-    "make the statistics from a data set with `evaluate.py --images DATASET --save_reference FILE.npz`, or take ADM's: "
-    f"{ADM_REFERENCE}"
+    "make the statistics from a data set with `evaluate.py --images DATASET --save_reference FILE.npz` and the same "
+    f"--extractor and --dinov2, or take ADM's, which are of Inception: {ADM_REFERENCE}"
 )
 REFERENCE_IMAGES = 10_000  # that a reference file holds for precision, recall and KID, as ADM's does
 KID_SUBSET_SIZE = 1000
