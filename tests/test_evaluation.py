@@ -24,11 +24,12 @@ from helpers import REPOSITORY, TINY_MODEL, kill_tree, launch_command, randomize
 
 from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler
 from erw_hf.evaluation.images import dataset_images, generated_images, npz_images, sample_generator, sample_label
+from erw_hf.training.config import TrainingConfig
 from erw_hf.training.logging import read_metrics
 
 
 CLASSIFIER = REPOSITORY / "pipelines" / "digits-classifier"
-DIGITS = ["--reference=digits", f"--extractor={CLASSIFIER}"]
+DIGITS = ["--reference=digits", f"--extractor={CLASSIFIER}", "--reference_split=test"]
 SAMPLES = ["--num_samples=50", "--batch_size=8", "--num_inference_steps=4", "--save_npz"]
 
 
@@ -88,7 +89,7 @@ def test_two_processes_draw_the_same_images_and_find_the_same_numbers(model, eva
 
 def test_killed_half_way_and_started_again_it_finds_the_very_numbers(model, evaluated, tmp_path):
     flags = [f"--model={model}", f"--reference={evaluated[0]}/reference.npz", DIGITS[1], *SAMPLES, "--save_steps=1"]
-    flags += ["--num_inference_steps=150"]  # so that the kill comes in time
+    flags += ["--num_inference_steps=60"]  # so that the kill comes in time
     record = evaluate(tmp_path / "whole", *flags)
     command, environment = launch_command([f"--output_dir={tmp_path}/cut", *flags], 1, ["training/evaluate.py"])
     process = subprocess.Popen(
@@ -238,3 +239,16 @@ def test_evaluating_a_run_does_not_change_it_and_is_what_evaluate_py_finds(tiny_
         "accuracy",
     )  # fmt: skip
     assert found["metrics"] == {name: records[-1][name] for name in ("fid", "accuracy")}
+
+
+def test_a_run_that_could_not_evaluate_does_not_start(tiny_flags, tmp_path):
+    with pytest.raises(ValueError, match="evaluation_steps needs evaluation_reference"):
+        TrainingConfig(in_channels=1, evaluation_steps=5)
+    with pytest.raises(ValueError, match="evaluation_samples must be at least 2"):
+        TrainingConfig(in_channels=1, evaluation_samples=1)
+    with pytest.raises(FileNotFoundError, match="VIRTUAL_imagenet256"):
+        train(
+            *tiny_flags, f"--output_dir={tmp_path}/run", "--evaluation_steps=5", "--evaluation_reference=none.npz",
+            f"--evaluation_extractor={CLASSIFIER}",
+        )  # fmt: skip
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl") == []

@@ -206,6 +206,8 @@ class TrainingConfig:
             raise ValueError(f"warmup_depth={self.warmup_depth} must lie in [1, num_layers={self.num_layers}]")
         if self.evaluation_steps > 0 and self.evaluation_reference is None:
             raise ValueError("evaluation_steps needs evaluation_reference, an npz of statistics or a data set")
+        if self.evaluation_samples < 2:
+            raise ValueError(f"evaluation_samples must be at least 2, got {self.evaluation_samples}")
         if self.alignment_schedule == "half_life" and not self.alignment_half_life:
             raise ValueError('alignment_schedule "half_life" needs alignment_half_life')
         if self.alignment_schedule == "stop" and self.alignment_stop_step is None:

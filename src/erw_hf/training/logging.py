@@ -146,7 +146,8 @@ def plot_probes(probes: list[tuple[str, dict]], png_path: str | os.PathLike) -> 
         for axes, measure in zip(row, measures, strict=True):
             for number, (name, result) in enumerate(lines):
                 color = colormaps["viridis"](number / max(1, len(lines) - 1))
-                axes.plot(range(1, len(result[measure]) + 1), result[measure], color=color, marker=".", label=name)
+                label = name if number % math.ceil(len(lines) / 8) == 0 else None  # a legend that fits
+                axes.plot(range(1, len(result[measure]) + 1), result[measure], color=color, marker=".", label=label)
             axes.set(title=f"t = {time:g}", xlabel="block", ylabel=measure)
             axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize="small")
