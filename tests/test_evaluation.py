@@ -181,6 +181,8 @@ def test_what_cannot_be_evaluated(model, tmp_path, capsys):
     arguments = [f"--model={model}", *DIGITS, "--num_inference_steps=2"]
     with pytest.raises(ValueError, match="at least 2 samples"):
         evaluate(tmp_path / "one", *arguments, "--num_samples=1")
+    with pytest.raises(ValueError, match="at least 4 samples"):
+        evaluate(tmp_path / "three", *arguments, "--num_samples=3")
     with pytest.raises(FileNotFoundError, match="VIRTUAL_imagenet256_labeled.npz"):
         evaluate(tmp_path / "none", arguments[0], "--reference=nowhere.npz", DIGITS[1], "--num_samples=2")
     with pytest.raises(SystemExit):

@@ -291,10 +291,12 @@ def measure(
         stage.
 
     Raises:
-        ValueError: for fewer than 2 samples.
+        ValueError: for fewer samples than the metrics need.
     """
     if images.count < 2:
         raise ValueError(f"covariances need at least 2 samples, got num_samples={images.count}")
+    if images.count < 4 and "precision_recall" in metrics:
+        raise ValueError(f"precision and recall need 3 neighbours, so at least 4 samples, got {images.count}")
     keep = kept_layers(metrics)
     samples = extract_features(
         images, extractors, accelerator, folder / "samples", batch_size, keep, save_steps, write, "samples"
