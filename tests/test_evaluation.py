@@ -215,7 +215,7 @@ def test_noise_and_label_of_a_sample_are_functions_of_seed_and_index(model):
 
 
 def test_evaluating_a_run_does_not_change_it_and_is_what_evaluate_py_finds(tiny_flags, tmp_path):
-    flags = [*tiny_flags, "--probe_samples=60", "--evaluation_samples=40"]
+    flags = [*tiny_flags, "--probe_samples=60", "--probe_dataset=digits", "--evaluation_samples=40"]
     monitor = ["--evaluation_steps=5", "--probe_steps=3", f"--evaluation_extractor={CLASSIFIER}"]
     train(*flags, f"--output_dir={tmp_path}/plain")
     train(*flags, f"--output_dir={tmp_path}/run", *monitor, "--max_train_steps=10", "--report_to=tensorboard")

@@ -14,6 +14,7 @@
 """Probes of every block: the tokens that they see, the linear probe's optimum, the command."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -94,6 +95,8 @@ def test_choice_of_images_is_random_but_fixed():
     assert len(set(first.labels.tolist())) == 10
     stream = load_source("digits", "train", streaming=True)
     assert len(load_probe_images(stream, 5, 8, 1, seed=0).pixels) == 5
+    with pytest.raises(ValueError, match="name a data set of images"):
+        load_probe_images(replace(source, image_column=None), 5, 8, 1, seed=0)
 
 
 def test_command_on_the_shipped_pipeline(tmp_path, capsys):

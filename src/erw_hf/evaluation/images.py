@@ -198,9 +198,11 @@ def dataset_images(dataset_name: str, split: str = "train", image_size: int | No
         [`ImageSet`]: The images.
 
     Raises:
-        ValueError: when read, for images of several sizes and for broken ones.
+        ValueError: for a latent cache without images; when read, for images of several sizes and for broken ones.
     """
     source = load_source(dataset_name, split)
+    if source.image_column is None:
+        raise ValueError(f"{dataset_name} is a latent cache without images: name a data set of images")
     first: dict[str, tuple[int, ...]] = {}  # the shape that all images must have
 
     def read(indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -60,6 +60,8 @@ def load_probe_images(source: Source, count: int, image_size: int, channels: int
     Raises:
         ValueError: if none can be read.
     """
+    if source.image_column is None:
+        raise ValueError("a latent cache without images cannot be probed with: name a data set of images")
     rows = source.dataset
     if hasattr(rows, "__len__"):
         rows = rows.select(np.random.default_rng(seed).permutation(len(rows))[:count])

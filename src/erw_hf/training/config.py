@@ -161,6 +161,7 @@ class TrainingConfig:
     evaluation_extractor: str = _key("inception", "Network behind FID: inception, or the folder of a classifier.")
     evaluation_guidance_scale: float = _key(1.0, "Guidance of the images drawn; published curves have none.")
     probe_steps: int = _key(0, "Steps between probes of every block, by CKNNA and linear probe; 0 for none.")
+    probe_dataset: str | None = _key(None, "Data set of images to probe with; by default the one trained on.")
     probe_split: str = _key("validation", "Held-out split of the data set to probe with.")
     probe_samples: int = _key(1000, "Held-out images of a probe, and as many training images to fit it on.")
     probe_time: float = _key(0.5, "Flow time of the noised tokens, which are probed beside the clean ones.")

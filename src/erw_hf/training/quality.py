@@ -80,8 +80,11 @@ class QualityMonitor:
             ]
             self.reference = self._reference(side)
         if config.probe_steps and accelerator.is_main_process:
-            arguments = config.source_arguments() | {"split": config.probe_split}
-            held_out = load_source(**arguments)
+            arguments = config.source_arguments() | {"needs_images": True}
+            if config.probe_dataset is not None:
+                arguments["dataset_name"] = config.probe_dataset
+                source = load_source(**arguments)
+            held_out = load_source(**arguments | {"split": config.probe_split})
             self.fit_images = load_probe_images(source, config.probe_samples, side, channels, config.seed)
             self.held_out_images = load_probe_images(held_out, config.probe_samples, side, channels, config.seed)
 
