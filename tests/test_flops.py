@@ -35,25 +35,25 @@ def config(size):
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_training_costs_three_published_forward_passes(size):
     with torch.device("meta"):
-        model = AlignedTransformer(ERWTransformer2DModel(**config(size)), None, 1)
-    multiply_adds = count_step_flops(model, None) / 3 / 2
+        model = AlignedTransformer(ERWTransformer2DModel(**config(size)), [], 1)
+    multiply_adds = count_step_flops(model, []) / 3 / 2
     assert multiply_adds / 1e9 == pytest.approx(PUBLISHED[size][3], rel=0.02)
 
 
 @pytest.mark.parametrize("depth", [4, 5])
 def test_a_warmup_step_costs_a_fifth_of_a_full_one(depth):
     with torch.device("meta"):
-        full = AlignedTransformer(ERWTransformer2DModel(**config("XL")), MLPProjector(1152, 768), 18)
+        full = AlignedTransformer(ERWTransformer2DModel(**config("XL")), [MLPProjector(1152, 768)], 18)
         warmup = AlignedTransformer(
-            build_warmup_transformer(config("XL"), depth), MLPProjector(1152, 768), depth, True
+            build_warmup_transformer(config("XL"), depth), [MLPProjector(1152, 768)], depth, True
         )
-    assert count_step_flops(warmup, None) / count_step_flops(full, None) <= 0.22
+    assert count_step_flops(warmup, []) / count_step_flops(full, []) <= 0.22
 
 
 def test_checkpointing_is_left_as_it_was_and_not_counted():
     with torch.device("meta"):
-        model = AlignedTransformer(ERWTransformer2DModel(**config("S")), None, 1)
-    plain = count_step_flops(model, None)
+        model = AlignedTransformer(ERWTransformer2DModel(**config("S")), [], 1)
+    plain = count_step_flops(model, [])
     model.transformer.enable_gradient_checkpointing()
-    assert count_step_flops(model, None) == plain
+    assert count_step_flops(model, []) == plain
     assert model.transformer.gradient_checkpointing

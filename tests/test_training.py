@@ -311,12 +311,26 @@ def test_latents_of_a_vae_and_data_without_labels(tmp_path, tiny_flags):
         ["--alignment_schedule=stop", "--alignment_stop_step=2", "--no_hand_over_projector", "--random_flip"],
         ["--use_rope", "--qk_norm=rms_norm", "--norm_type=rms_norm", "--activation_fn=swiglu"],
         ["--gradient_checkpointing", "--mixed_precision=bf16", "--lr_scheduler=linear"],
+        ["--contrastive_weight=0.05", "--ema_sigma_rel=0.1"],
     ],
 )
 def test_every_switch_runs_both_phases(tmp_path, tiny_flags, flags):
     train(*tiny_flags, *flags, f"--output_dir={tmp_path}/run")
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert len(records) == 7 and all(record["loss"] is not None for record in records)
+
+
+def test_several_encoders_at_once(tmp_path, tiny_flags, encoder_path):
+    flags = [*tiny_flags, f"--encoder={encoder_path},{encoder_path}"]
+    train(*flags, f"--output_dir={tmp_path}/run")
+    projectors = load_file(tmp_path / "run" / "warmup" / "projectors.safetensors")
+    assert {name.split(".")[1] for name in projectors} == {"0", "1"}
+    train(*flags, "--warmup_steps=0", "--max_train_steps=2", f"--warmup_from={tmp_path}/run/warmup",
+        f"--output_dir={tmp_path}/other")  # fmt: skip
+    with pytest.raises(ValueError, match="no tensor projectors.1"):  # a warmup of two does not fit a run of one
+        train(
+            *tiny_flags, "--warmup_steps=0", f"--warmup_from={tmp_path}/run/warmup", f"--output_dir={tmp_path}/third"
+        )
 
 
 @pytest.mark.parametrize(

@@ -26,13 +26,13 @@ WIDTH, ENCODER_WIDTH = 16, 12
 def warmup_model(depth: int = 2) -> AlignedTransformer:
     transformer = randomize(build_warmup_transformer(TINY_MODEL, depth), seed=1)
     return AlignedTransformer(
-        transformer, randomize(MLPProjector(WIDTH, ENCODER_WIDTH, 16), seed=2), depth, warmup=True
+        transformer, [randomize(MLPProjector(WIDTH, ENCODER_WIDTH, 16), seed=2)], depth, warmup=True
     )
 
 
 def full_model() -> AlignedTransformer:
     torch.manual_seed(3)
-    return AlignedTransformer(ERWTransformer2DModel(**TINY_MODEL), MLPProjector(WIDTH, ENCODER_WIDTH, 16), depth=3)
+    return AlignedTransformer(ERWTransformer2DModel(**TINY_MODEL), [MLPProjector(WIDTH, ENCODER_WIDTH, 16)], depth=3)
 
 
 def batch(size: int = 4) -> dict[str, torch.Tensor]:
@@ -41,7 +41,7 @@ def batch(size: int = 4) -> dict[str, torch.Tensor]:
         "x0": torch.randn(size, 1, 8, 8, generator=generator),
         "class_labels": torch.arange(size) % 10,
         "drop": torch.zeros(size),
-        "target": torch.randn(size, 16, ENCODER_WIDTH, generator=generator),
+        "targets": [torch.randn(size, 16, ENCODER_WIDTH, generator=generator)],
     }
 
 
@@ -64,26 +64,28 @@ def test_hand_over_makes_the_warmup_the_early_layers():
 
 def test_hand_over_can_leave_the_projector_fresh():
     warmup, full = warmup_model(), full_model()
-    fresh = full.projector.layers[0].weight.clone()
-    names = hand_over(warmup.state_dict(), full, with_projector=False)
-    assert torch.equal(full.projector.layers[0].weight, fresh)
-    assert not any(name.startswith("projector.") for name in names)
+    fresh = full.projectors[0].layers[0].weight.clone()
+    names = hand_over(warmup.state_dict(), full, with_projectors=False)
+    assert torch.equal(full.projectors[0].layers[0].weight, fresh)
+    assert not any(name.startswith("projectors.") for name in names)
 
 
 def test_hand_over_refuses_what_does_not_fit():
     narrow = {**TINY_MODEL, "num_attention_heads": 1}
-    other = AlignedTransformer(build_warmup_transformer(narrow, 2), MLPProjector(8, ENCODER_WIDTH, 16), 2, warmup=True)
+    other = AlignedTransformer(
+        build_warmup_transformer(narrow, 2), [MLPProjector(8, ENCODER_WIDTH, 16)], 2, warmup=True
+    )
     with pytest.raises(ValueError, match="in the warmup and"):
         hand_over(other.state_dict(), full_model())
     with pytest.raises(ValueError, match="has no tensor transformer.transformer_blocks.3"):
-        deeper = AlignedTransformer(ERWTransformer2DModel(**{**TINY_MODEL, "num_layers": 4}), None, 4)
+        deeper = AlignedTransformer(ERWTransformer2DModel(**{**TINY_MODEL, "num_layers": 4}), [], 4)
         hand_over(deeper.state_dict(), full_model())
     with pytest.raises(ValueError, match="the warmup lacks"):
         hand_over({}, full_model())
-    without_projector = {k: v for k, v in warmup_model().state_dict().items() if not k.startswith("projector.")}
+    without_projector = {k: v for k, v in warmup_model().state_dict().items() if not k.startswith("projectors.")}
     with pytest.raises(ValueError, match="holds no projector"):
         hand_over(without_projector, full_model())
-    hand_over(without_projector, full_model(), with_projector=False)
+    hand_over(without_projector, full_model(), with_projectors=False)
 
 
 def test_hand_over_notices_a_load_that_does_not_load():
@@ -126,7 +128,8 @@ def test_warmup_loss_does_not_depend_on_the_order_and_every_sample_trains():
     model, data = warmup_model(), batch()
     loss = warmup_loss(model, **data)["loss"]
     order = torch.tensor([2, 0, 3, 1])
-    shuffled = {name: tensor[order] for name, tensor in data.items()}
+    shuffled = {name: tensor[order] for name, tensor in data.items() if name != "targets"}
+    shuffled["targets"] = [data["targets"][0][order]]
     torch.testing.assert_close(warmup_loss(model, **shuffled)["loss"], loss)
     data["x0"].requires_grad_()
     warmup_loss(model, **data)["loss"].backward()
@@ -151,12 +154,32 @@ def test_objective_against_its_statement(path_type):
             v = torch.pi / 2 * (torch.cos(angle) * e - torch.sin(angle) * x0)
         predicted, projected = model(x_t[None], s[None], data["class_labels"][i : i + 1], torch.zeros(1))
         velocity.append((predicted[0] - v).square().mean())
-        a, b = projected[0], data["target"][i]
+        a, b = projected[0][0], data["targets"][0][i]
         alignment.append(1 - ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean())
     velocity, alignment = torch.stack(velocity).mean(), torch.stack(alignment).mean()
     torch.testing.assert_close(losses["velocity"], velocity)
     torch.testing.assert_close(losses["alignment"], alignment)
     torch.testing.assert_close(losses["loss"], velocity + 0.3 * alignment)
+
+
+def test_several_encoders_have_a_projector_each_and_count_alike():
+    torch.manual_seed(3)
+    widths = (ENCODER_WIDTH, 20)
+    model = AlignedTransformer(
+        ERWTransformer2DModel(**TINY_MODEL), [MLPProjector(WIDTH, width, 16) for width in widths], depth=3
+    )
+    data = batch()
+    data["targets"] = [torch.randn(4, 16, width) for width in widths]
+    noise, t = torch.randn(4, 1, 8, 8), torch.rand(4)
+    losses = full_loss(model, noise=noise, t=t, weight=0.3, **data)
+    x_t = (1 - t.view(-1, 1, 1, 1)) * data["x0"] + t.view(-1, 1, 1, 1) * noise
+    _, projected = model(x_t, t, data["class_labels"], data["drop"])
+    each = [
+        (1 - torch.cosine_similarity(a, b, dim=-1)).mean() for a, b in zip(projected, data["targets"], strict=True)
+    ]
+    torch.testing.assert_close(losses["alignment"], (each[0] + each[1]) / 2)
+    with pytest.raises(ValueError, match="zip"):
+        full_loss(model, noise=noise, t=t, weight=0.3, **{**data, "targets": data["targets"][:1]})
 
 
 def test_contrastive_flow_matching_against_its_statement():
@@ -175,11 +198,11 @@ def test_contrastive_flow_matching_against_its_statement():
 
 def test_without_a_target_the_projector_rests_but_stays_in_the_graph():
     model, data = randomize(full_model()), batch()
-    data["target"] = None
+    data["targets"] = None
     losses = full_loss(model, noise=torch.randn(4, 1, 8, 8), t=torch.rand(4), weight=0.0, **data)
     assert set(losses) == {"loss", "velocity"}
     losses["loss"].backward()
-    assert all(parameter.grad.abs().max() == 0 for parameter in model.projector.parameters())
+    assert all(parameter.grad.abs().max() == 0 for parameter in model.projectors.parameters())
 
 
 def test_warmup_depth_must_lie_in_the_model():

@@ -96,7 +96,7 @@ class Run:
     accelerator: Accelerator
     source: Source
     vae: torch.nn.Module | None
-    encoder: RepresentationEncoder | None
+    encoders: list[RepresentationEncoder]
     pixels: tuple[int, int]  # side and channels of the images
     progress: Progress
     state: TrainingState
@@ -142,20 +142,20 @@ def main() -> None:
     if source.is_latent_cache:
         check_cache(config)
     vae, pixels = load_vae(config, accelerator.device)
-    encoder = load_encoder(config, accelerator)
+    encoders = load_encoders(config, accelerator)
     warmup_state = None
     if config.warmup_from is not None:
         warmup_state = load_warmup(config.warmup_from, config, source.num_classes)
         with torch.device("meta"):
             check_hand_over(
-                warmup_state, build_full_model(config, source.num_classes, encoder), config.hand_over_projector
+                warmup_state, build_full_model(config, source.num_classes, encoders), config.hand_over_projector
             )
     if accelerator.is_main_process:
         prepare_output_dir(config, resuming=config.resume_from_checkpoint is not None)
     accelerator.wait_for_everyone()
 
     progress = Progress() if checkpoint is None else read_progress(checkpoint)
-    run = Run(config, accelerator, source, vae, encoder, pixels, progress, TrainingState(), metrics=None)
+    run = Run(config, accelerator, source, vae, encoders, pixels, progress, TrainingState(), metrics=None)
     accelerator.register_for_checkpointing(run.state)
     stop_on_sigterm(run)
     if accelerator.is_main_process:
@@ -216,7 +216,7 @@ def train_warmup(run: Run, checkpoint: Path | None) -> dict[str, torch.Tensor]:
     """Phase 1: the embedders, the first `warmup_depth` blocks and a projector learn what images mean."""
     config, accelerator = run.config, run.accelerator
     set_seed(config.seed)
-    model = build_warmup_model(config, run.source.num_classes, run.encoder)
+    model = build_warmup_model(config, run.source.num_classes, run.encoders)
     alignment = choose_alignment_loss(config)
 
     def losses(model: torch.nn.Module, batch: Batch, step: int) -> dict[str, torch.Tensor]:
@@ -240,7 +240,7 @@ def train_full(run: Run, warmup_state: dict[str, torch.Tensor] | None, checkpoin
     """Phase 2: the whole model learns to draw, from the handed-over early blocks, lambda keeping them aligned."""
     config = run.config
     set_seed(config.seed)  # the later blocks start the same whatever the warmup was
-    model = build_full_model(config, run.source.num_classes, run.encoder)
+    model = build_full_model(config, run.source.num_classes, run.encoders)
     alignment = choose_alignment_loss(config)
     if warmup_state is not None:
         names = hand_over(warmup_state, model, config.hand_over_projector)
@@ -274,9 +274,9 @@ def train_phase(
 ) -> torch.nn.Module:
     """The loop, for either phase."""
     config, accelerator, progress = run.config, run.accelerator, run.progress
-    flops_without_encoder = count_step_flops(model, None)
-    encodes = model.projector is not None and not run.source.has_features
-    flops_per_image = count_step_flops(model, run.encoder) if encodes else flops_without_encoder
+    flops_without_encoder = count_step_flops(model, [])
+    encodes = model.projectors and not run.source.has_features
+    flops_per_image = count_step_flops(model, run.encoders) if encodes else flops_without_encoder
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,
@@ -521,13 +521,13 @@ def times(config: TrainingConfig, batch: Batch) -> torch.Tensor:
     )
 
 
-def targets(run: Run, batch: Batch) -> torch.Tensor:
-    """The encoder's patch tokens (B, N, D) of a batch."""
+def targets(run: Run, batch: Batch) -> list[torch.Tensor]:
+    """Each encoder's patch tokens (B, N, D) of a batch."""
     if "features" in batch:  # of a latent cache
-        tokens = batch["features"].unflatten(1, (run.config.token_grid**2, -1))
+        tokens = [batch["features"].unflatten(1, (run.config.token_grid**2, -1))]
     else:
-        tokens = run.encoder(batch["pixels"].float() / 255)
-    return spatial_normalize(tokens) if run.config.spatial_norm else tokens
+        tokens = [encoder(batch["pixels"].float() / 255) for encoder in run.encoders]
+    return [spatial_normalize(t) for t in tokens] if run.config.spatial_norm else tokens
 
 
 def choose_alignment_loss(config: TrainingConfig) -> AlignmentLoss:
@@ -565,7 +565,7 @@ def check_cache(config: TrainingConfig) -> None:
     if not record.is_file():  # on the Hub, or moved without its record
         return
     made = json.loads(record.read_text())
-    if made["encoder"] is not None and config.aligns:
+    if made["encoder"] is not None and config.encoders:
         theirs, ours = (
             (made["encoder"], made["sample_size"] // made["patch_size"]),
             (config.encoder, config.token_grid),
@@ -587,15 +587,18 @@ def check_cache(config: TrainingConfig) -> None:
         )
 
 
-def load_encoder(config: TrainingConfig, accelerator: Accelerator) -> RepresentationEncoder | None:
-    """The teacher, if the run aligns at all."""
-    if not config.aligns:
-        return None
+def load_encoders(config: TrainingConfig, accelerator: Accelerator) -> list[RepresentationEncoder]:
+    """The teachers, if the run aligns at all."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    encoder = RepresentationEncoder.from_pretrained(
-        config.encoder, config.token_grid, config.encoder_image_size, dtype, config.encoder_antialias
-    )
-    return encoder.to(accelerator.device)
+    encoders = []
+    for name in config.encoders:
+        encoder = RepresentationEncoder.from_pretrained(
+            name, config.token_grid, config.encoder_image_size, dtype, config.encoder_antialias
+        ).to(accelerator.device)
+        if accelerator.device.type == "cuda":
+            encoder.model.compile()
+        encoders.append(encoder)
+    return encoders
 
 
 def prepare_output_dir(config: TrainingConfig, resuming: bool) -> None:
@@ -623,13 +626,9 @@ def save_warmup(config: TrainingConfig, state: dict[str, torch.Tensor], num_clas
     first = "transformer."
     transformer.load_state_dict({k.removeprefix(first): v for k, v in state.items() if k.startswith(first)})
     transformer.save_pretrained(folder / "transformer")
-    # The names that converted checkpoints have too; 0 is the encoder.
-    projector = {
-        name.replace("projector.", "projectors.0.", 1): tensor.contiguous()
-        for name, tensor in state.items()
-        if name.startswith("projector.")
-    }
-    save_file(projector, folder / "projectors.safetensors")
+    # The names that converted checkpoints have too; the number is the encoder's.
+    projectors = {name: tensor.contiguous() for name, tensor in state.items() if name.startswith("projectors.")}
+    save_file(projectors, folder / "projectors.safetensors")
 
 
 def load_warmup(path_or_repo_id: str, config: TrainingConfig, num_classes: int) -> dict[str, torch.Tensor]:
@@ -655,8 +654,7 @@ def load_warmup(path_or_repo_id: str, config: TrainingConfig, num_classes: int) 
         if name not in ("num_layers", "class_dropout_prob") and warmup_config.get(name, value) != value:
             raise ValueError(f"the warmup was made with {name}={warmup_config[name]!r}, the config has {value!r}")
     state = {f"transformer.{name}": tensor for name, tensor in transformer.items()}
-    first = "projectors.0."
-    return state | {f"projector.{k.removeprefix(first)}": v for k, v in projectors.items() if k.startswith(first)}
+    return state | projectors
 
 
 def build_pipeline(run: Run, transformer: ERWTransformer2DModel) -> ERWPipeline:

@@ -14,6 +14,7 @@
 """Projectors, alignment losses and the schedules of their weight. No I/O, no knowledge of data or trainers."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -66,26 +67,28 @@ class ConvProjector(nn.Module):
 
 class AlignedTransformer(nn.Module):
     """
-    A transformer and the projector on its intermediate tokens, as the one module that is trained: one forward for
+    A transformer and the projectors on its intermediate tokens, as the one module that is trained: one forward for
     DistributedDataParallel and FSDP to hook.
 
     Args:
         transformer ([`ERWTransformer2DModel`]): The model.
-        projector (`nn.Module`, *optional*): Maps its tokens `(B, N, D)` to the encoder's. `None` trains without.
+        projectors (`Sequence[nn.Module]`): Map its tokens `(B, N, D)` to those of the encoders, one each; may be empty.
         depth (`int`): The block, counted from 1, whose output is projected.
         warmup (`bool`, *optional*, defaults to `False`): Run no block after `depth` and predict no velocity.
     """
 
-    def __init__(self, transformer: nn.Module, projector: nn.Module | None, depth: int, warmup: bool = False) -> None:
+    def __init__(
+        self, transformer: nn.Module, projectors: Sequence[nn.Module], depth: int, warmup: bool = False
+    ) -> None:
         super().__init__()
         self.transformer = transformer
-        self.projector = projector
+        self.projectors = nn.ModuleList(projectors)
         self.depth = depth
         self.warmup = warmup
 
     def forward(
         self, x_t: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None, drop: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """
         Args:
             x_t (`torch.Tensor` of shape `(B, C, H, W)`): Noised (in warmup: clean) latents.
@@ -94,16 +97,14 @@ class AlignedTransformer(nn.Module):
             drop (`torch.Tensor` of shape `(B,)`): Non-zero where the label is dropped.
 
         Returns:
-            `tuple`: the velocity `(B, C, H, W)` (`None` in warmup) and the projected tokens `(B, N, out_dim)` (`None`
-            without a projector).
+            `tuple`: the velocity `(B, C, H, W)` (`None` in warmup) and the projected tokens `(B, N, out_dim)`, a tensor
+            for each projector.
         """
-        depths = () if self.projector is None else (self.depth,)
+        depths = (self.depth,) if self.projectors else ()
         output = self.transformer(
             x_t, t, class_labels, force_drop_ids=drop, hidden_states_depths=depths, tokens_only=self.warmup
         )
-        if self.projector is None:
-            return output.sample, None
-        return output.sample, self.projector(output.hidden_states[0])
+        return output.sample, [projector(output.hidden_states[0]) for projector in self.projectors]
 
 
 def cosine_alignment_loss(projected: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@
 # limitations under the License.
 """The two phases of ERW and the hand-over between them (arXiv 2504.10188, §3.3)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -58,7 +58,7 @@ def warmup_loss(
     x0: torch.Tensor,
     class_labels: torch.Tensor | None,
     drop: torch.Tensor,
-    target: torch.Tensor,
+    targets: Sequence[torch.Tensor],
     alignment_loss: AlignmentLoss = cosine_alignment_loss,
     noise: torch.Tensor | None = None,
     t: torch.Tensor | None = None,
@@ -74,7 +74,7 @@ def warmup_loss(
         x0 (`torch.Tensor` of shape `(B, C, H, W)`): Clean latents.
         class_labels (`torch.LongTensor` of shape `(B,)`, *optional*): Class ids.
         drop (`torch.Tensor` of shape `(B,)`): Non-zero where the label is dropped.
-        target (`torch.Tensor` of shape `(B, N, D)`): The encoder's tokens of the same images.
+        targets (`Sequence[torch.Tensor]` of shape `(B, N, D)`): Each encoder's tokens of the same images.
         alignment_loss (`Callable`, *optional*, defaults to [`~alignment.cosine_alignment_loss`]): The loss of a sample.
         noise (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): Standard normal noise; with `t` only.
         t (`torch.Tensor` of shape `(B,)`, *optional*): Flow time in [0, 1]; 0 by default.
@@ -88,8 +88,15 @@ def warmup_loss(
     else:
         x_t, _ = interpolate(x0, noise, t, path_type)
     _, projected = model(x_t, t, class_labels, drop)
-    alignment = alignment_loss(projected, target).mean()
+    alignment = _mean_alignment(alignment_loss, projected, targets)
     return {"loss": alignment, "alignment": alignment}
+
+
+def _mean_alignment(
+    alignment_loss: AlignmentLoss, projected: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    losses = [alignment_loss(ours, theirs).mean() for ours, theirs in zip(projected, targets, strict=True)]
+    return torch.stack(losses).mean()
 
 
 def full_loss(
@@ -99,7 +106,7 @@ def full_loss(
     t: torch.Tensor,
     class_labels: torch.Tensor | None,
     drop: torch.Tensor,
-    target: torch.Tensor | None,
+    targets: Sequence[torch.Tensor] | None,
     weight: float,
     path_type: str = "linear",
     alignment_loss: AlignmentLoss = cosine_alignment_loss,
@@ -115,7 +122,7 @@ def full_loss(
         t (`torch.Tensor` of shape `(B,)`): Flow time in [0, 1].
         class_labels (`torch.LongTensor` of shape `(B,)`, *optional*): Class ids.
         drop (`torch.Tensor` of shape `(B,)`): Non-zero where the label is dropped.
-        target (`torch.Tensor` of shape `(B, N, D)`, *optional*): The encoder's tokens of the clean images.
+        targets (`Sequence[torch.Tensor]` of shape `(B, N, D)`, *optional*): Each encoder's tokens of the clean images.
         weight (`float`): lambda.
         path_type (`str`, *optional*, defaults to `"linear"`): See [`~flow.path_coefficients`].
         alignment_loss (`Callable`, *optional*, defaults to [`~alignment.cosine_alignment_loss`]): The loss of a sample.
@@ -125,7 +132,7 @@ def full_loss(
 
     Returns:
         `dict[str, torch.Tensor]`: scalars `loss`, `velocity`, with a weight `contrastive` (the mean squared distance to
-        the other velocity) and with a target `alignment`.
+        the other velocity) and with targets `alignment`.
     """
     x_t, velocity = interpolate(x0, noise, t, path_type)
     predicted, projected = model(x_t, t, class_labels, drop)
@@ -134,17 +141,17 @@ def full_loss(
     if contrastive_weight > 0:
         losses["contrastive"] = (predicted.float() - velocity.roll(1, dims=0)).square().mean()
         losses["loss"] = losses["loss"] - contrastive_weight * losses["contrastive"]
-    if target is not None:
-        losses["alignment"] = alignment_loss(projected, target).mean()
+    if targets is not None:
+        losses["alignment"] = _mean_alignment(alignment_loss, projected, targets)
         losses["loss"] = losses["loss"] + weight * losses["alignment"]
-    elif projected is not None:
-        # A projector that rests (lambda = 0) stays in the graph: DistributedDataParallel waits for every gradient.
-        losses["loss"] = losses["loss"] + 0 * projected.sum()
+    else:
+        # Projectors that rest (lambda = 0) stay in the graph: DistributedDataParallel waits for every gradient.
+        losses["loss"] = losses["loss"] + sum(0 * tokens.sum() for tokens in projected)
     return losses
 
 
 def check_hand_over(
-    warmup_state: Mapping[str, torch.Tensor], model: AlignedTransformer, with_projector: bool = True
+    warmup_state: Mapping[str, torch.Tensor], model: AlignedTransformer, with_projectors: bool = True
 ) -> dict[str, torch.Tensor]:
     """
     What a warmup would hand over to a full model, found to fit it. The model may lie on the meta device.
@@ -152,8 +159,8 @@ def check_hand_over(
     Args:
         warmup_state (`Mapping[str, torch.Tensor]`): State dict of the warmed-up [`AlignedTransformer`].
         model ([`AlignedTransformer`]): The full model.
-        with_projector (`bool`, *optional*, defaults to `True`):
-            Hand the projector over too, if the full model has one.
+        with_projectors (`bool`, *optional*, defaults to `True`):
+            Hand the projectors over too, if the full model has any.
 
     Returns:
         `dict[str, torch.Tensor]`: The tensors to hand over, by name.
@@ -161,11 +168,11 @@ def check_hand_over(
     Raises:
         ValueError: if the full model has not a tensor of the name and shape of each one.
     """
-    with_projector = with_projector and model.projector is not None
+    with_projectors = with_projectors and len(model.projectors) > 0
     tensors = {
         name: tensor
         for name, tensor in warmup_state.items()
-        if not name.startswith(_FINAL_LAYER) and (with_projector or not name.startswith("projector."))
+        if not name.startswith(_FINAL_LAYER) and (with_projectors or not name.startswith("projectors."))
     }
     own = model.state_dict()
     for name, tensor in tensors.items():
@@ -180,14 +187,14 @@ def check_hand_over(
     missing = sorted(embedders - set(tensors))
     if missing or not any(name.startswith("transformer.transformer_blocks.0.") for name in tensors):
         raise ValueError(f"hand-over: the warmup lacks {missing or 'the first transformer block'}")
-    if with_projector and not any(name.startswith("projector.") for name in tensors):
+    if with_projectors and not any(name.startswith("projectors.") for name in tensors):
         raise ValueError("hand-over: the warmup holds no projector; set hand_over_projector to false for a fresh one")
     return tensors
 
 
 @torch.no_grad()
 def hand_over(
-    warmup_state: Mapping[str, torch.Tensor], model: AlignedTransformer, with_projector: bool = True
+    warmup_state: Mapping[str, torch.Tensor], model: AlignedTransformer, with_projectors: bool = True
 ) -> list[str]:
     """
     Makes the warmed-up weights the early layers of the full model, and verifies that they are.
@@ -195,8 +202,8 @@ def hand_over(
     Args:
         warmup_state (`Mapping[str, torch.Tensor]`): State dict of the warmed-up [`AlignedTransformer`].
         model ([`AlignedTransformer`]): The full model, freshly initialised. Its later blocks stay as they are.
-        with_projector (`bool`, *optional*, defaults to `True`):
-            Hand the projector over too, if the full model has one.
+        with_projectors (`bool`, *optional*, defaults to `True`):
+            Hand the projectors over too, if the full model has any.
 
     Returns:
         `list[str]`: Names of the tensors handed over.
@@ -205,7 +212,7 @@ def hand_over(
         ValueError: if the warmup does not fit the full model; see [`check_hand_over`].
         RuntimeError: if a tensor of the full model differs afterwards.
     """
-    tensors = check_hand_over(warmup_state, model, with_projector)
+    tensors = check_hand_over(warmup_state, model, with_projectors)
     model.load_state_dict(tensors, strict=False)
     own = model.state_dict()
     differing = [

@@ -79,7 +79,9 @@ class TrainingConfig:
     activation_fn: Literal["gelu-approximate", "swiglu"] = _key("gelu-approximate", "Feed-forward activation.")
 
     # Representation alignment
-    encoder: str | None = _key(None, "Hub id or folder of the vision encoder to align with; none trains a plain SiT.")
+    encoder: str | None = _key(
+        None, "Hub id or folder of the vision encoder to align with, or several with commas; none trains a plain SiT."
+    )
     encoder_image_size: int | None = _key(None, "Side of the encoder's input; token grid x its patch size by default.")
     encoder_antialias: bool = _key(False, "Resample the encoder's position table with antialias, as REPA's code.")
     alignment_loss: Literal["cosine", "nt_xent", "structural"] = _key(
@@ -228,9 +230,11 @@ class TrainingConfig:
         return [first, *(EMAProfile(sigma_rel=width) for width in stored)]
 
     @property
-    def aligns(self) -> bool:
-        """Whether any step of the run looks at the encoder's tokens."""
-        return self.encoder is not None and (self.warmup_steps > 0 or self.alignment_weight > 0)
+    def encoders(self) -> list[str]:
+        """The encoders that any step of the run looks at."""
+        if self.encoder is None or (self.warmup_steps == 0 and self.alignment_weight == 0):
+            return []
+        return [name.strip() for name in self.encoder.split(",")]
 
     @property
     def token_grid(self) -> int:
@@ -268,7 +272,7 @@ class TrainingConfig:
             "num_classes": self.num_classes,
             "streaming": self.streaming,
             "retry_seconds": self.stream_retry_seconds,
-            "needs_images": self.aligns,
+            "needs_images": bool(self.encoders),
         }
 
     def save(self, path: str | os.PathLike) -> None:

@@ -44,19 +44,19 @@ def cost_report(config: TrainingConfig) -> str:
     """
     num_classes, num_images = _check_data(config)
     with torch.device("meta"):
-        encoder = _encoder_on_meta(config)
-        full = build_full_model(config, num_classes, encoder)
-        full_flops = count_step_flops(full, None if full.projector is None else encoder)
+        encoders = _encoders_on_meta(config)
+        full = build_full_model(config, num_classes, encoders)
+        full_flops = count_step_flops(full, encoders if full.projectors else [])
         warmup_flops = 0
         if config.warmup_steps > 0:
-            warmup_flops = count_step_flops(build_warmup_model(config, num_classes, encoder), encoder)
+            warmup_flops = count_step_flops(build_warmup_model(config, num_classes, encoders), encoders)
 
     batch = config.train_batch_size * config.gradient_accumulation_steps
     full_steps = config.max_train_steps - config.warmup_steps
     total = batch * (config.warmup_steps * warmup_flops + full_steps * full_flops)
     parameters = sum(p.numel() for p in full.transformer.parameters())
     trained = sum(p.numel() for p in full.parameters())
-    frozen = 0 if encoder is None else sum(p.numel() for p in encoder.parameters())
+    frozen = sum(p.numel() for encoder in encoders for p in encoder.parameters())
     # float32 weights, gradients, two AdamW moments; the EMA has the transformer's alone.
     state = 4 * (4 * trained + parameters)
     rows = [
@@ -115,16 +115,19 @@ def _rows(info, config: TrainingConfig) -> int | None:
     return None if split is None else split.num_examples
 
 
-def _encoder_on_meta(config: TrainingConfig) -> RepresentationEncoder | None:
-    if not config.aligns:
-        return None
-    encoder_config = AutoConfig.from_pretrained(config.encoder)
-    tower = VISION_TOWERS.get(encoder_config.model_type)
-    if tower is not None:
-        model = tower(encoder_config.vision_config)
-    else:
-        model = AutoModel.from_config(encoder_config)
-    return RepresentationEncoder(model, [0.5] * 3, [0.5] * 3, config.token_grid, config.encoder_image_size)
+def _encoders_on_meta(config: TrainingConfig) -> list[RepresentationEncoder]:
+    encoders = []
+    for name in config.encoders:
+        encoder_config = AutoConfig.from_pretrained(name)
+        tower = VISION_TOWERS.get(encoder_config.model_type)
+        if tower is not None:
+            model = tower(encoder_config.vision_config)
+        else:
+            model = AutoModel.from_config(encoder_config)
+        encoders.append(
+            RepresentationEncoder(model, [0.5] * 3, [0.5] * 3, config.token_grid, config.encoder_image_size)
+        )
+    return encoders
 
 
 def _activations(config: TrainingConfig, batch: int) -> float:

@@ -13,6 +13,8 @@
 # limitations under the License.
 """What a step costs, counted by torch's own FLOP counter on the meta device: nothing is computed or allocated."""
 
+from collections.abc import Sequence
+
 import torch
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,14 +23,14 @@ from erw_hf.alignment import AlignedTransformer
 from erw_hf.encoders import RepresentationEncoder
 
 
-def count_step_flops(model: AlignedTransformer, encoder: RepresentationEncoder | None) -> int:
+def count_step_flops(model: AlignedTransformer, encoders: Sequence[RepresentationEncoder]) -> int:
     """
-    Floating-point operations of training on one image: forward and backward of the model and its projector, forward of
-    the encoder. One multiply-add counts as two. Element-wise operations are not counted, as is usual.
+    Floating-point operations of training on one image: forward and backward of the model and its projectors, forward of
+    the encoders. One multiply-add counts as two. Element-wise operations are not counted, as is usual.
 
     Args:
         model ([`AlignedTransformer`]): The model of a phase; in warmup mode only the blocks that run are counted.
-        encoder ([`RepresentationEncoder`], *optional*): The encoder, where the step runs one.
+        encoders (`Sequence[RepresentationEncoder]`): The encoders that the step runs; may be empty.
 
     Returns:
         `int`: FLOPs for each image of a step. An optimizer step is not counted: it does not grow with the batch.
@@ -40,9 +42,10 @@ def count_step_flops(model: AlignedTransformer, encoder: RepresentationEncoder |
         x = torch.empty(1, config.in_channels, config.sample_size, config.sample_size, device="meta")
         t = torch.empty(1, device="meta")
         labels = torch.zeros(1, dtype=torch.long, device="meta")
-        outputs = functional_call(model, _on_meta(model), (x, t, labels, t))
-        torch.autograd.backward([output.sum() for output in outputs if output is not None])
-        if encoder is not None:
+        velocity, projected = functional_call(model, _on_meta(model), (x, t, labels, t))
+        outputs = [*projected] if velocity is None else [velocity, *projected]
+        torch.autograd.backward([output.sum() for output in outputs])
+        for encoder in encoders:
             images = torch.empty(1, 3, encoder.image_size, encoder.image_size, device="meta")
             functional_call(encoder, _on_meta(encoder), (images,))
     model.transformer.gradient_checkpointing = checkpointing

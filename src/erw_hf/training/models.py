@@ -13,6 +13,8 @@
 # limitations under the License.
 """From a configuration to the modules that the two phases train."""
 
+from collections.abc import Sequence
+
 import torch
 
 from erw_hf.alignment import AlignedTransformer, ConvProjector, MLPProjector
@@ -22,39 +24,40 @@ from erw_hf.transformer_erw import ERWTransformer2DModel
 from erw_hf.warmup import build_warmup_transformer
 
 
-def build_warmup_model(config: TrainingConfig, num_classes: int, encoder: RepresentationEncoder) -> AlignedTransformer:
+Encoders = Sequence[RepresentationEncoder]
+
+
+def build_warmup_model(config: TrainingConfig, num_classes: int, encoders: Encoders) -> AlignedTransformer:
     """
     Args:
         config ([`TrainingConfig`]): The run.
         num_classes (`int`): Number of classes of the data.
-        encoder ([`RepresentationEncoder`]): The encoder to align with.
+        encoders (`Sequence[RepresentationEncoder]`): The encoders to align with.
 
     Returns:
         [`AlignedTransformer`]: The model of phase 1.
     """
     transformer = build_warmup_transformer(config.model_config(num_classes), config.warmup_depth)
-    return AlignedTransformer(transformer, _projector(config, encoder), config.warmup_depth, warmup=True)
+    return AlignedTransformer(transformer, _projectors(config, encoders), config.warmup_depth, warmup=True)
 
 
-def build_full_model(
-    config: TrainingConfig, num_classes: int, encoder: RepresentationEncoder | None
-) -> AlignedTransformer:
+def build_full_model(config: TrainingConfig, num_classes: int, encoders: Encoders) -> AlignedTransformer:
     """
     Args:
         config ([`TrainingConfig`]): The run.
         num_classes (`int`): Number of classes of the data.
-        encoder ([`RepresentationEncoder`], *optional*): The encoder to align with.
+        encoders (`Sequence[RepresentationEncoder]`): The encoders to align with; may be empty.
 
     Returns:
-        [`AlignedTransformer`]: The model of phase 2, without a projector where nothing is aligned.
+        [`AlignedTransformer`]: The model of phase 2, without projectors where nothing is aligned.
     """
     transformer = ERWTransformer2DModel(**config.model_config(num_classes))
-    aligns = encoder is not None and config.alignment_weight > 0
-    return AlignedTransformer(transformer, _projector(config, encoder) if aligns else None, config.projector_depth)
+    projectors = _projectors(config, encoders) if config.alignment_weight > 0 else []
+    return AlignedTransformer(transformer, projectors, config.projector_depth)
 
 
-def _projector(config: TrainingConfig, encoder: RepresentationEncoder) -> torch.nn.Module:
+def _projectors(config: TrainingConfig, encoders: Encoders) -> list[torch.nn.Module]:
     width = config.num_attention_heads * config.attention_head_dim
     if config.projector == "conv":
-        return ConvProjector(width, encoder.embed_dim)
-    return MLPProjector(width, encoder.embed_dim, config.projector_dim)
+        return [ConvProjector(width, encoder.embed_dim) for encoder in encoders]
+    return [MLPProjector(width, encoder.embed_dim, config.projector_dim) for encoder in encoders]
