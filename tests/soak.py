@@ -69,7 +69,11 @@ def run_and_kill(flags: list[str], processes: int, moment: str, chance: random.R
     launcher = psutil.Popen(command, cwd=REPOSITORY, env=environment, **quiet)
     begun = run.stat().st_mtime_ns if run.exists() else 0
     done = len(read_metrics(run / "metrics.jsonl")) if (run / "metrics.jsonl").exists() else 0
-    wanted = WARMUP_STEPS if moment == "hand-over" and done < WARMUP_STEPS else chance.randint(done + 1, STEPS - 1)
+    wanted = (
+        WARMUP_STEPS
+        if moment == "hand-over" and done < WARMUP_STEPS
+        else chance.randint(min(done + 1, STEPS - 1), STEPS - 1)
+    )
     while launcher.poll() is None:
         metrics = run / "metrics.jsonl"
         steps = len(metrics.read_text().splitlines()) if metrics.exists() else 0

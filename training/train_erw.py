@@ -162,7 +162,8 @@ def main() -> None:
         remove_later_checkpoints(output_dir, progress.step)
         config.save(output_dir / "config.yaml")
         run.metrics = MetricsFile(output_dir / "metrics.jsonl", resume_step=progress.step)
-    run.quality = QualityMonitor(config, accelerator, source, pixels, vae, encoder, resume_step=progress.step)
+    first_encoder = encoders[0] if encoders else None  # what CKNNA compares with
+    run.quality = QualityMonitor(config, accelerator, source, pixels, vae, first_encoder, progress.step)
     if config.report_to != "none":
         accelerator.init_trackers(config.tracker_project_name, config={k: str(v) for k, v in vars(config).items()})
 
