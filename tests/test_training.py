@@ -24,6 +24,7 @@ import torch
 import yaml
 from helpers import (
     REPOSITORY,
+    TINY_MODEL,
     kill_training_at,
     launch_command,
     launch_training,
@@ -33,8 +34,10 @@ from helpers import (
 from PIL import Image
 from safetensors.torch import load_file
 
-from erw_hf import ERWPipeline
+from erw_hf import ERWPipeline, ERWTransformer2DModel
+from erw_hf.alignment import AlignedTransformer
 from erw_hf.training.logging import read_metrics
+from erw_hf.training.optimizers import build_optimizer
 
 
 def losses(run):
@@ -312,12 +315,42 @@ def test_latents_of_a_vae_and_data_without_labels(tmp_path, tiny_flags):
         ["--use_rope", "--qk_norm=rms_norm", "--norm_type=rms_norm", "--activation_fn=swiglu"],
         ["--gradient_checkpointing", "--mixed_precision=bf16", "--lr_scheduler=linear"],
         ["--contrastive_weight=0.05", "--ema_sigma_rel=0.1"],
+        ["--optimizer=muon", "--lr_scheduler=cosine", "--adam_weight_decay=0.01"],
     ],
 )
 def test_every_switch_runs_both_phases(tmp_path, tiny_flags, flags):
     train(*tiny_flags, *flags, f"--output_dir={tmp_path}/run")
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert len(records) == 7 and all(record["loss"] is not None for record in records)
+
+
+def test_muon_moves_the_blocks_matrices_adamw_the_rest_and_resumes_bitwise(tmp_path, tiny_flags):
+    flags = [*tiny_flags, "--optimizer=muon", "--checkpointing_steps=1", "--checkpoints_total_limit=9"]
+    train(*flags, f"--output_dir={tmp_path}/whole")
+    train(*tiny_flags, f"--output_dir={tmp_path}/adamw")
+    assert losses(tmp_path / "whole")[0] == losses(tmp_path / "adamw")[0]
+    assert losses(tmp_path / "whole")[-1] != losses(tmp_path / "adamw")[-1]
+    for kept in (2, 5):
+        cut = tmp_path / f"cut{kept}"
+        shutil.copytree(tmp_path / "whole", cut)
+        for step in range(kept + 1, 8):
+            shutil.rmtree(cut / f"checkpoint-{step}")
+        train(*flags, f"--output_dir={cut}", "--resume_from_checkpoint=latest")
+        assert losses(cut) == losses(tmp_path / "whole")
+    model = AlignedTransformer(ERWTransformer2DModel(**TINY_MODEL), [], 1)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(model, "muon", 1e-2, (0.9, 0.999), 1e-8, 0.0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        step = parameter.detach() - before[name]
+        if ".transformer_blocks." in name and parameter.ndim == 2:  # orthogonalised: all singular values alike
+            values = torch.linalg.svdvals(step)
+            assert values.min() > 0.4 * values.max(), name
+        else:  # AdamW's first step has the size of the learning rate
+            torch.testing.assert_close(step.abs(), torch.full_like(step, 1e-2), rtol=1e-3, atol=1e-6)
 
 
 def test_several_encoders_at_once(tmp_path, tiny_flags, encoder_path):

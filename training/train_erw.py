@@ -74,6 +74,7 @@ from erw_hf.training.ema import EMA, save_snapshots, whole_state_dict, whole_ten
 from erw_hf.training.flops import count_step_flops
 from erw_hf.training.logging import MetricsFile, image_grid, plot_losses
 from erw_hf.training.models import build_full_model, build_warmup_model
+from erw_hf.training.optimizers import build_optimizer
 from erw_hf.training.quality import QualityMonitor
 from erw_hf.warmup import (
     AlignmentLoss,
@@ -177,6 +178,8 @@ def main() -> None:
 
 def check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
     """DDP, FSDP2 and DeepSpeed's ZeRO 1 and 2, as accelerate's config files set them up."""
+    if config.optimizer == "muon" and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+        raise ValueError("optimizer muon needs whole matrices on each process: use DDP, or optimizer adamw")
     if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
         raise ValueError("FSDP 1 is not supported: set fsdp_version: 2, as training/accelerate/fsdp2.yaml does")
     if accelerator.distributed_type == "DEEPSPEED":
@@ -278,14 +281,13 @@ def train_phase(
     flops_without_encoder = count_step_flops(model, [])
     encodes = model.projectors and not run.source.has_features
     flops_per_image = count_step_flops(model, run.encoders) if encodes else flops_without_encoder
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=learning_rate,
+    optimizer = build_optimizer(
+        model,
+        config.optimizer,
+        learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.adam_weight_decay,
-        fused=True,
     )
     run.state.lr_scheduler = get_scheduler(
         "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler,

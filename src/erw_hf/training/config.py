@@ -123,6 +123,7 @@ class TrainingConfig:
         "constant", "Learning rate after lr_warmup_steps, in each phase."
     )
     lr_warmup_steps: int = _key(0, "Steps in which the learning rate rises, at the start of each phase.")
+    optimizer: Literal["adamw", "muon"] = _key("adamw", "muon: for the matrices of the blocks; AdamW for the others.")
     adam_beta1: float = _key(0.9, "AdamW beta 1.")
     adam_beta2: float = _key(0.999, "AdamW beta 2.")
     adam_epsilon: float = _key(1e-8, "AdamW epsilon.")
@@ -304,7 +305,7 @@ class TrainingConfig:
             "seed", "dataset_name", "dataset_config_name", "dataset_split", "streaming", "vae", "sample_size",
             "in_channels", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "mlp_ratio",
             "num_classes", "class_dropout_prob", "use_rope", "qk_norm", "norm_type", "activation_fn", "encoder",
-            "projector", "projector_dim", "warmup_steps", "warmup_depth", "path_type",
+            "projector", "projector_dim", "warmup_steps", "warmup_depth", "path_type", "optimizer",
         )  # fmt: skip
         now = {name: getattr(self, name) for name in fixed}
         for name, value in now.items():
