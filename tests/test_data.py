@@ -179,6 +179,41 @@ def test_sampler_resumes_by_the_step_alone():
     assert [row for _, row in whole[0]] != [row for _, row in next(iter(StepSampler(50, 4, 2, 1, 0, 0, 1, seed=1)))]
 
 
+def test_deterministic_autoencoders_and_those_that_scale_by_themselves():
+    """AutoencoderDC has a scaling factor for others to apply; AutoencoderRAE applies its statistics itself, to [0, 1]."""
+    from diffusers import AutoencoderDC, AutoencoderRAE
+
+    from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler
+
+    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    torch.manual_seed(0)
+    dc = AutoencoderDC(
+        encoder_block_out_channels=(8, 16), decoder_block_out_channels=(8, 16), latent_channels=4, scaling_factor=0.4,
+        encoder_block_types="ResBlock", decoder_block_types="ResBlock", encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()),
+    ).eval()  # fmt: skip
+    mean, std = torch.linspace(-1, 1, 64).tolist(), torch.linspace(0.5, 2, 64).tolist()
+    rae = AutoencoderRAE(
+        encoder_hidden_size=64, encoder_num_hidden_layers=1, encoder_input_size=28, encoder_patch_size=14, patch_size=4,
+        decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=16,
+        image_size=8, latents_mean=torch.tensor(mean).view(64, 1, 1), latents_std=torch.tensor(std).view(64, 1, 1),
+    ).eval()  # fmt: skip
+    assert [ERWPipeline.vae_scale_factor_of(vae) for vae in (dc, rae)] == [2, 4]
+    for vae, channels, side in ((dc, 4, 4), (rae, 64, 2)):
+        transformer = ERWTransformer2DModel(sample_size=side, patch_size=1, in_channels=channels, num_layers=1)
+        pipe = ERWPipeline(transformer, vae, FlowMatchEulerMaruyamaScheduler())
+        with torch.no_grad():
+            if vae is dc:
+                encoded = vae.encode(pixels.float() / 127.5 - 1).latent
+                expected, decoded = encoded * 0.4, vae.decode(encoded).sample
+            else:
+                expected = vae.encode(pixels.float() / 255).latent
+                decoded = vae.decode(expected).sample * 2 - 1
+            latents = pixels_to_latents(pixels, vae, torch.randn(2, channels, side, side))
+            torch.testing.assert_close(latents, expected)
+            torch.testing.assert_close(pipe.decode_latents(latents), decoded, atol=1e-5, rtol=1e-4)
+
+
 def test_pixels_become_latents_the_way_the_pipeline_turns_them_back():
     from diffusers import AutoencoderKL
 
@@ -198,7 +233,7 @@ def test_pixels_become_latents_the_way_the_pipeline_turns_them_back():
         pipe = ERWPipeline(ERWTransformer2DModel(sample_size=8, num_layers=1), vae, FlowMatchEulerMaruyamaScheduler())
         expected = vae.decode(posterior.mean).sample
         torch.testing.assert_close(pipe.decode_latents(pixels_to_latents(pixels, vae)), expected, atol=1e-5, rtol=1e-4)
-        # Per-channel statistics, as VA-VAE and AutoencoderRAE carry them.
+        # Per-channel statistics, as a converted VA-VAE carries them.
         statistics = {"latents_mean": [0.5, -1.0, 0.0, 2.0], "latents_std": [1.0, 2.0, 3.0, 4.0]}
         vae.register_to_config(**statistics, shift_factor=None)
         scaled = pixels_to_latents(pixels, vae)

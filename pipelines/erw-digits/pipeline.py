@@ -146,6 +146,8 @@ class ERWPipeline(DiffusionPipeline):
             return 1
         if getattr(vae, "spatial_compression_ratio", None) is not None:  # AutoencoderDC
             return vae.spatial_compression_ratio
+        if hasattr(vae.config, "encoder_patch_size"):  # AutoencoderRAE: a latent cell is a patch of its decoder
+            return vae.config.patch_size
         return 2 ** (len(vae.config.block_out_channels) - 1)
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
@@ -282,6 +284,8 @@ class ERWPipeline(DiffusionPipeline):
         """
         if self.vae is None:
             return latents
+        if type(self.vae).__name__ == "AutoencoderRAE":  # which scales latents itself, and has images in [0, 1]
+            return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0] * 2 - 1
         config = self.vae.config
         scaling, shift = getattr(config, "scaling_factor", None) or 1.0, getattr(config, "shift_factor", None) or 0.0
         mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)

@@ -253,7 +253,10 @@ class ERWDecodeStep(ModularPipelineBlocks):
         images, vae = block_state.latents, components.vae
         if block_state.output_type != "latent":
             if vae is not None:
-                images = vae.decode(_unscale(images, vae.config).to(vae.dtype), return_dict=False)[0].float()
+                if type(vae).__name__ == "AutoencoderRAE":  # which scales latents itself, and has images in [0, 1]
+                    images = vae.decode(images.to(vae.dtype), return_dict=False)[0].float() * 2 - 1
+                else:
+                    images = vae.decode(_unscale(images, vae.config).to(vae.dtype), return_dict=False)[0].float()
             images = components.image_processor.postprocess(images, output_type=block_state.output_type)
         block_state.images = images
         self.set_block_state(state, block_state)

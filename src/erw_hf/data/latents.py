@@ -28,11 +28,19 @@ def encode_moments(pixels: torch.Tensor, vae: torch.nn.Module) -> torch.Tensor:
         `torch.Tensor` of shape `(B, 2 c, h, w)`, float32: Means, then standard deviations, unscaled; the deviations of a
         deterministic autoencoder (AutoencoderDC, AutoencoderRAE) are 0.
     """
+    images = pixels.float() / 255
+    if not _is_rae(vae):
+        images = images * 2 - 1
     with torch.no_grad():
-        encoded = vae.encode((pixels.float() / 127.5 - 1).to(vae.dtype))
+        encoded = vae.encode(images.to(vae.dtype))
     if hasattr(encoded, "latent_dist"):
         return torch.cat([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1).float()
     return torch.cat([encoded.latent, torch.zeros_like(encoded.latent)], dim=1).float()
+
+
+def _is_rae(vae: torch.nn.Module) -> bool:
+    """Representation autoencoders take images in [0, 1] and scale their latents themselves, by what their config says."""
+    return type(vae).__name__ == "AutoencoderRAE"
 
 
 def moments_to_latents(
@@ -53,6 +61,8 @@ def moments_to_latents(
     latents, deviation = moments.float().chunk(2, dim=1)
     if posterior_noise is not None:
         latents = latents + deviation * posterior_noise
+    if _is_rae(vae):
+        return latents
     config = vae.config
     scaling, shift = getattr(config, "scaling_factor", None) or 1.0, getattr(config, "shift_factor", None) or 0.0
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
