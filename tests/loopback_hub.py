@@ -351,7 +351,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/validate-yaml":
             return _validate_yaml(**json.loads(body))
         if path == "/api/agent-harnesses":
-            return []
+            return {}
         if match := re.fullmatch(r"/lfs/([0-9a-f]{64})", path):
             return self._lfs_content(match[1], body)
         if path == "/lfs-verify":
@@ -453,7 +453,10 @@ class _Handler(BaseHTTPRequestHandler):
     ) -> object:
         what, argument = (rest[0] if rest else ""), "/".join(rest[1:])
         writes = method in ("POST", "PUT", "DELETE") and what != "paths-info"
-        repo = self._repo(kind, repo_id, write=writes, content=what in ("paths-info",))
+        checks_write = what == "auth-check" and argument == "write"
+        repo = self._repo(kind, repo_id, write=writes or checks_write, content=what in ("paths-info", "auth-check"))
+        if what == "auth-check":
+            return {}
         if what in ("", "revision") and method == "GET":
             return _info(repo, self._revision(repo, argument or "main")[0], "blobs" in query)
         if what == "tree":

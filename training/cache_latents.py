@@ -18,7 +18,7 @@
 
 Writes `data/train-*.parquet` in a shuffled order: the posterior's moments in float16, the label, a key, and the cropped
 image as JPEG for the encoder that the run aligns with. The folder is a data set like any other: train with
-`--dataset_name caches/imagenet256 --vae stabilityai/sd-vae-ft-ema`, streamed or not, or upload it and train from there.
+`--dataset_name caches/imagenet256 --vae stabilityai/sd-vae-ft-ema`, streamed or not, or with `--push_to_hub` from the Hub.
 
 Files are written by all processes, each whole or absent; a run that was stopped goes on where it was.
 """
@@ -49,6 +49,7 @@ from erw_hf.data.samples import (
     decode_image,
     load_source,
 )
+from erw_hf.hub.push import prepare_repo, push_cache
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -70,12 +71,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--jpeg_quality", type=int, default=95)
     parser.add_argument("--seed", type=int, default=0, help="of the order of the rows")
+    parser.add_argument("--push_to_hub", action="store_true", help="push the finished cache as a data set")
+    parser.add_argument("--hub_dataset_id", help="Hub repo; the name of output_dir by default")
+    parser.add_argument("--hub_private", action="store_true", help="make the repo private")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
     accelerator = Accelerator()
+    repo_id = args.hub_dataset_id or Path(args.output_dir).resolve().name
+    if args.push_to_hub and accelerator.is_main_process:  # hours before it is needed
+        repo_id = prepare_repo(repo_id, args.hub_private, repo_type="dataset")
     source = load_source(
         args.dataset_name, args.dataset_split, args.dataset_config_name, args.image_column, args.label_column
     )
@@ -107,11 +114,19 @@ def main() -> None:
     if accelerator.is_main_process:
         print(f"{rows} rows in {files} files: {json.dumps(merge_statistics(folder, Path(args.output_dir)))}")
     accelerator.end_training()
+    if args.push_to_hub and accelerator.is_main_process:
+        try:
+            push_cache(Path(args.output_dir), repo_id, args.hub_private)
+        except Exception:
+            finish = f"python -m erw_hf.hub.push {args.output_dir} --hub_dataset_id {repo_id}"
+            print(f"The cache is whole, its push failed; to finish it: {finish}", flush=True)
+            raise
 
 
 def check_same_run(args: argparse.Namespace, folder: Path, accelerator: Accelerator) -> None:
     """A folder that was begun with other settings is not gone on with."""
-    settings = {key: value for key, value in vars(args).items() if key not in ("output_dir", "batch_size")}
+    free = ("output_dir", "batch_size", "push_to_hub", "hub_dataset_id", "hub_private")
+    settings = {key: value for key, value in vars(args).items() if key not in free}
     path = folder / "cache.json"
     if path.exists() and json.loads(path.read_text()) != settings:
         raise ValueError(f"{folder} was begun with other settings ({path}): use those, or another --output_dir")

@@ -19,6 +19,7 @@ One run does everything: warmup of the early blocks (phase 1), verified hand-ove
 a pipeline. It can be stopped anywhere and started again with `--resume_from_checkpoint latest`.
 """
 
+import contextlib
 import itertools
 import json
 import logging
@@ -39,7 +40,8 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object, set_seed
 from diffusers import AutoModel
 from diffusers.optimization import get_scheduler
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
@@ -58,7 +60,9 @@ from erw_hf.data.latents import moments_to_latents, pixels_to_latents
 from erw_hf.data.samples import SampleMaker, Source, StepSampler, TrainingSamples, load_source
 from erw_hf.data.streaming import StreamingSamples, stream_loader
 from erw_hf.flow import timestep_from_normal
+from erw_hf.hub.cards import describe_environment, write_warmup_record
 from erw_hf.hub.convert import read_checkpoint
+from erw_hf.hub.push import BackgroundPush, link_folder, prepare_repo
 from erw_hf.training.checkpoints import (
     Progress,
     TrainingState,
@@ -105,6 +109,7 @@ class Run:
     quality: QualityMonitor | None = None
     stream: StatefulDataLoader | None = None  # of streamed data
     stream_state: dict | None = None  # where the stream goes on
+    push: BackgroundPush | None = None  # on the main process
     data_error: str | None = None  # why this process has no next batch
     stop_requested: bool = False  # by SIGTERM, which schedulers send before they end a job
 
@@ -139,6 +144,8 @@ def main() -> None:
     checkpoint = resolve_checkpoint(output_dir, config.resume_from_checkpoint)
     if checkpoint is not None and (checkpoint.parent / "config.yaml").exists():
         config.check_resumable(checkpoint.parent / "config.yaml")
+    if config.push_to_hub and accelerator.is_main_process:
+        config.hub_model_id = prepare_repo(config.hub_model_id or output_dir.resolve().name, config.hub_private)
     source = load_source(**config.source_arguments())
     if source.is_latent_cache:
         check_cache(config)
@@ -162,7 +169,13 @@ def main() -> None:
     if accelerator.is_main_process:
         remove_later_checkpoints(output_dir, progress.step)
         config.save(output_dir / "config.yaml")
+        environment = describe_environment(accelerator.device.type, accelerator.num_processes, vars(config))
+        (output_dir / "environment.json").write_text(json.dumps(environment, indent=2))
+        if config.warmup_from is not None and (record := find_warmup(config.warmup_from) / "warmup.json").is_file():
+            shutil.copyfile(record, output_dir / "warmup_from.json")
         run.metrics = MetricsFile(output_dir / "metrics.jsonl", resume_step=progress.step)
+        if config.push_to_hub:
+            run.push = BackgroundPush(output_dir, progress.step)
     first_encoder = encoders[0] if encoders else None  # what CKNNA compares with
     run.quality = QualityMonitor(config, accelerator, source, pixels, vae, first_encoder, progress.step)
     if config.report_to != "none":
@@ -173,7 +186,11 @@ def main() -> None:
         checkpoint = None  # phase 2 starts from the hand-over
     if progress.step < config.max_train_steps or checkpoint is not None:
         train_full(run, warmup_state, checkpoint)
+    elif run.push is not None:
+        run.push.submit(progress.step, None, None)  # a warmup alone
     accelerator.end_training()
+    if run.push is not None:
+        push_at_end(run)
 
 
 def check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
@@ -234,7 +251,9 @@ def train_warmup(run: Run, checkpoint: Path | None) -> dict[str, torch.Tensor]:
     model = train_phase(run, "warmup", model, losses, 0, config.warmup_steps, learning_rate, checkpoint)
     state = whole_state_dict(accelerator.unwrap_model(model))
     if accelerator.is_main_process:
-        save_warmup(config, state, run.source.num_classes, Path(config.output_dir) / "warmup")
+        folder = Path(config.output_dir) / "warmup"
+        save_warmup(config, state, run.source.num_classes, folder)
+        write_warmup_record(folder, vars(config), vars(run.progress), config.model_config(run.source.num_classes))
     run.state.lr_scheduler = None
     accelerator.free_memory(model)
     return state
@@ -366,6 +385,8 @@ def train_phase(
                 data_state = {"workers": config.dataloader_num_workers, "stream": run.stream_state}
             save_checkpoint(accelerator, config.output_dir, progress, config.checkpoints_total_limit, data_state)
             logger.info(f"saved checkpoint-{progress.step}")
+            if config.push_to_hub and config.hub_strategy != "end" and progress.step < config.max_train_steps:
+                push_checkpoint(run, phase)
         if phase == "full" and config.ema_snapshot_steps and progress.step % config.ema_snapshot_steps == 0:
             save_snapshots(run.state.ema, Path(config.output_dir) / "ema_snapshots", accelerator.is_main_process)
         if stopping:
@@ -564,8 +585,12 @@ def check_cache(config: TrainingConfig) -> None:
         raise ValueError(f"{config.dataset_name} is a latent cache: name the vae that it was made with")
     if config.random_flip:
         raise ValueError("random_flip does not work on a latent cache: cache the flipped images too (--flipped)")
-    record = Path(config.dataset_name) / "cache.json"
-    if not record.is_file():  # on the Hub, or moved without its record
+    folder = Path(config.dataset_name)
+    record = folder / "cache.json"
+    if not folder.exists():
+        with contextlib.suppress(EntryNotFoundError):
+            record = Path(hf_hub_download(config.dataset_name, "cache.json", repo_type="dataset"))
+    if not record.is_file():  # moved without its record
         return
     made = json.loads(record.read_text())
     if made["encoder"] is not None and config.encoders:
@@ -582,7 +607,9 @@ def check_cache(config: TrainingConfig) -> None:
         raise ValueError(f"the cache has sample_size {made['sample_size']}, the config {config.sample_size}")
     if Path(made["vae"]).name != Path(config.vae).name:
         raise ValueError(f"the cache was made with the vae {made['vae']!r}, the config names {config.vae!r}")
-    files = sorted((record.parent / "data").glob("train-*.parquet"))
+    if not folder.exists():  # a push is of whole caches
+        return
+    files = sorted((folder / "data").glob("train-*.parquet"))
     promised = int(files[0].stem.split("-of-")[1])
     if len(files) != promised:
         raise ValueError(
@@ -634,6 +661,18 @@ def save_warmup(config: TrainingConfig, state: dict[str, torch.Tensor], num_clas
     save_file(projectors, folder / "projectors.safetensors")
 
 
+def find_warmup(path_or_repo_id: str) -> Path:
+    """The folder of a warmup: what is named, or its folder `warmup`, as in a run and in a run's repo."""
+    folder = Path(path_or_repo_id)
+    if not folder.exists():
+        folder = Path(snapshot_download(path_or_repo_id, allow_patterns=["warmup/*", "model_index.json"]))
+        if not (folder / "warmup").is_dir() and not (folder / "model_index.json").exists():
+            folder = Path(
+                snapshot_download(path_or_repo_id, allow_patterns=["transformer/*", "*.safetensors", "*.json"])
+            )
+    return folder / "warmup" if (folder / "warmup" / "transformer").is_dir() else folder
+
+
 def load_warmup(path_or_repo_id: str, config: TrainingConfig, num_classes: int) -> dict[str, torch.Tensor]:
     """A warmup that this script saved, in a folder or on the Hub, or a published `.pt` file of ERW."""
     path = Path(path_or_repo_id)
@@ -643,7 +682,7 @@ def load_warmup(path_or_repo_id: str, config: TrainingConfig, num_classes: int) 
             raise ValueError(f"{path} is a whole model, no warmup: convert it with `python -m erw_hf.hub.convert`")
         warmup_config, transformer, projectors = converted.config, converted.transformer, converted.projectors
     else:
-        folder = path if path.is_dir() else Path(snapshot_download(path_or_repo_id))
+        folder = find_warmup(path_or_repo_id)
         if not (folder / "transformer").is_dir() or (folder / "model_index.json").exists():
             raise ValueError(f"warmup_from={path_or_repo_id!r} is no saved warmup: name the `warmup` folder of a run")
         model, info = ERWTransformer2DModel.from_pretrained(folder / "transformer", output_loading_info=True)
@@ -741,6 +780,36 @@ def finish(run: Run) -> None:
         build_pipeline(run, transformer).save_pretrained(folder / "pipeline")
         plot_losses(folder / "metrics.jsonl", folder / "loss_curve.png")
         logger.info(f"done: {folder}/pipeline, {folder}/grid.png, {folder}/loss_curve.png")
+    if run.push is not None:
+        run.push.submit(run.progress.step, partial(link_folder, folder / "pipeline"), checkpoint_to_push(run))
+
+
+def checkpoint_to_push(run: Run) -> Path | None:
+    if run.config.hub_strategy != "checkpoint":
+        return None
+    return Path(run.config.output_dir) / f"checkpoint-{run.progress.step}"
+
+
+def push_checkpoint(run: Run, phase: str) -> None:
+    """Hands the EMA's pipeline and, by strategy, this step's checkpoint to the process that pushes; all call it."""
+    transformer = averaged_transformer(run) if phase == "full" else None
+    checkpoint = checkpoint_to_push(run)
+    if run.push is not None and (transformer is not None or checkpoint is not None):
+        write_pipeline = None if transformer is None else build_pipeline(run, transformer).save_pretrained
+        run.push.submit(run.progress.step, write_pipeline, checkpoint)
+
+
+def push_at_end(run: Run) -> None:
+    """Waits for the push of the finished run, whose failure costs nothing but a command."""
+    folder, repo_id = run.config.output_dir, run.config.hub_model_id
+    logger.info(f"pushing to {repo_id}, log: {folder}/push.log")
+    if run.push.wait():
+        logger.info(f"pushed to {repo_id}")
+    else:
+        logger.warning(
+            f"the push to {repo_id} failed (see {folder}/push.log). Everything is in {folder}; to finish the push: "
+            f"{run.push.command}"
+        )
 
 
 if __name__ == "__main__":

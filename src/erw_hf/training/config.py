@@ -169,6 +169,17 @@ class TrainingConfig:
     probe_samples: int = _key(1000, "Held-out images of a probe, and as many training images to fit it on.")
     probe_time: float = _key(0.5, "Flow time of the noised tokens, which are probed beside the clean ones.")
 
+    # Hub
+    push_to_hub: bool = _key(False, "Push to the Hub, beside the training. A failed push never ends a run.")
+    hub_model_id: str | None = _key(None, "Hub repo; the name of output_dir by default.")
+    hub_private: bool = _key(False, "Make the repo private.")
+    hub_strategy: Literal["end", "every_save", "checkpoint"] = _key(
+        "end",
+        "end: once; every_save: the EMA's pipeline with each checkpoint too; checkpoint: and the checkpoint, as "
+        "last-checkpoint, to resume from.",
+    )
+    hub_license: str = _key("apache-2.0", "Licence of the weights, as the Hub names it.")
+
     def __post_init__(self) -> None:
         for name, annotation in get_type_hints(TrainingConfig).items():
             value = getattr(self, name)

@@ -1,0 +1,555 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The cards of runs, presets, warmups and latent caches, rendered from their own records.
+
+python -m erw_hf.hub.cards --config training/configs/imagenet256-xl-erw-paper.yaml   # a preset's card, on the screen
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+from huggingface_hub import (
+    DatasetCard,
+    DatasetCardData,
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
+
+
+PATH_OR_ID = ("dataset_name", "vae", "encoder", "warmup_from")
+TEMPLATES = Path(__file__).parent / "model_cards"
+ERW = """@article{liu2025erw,
+  title = {Efficient Generative Model Training via Embedded Representation Warmup},
+  author = {Liu, Deyuan and Sun, Peng and Li, Xufeng and Lin, Tao},
+  journal = {arXiv preprint arXiv:2504.10188},
+  year = {2025}
+}"""
+REPA = """@article{yu2024repa,
+  title = {Representation Alignment for Generation: Training Diffusion Transformers Is Easier Than You Think},
+  author = {Yu, Sihyun and Kwak, Sangkyung and Jang, Huiwon and Jeong, Jongheon and Huang, Jonathan and Shin, Jinwoo and Xie, Saining},
+  journal = {arXiv preprint arXiv:2410.06940},
+  year = {2024}
+}"""
+SIT = """@article{ma2024sit,
+  title = {SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers},
+  author = {Ma, Nanye and Goldstein, Mark and Albergo, Michael S. and Boffi, Nicholas M. and Vanden-Eijnden, Eric and Xie, Saining},
+  journal = {arXiv preprint arXiv:2401.08740},
+  year = {2024}
+}"""
+CITATION = f"{ERW}\n\n{REPA}\n\n{SIT}"
+DATA_LICENCES = {
+    "digits": "CC BY 4.0: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning "
+    "Repository, 1998.",
+    "ILSVRC/imagenet-1k": "ImageNet's terms of access: its images are for non-commercial research and education.",
+}
+
+
+def run_card(folder: Path, repo_id: str) -> ModelCard:
+    """
+    The card of a run, from what a snapshot of it holds.
+
+    Args:
+        folder (`Path`):
+            `config.yaml` and `metrics.jsonl`, and where there are any the pipeline, pictures, `evaluation.json`, the
+            warmup and a checkpoint.
+        repo_id (`str`): Hub id that it goes to.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]: The card.
+    """
+    environment = _read_json(folder / "environment.json")
+    config = _read_config(folder, environment)
+    cost = training_cost(folder / "metrics.jsonl", config, environment)
+    trained = (folder / "model_index.json").is_file()
+    id2label = (_read_json(folder / "model_index.json") or {}).get("id2label") or {}
+    transformer = _read_json(folder / "transformer" / "config.json") or {}
+    warmup_note = None
+    if config.get("warmup_from") is not None:
+        before = _read_json(folder / "warmup_from.json")
+        warmup_note = (
+            f"The run started from the warmup `{_name(config['warmup_from'])}`, which is **not** in the table: "
+        )
+        warmup_note += (
+            f"{before['steps']} steps, {before['images_seen']} images, {before['flops']:.3e} FLOPs."
+            if before is not None
+            else "its cost is not known."
+        )
+    parameters = sum(_count_parameters(path) for path in (folder / "transformer").glob("*.safetensors"))
+    return _model_card(
+        config,
+        repo_id,
+        num_classes=transformer.get("num_classes", config["num_classes"]),
+        parameters=parameters or None,
+        trained=trained,
+        unfinished=cost["steps"] < config["max_train_steps"],
+        grid="grid.png" if (folder / "grid.png").is_file() else None,
+        example_label=json.dumps(next(iter(id2label.values()), "").split(",")[0]) if id2label else "0",
+        class_names=bool(id2label),
+        checkpoint=(folder / "last-checkpoint").is_dir(),
+        warmup=(folder / "warmup").is_dir(),
+        warmup_note=warmup_note,
+        config_file=f"{repo_id.split('/')[-1]}/config.yaml",
+        cost=cost,
+        record=_read_json(folder / "evaluation.json"),
+    )
+
+
+def preset_card(path: Path) -> ModelCard:
+    """
+    The card of a recipe that has not been run: what it is and what is expected, without any result.
+
+    Args:
+        path (`Path`): A YAML file of `training/configs`. Its comment says what to expect.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]: The card.
+    """
+    import torch
+
+    from erw_hf.data.samples import is_local, load_source
+    from erw_hf.training.config import parse_config
+    from erw_hf.transformer_erw import ERWTransformer2DModel
+
+    resolved = parse_config(["--config", str(path)])
+    num_classes = resolved.num_classes
+    if num_classes is None and is_local(resolved.dataset_name):
+        num_classes = load_source(**resolved.source_arguments()).num_classes
+    with torch.device("meta"):
+        model = ERWTransformer2DModel(**resolved.model_config(num_classes or 0))
+    comment = re.match(r"(#.*\n)+", path.read_text())
+    lines = [line.removeprefix("#").strip() for line in comment[0].splitlines()] if comment else []
+    commands = ("accelerate launch", "python ", "make ")
+    return _model_card(
+        vars(resolved),
+        f"erw-hf/{path.stem}",
+        num_classes=num_classes,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        expectation=[line for line in lines if line and not line.startswith(commands)],
+        config_file=f"training/configs/{path.name}",
+    )
+
+
+def _model_card(
+    config: Mapping[str, object],
+    repo_id: str,
+    num_classes: int | None,
+    parameters: int | None,
+    trained: bool = False,
+    cost: dict | None = None,
+    record: dict | None = None,
+    **context: object,
+) -> ModelCard:
+    name = repo_id.split("/")[-1]
+    data, encoder = str(config["dataset_name"]), config["encoder"]
+    aligned = encoder is not None and (config["warmup_steps"] > 0 or config["alignment_weight"] > 0)
+    is_erw = config["warmup_steps"] > 0 or config.get("warmup_from") is not None
+    method = "ERW" if is_erw else "REPA" if aligned else "SiT"
+    size = f"{config['sample_size']}x{config['sample_size']}"
+    space = f"latents of `{_name(config['vae'])}`, {size}" if config["vae"] else f"pixels, {size}"
+    subject = f"the {num_classes} classes of its data" if num_classes else "what its data holds, without classes"
+    kind = "class-conditional" if num_classes != 0 else "unconditional"
+    count = f"{parameters / 1e6:.1f} M" if (parameters or 0) >= 1e5 else parameters
+    count = f"{count} parameters; " if parameters else ""
+    verb = "trained" if trained else "to be trained"
+    descriptions = {
+        "ERW": "with Embedded Representation Warmup ([ERW](https://arxiv.org/abs/2504.10188)): its early blocks are first "
+        "warmed up against a pretrained vision encoder",
+        "REPA": "with representation alignment ([REPA](https://arxiv.org/abs/2410.06940)), without a warmup",
+        "SiT": "by velocity matching alone ([SiT](https://arxiv.org/abs/2401.08740)), without an encoder",
+    }
+    summary = f"A {kind} flow-matching transformer ({count}{space}), {verb} on `{_name(data)}` {descriptions[method]}."
+    licence = f"Weights: {config['hub_license']}." if cost else "Recipe and code: apache-2.0."
+    card_data = ModelCardData(
+        license=config["hub_license"],
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["erw-hf", method.lower(), "flow-matching", *(["class-conditional"] if num_classes != 0 else [])],
+        datasets=[data] if _is_hub_id(data) else None,
+        model_name=name,
+        eval_results=_eval_results(record, data) if record else None,
+    )
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATES / "template.md.jinja"),
+        title=f"{name}: {method} on {_name(data)}",
+        summary=summary,
+        repo_id=repo_id,
+        run_name=name,
+        config=config,
+        num_classes=num_classes,
+        trained=trained,
+        cost=cost,
+        evaluation=_evaluation_table(record) if record else None,
+        recipe=_recipe(config, method),
+        settings=_settings(config, num_classes),
+        subject=subject,
+        alignment=aligned,
+        encoder=f"`{_name(encoder)}`" if encoder else None,
+        licence=f"{licence} {_data_licence(data)}",
+        citation=CITATION,
+        **context,
+    )
+
+
+def _recipe(config: Mapping[str, object], method: str) -> str:
+    full = config["max_train_steps"] - config["warmup_steps"]
+    schedules = {
+        "constant": "constant",
+        "half_life": f"halving every {config['alignment_half_life']} steps",
+        "stop": f"stopped at step {config['alignment_stop_step']} of this phase",
+    }
+    aligned = (
+        f"velocity matching plus λ times the alignment of block {config['projector_depth']}, λ = "
+        f"{config['alignment_weight']}, {schedules[config['alignment_schedule']]}"
+    )
+    if method == "SiT":
+        return f"{full} steps of velocity matching."
+    if method == "REPA":
+        return f"{full} steps of {aligned}."
+    if config.get("warmup_from") is not None:
+        return f"From the warmup `{_name(config['warmup_from'])}`: {full} steps of {aligned}."
+    return (
+        f"1. Warmup, {config['warmup_steps']} steps: the embedders and the first {config['warmup_depth']} blocks alone, "
+        f"aligned with `{_name(config['encoder'])}` on {'noised' if config['warmup_noised'] else 'clean'} inputs.\n"
+        f"2. Hand-over of those weights to the full model, each tensor checked; a fresh optimizer and EMA.\n"
+        f"3. Full training, {full} steps: {aligned}."
+    )
+
+
+def _settings(config: Mapping[str, object], num_classes: int | None) -> list[tuple[str, object]]:
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return [
+        ("data", f"`{_name(config['dataset_name'])}`, split `{config['dataset_split']}`"),
+        ("classes", "taken from the data" if num_classes is None else num_classes or "none"),
+        ("autoencoder", f"`{_name(config['vae'])}`" if config["vae"] else "none: pixels"),
+        ("encoder", f"`{_name(config['encoder'])}`" if config["encoder"] else "none"),
+        ("blocks, width, heads", f"{config['num_layers']}, {width}, {config['num_attention_heads']}"),
+        ("patch size", config["patch_size"]),
+        ("rotary embeddings, QK-norm", f"{config['use_rope']}, {config['qk_norm']}"),
+        ("norm, activation", f"{config['norm_type']}, {config['activation_fn']}"),
+        ("path, times", f"{config['path_type']}, {config['timestep_distribution']}"),
+        ("batch of one process", config["train_batch_size"] * config["gradient_accumulation_steps"]),
+        ("learning rate", f"{config['learning_rate']}, {config['lr_scheduler']}"),
+        ("AdamW", f"β {config['adam_beta1']}, {config['adam_beta2']}; weight decay {config['adam_weight_decay']}"),
+        ("gradient clipping, EMA", f"{config['max_grad_norm']}, {config['ema_decay']}"),
+        ("label dropout", config["class_dropout_prob"]),
+        ("seed", config["seed"]),
+    ]
+
+
+def training_cost(metrics: Path, config: Mapping[str, object], environment: dict | None) -> dict[str, object]:
+    """
+    What a run has cost, the warmup counted, from its own record.
+
+    Args:
+        metrics (`Path`): `metrics.jsonl`.
+        config (`Mapping[str, object]`): Its configuration.
+        environment (`dict`, *optional*): `environment.json`, hardware and versions.
+
+    Returns:
+        `dict[str, object]`: `steps`, and `rows` for a table.
+    """
+    warmup = full = 0
+    seconds, images, flops, full_step_flops = 0.0, 0, 0.0, None
+    losses: list[float] = []
+    last_phase = None
+    with metrics.open(encoding="utf-8") as file:
+        for line in file:
+            record = json.loads(line)
+            seconds += (record["images_seen"] - images) / record["images_per_second"]
+            if record["phase"] == "full" and full_step_flops is None:
+                full_step_flops = record["flops"] - flops
+            images, flops = record["images_seen"], record["flops"]
+            warmup += record["phase"] == "warmup"
+            full += record["phase"] == "full"
+            if record["phase"] != last_phase:
+                losses, last_phase = [], record["phase"]
+            losses = [*losses[-99:], record["loss"]]
+    rows: list[tuple[str, object]] = [
+        ("steps", f"{warmup} warmup + {full} full"),
+        ("images seen", f"{images:,}".replace(",", " ")),
+        ("FLOPs", f"{flops:.3e}"),
+    ]
+    if full_step_flops:
+        rows.append(("full-step equivalents", f"{flops / full_step_flops:.0f}"))
+    finite = [loss for loss in losses if loss is not None]
+    if finite:
+        rows.append((f"loss, mean of the last {len(losses)} steps", f"{sum(finite) / len(finite):.4f}"))
+    if seconds:
+        rows.append(("hours in steps", f"{seconds / 3600:.2f} ({images / seconds:.0f} images a second)"))
+    if environment is not None:
+        processes = environment["processes"]
+        rows.append(("hardware", f"{processes} x {environment['hardware']}"))
+        if environment["device"] != "cpu":
+            rows.append(("GPU-hours", f"{seconds / 3600 * processes:.2f}"))
+        rows.append(("versions", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())))
+    return {"steps": warmup + full, "rows": rows}
+
+
+def describe_environment(device_type: str, processes: int, config: Mapping[str, object]) -> dict[str, object]:
+    """
+    What a run's figures need beside them.
+
+    Args:
+        device_type (`str`): `"cuda"`, `"cpu"` or another one.
+        processes (`int`): Number of training processes.
+        config (`Mapping[str, object]`): Configuration of the run.
+
+    Returns:
+        `dict[str, object]`: `device`, `processes`, `hardware` of one process, `versions`, and which data set, encoder or
+        autoencoder was `local`.
+    """
+    hardware = f"{platform.processor() or platform.machine()} CPU, {os.cpu_count()} cores"
+    if device_type == "cuda":
+        import torch
+
+        hardware = torch.cuda.get_device_name()
+    elif Path("/proc/cpuinfo").is_file():
+        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        hardware = f"{model[1] if model else 'CPU'}, {os.cpu_count()} cores"
+    packages = ("torch", "diffusers", "accelerate", "erw-hf")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+            continue
+    local = [config[name] for name in PATH_OR_ID if config[name] and Path(config[name]).exists()]
+    return {
+        "device": device_type,
+        "processes": processes,
+        "hardware": hardware,
+        "versions": versions,
+        "local": local,
+    }
+
+
+def write_warmup_record(
+    folder: Path, config: Mapping[str, object], progress: Mapping[str, object], model_config: Mapping[str, object]
+) -> None:
+    """
+    Makes a saved warmup a thing that others can use: `warmup.json`, what it cost, and its card.
+
+    Args:
+        folder (`Path`): The `warmup` folder of a run.
+        config (`Mapping[str, object]`): Configuration of the run.
+        progress (`Mapping[str, object]`): `step`, `images_seen` and `flops` at the end of the warmup.
+        model_config (`Mapping[str, object]`): Configuration of the full transformer.
+    """
+    record = {
+        "steps": progress["step"],
+        "images_seen": progress["images_seen"],
+        "flops": progress["flops"],
+        "depth": config["warmup_depth"],
+        "encoder": _name(config["encoder"]),
+        "dataset": _name(config["dataset_name"]),
+    }
+    (folder / "warmup.json").write_text(json.dumps(record, indent=2))
+    data = str(config["dataset_name"])
+    card_data = ModelCardData(
+        license=config["hub_license"],
+        library_name="diffusers",
+        tags=["erw-hf", "erw", "warmup"],
+        datasets=[data] if _is_hub_id(data) else None,
+    )
+    settings = [
+        ("blocks", config["warmup_depth"]),
+        ("encoder", f"`{record['encoder']}`"),
+        ("data", f"`{record['dataset']}`"),
+        ("autoencoder", f"`{_name(config['vae'])}`" if config["vae"] else "none: pixels"),
+        ("inputs", "noised, t drawn" if config["warmup_noised"] else "clean, t = 0"),
+        ("loss", config["alignment_loss"]),
+        ("projector", config["projector"]),
+        *((name, value) for name, value in model_config.items() if name not in ("num_layers", "class_dropout_prob")),
+    ]
+    cost = [
+        ("steps", record["steps"]),
+        ("images seen", record["images_seen"]),
+        ("FLOPs, the encoder's counted", f"{record['flops']:.3e}"),
+    ]
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATES / "warmup.md.jinja"),
+        title=f"ERW warmup: {record['depth']} blocks on {record['dataset']}",
+        depth=record["depth"],
+        encoder=record["encoder"],
+        settings=settings,
+        cost=cost,
+        licence=f"Weights: {config['hub_license']}. {_data_licence(data)}",
+        citation=CITATION,
+    )
+    card.save(folder / "README.md")
+
+
+def dataset_card(folder: Path, repo_id: str) -> DatasetCard:
+    """
+    The card of a latent cache.
+
+    Args:
+        folder (`Path`): What `training/cache_latents.py` wrote.
+        repo_id (`str`): Hub id that it goes to.
+
+    Returns:
+        [`~huggingface_hub.DatasetCard`]: The card; its metadata tell `datasets` the columns and the number of rows.
+    """
+    import pyarrow.parquet as parquet
+    from datasets import DatasetInfo, Features, SplitDict, SplitInfo
+    from datasets.info import DatasetInfosDict
+
+    made = json.loads((folder / "cache.json").read_text())
+    statistics = json.loads((folder / "latent_statistics.json").read_text())
+    files = sorted((folder / "data").glob("train-*.parquet"))
+    features = Features.from_arrow_schema(parquet.read_schema(files[0]))
+    rows = sum(parquet.read_metadata(file).num_rows for file in files)
+    num_bytes = sum(file.stat().st_size for file in files)
+    splits = SplitDict()
+    splits["train"] = SplitInfo(name="train", num_bytes=num_bytes, num_examples=rows)
+    source = str(made["dataset_name"])
+    card_data = DatasetCardData(
+        pretty_name=f"Latents of {_name(source)}",
+        source_datasets=[source] if _is_hub_id(source) else None,
+        task_categories=["unconditional-image-generation"],
+        tags=["erw-hf", "latents"],
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
+    )
+    info = DatasetInfo(features=features, splits=splits, dataset_size=num_bytes, download_size=num_bytes)
+    DatasetInfosDict({"default": info}).to_dataset_card_data(card_data)
+    return DatasetCard.from_template(
+        card_data,
+        template_path=str(TEMPLATES / "dataset.md.jinja"),
+        title=f"Latents of {_name(source)}",
+        repo_id=repo_id,
+        rows=f"{rows:,}".replace(",", " "),
+        source=_name(source),
+        split=made["dataset_split"],
+        vae=_name(made["vae"]),
+        flipped=made["flipped"],
+        channels=len(statistics["latents_mean"]),
+        sample_size=made["sample_size"],
+        jpeg_quality=made["jpeg_quality"],
+        labelled="label" in features,
+        licence=DATA_LICENCES.get(source),
+    )
+
+
+def evaluation_files(folder: Path) -> dict[str, str]:
+    """
+    The evaluation record in the Hub's own format, if the data set is one of the Hub.
+
+    Args:
+        folder (`Path`): Holds `config.yaml` and perhaps `evaluation.json`.
+
+    Returns:
+        `dict[str, str]`: Text of `.eval_results/erw.yaml`, or nothing.
+    """
+    record = _read_json(folder / "evaluation.json")
+    data = _read_config(folder, _read_json(folder / "environment.json"))["dataset_name"]
+    if record is None or not _is_hub_id(data):
+        return {}
+    notes = "; ".join(f"{name}: {value}" for name, value in _evaluation_table(record)["rest"])
+    entries = [
+        EvalResultEntry(dataset_id=data, task_id=name, value=value, date=record.get("date"), notes=notes or None)
+        for name, value in record["metrics"].items()
+    ]
+    return {".eval_results/erw.yaml": yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)}
+
+
+def _evaluation_table(record: Mapping[str, object]) -> dict[str, list[tuple[str, object]]]:
+    metrics = [
+        (name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in record["metrics"].items()
+    ]
+    rest = [(name, value) for name, value in record.items() if name not in ("metrics", "settings")]
+    return {"metrics": metrics, "rest": [*rest, *record.get("settings", {}).items()]}
+
+
+def _eval_results(record: Mapping[str, object], data: str) -> list[EvalResult]:
+    settings = {name: value for name, value in record.items() if name != "metrics"}
+    return [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            task_name="Class-conditional image generation",
+            dataset_type=data if _is_hub_id(data) else re.sub(r"[^\w.-]", "-", _name(data)),
+            dataset_name=_name(data),
+            metric_type=name,
+            metric_name=name,
+            metric_value=value,
+            metric_args=settings or None,
+        )
+        for name, value in record["metrics"].items()
+    ]
+
+
+def _count_parameters(path: Path) -> int:
+    """Values in a safetensors file, by its header: the weights are not read."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    total = 0
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            size = 1
+            for side in tensor["shape"]:
+                size *= side
+            total += size
+    return total
+
+
+def _read_config(folder: Path, environment: dict | None) -> dict[str, object]:
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    for name in PATH_OR_ID:
+        # "caches/mine" would look like a Hub id to whoever pushes from another place.
+        if environment is not None and config.get(name) in environment["local"]:
+            config[name] = "/" + config[name]
+    return config
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".") and not Path(name).exists()
+
+
+def _name(path_or_id: object) -> str:
+    """A Hub id as it is; of a folder its name alone, which is what means something elsewhere."""
+    text = str(path_or_id)
+    return text if _is_hub_id(text) else Path(text).name
+
+
+def _data_licence(data: str) -> str:
+    if data in DATA_LICENCES:
+        return f"Data: {DATA_LICENCES[data]}"
+    where = f"its [card](https://huggingface.co/datasets/{data})" if _is_hub_id(data) else "whoever made it"
+    return f"Data: `{_name(data)}` is under the terms of {where}, which may bind what is made of it."
+
+
+def _read_json(path: Path) -> dict | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m erw_hf.hub.cards", description="Print the card of a preset.")
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of training/configs")
+    print(preset_card(parser.parse_args().config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,415 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Pushing runs, warmups and latent caches to the Hub.
+
+    python -m erw_hf.hub.push outputs/mine --hub_model_id user/mine
+
+pushes what a run folder holds, or finishes a push that was interrupted; so it does for a `warmup` folder of a run and for
+a latent cache (a data set). A push is one commit: who downloads meanwhile gets the one before or the one after.
+
+The trainer pushes by this command too, in a process of its own, which neither holds the training up nor takes it down. Its
+queue is the folder `hub` of the run: `hub/step-N` is a snapshot that waits, or is being pushed, and goes away once it is on
+the Hub. Only the newest counts.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, set_client_factory
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils._http import default_client_factory
+
+from erw_hf.hub.cards import dataset_card, evaluation_files, run_card
+
+
+RETRY_SECONDS = (2, 4, 8, 16, 32, 64)  # between attempts, beside the client's own of each request
+SILENCE_SECONDS = 120  # the client itself would wait for ever for a server that does not answer
+
+# Keys of a run that mean nothing to whoever repeats it, or would make them overwrite or push.
+OWN_KEYS = (
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private",
+    "hub_strategy",
+)  # fmt: skip
+
+# httpx in huggingface_hub 1, httpx2 in huggingface_hub 2; what it raises where there is no answer.
+HTTPError = HfHubHTTPError.__bases__[0]
+
+Result = TypeVar("Result")
+
+
+def prepare_repo(repo_id: str, private: bool = False, repo_type: str = "model", **kwargs) -> str:
+    """
+    Makes a repo, or finds out that it can be pushed to. The trainer asks before its first step.
+
+    Args:
+        repo_id (`str`): Hub id; without a namespace it is the user's.
+        private (`bool`, *optional*, defaults to `False`): Make it private. A repo that exists stays as it is.
+        repo_type (`str`, *optional*, defaults to `"model"`): `"model"`, `"dataset"` or `"space"`.
+        kwargs: Arguments of [`~huggingface_hub.HfApi.create_repo`].
+
+    Returns:
+        `str`: The id with its namespace.
+
+    Raises:
+        ValueError: if there is no token, no permission, no connection, or something else of this name.
+    """
+    try:
+        return _retry(lambda: _prepare_repo(HfApi(), repo_id, private, repo_type, **kwargs))
+    except ValueError:
+        raise
+    except LocalTokenNotFoundError as error:
+        raise ValueError("pushing to the Hub needs a token: `hf auth login`, or set HF_TOKEN") from error
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403, 404):
+            raise ValueError(f"the token does not allow pushing to {repo_id}: {error}") from error
+        raise ValueError(f"the Hub cannot be pushed to now: {error}") from error
+    except (HTTPError, OSError) as error:
+        raise ValueError(f"the Hub cannot be reached: {error}") from error
+
+
+def _prepare_repo(api: HfApi, repo_id: str, private: bool, repo_type: str, **kwargs) -> str:
+    name = api.whoami()["name"]
+    repo_id = repo_id if "/" in repo_id else f"{name}/{repo_id}"
+    if not api.repo_exists(repo_id, repo_type=repo_type):
+        for other in {"model", "dataset", "space"} - {repo_type}:
+            if api.repo_exists(repo_id, repo_type=other):
+                raise ValueError(f"{repo_id} is a {other} on the Hub, not a {repo_type}: choose another id")
+    api.create_repo(repo_id, private=private or None, repo_type=repo_type, exist_ok=True, **kwargs)
+    api.auth_check(repo_id, repo_type=repo_type, write=True)  # that it exists does not mean that it is ours
+    _check_content(api, repo_id, repo_type)
+    return repo_id
+
+
+def _check_content(api: HfApi, repo_id: str, repo_type: str) -> None:
+    """What is already there must be of the same kind: a push replaces it."""
+    names = set(api.list_repo_files(repo_id, repo_type=repo_type)) - {".gitattributes", "README.md"}
+    if repo_type == "model":
+        same = not names.isdisjoint({"last-checkpoint/progress.json", "warmup/warmup.json", "warmup.json"})
+        if "model_index.json" in names:
+            index = json.loads(Path(hf_hub_download(repo_id, "model_index.json")).read_text())
+            same = "ERWPipeline" in index["_class_name"]  # or ["pipeline", "ERWPipeline"]
+    else:
+        same = {"dataset": "cache.json", "space": "app.py"}[repo_type] in names
+    if names and not same:
+        raise ValueError(f"{repo_id} holds something else ({', '.join(sorted(names)[:3])}, ...): choose another id")
+
+
+def _retry(call: Callable[[], Result]) -> Result:
+    for seconds in (*RETRY_SECONDS, None):
+        try:
+            return call()
+        except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: a file's upload, in the client's threads
+            response = error.response if isinstance(error, HfHubHTTPError) else None
+            if response is not None:
+                # 412: somebody else has committed meanwhile.
+                again = response.status_code in (408, 412, 429) or response.status_code >= 500
+            else:
+                again = not isinstance(error, (LocalTokenNotFoundError, OfflineModeIsEnabled))
+            if seconds is None or not again:
+                raise
+            asked = "" if response is None else response.headers.get("Retry-After", "")
+            seconds = max(seconds, int(asked)) if asked.isdigit() else seconds
+            print(f"trying again in {seconds} s: {error}", file=sys.stderr, flush=True)
+            time.sleep(seconds)
+    raise AssertionError("unreachable")
+
+
+def upload(folder: Path, repo_id: str, message: str, repo_type: str = "model") -> str:
+    """
+    Uploads a folder as one commit, trying again with growing pauses. What is on the Hub already is not sent again.
+
+    Args:
+        folder (`Path`): The files. In each of its subfolders, files of the repo that it lacks are removed.
+        repo_id (`str`): Hub id.
+        message (`str`): Message of the commit.
+        repo_type (`str`, *optional*, defaults to `"model"`): `"model"`, `"dataset"` or `"space"`.
+
+    Returns:
+        `str`: Address of the commit.
+    """
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    folders = tuple({name.split("/")[0] + "/" for name in paths if "/" in name})
+
+    def commit() -> str:
+        api = HfApi()
+        there = api.list_repo_files(repo_id, repo_type=repo_type)
+        stale = [name for name in there if folders and name.startswith(folders) and name not in paths]
+        operations = [CommitOperationAdd(name, path) for name, path in paths.items()]
+        operations += [CommitOperationDelete(name) for name in stale]
+        return api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type).commit_url
+
+    return _retry(commit)
+
+
+class BackgroundPush:
+    """
+    Pushes snapshots of a run while it goes on, by `python -m erw_hf.hub.push` in a process of its own.
+
+    Args:
+        run_dir (`str` or `os.PathLike`): Folder of the run.
+        resume_step (`int`): Step at which the run starts; snapshots of later steps are of a run that is no more.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike, resume_step: int) -> None:
+        self.run_dir = Path(run_dir)
+        self._process: subprocess.Popen | None = None
+        for path in _queue(self.run_dir):
+            if _step(path) > resume_step:
+                shutil.rmtree(path)
+
+    @property
+    def command(self) -> str:
+        """What finishes the push by hand."""
+        return f"python -m erw_hf.hub.push {self.run_dir}"
+
+    def submit(self, step: int, write_pipeline: Callable[[Path], None] | None, checkpoint: Path | None) -> None:
+        """
+        Takes a snapshot and sees to it that it gets pushed. It replaces one that still waits.
+
+        Args:
+            step (`int`): Steps so far.
+            write_pipeline (`Callable`, *optional*): Writes the pipeline into a folder; `None` if there is none yet.
+            checkpoint (`Path`, *optional*): Checkpoint to push with it.
+        """
+        stage(self.run_dir, step, write_pipeline, checkpoint)
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+
+    def wait(self) -> bool:
+        """
+        Waits for what is being pushed, and tries once more if something is left.
+
+        Returns:
+            `bool`: Whether all is on the Hub.
+        """
+        if self._process is not None:
+            self._process.wait()
+        if _queue(self.run_dir) and self._process is not None and self._process.returncode == 0:
+            self._start()  # it looked for more just before the last snapshot came
+            self._process.wait()
+        return not _queue(self.run_dir)
+
+    def _start(self) -> None:
+        with (self.run_dir / "push.log").open("a") as log:
+            command = [sys.executable, "-m", "erw_hf.hub.push", str(self.run_dir)]
+            environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+            )
+
+
+def stage(run_dir: Path, step: int, write_pipeline: Callable[[Path], None] | None, checkpoint: Path | None) -> Path:
+    """
+    Puts a snapshot into a run's queue, whole or not at all. Files that are never written again are hard links.
+
+    Args:
+        run_dir (`Path`): Folder of the run.
+        step (`int`): Steps so far.
+        write_pipeline (`Callable`, *optional*): Writes the pipeline into a folder; `None` if there is none yet.
+        checkpoint (`Path`, *optional*): Checkpoint to push with it.
+
+    Returns:
+        `Path`: The snapshot.
+    """
+    final, temporary = run_dir / "hub" / f"step-{step}", run_dir / "hub" / ".writing"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    if write_pipeline is not None:
+        write_pipeline(temporary)
+    if checkpoint is not None:
+        link_folder(checkpoint, temporary / "last-checkpoint")
+    if (run_dir / "warmup" / "warmup.json").is_file():
+        link_folder(run_dir / "warmup", temporary / "warmup")
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    return final
+
+
+def link_folder(source: Path, target: Path) -> None:
+    """
+    A copy of a folder that takes no disk, where the file system has hard links.
+
+    Args:
+        source (`Path`): The folder.
+        target (`Path`): Where the copy goes.
+    """
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+
+    shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)
+
+
+def _step(snapshot: Path) -> int:
+    return int(snapshot.name.split("-")[1])
+
+
+def _queue(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "hub").glob("step-*"), key=_step)
+
+
+def push_run(run_dir: Path, repo_id: str | None = None, private: bool = False) -> None:
+    """
+    Pushes what waits in a run's queue, or else the finished run.
+
+    Args:
+        run_dir (`Path`): Folder of the run.
+        repo_id (`str`, *optional*): Hub id; by default the config's `hub_model_id`, else the folder's name.
+        private (`bool`, *optional*, defaults to `False`): Make the repo private.
+
+    Raises:
+        ValueError: if there is nothing to push, or it cannot be pushed.
+    """
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    if not _queue(run_dir):
+        pipeline, checkpoints = run_dir / "pipeline", sorted(run_dir.glob("checkpoint-*"), key=_step)
+        if not (pipeline / "model_index.json").is_file():
+            raise ValueError(f"{run_dir} holds no pipeline yet: train it to its end first")
+        with_checkpoint = config.get("hub_strategy") == "checkpoint" and bool(checkpoints)
+        stage(
+            run_dir,
+            config["max_train_steps"],
+            lambda folder: link_folder(pipeline, folder),
+            checkpoints[-1] if with_checkpoint else None,
+        )
+    repo_id = prepare_repo(
+        repo_id or config.get("hub_model_id") or run_dir.resolve().name, private or config.get("hub_private", False)
+    )
+    while waiting := _queue(run_dir):
+        snapshot = waiting[-1]  # of several, the newest alone
+        complete_snapshot(run_dir, snapshot, repo_id)
+        print(f"pushed step {_step(snapshot)}: {upload(snapshot, repo_id, f'Step {_step(snapshot)}')}", flush=True)
+        for done in waiting:
+            shutil.rmtree(done)
+
+
+def complete_snapshot(run_dir: Path, snapshot: Path, repo_id: str) -> None:
+    """
+    Adds what takes time and changes while a run goes on: its record up to the snapshot's step, pictures, and the card.
+
+    Args:
+        run_dir (`Path`): Folder of the run.
+        snapshot (`Path`): The snapshot.
+        repo_id (`str`): Hub id that it goes to.
+    """
+    from erw_hf.training.logging import plot_losses
+
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    kept = {name: value for name, value in config.items() if name not in OWN_KEYS}
+    (snapshot / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
+    for name in ("environment.json", "warmup_from.json", "evaluation.json"):
+        if (run_dir / name).is_file():
+            shutil.copyfile(run_dir / name, snapshot / name)
+    with (run_dir / "metrics.jsonl").open("rb") as source, (snapshot / "metrics.jsonl").open("wb") as target:
+        for _, line in zip(range(_step(snapshot)), source, strict=False):  # a line a step
+            target.write(line)
+    plot_losses(snapshot / "metrics.jsonl", snapshot / "loss_curve.png")
+    grids = [path for path in (*run_dir.glob("samples/step-*.png"), run_dir / "grid.png") if path.is_file()]
+    if grids and (snapshot / "model_index.json").is_file():
+        shutil.copyfile(max(grids, key=lambda path: path.stat().st_mtime_ns), snapshot / "grid.png")
+    for name, text in evaluation_files(snapshot).items():
+        (snapshot / name).parent.mkdir(exist_ok=True)
+        (snapshot / name).write_text(text)
+    run_card(snapshot, repo_id).save(snapshot / "README.md")
+
+
+def push_warmup(folder: Path, repo_id: str, private: bool = False) -> None:
+    """
+    Pushes a run's `warmup` folder as a repo of its own.
+
+    Args:
+        folder (`Path`): The folder; its card is there already.
+        repo_id (`str`): Hub id.
+        private (`bool`, *optional*, defaults to `False`): Make the repo private.
+    """
+    repo_id = prepare_repo(repo_id, private)
+    print(f"pushed: {upload(folder, repo_id, 'ERW warmup')}")
+
+
+def push_cache(folder: Path, repo_id: str, private: bool = False) -> None:
+    """
+    Pushes a latent cache as a data set with its card. Interrupted, it goes on with the files that are missing.
+
+    Args:
+        folder (`Path`): What `training/cache_latents.py` wrote.
+        repo_id (`str`): Hub id.
+        private (`bool`, *optional*, defaults to `False`): Make the repo private.
+
+    Raises:
+        ValueError: if the cache is not complete.
+    """
+    files = sorted((folder / "data").glob("train-*.parquet"))
+    if not files or len(files) != int(files[0].stem.split("-of-")[1]):
+        raise ValueError(f"{folder} lacks files: run cache_latents.py again to finish it")
+    repo_id = prepare_repo(repo_id, private, repo_type="dataset")
+    dataset_card(folder, repo_id).save(folder / "README.md")
+    # Hundreds of gigabytes: in several commits where the client sees fit, so that none is sent twice.
+    patterns = ["README.md", "*.json", "data/*.parquet"]
+    commit = _retry(
+        lambda: HfApi().upload_folder(
+            repo_id=repo_id, repo_type="dataset", folder_path=folder, allow_patterns=patterns,
+            ignore_patterns="data/*.json", delete_patterns="data/*", commit_message="Latent cache",
+        )
+    )  # fmt: skip
+    print(f"pushed: {commit.commit_url}", flush=True)
+
+
+def _client():
+    client = default_client_factory()
+    client.timeout = SILENCE_SECONDS
+    return client
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m erw_hf.hub.push",
+        description="Push a run, its warmup or a latent cache to the Hub, or finish a push that was interrupted.",
+    )
+    parser.add_argument("folder", type=Path, help="folder of a run, its `warmup` folder, or a latent cache")
+    parser.add_argument(
+        "--hub_model_id", "--hub_dataset_id", dest="repo_id", help="Hub id; the folder's name by default"
+    )
+    parser.add_argument("--hub_private", action="store_true", help="make the repo private")
+    args = parser.parse_args()
+    set_client_factory(_client)
+    try:
+        if (args.folder / "cache.json").is_file():
+            push_cache(args.folder, args.repo_id or args.folder.resolve().name, args.hub_private)
+        elif (args.folder / "warmup.json").is_file():
+            if args.repo_id is None:
+                parser.error("name the repo of the warmup: --hub_model_id")
+            push_warmup(args.folder, args.repo_id, args.hub_private)
+        elif (args.folder / "config.yaml").is_file():
+            push_run(args.folder, args.repo_id, args.hub_private)
+        else:
+            parser.error(f"{args.folder} is no folder of a run, no warmup and no latent cache")
+    except ValueError as error:
+        raise SystemExit(f"not pushed: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Pushing to the Hub: the real client, a loopback Hub, faults and kills."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import yaml
+from helpers import REPOSITORY, _kill_tree, _launch_command, launch_training, train
+from huggingface_hub import HfApi, ModelCard, snapshot_download
+from loopback_hub import READ_TOKEN, LoopbackHub
+
+from erw_hf.hub import push
+from erw_hf.hub.space import FILES, publish_space
+from erw_hf.training.logging import read_metrics
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A loopback Hub for this process and those that it starts, whose pauses between attempts take no time."""
+    with LoopbackHub() as hub:
+        environment = hub.environment(tmp_path / "home")
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        # This process imported the client before its variables were set.
+        constants = huggingface_hub.constants
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", environment["HF_HUB_CACHE"])
+        monkeypatch.setattr(push, "RETRY_SECONDS", (0.01,) * 6)
+        site = tmp_path / "site"
+        site.mkdir()
+        (site / "sitecustomize.py").write_text(
+            "import time\nsleep = time.sleep\ntime.sleep = lambda s: sleep(s / 100)\n"
+        )
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")]))
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_flags):
+    """A run that ended before anybody thought of pushing it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(*tiny_flags, f"--output_dir={folder}", "--checkpoints_total_limit=9")
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def push_command(*arguments):
+    command = [sys.executable, "-m", "erw_hf.hub.push", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def titles(hub, repo_id="user/m", kind="models"):
+    """Of the commits, the newest first."""
+    repo, found = hub.repos[kind, repo_id], []
+    sha = repo.branches["main"]
+    while sha is not None:
+        found.append(repo.commits[sha].title)
+        sha = repo.commits[sha].parent
+    return found
+
+
+SAME_IMAGES = """
+import sys, numpy, torch
+from erw_hf import ERWPipeline
+images = [
+    ERWPipeline.from_pretrained(name)(
+        class_labels=["3", 7], num_inference_steps=3, generator=torch.manual_seed(0), output_type="np"
+    ).images
+    for name in sys.argv[1:]
+]
+assert numpy.array_equal(*images) and images[0].std() > 0
+"""
+
+
+def test_faults_a_kill_and_the_command_that_finishes_the_push(hub, tmp_path, tiny_flags):
+    """500, 429, 412, a cut connection and a lost answer are got over; SIGKILL during the push loses nothing."""
+    folder = tmp_path / "run"
+    faults = [
+        hub.fault("/preupload/", status=500),
+        hub.fault("objects/batch", status=429, retry_after=1),
+        hub.fault("^/lfs/", method="PUT", cut_after=500),
+        hub.fault("/commit/", status=412),
+        hub.fault("/commit/", status=500),
+        hub.fault("/commit/", hang=600, status=500),
+    ]
+    flags = (*tiny_flags, f"--output_dir={folder}", "--push_to_hub", "--hub_model_id=m")
+    command, environment = _launch_command(flags, processes=1)
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while faults[-1].fired == 0 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    _kill_tree(process)  # the process that pushes is one of its descendants
+    assert [fault.fired for fault in faults] == [1] * len(faults), (folder / "push.log").read_text()
+    assert titles(hub) == ["initial commit"]  # a push is one commit: nothing of it shows
+
+    lost = hub.fault("/commit/", lose_answer=True)
+    result = push_command(folder)
+    assert result.returncode == 0, result.stderr
+    assert lost.fired == 1 and titles(hub) == ["Step 7", "initial commit"]  # done once, though told nothing
+    assert not list((folder / "hub").iterdir())
+    files = hub.files("models", "user/m")
+    assert {"README.md", "config.yaml", "metrics.jsonl", "loss_curve.png", "grid.png", "pipeline.py"} <= set(files)
+    assert files["grid.png"] == (folder / "grid.png").read_bytes()
+    assert not {"push_to_hub", "output_dir", "overwrite_output_dir"} & set(yaml.safe_load(files["config.yaml"]))
+    subprocess.run([sys.executable, "-c", SAME_IMAGES, "user/m", folder / "pipeline"], check=True, timeout=120)
+
+
+def test_a_push_that_never_works_costs_nothing_but_a_warning(hub, tmp_path, tiny_flags, caplog):
+    hub.fault("/commit/", status=500, times=None)
+    flags = [f"--output_dir={tmp_path}/run", "--push_to_hub", "--hub_model_id=user/m", "--hub_strategy=every_save"]
+    with caplog.at_level(logging.WARNING):
+        train(*tiny_flags, *flags)  # returns: status 0
+    warnings = [record.getMessage() for record in caplog.records if "push to" in record.getMessage()]
+    assert len(warnings) == 1 and f"python -m erw_hf.hub.push {tmp_path}/run" in warnings[0]
+    assert (tmp_path / "run/pipeline/model_index.json").is_file() and (tmp_path / "run/checkpoint-7").is_dir()
+    assert len(read_metrics(tmp_path / "run/metrics.jsonl")) == 7
+    hub.faults.clear()
+    push.push_run(tmp_path / "run")
+    assert titles(hub) == ["Step 7", "initial commit"]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("no token", "needs a token"),
+        ("read token", "does not allow pushing"),
+        ("somebody else's", "does not allow pushing"),
+        ("data set", "user/m is a dataset"),
+        ("another model", "holds something else"),
+        ("another pipeline", "holds something else"),
+        ("offline", "cannot be reached"),
+    ],
+)
+def test_what_cannot_be_pushed_is_said_before_step_1(hub, tmp_path, tiny_flags, monkeypatch, case, message):
+    repo_id = "user/m"
+    if case == "no token":
+        monkeypatch.setenv("HF_TOKEN", "")
+    if case == "read token":
+        monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
+    if case == "somebody else's":
+        repo_id = "stranger/m"
+        hub.add_repo("models", repo_id)
+    if case == "data set":
+        hub.add_repo("datasets", repo_id)
+    other = tmp_path / "other"
+    other.mkdir()
+    if case == "another model":
+        (other / "config.json").write_text("{}")
+        hub.add_repo("models", repo_id, other)
+    if case == "another pipeline":
+        (other / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
+        hub.add_repo("models", repo_id, other)
+    if case == "offline":
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=message):
+        train(*tiny_flags, f"--output_dir={tmp_path}/run", "--push_to_hub", f"--hub_model_id={repo_id}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_of_several_snapshots_the_newest_is_pushed(hub, run):
+    background = push.BackgroundPush(run, resume_step=7)
+    hanging = hub.fault("/commit/", hang=1.5)
+
+    def write_pipeline(folder):
+        push.link_folder(run / "pipeline", folder)
+
+    push_config(run, hub_model_id="user/m")
+    background.submit(5, write_pipeline, None)
+    deadline = time.monotonic() + 60
+    while hanging.fired == 0 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    started = time.monotonic()
+    background.submit(6, write_pipeline, None)
+    background.submit(7, write_pipeline, None)
+    assert time.monotonic() - started < 1  # training waits for files, not for the Hub
+    assert background.wait()
+    assert titles(hub) == ["Step 7", "Step 5", "initial commit"]
+    assert len(hub.files("models", "user/m")["metrics.jsonl"].splitlines()) == 7
+    assert "after step 5 of 7" in hub.files("models", "user/m", hub_parent(hub))["README.md"].decode()
+
+
+def push_config(run, **values):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, **values}))
+
+
+def hub_parent(hub, repo_id="user/m"):
+    repo = hub.repos["models", repo_id]
+    return repo.commits[repo.branches["main"]].parent
+
+
+def test_a_second_push_sends_what_changed_and_removes_what_is_gone(hub, run):
+    push.push_run(run, "user/m")
+    uploads = hub.count("^/lfs/", method="PUT")
+    push.push_run(run, "user/m")
+    assert titles(hub) == ["Step 7", "initial commit"] and hub.count("^/lfs/", method="PUT") == uploads
+    for name in ("transformer/old-shard.safetensors", "notes.md"):
+        HfApi().upload_file(path_or_fileobj=b"x", path_in_repo=name, repo_id="user/m")
+    record = {"metrics": {"fid": 12.345}, "settings": {"guidance_scale": 1.0}, "num_samples": 500}
+    (run / "evaluation.json").write_text(json.dumps(record))
+    push.push_run(run, "user/m")
+    files = hub.files("models", "user/m")
+    assert "notes.md" in files and "transformer/old-shard.safetensors" not in files
+    card = ModelCard(files["README.md"].decode())
+    assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [("fid", 12.345)]
+    assert "12.35" in card.text or "12.34" in card.text
+    assert hub.count("^/lfs/", method="PUT") == uploads + 1  # the stray file's own
+
+
+def test_a_run_goes_on_from_the_hub(hub, run, tmp_path, tiny_flags):
+    push_config(run, hub_model_id="user/m", hub_strategy="checkpoint")
+    push.stage(run, 4, None, run / "checkpoint-4")
+    push.push_run(run)
+    assert not (run / "hub" / "step-4").exists() and (run / "checkpoint-4" / "progress.json").is_file()
+    elsewhere = snapshot_download("user/m", local_dir=tmp_path / "elsewhere")
+    train(*tiny_flags, f"--output_dir={elsewhere}", "--resume_from_checkpoint=last-checkpoint")
+
+    def losses(folder):
+        return [(record["step"], record["loss"]) for record in read_metrics(Path(folder) / "metrics.jsonl")]
+
+    assert losses(elsewhere) == losses(run) and len(losses(run)) == 7
+
+
+def test_a_warmup_from_the_hub_serves_other_runs(hub, run, tmp_path, tiny_flags):
+    push.push_run(run, "user/m")
+    assert push_command(run / "warmup", "--hub_model_id=user/w").returncode == 0
+    assert "2 blocks" in hub.files("models", "user/w")["README.md"].decode()
+    results = []
+    for name, source in (("a", "user/m"), ("b", "user/w"), ("c", run / "warmup")):
+        flags = [
+            f"--warmup_from={source}",
+            "--warmup_steps=0",
+            "--max_train_steps=2",
+            f"--output_dir={tmp_path}/{name}",
+        ]
+        train(*tiny_flags, *flags)
+        results.append([record["loss"] for record in read_metrics(tmp_path / name / "metrics.jsonl")])
+    assert results[0] == results[1] == results[2]
+    push.push_run(tmp_path / "a", "user/a")
+    assert "which is **not** in the table: 3 steps, 12 images" in hub.files("models", "user/a")["README.md"].decode()
+
+
+def test_a_latent_cache_is_pushed_and_streamed_back(hub, tmp_path, vae_path, tiny_flags):
+    folder = tmp_path / "cache"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    command += ["training/cache_latents.py", "--dataset_name=digits", "--dataset_split=test", f"--vae={vae_path}"]
+    command += ["--sample_size=8", "--rows_per_file=200", f"--output_dir={folder}", "--push_to_hub"]
+    hub.fault("/commit/", status=503)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run([*command, "--hub_dataset_id=user/latents"], cwd=REPOSITORY, env=environment,
+                            capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    files = hub.files("datasets", "user/latents")
+    parquet = {f"data/train-{i:05d}-of-00002.parquet" for i in range(2)}
+    assert set(files) == {"README.md", "cache.json", "latent_statistics.json", *parquet}
+    assert "num_examples: 359" in files["README.md"].decode()
+
+    hub.fault(r"resolve/.*parquet", method="GET", status=503, times=2)
+    flags = [*tiny_flags, "--dataset_name=user/latents", "--streaming", f"--vae={vae_path}", "--in_channels=4"]
+    launch_training(*flags, f"--output_dir={tmp_path}/run")
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 7
+    assert hub.count(r"datasets/user/latents/resolve/.*parquet", method="GET") > 2
+
+
+def test_the_demo_is_published_for_a_model(hub, run, tmp_path):
+    demo = tmp_path / "demo"
+    shutil.copytree(REPOSITORY / "spaces" / "erw", demo)
+    if not (demo / "README.md").is_file():
+        (demo / "README.md").write_text("---\ntitle: ERW\nsdk: gradio\napp_file: app.py\n---\n")
+        (demo / "requirements.txt").write_text("erw-hf\n")
+    with pytest.raises(ValueError, match="no pipeline on the Hub"):
+        publish_space("user/m", "user/s", demo)
+    push.push_run(run, "user/m")
+    assert publish_space("user/m", "s", demo) == "user/s"
+    files = hub.files("spaces", "user/s")
+    assert set(files) == set(FILES) and files["app.py"] == (demo / "app.py").read_bytes()
+    assert ModelCard(files["README.md"].decode()).data.models == ["user/m"]
+    assert hub.repos["spaces", "user/s"].variables == {"ERW_MODEL": "user/m"}
