@@ -203,10 +203,10 @@ def _model_card(
         cost=cost,
         evaluation=_evaluation_table(record) if record else None,
         recipe=_recipe(config, method),
-        settings=_settings(config, num_classes),
+        settings=_settings(config, num_classes, aligned),
         subject=subject,
         alignment=aligned,
-        encoder=f"`{_name(encoder)}`" if encoder else None,
+        encoder=f"`{_name(encoder)}`",
         licence=f"{licence} {_data_licence(data)}",
         citation=CITATION,
         **context,
@@ -238,13 +238,13 @@ def _recipe(config: Mapping[str, object], method: str) -> str:
     )
 
 
-def _settings(config: Mapping[str, object], num_classes: int | None) -> list[tuple[str, object]]:
+def _settings(config: Mapping[str, object], num_classes: int | None, aligned: bool) -> list[tuple[str, object]]:
     width = config["num_attention_heads"] * config["attention_head_dim"]
     return [
         ("data", f"`{_name(config['dataset_name'])}`, split `{config['dataset_split']}`"),
         ("classes", "taken from the data" if num_classes is None else num_classes or "none"),
         ("autoencoder", f"`{_name(config['vae'])}`" if config["vae"] else "none: pixels"),
-        ("encoder", f"`{_name(config['encoder'])}`" if config["encoder"] else "none"),
+        ("encoder", f"`{_name(config['encoder'])}`" if aligned else "none"),
         ("blocks, width, heads", f"{config['num_layers']}, {width}, {config['num_attention_heads']}"),
         ("patch size", config["patch_size"]),
         ("rotary embeddings, QK-norm", f"{config['use_rope']}, {config['qk_norm']}"),
@@ -546,6 +546,7 @@ def _read_json(path: Path) -> dict | None:
 
 
 def main() -> None:
+    """`python -m erw_hf.hub.cards`."""
     parser = argparse.ArgumentParser(prog="python -m erw_hf.hub.cards", description="Print the card of a preset.")
     parser.add_argument("--config", type=Path, required=True, help="YAML file of training/configs")
     print(preset_card(parser.parse_args().config))

@@ -385,6 +385,12 @@ def _client():
 
 
 def main() -> None:
+    """
+    `python -m erw_hf.hub.push`.
+
+    Raises:
+        SystemExit: with the reason, if nothing was pushed.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m erw_hf.hub.push",
         description="Push a run, its warmup or a latent cache to the Hub, or finish a push that was interrupted.",

@@ -65,6 +65,12 @@ def publish_space(model: str, space: str, folder: Path = DEMO, private: bool = F
 
 
 def main() -> None:
+    """
+    `python -m erw_hf.hub.space`.
+
+    Raises:
+        SystemExit: with the reason, if nothing was published.
+    """
     parser = argparse.ArgumentParser(prog="python -m erw_hf.hub.space", description="Publish the demo of a model.")
     parser.add_argument("--model", required=True, help="Hub id of a pushed pipeline")
     parser.add_argument("--space", required=True, help="Hub id of the Space")

@@ -1,0 +1,163 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Cards: rendered from what is there, with metadata that the Hub takes, and without a result that nobody measured."""
+
+import json
+import re
+import shutil
+
+import huggingface_hub.constants
+import pytest
+import yaml
+from helpers import REPOSITORY, train
+from huggingface_hub import DatasetCardData, ModelCard, ModelCardData
+from loopback_hub import LoopbackHub
+
+from erw_hf.hub.cards import evaluation_files, preset_card, run_card, training_cost
+from erw_hf.training.logging import read_metrics
+
+
+PRESETS = sorted((REPOSITORY / "training" / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with LoopbackHub() as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_flags):
+    folder = tmp_path_factory.mktemp("cards") / "run"
+    train(*tiny_flags, f"--output_dir={folder}")
+    shutil.copytree(folder / "pipeline", folder, dirs_exist_ok=True)  # as a snapshot has it
+    return folder
+
+
+def check(card):
+    """What holds for every card."""
+    text = str(card)
+    assert not re.search(r"TODO|FIXME|\bNone\b|\bnan\b|undefined|\[More Information|\{\{|\{%", text), text
+    data = card.data.to_dict()
+    assert {"license", "library_name", "pipeline_tag", "tags"} <= set(data)
+    assert ModelCardData(**yaml.safe_load(card.data.to_yaml())).to_dict() == data
+    assert ModelCard(text).data.to_dict() == data
+    card.validate()
+    for heading in ("Recipe", "Cost", "Evaluation", "Limitations", "Licences", "Citation"):
+        assert f"\n## {heading}\n" in text
+    for paper in ("2504.10188", "2410.06940", "2401.08740"):
+        assert paper in text
+    assert text.count("```") % 2 == 0 and "\n\n\n\n" not in text
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_says_what_is_expected_and_claims_nothing(hub, path):
+    card = preset_card(path)
+    check(card)
+    assert "has not been run here" in card.text and "Nothing has been measured" in card.text
+    assert card.data.eval_results is None and "model-index" not in card.data.to_dict()
+    comment = path.read_text().splitlines()[0].removeprefix("# ")
+    assert f"> {comment}" in card.text
+    method = next(name for name in ("SiT", "REPA", "ERW") if f": {name} on " in card.text)
+    assert method.lower() in path.stem or (method == "ERW" and path.stem.split("-")[-1] in ("digits", "modern"))
+
+
+def test_a_run_gives_its_cost_with_the_warmup_counted(hub, run):
+    card = run_card(run, "user/tiny")
+    check(card)
+    records = read_metrics(run / "metrics.jsonl")
+    rows = dict(training_cost(run / "metrics.jsonl", None, None)["rows"])
+    assert rows["steps"] == "3 warmup + 4 full" and rows["images seen"] == "28"
+    full_step = records[3]["flops"] - records[2]["flops"]
+    assert rows["full-step equivalents"] == f"{records[-1]['flops'] / full_step:.0f}"
+    assert rows["FLOPs"] == f"{records[-1]['flops']:.3e}"
+    for value in rows.values():
+        assert str(value) in card.text
+    assert 'ERWPipeline.from_pretrained("user/tiny")' in card.text and "no number is claimed" in card.text
+    assert "datasets" not in card.data.to_dict()  # the embedded digits are no repo of the Hub
+
+
+def test_an_evaluation_becomes_a_table_a_model_index_and_a_result_file(hub, run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "dataset_name": "user/flowers"}))
+    record = {
+        "metrics": {"fid": 2.125, "precision": 0.75},
+        "settings": {"num_inference_steps": 250, "guidance_interval": [0.0, 0.7]},
+        "reference": "flowers.npz",
+        "num_samples": 50000,
+    }
+    (folder / "evaluation.json").write_text(json.dumps(record))
+    card = run_card(folder, "user/tiny")
+    check(card)
+    assert (
+        "| fid | 2.125 |" in card.text
+        and "num_samples: 50000" in card.text
+        and "num_inference_steps: 250" in card.text
+    )
+    index = card.data.to_dict()["model-index"]
+    metrics = [metric for result in index[0]["results"] for metric in result["metrics"]]
+    assert {metric["type"]: metric["value"] for metric in metrics} == record["metrics"]
+    assert metrics[0]["args"]["num_samples"] == 50000
+    assert card.data.datasets == ["user/flowers"]
+    entries = yaml.safe_load(evaluation_files(folder)[".eval_results/erw.yaml"])
+    assert [(entry["dataset"]["id"], entry["value"]) for entry in entries] == [
+        ("user/flowers", 2.125),
+        ("user/flowers", 0.75),
+    ]
+    assert "num_samples: 50000" in entries[0]["notes"]
+
+
+def test_a_local_folder_is_no_data_set_of_the_hub(hub, run, tmp_path, monkeypatch):
+    folder = shutil.copytree(run, tmp_path / "run")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "dataset_name": "caches/mine"}))
+    environment = json.loads((folder / "environment.json").read_text())
+    (folder / "environment.json").write_text(json.dumps({**environment, "local": ["caches/mine"]}))
+    card = run_card(folder, "user/tiny")
+    assert card.data.datasets is None and "`mine`" in card.text and "caches/mine" not in card.text
+    (folder / "evaluation.json").write_text(json.dumps({"metrics": {"fid": 1.0}}))
+    assert evaluation_files(folder) == {}
+    check(run_card(folder, "user/tiny"))
+
+
+def test_the_warmup_has_a_card_of_its_own(hub, run):
+    card = ModelCard.load(run / "warmup" / "README.md")
+    card.validate()
+    assert "--warmup_from" in card.text and "| steps | 3 |" in card.text and "first 2 blocks" in card.text
+    assert "warmup" in card.data.tags and card.data.pipeline_tag is None  # it draws nothing
+
+
+def test_a_cache_has_a_card_that_tells_its_columns(hub, tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Image, Value
+
+    from erw_hf.hub.cards import dataset_card
+
+    features = Features(
+        {"moments": Value("binary"), "image": Image(), "key": Value("string"), "label": ClassLabel(names=["a"])}
+    )
+    rows = {"moments": [b""], "image": [None], "key": ["0"], "label": [0]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    made = {"dataset_name": "user/flowers", "dataset_split": "train", "vae": "user/vae", "sample_size": 32}
+    (tmp_path / "cache.json").write_text(json.dumps({**made, "flipped": True, "jpeg_quality": 95}))
+    (tmp_path / "latent_statistics.json").write_text(json.dumps({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}))
+    card = dataset_card(tmp_path, "user/latents")
+    card.validate()
+    info = card.data.to_dict()["dataset_info"]
+    assert [feature["name"] for feature in info["features"]] == ["moments", "image", "key", "label"]
+    assert info["splits"][0]["num_examples"] == 1 and card.data.source_datasets == ["user/flowers"]
+    assert DatasetCardData(**yaml.safe_load(card.data.to_yaml())).to_dict() == card.data.to_dict()
+    assert "(8, 32, 32)" in card.text and 'load_dataset("user/latents"' in card.text and "mirrored" in card.text
