@@ -20,8 +20,8 @@
         assert hub.count(r"/commit/", method="POST") == 1
 
 It speaks what the client asks for: repos of models, datasets and Spaces, trees, ranged reads, pre-upload, LFS, commits,
-branches, tags, gated and private repos. It stores by LFS, as the Hub does for clients without hf_xet: `environment`
-turns xet off, whose own protocol would bypass the faults injected here.
+branches, tags, gated and private repos. By default files come by LFS, as from clients without hf_xet: xet's own protocol
+would bypass the faults injected here. With `xet_dir` they come by hf_xet, which then keeps its store in that folder; downloads are plain HTTP either way.
 """
 
 import argparse
@@ -30,7 +30,10 @@ import contextlib
 import hashlib
 import json
 import re
+import shutil
 import socket
+import struct
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
@@ -144,10 +147,17 @@ class LoopbackHub:
         user (`str`, *optional*, defaults to `"user"`): Who the tokens belong to.
         organizations (`tuple[str]`, *optional*, defaults to `("team",)`): Where this user may write too.
         port (`int`, *optional*, defaults to 0): Port; 0 for a free one.
+        xet_dir (`Path`, *optional*): Folder of a xet store; without it clients are told to upload by LFS.
     """
 
-    def __init__(self, user: str = "user", organizations: tuple[str, ...] = ("team",), port: int = 0) -> None:
-        self.user, self.organizations = user, organizations
+    def __init__(
+        self,
+        user: str = "user",
+        organizations: tuple[str, ...] = ("team",),
+        port: int = 0,
+        xet_dir: Path | None = None,
+    ) -> None:
+        self.user, self.organizations, self.xet_dir = user, organizations, xet_dir
         self.repos: dict[tuple[str, str], Repo] = {}
         self.lfs: dict[str, bytes] = {}
         self.faults: list[Fault] = []
@@ -178,7 +188,8 @@ class LoopbackHub:
             "HF_MODULES_CACHE": str(Path(home) / "modules"),
             "HF_TOKEN": token or "",
             "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_XET": "1" if self.xet_dir is None else "0",
+            "HF_XET_CACHE": str(Path(home) / "xet"),
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -240,6 +251,22 @@ class LoopbackHub:
             return sum(
                 bool(re.search(match, path)) and method in (None, verb) for verb, path, _ in list(self.requests)
             )
+
+    def read_xet(self) -> None:
+        """Takes what hf_xet has stored: each file that a shard of the store names."""
+        import hf_xet
+
+        files = {}
+        for shard in (self.xet_dir / "xet" / "xorbs" / "shards").glob("*.mdb"):
+            files |= _read_shard(shard.read_bytes())
+        new = {sha256: file for sha256, file in files.items() if sha256 not in self.lfs}
+        with tempfile.TemporaryDirectory() as name:
+            # The client holds a lock on the store while it waits for our answer, but not on a copy.
+            copy = shutil.copytree(self.xet_dir, Path(name) / "store")
+            with hf_xet.XetSession().new_file_download_group(endpoint=f"local://{copy}") as group:
+                for sha256, (xet_hash, size) in new.items():
+                    group.start_download_file(hf_xet.XetFileInfo(xet_hash, size), f"{name}/{sha256}")
+            self.lfs |= {sha256: Path(name, sha256).read_bytes() for sha256 in new}
 
     def _take_fault(self, method: str, path: str) -> Fault | None:
         with self.lock:
@@ -452,7 +479,7 @@ class _Handler(BaseHTTPRequestHandler):
         self, method: str, kind: str, repo_id: str, rest: list[str], query: dict[str, list[str]], body: bytes
     ) -> object:
         what, argument = (rest[0] if rest else ""), "/".join(rest[1:])
-        writes = method in ("POST", "PUT", "DELETE") and what != "paths-info"
+        writes = method in ("POST", "PUT", "DELETE") and what != "paths-info" or what == "xet-write-token"
         checks_write = what == "auth-check" and argument == "write"
         repo = self._repo(kind, repo_id, write=writes or checks_write, content=what in ("paths-info", "auth-check"))
         if what == "auth-check":
@@ -491,6 +518,14 @@ class _Handler(BaseHTTPRequestHandler):
             return {"files": [self._upload_mode(repo, argument, file) for file in json.loads(body)["files"]]}
         if what == "commit":
             return self._commit(repo, argument, body)
+        if what in ("xet-write-token", "xet-read-token") and self.hub.xet_dir is not None:
+            headers = {
+                "X-Xet-Cas-Url": f"local://{self.hub.xet_dir}",
+                "X-Xet-Access-Token": "token",
+                "X-Xet-Token-Expiration": str(int(time.time()) + 3600),
+            }
+            answer = {"casUrl": headers["X-Xet-Cas-Url"], "accessToken": "token", "exp": int(time.time()) + 3600}
+            return 200, {"Content-Type": "application/json", **headers}, json.dumps(answer).encode()
         if what == "settings":
             settings = json.loads(body)
             repo.private = settings.get("private", settings.get("visibility", "") == "private")
@@ -582,6 +617,8 @@ class _Handler(BaseHTTPRequestHandler):
                 elif key == "file":
                     files[value["path"]] = Blob(base64.b64decode(value["content"]), False)
                 elif key == "lfsFile":
+                    if value["oid"] not in self.hub.lfs and self.hub.xet_dir is not None:
+                        self.hub.read_xet()
                     if value["oid"] not in self.hub.lfs:
                         raise HubError(400, f"LFS object {value['oid']} was not uploaded")
                     files[value["path"]] = Blob(self.hub.lfs[value["oid"]], True)
@@ -633,6 +670,24 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _blob(name: str, data: bytes) -> Blob:
     return Blob(data, name.endswith(LFS_SUFFIXES))
+
+
+def _read_shard(data: bytes) -> dict[str, tuple[str, int]]:
+    """sha256 -> xet hash and size of the files that a shard describes, in records of 48 bytes after as long a header."""
+
+    def hexadecimal(record: bytes) -> str:
+        return "".join(f"{word:016x}" for word in struct.unpack("<4Q", record[:32]))
+
+    found, position = {}, 48
+    while data[position : position + 32] != b"\xff" * 32:  # the end of the list of files
+        xet_hash = hexadecimal(data[position:])
+        flags, segments = struct.unpack("<II", data[position + 32 : position + 40])
+        sizes = [struct.unpack_from("<I", data, position + 48 * (i + 1) + 36)[0] for i in range(segments)]
+        position += 48 * (1 + segments * (2 if flags & 1 << 31 else 1))  # each with its verification
+        if flags & 1 << 30:
+            found[hexadecimal(data[position:])] = xet_hash, sum(sizes)
+            position += 48
+    return found
 
 
 def _entry(path: str, blob: Blob) -> dict:

@@ -89,6 +89,16 @@ def test_models_are_pushed_and_pulled(hub, tmp_path):
     assert hub.count("/lfs/", method="PUT") == 1  # the text files went with the commit
 
 
+def test_the_same_through_xet(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 1000)
+    (folder / "README.md").write_text("---\nlibrary_name: diffusers\n---\n# A model\n")
+    with LoopbackHub(xet_dir=tmp_path / "xet") as hub:
+        python(hub, tmp_path / "home", MODEL_ROUND_TRIP, folder)
+        assert hub.count("xet-write-token") > 0 and hub.count("/lfs/") == 0
+
+
 def test_spaces_and_cards(hub, tmp_path):
     code = """
 from huggingface_hub import HfApi, ModelCard

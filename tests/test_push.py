@@ -94,14 +94,19 @@ def titles(hub, repo_id="user/m", kind="models"):
 
 SAME_IMAGES = """
 import sys, numpy, torch
+from diffusers import DiffusionPipeline
 from erw_hf import ERWPipeline
-images = [
-    ERWPipeline.from_pretrained(name)(
-        class_labels=["3", 7], num_inference_steps=3, generator=torch.manual_seed(0), output_type="np"
-    ).images
-    for name in sys.argv[1:]
+repo, folder = sys.argv[1:]
+pipelines = [
+    ERWPipeline.from_pretrained(folder),
+    ERWPipeline.from_pretrained(repo),
+    DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True),
 ]
-assert numpy.array_equal(*images) and images[0].std() > 0
+first, *others = [
+    pipeline(class_labels=["3", 7], num_inference_steps=3, generator=torch.manual_seed(0), output_type="np").images
+    for pipeline in pipelines
+]
+assert first.std() > 0 and all(numpy.array_equal(first, images) for images in others)
 """
 
 
@@ -269,6 +274,17 @@ def test_a_second_push_sends_what_changed_and_removes_what_is_gone(hub, run):
     assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [("fid", 12.345)]
     assert "12.35" in card.text or "12.34" in card.text
     assert hub.count("^/lfs/", method="PUT") == uploads + 1  # the stray file's own
+
+
+def test_the_same_through_xet(run, tmp_path):
+    with LoopbackHub(xet_dir=tmp_path / "xet") as hub:
+        hub.fault("/commit/", status=500)
+        environment = {**os.environ, **hub.environment(tmp_path / "home")}
+        command = [sys.executable, "-m", "erw_hf.hub.push", str(run), "--hub_model_id=user/m"]
+        subprocess.run(command, check=True, timeout=60, env=environment)
+        name = "transformer/diffusion_pytorch_model.safetensors"
+        assert hub.files("models", "user/m")[name] == (run / "pipeline" / name).read_bytes()
+        assert hub.count("xet-write-token") > 0 and hub.count("/lfs/") == 0
 
 
 def test_a_run_goes_on_from_the_hub(hub, run, tmp_path, tiny_flags):
