@@ -35,6 +35,7 @@ from loopback_hub import READ_TOKEN, LoopbackHub
 from erw_hf import ERWPipeline
 from erw_hf.hub import push
 from erw_hf.hub.space import FILES, publish_space
+from erw_hf.training.config import TrainingConfig
 from erw_hf.training.logging import read_metrics
 
 
@@ -343,6 +344,24 @@ def test_a_latent_cache_is_pushed_and_streamed_back(hub, tmp_path, vae_path, tin
     launch_training(*flags, f"--output_dir={tmp_path}/run")
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 7
     assert hub.count(r"datasets/user/latents/resolve/.*parquet", method="GET") > 2
+
+    spec = importlib.util.spec_from_file_location("train_erw", REPOSITORY / "training" / "train_erw.py")
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "train_erw", script)
+    spec.loader.exec_module(script)
+    with pytest.raises(ValueError, match="made with the vae"):
+        script.check_cache(TrainingConfig(dataset_name="user/latents", vae="user/other", sample_size=8))
+
+
+def test_a_run_that_has_only_warmed_up_is_pushed_as_that(hub, run, tmp_path):
+    shutil.rmtree(run / "pipeline")
+    push.push_run(run, "user/m")
+    files = hub.files("models", "user/m")
+    assert "warmup/projectors.safetensors" in files and "model_index.json" not in files
+    assert len(files["metrics.jsonl"].splitlines()) == 3 and "draws nothing yet" in files["README.md"].decode()
+    shutil.rmtree(run / "warmup")
+    with pytest.raises(ValueError, match="neither a pipeline nor a warmup"):
+        push.push_run(run, "user/m")
 
 
 def test_the_demo_is_published_for_a_model(hub, run, tmp_path):

@@ -168,7 +168,9 @@ def _model_card(
     method = "ERW" if is_erw else "REPA" if aligned else "SiT"
     size = f"{config['sample_size']}x{config['sample_size']}"
     space = f"latents of `{_name(config['vae'])}`, {size}" if config["vae"] else f"pixels, {size}"
-    subject = f"the {num_classes} classes of its data" if num_classes else "what its data holds, without classes"
+    subject = f"the {num_classes or ''} classes of its data".replace("  ", " ")
+    if num_classes == 0:
+        subject = "what its data holds, without classes,"
     kind = "class-conditional" if num_classes != 0 else "unconditional"
     count = f"{parameters / 1e6:.1f} M" if (parameters or 0) >= 1e5 else parameters
     count = f"{count} parameters; " if parameters else ""

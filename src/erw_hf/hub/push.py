@@ -31,6 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -287,13 +288,14 @@ def push_run(run_dir: Path, repo_id: str | None = None, private: bool = False) -
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     if not _queue(run_dir):
         pipeline, checkpoints = run_dir / "pipeline", sorted(run_dir.glob("checkpoint-*"), key=_step)
-        if not (pipeline / "model_index.json").is_file():
-            raise ValueError(f"{run_dir} holds no pipeline yet: train it to its end first")
+        is_trained = (pipeline / "model_index.json").is_file()
+        if not is_trained and not (run_dir / "warmup" / "warmup.json").is_file():
+            raise ValueError(f"{run_dir} holds neither a pipeline nor a warmup yet: train it to its end first")
         with_checkpoint = config.get("hub_strategy") == "checkpoint" and bool(checkpoints)
         stage(
             run_dir,
-            config["max_train_steps"],
-            lambda folder: link_folder(pipeline, folder),
+            config["max_train_steps" if is_trained else "warmup_steps"],
+            partial(link_folder, pipeline) if is_trained else None,
             checkpoints[-1] if with_checkpoint else None,
         )
     repo_id = prepare_repo(
