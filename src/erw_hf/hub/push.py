@@ -174,6 +174,9 @@ class BackgroundPush:
     def __init__(self, run_dir: str | os.PathLike, resume_step: int) -> None:
         self.run_dir = Path(run_dir)
         self._process: subprocess.Popen | None = None
+        self._came_late = (
+            False  # whether the last snapshot found a push running, which may have ended without seeing it
+        )
         for path in _queue(self.run_dir):
             if _step(path) > resume_step:
                 shutil.rmtree(path)
@@ -193,20 +196,21 @@ class BackgroundPush:
             checkpoint (`Path`, *optional*): Checkpoint to push with it.
         """
         stage(self.run_dir, step, write_pipeline, checkpoint)
-        if self._process is None or self._process.poll() is not None:
+        self._came_late = self._process is not None and self._process.poll() is None
+        if not self._came_late:
             self._start()
 
     def wait(self) -> bool:
         """
-        Waits for what is being pushed, and tries once more if something is left.
+        Waits until the last snapshot is pushed or has failed.
 
         Returns:
             `bool`: Whether all is on the Hub.
         """
         if self._process is not None:
             self._process.wait()
-        if _queue(self.run_dir) and self._process is not None and self._process.returncode == 0:
-            self._start()  # it looked for more just before the last snapshot came
+        if self._came_late and _queue(self.run_dir):
+            self._start()
             self._process.wait()
         return not _queue(self.run_dir)
 
@@ -288,7 +292,10 @@ def push_run(run_dir: Path, repo_id: str | None = None, private: bool = False) -
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     if not _queue(run_dir):
         pipeline, checkpoints = run_dir / "pipeline", sorted(run_dir.glob("checkpoint-*"), key=_step)
-        is_trained = (pipeline / "model_index.json").is_file()
+        with (run_dir / "metrics.jsonl").open("rb") as lines:  # a line a step
+            is_over = sum(1 for _ in lines) == config["max_train_steps"]
+        # A run that goes on after its end still has the pipeline of before.
+        is_trained = is_over and (pipeline / "model_index.json").is_file()
         if not is_trained and not (run_dir / "warmup" / "warmup.json").is_file():
             raise ValueError(f"{run_dir} holds neither a pipeline nor a warmup yet: train it to its end first")
         with_checkpoint = config.get("hub_strategy") == "checkpoint" and bool(checkpoints)
@@ -336,6 +343,7 @@ def complete_snapshot(run_dir: Path, snapshot: Path, repo_id: str) -> None:
     for name, text in evaluation_files(snapshot).items():
         (snapshot / name).parent.mkdir(exist_ok=True)
         (snapshot / name).write_text(text)
+    (snapshot / "README.md").unlink(missing_ok=True)  # a link, where a pipeline came with one
     run_card(snapshot, repo_id).save(snapshot / "README.md")
 
 
