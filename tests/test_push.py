@@ -29,7 +29,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from helpers import REPOSITORY, _kill_tree, _launch_command, launch_training, train
+from helpers import REPOSITORY, _kill_tree, launch_command, launch_training, train
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from loopback_hub import READ_TOKEN, LoopbackHub
 
@@ -124,7 +124,7 @@ def test_faults_a_kill_and_the_command_that_finishes_the_push(hub, tmp_path, tin
         hub.fault("/commit/", hang=600, status=500),
     ]
     flags = (*tiny_flags, f"--output_dir={folder}", "--push_to_hub", "--hub_model_id=m")
-    command, environment = _launch_command(flags, processes=1)
+    command, environment = launch_command(flags, processes=1)
     process = subprocess.Popen(
         command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -258,6 +258,17 @@ def test_the_last_snapshot_is_tried_though_the_one_before_failed(hub, run):
     background.submit(7, partial(push.link_folder, run / "pipeline"), None)
     assert background.wait() and titles(hub) == ["Step 7", "initial commit"]
     assert "not pushed" in (run / "push.log").read_text() or "403" in (run / "push.log").read_text()
+
+
+def test_a_full_disk_ends_no_run(hub, run, caplog):
+    def full(folder):
+        (folder / "half").write_text("")
+        raise OSError(28, "No space left on device")
+
+    background = push.BackgroundPush(run, resume_step=7)
+    background.submit(7, full, None)
+    assert not background.wait() and "No space left" in caplog.text
+    assert not list((run / "hub").iterdir())
 
 
 def push_config(run, **values):

@@ -25,6 +25,7 @@ the Hub. Only the newest counts.
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -42,6 +43,8 @@ from huggingface_hub.utils._http import default_client_factory
 
 from erw_hf.hub.cards import dataset_card, evaluation_files, run_card
 
+
+logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = (2, 4, 8, 16, 32, 64)  # between attempts, beside the client's own of each request
 SILENCE_SECONDS = 120  # the client itself would wait for ever for a server that does not answer
@@ -195,7 +198,14 @@ class BackgroundPush:
             write_pipeline (`Callable`, *optional*): Writes the pipeline into a folder; `None` if there is none yet.
             checkpoint (`Path`, *optional*): Checkpoint to push with it.
         """
-        stage(self.run_dir, step, write_pipeline, checkpoint)
+        try:
+            stage(self.run_dir, step, write_pipeline, checkpoint)
+            self._staged = True
+        except Exception as error:  # a full disk: OSError, and what safetensors makes of one
+            logger.warning(f"no snapshot of step {step} to push: {error}")
+            shutil.rmtree(self.run_dir / "hub" / ".writing", ignore_errors=True)
+            self._staged = False
+            return
         self._came_late = self._process is not None and self._process.poll() is None
         if not self._came_late:
             self._start()
@@ -212,7 +222,7 @@ class BackgroundPush:
         if self._came_late and _queue(self.run_dir):
             self._start()
             self._process.wait()
-        return not _queue(self.run_dir)
+        return self._staged and not _queue(self.run_dir)
 
     def _start(self) -> None:
         with (self.run_dir / "push.log").open("a") as log:
