@@ -152,7 +152,9 @@ def test_a_cache_has_a_card_that_tells_its_columns(hub, tmp_path):
     rows = {"moments": [b""], "image": [None], "key": ["0"], "label": [0]}
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
     made = {"dataset_name": "user/flowers", "dataset_split": "train", "vae": "user/vae", "sample_size": 32}
-    (tmp_path / "cache.json").write_text(json.dumps({**made, "flipped": True, "jpeg_quality": 95}))
+    (tmp_path / "cache.json").write_text(
+        json.dumps({**made, "flipped": True, "encoder": "user/dino", "jpeg_quality": 95})
+    )
     (tmp_path / "latent_statistics.json").write_text(json.dumps({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}))
     card = dataset_card(tmp_path, "user/latents")
     card.validate()
@@ -161,3 +163,4 @@ def test_a_cache_has_a_card_that_tells_its_columns(hub, tmp_path):
     assert info["splits"][0]["num_examples"] == 1 and card.data.source_datasets == ["user/flowers"]
     assert DatasetCardData(**yaml.safe_load(card.data.to_yaml())).to_dict() == card.data.to_dict()
     assert "(8, 32, 32)" in card.text and 'load_dataset("user/latents"' in card.text and "mirrored" in card.text
+    assert "`user/dino`" in card.text

@@ -448,6 +448,7 @@ def dataset_card(folder: Path, repo_id: str) -> DatasetCard:
         split=made["dataset_split"],
         vae=_name(made["vae"]),
         flipped=made["flipped"],
+        encoder=_name(made["encoder"]) if made.get("encoder") else None,
         channels=len(statistics["latents_mean"]),
         sample_size=made["sample_size"],
         jpeg_quality=made["jpeg_quality"],
