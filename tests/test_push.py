@@ -35,7 +35,7 @@ from loopback_hub import READ_TOKEN, LoopbackHub
 
 from erw_hf import ERWPipeline
 from erw_hf.hub import push
-from erw_hf.hub.space import FILES, publish_space
+from erw_hf.hub.space import publish_space
 from erw_hf.training.config import TrainingConfig
 from erw_hf.training.logging import read_metrics
 
@@ -386,17 +386,18 @@ def test_a_run_that_has_only_warmed_up_is_pushed_as_that(hub, run, tmp_path):
         push.push_run(run, "user/m")
 
 
-def test_the_demo_is_published_for_a_model(hub, run, tmp_path):
-    demo = tmp_path / "demo"
-    shutil.copytree(REPOSITORY / "spaces" / "erw", demo)
-    if not (demo / "README.md").is_file():
-        (demo / "README.md").write_text("---\ntitle: ERW\nsdk: gradio\napp_file: app.py\n---\n")
-        (demo / "requirements.txt").write_text("erw-hf\n")
+def test_the_demo_is_published_for_a_model(hub, run):
+    demo = REPOSITORY / "spaces" / "erw"
     with pytest.raises(ValueError, match="no pipeline on the Hub"):
-        publish_space("user/m", "user/s", demo)
+        publish_space("user/m", "user/s")
     push.push_run(run, "user/m")
-    assert publish_space("user/m", "s", demo) == "user/s"
+    assert publish_space("user/m", "s") == "user/s"
     files = hub.files("spaces", "user/s")
-    assert set(files) == set(FILES) and files["app.py"] == (demo / "app.py").read_bytes()
+    tracked = ["git", "ls-files", "spaces/erw"]
+    names = subprocess.run(tracked, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split()
+    assert (
+        set(files) == {name.removeprefix("spaces/erw/") for name in names}
+        and files["app.py"] == (demo / "app.py").read_bytes()
+    )
     assert ModelCard(files["README.md"].decode()).data.models == ["user/m"]
     assert hub.repos["spaces", "user/s"].variables == {"ERW_MODEL": "user/m"}

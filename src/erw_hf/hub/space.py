@@ -25,7 +25,7 @@ from erw_hf.hub.push import prepare_repo, upload
 
 # Of a checkout: the demo is a script, and no part of the wheel.
 DEMO = Path(__file__).parents[3] / "spaces" / "erw"
-FILES = ("app.py", "README.md", "requirements.txt")
+FILES = ("app.py", "README.md", "requirements.txt")  # at least
 
 
 def publish_space(model: str, space: str, folder: Path = DEMO, private: bool = False) -> str:
@@ -54,9 +54,8 @@ def publish_space(model: str, space: str, folder: Path = DEMO, private: bool = F
     # Before the files, whose arrival starts the build.
     api.add_space_variable(space, "ERW_MODEL", model)
     with tempfile.TemporaryDirectory() as name:
-        demo = Path(name)
-        for file in FILES:
-            shutil.copyfile(folder / file, demo / file)
+        demo = Path(name) / "demo"
+        shutil.copytree(folder, demo, ignore=shutil.ignore_patterns("__pycache__", ".*"))
         card = SpaceCard.load(demo / "README.md")
         card.data.models = [model]
         card.save(demo / "README.md")
