@@ -96,17 +96,17 @@ def test_an_evaluation_becomes_a_table_a_model_index_and_a_result_file(hub, run,
     (folder / "config.yaml").write_text(yaml.safe_dump({**config, "dataset_name": "user/flowers"}))
     record = {
         "metrics": {"fid": 2.125, "precision": 0.75},
-        "settings": {"num_inference_steps": 250, "guidance_interval": [0.0, 0.7]},
-        "reference": "flowers.npz",
-        "num_samples": 50000,
+        "settings": {"num_samples": 50000, "num_inference_steps": 250, "dinov2": None},
+        "reference": {"name": "flowers.npz", "sha256": "ab"},
     }
     (folder / "evaluation.json").write_text(json.dumps(record))
     card = run_card(folder, "user/tiny")
     check(card)
     assert (
         "| fid | 2.125 |" in card.text
-        and "num_samples: 50000" in card.text
-        and "num_inference_steps: 250" in card.text
+        and "num_samples 50000" in card.text
+        and "name flowers.npz" in card.text
+        and "num_inference_steps 250" in card.text
     )
     index = card.data.to_dict()["model-index"]
     metrics = [metric for result in index[0]["results"] for metric in result["metrics"]]
@@ -118,7 +118,7 @@ def test_an_evaluation_becomes_a_table_a_model_index_and_a_result_file(hub, run,
         ("user/flowers", 2.125),
         ("user/flowers", 0.75),
     ]
-    assert "num_samples: 50000" in entries[0]["notes"]
+    assert "num_samples 50000" in entries[0]["notes"]
 
 
 def test_a_local_folder_is_no_data_set_of_the_hub(hub, run, tmp_path, monkeypatch):
@@ -164,3 +164,14 @@ def test_a_cache_has_a_card_that_tells_its_columns(hub, tmp_path):
     assert DatasetCardData(**yaml.safe_load(card.data.to_yaml())).to_dict() == card.data.to_dict()
     assert "(8, 32, 32)" in card.text and 'load_dataset("user/latents"' in card.text and "mirrored" in card.text
     assert "`user/dino`" in card.text
+
+
+def test_several_encoders_are_named(hub, run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "encoder": "user/dino, encoders/mine"}))
+    environment = json.loads((folder / "environment.json").read_text())
+    (folder / "environment.json").write_text(json.dumps({**environment, "local": ["encoders/mine"]}))
+    card = run_card(folder, "user/tiny")
+    check(card)
+    assert "`user/dino, mine`" in card.text

@@ -29,7 +29,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from helpers import REPOSITORY, _kill_tree, launch_command, launch_training, train
+from helpers import REPOSITORY, kill_tree, launch_command, launch_training, train
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from loopback_hub import READ_TOKEN, LoopbackHub
 
@@ -131,7 +131,7 @@ def test_faults_a_kill_and_the_command_that_finishes_the_push(hub, tmp_path, tin
     deadline = time.monotonic() + 300
     while faults[-1].fired == 0 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    _kill_tree(process)  # the process that pushes is one of its descendants
+    kill_tree(process)  # the process that pushes is one of its descendants
     assert [fault.fired for fault in faults] == [1] * len(faults), (folder / "push.log").read_text()
     assert titles(hub) == ["initial commit"]  # a push is one commit: nothing of it shows
 

@@ -338,7 +338,7 @@ def describe_environment(device_type: str, processes: int, config: Mapping[str, 
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
             continue
-    local = [config[name] for name in PATH_OR_ID if config[name] and Path(config[name]).exists()]
+    local = [part for name in PATH_OR_ID for part in _parts(config[name] or "") if Path(part).exists()]
     return {
         "device": device_type,
         "processes": processes,
@@ -483,12 +483,18 @@ def _evaluation_table(record: Mapping[str, object]) -> dict[str, list[tuple[str,
     metrics = [
         (name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in record["metrics"].items()
     ]
-    rest = [(name, value) for name, value in record.items() if name not in ("metrics", "settings")]
-    return {"metrics": metrics, "rest": [*rest, *record.get("settings", {}).items()]}
+    rest = []
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key} {entry}" for key, entry in value.items() if entry is not None)
+        if name != "metrics":
+            rest.append((name, value))
+    return {"metrics": metrics, "rest": rest}
 
 
 def _eval_results(record: Mapping[str, object], data: str) -> list[EvalResult]:
-    settings = {name: value for name, value in record.items() if name != "metrics"}
+    settings = {name: value for name, value in record.items() if not isinstance(value, Mapping)}
+    settings |= {name: value for name, value in record.get("settings", {}).items() if value is not None}
     return [
         EvalResult(
             task_type="unconditional-image-generation",
@@ -522,8 +528,9 @@ def _read_config(folder: Path, environment: dict | None) -> dict[str, object]:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     for name in PATH_OR_ID:
         # "caches/mine" would look like a Hub id to whoever pushes from another place.
-        if environment is not None and config.get(name) in environment["local"]:
-            config[name] = "/" + config[name]
+        local = [] if environment is None else environment["local"]
+        if config.get(name):
+            config[name] = ",".join("/" + part if part in local else part for part in _parts(config[name]))
     return config
 
 
@@ -531,10 +538,14 @@ def _is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".") and not Path(name).exists()
 
 
+def _parts(names: str) -> list[str]:
+    """`encoder` may name several."""
+    return [part.strip() for part in names.split(",") if part.strip()]
+
+
 def _name(path_or_id: object) -> str:
     """A Hub id as it is; of a folder its name alone, which is what means something elsewhere."""
-    text = str(path_or_id)
-    return text if _is_hub_id(text) else Path(text).name
+    return ", ".join(part if _is_hub_id(part) else Path(part).name for part in _parts(str(path_or_id)))
 
 
 def _data_licence(data: str) -> str:
