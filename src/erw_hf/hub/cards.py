@@ -253,6 +253,7 @@ def _settings(config: Mapping[str, object], num_classes: int | None, aligned: bo
         ("norm, activation", f"{config['norm_type']}, {config['activation_fn']}"),
         ("path, times", f"{config['path_type']}, {config['timestep_distribution']}"),
         ("batch of one process", config["train_batch_size"] * config["gradient_accumulation_steps"]),
+        ("optimizer", config["optimizer"]),
         ("learning rate", f"{config['learning_rate']}, {config['lr_scheduler']}"),
         ("AdamW", f"β {config['adam_beta1']}, {config['adam_beta2']}; weight decay {config['adam_weight_decay']}"),
         ("gradient clipping, EMA", f"{config['max_grad_norm']}, {config['ema_decay']}"),
