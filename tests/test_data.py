@@ -18,7 +18,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from erw_hf.data.digits import load_digits_dataset
-from erw_hf.data.latents import pixels_to_latents
+from erw_hf.data.latents import image_channels, pixels_to_latents
 from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples, center_crop, load_source, sample_rng
 
 
@@ -199,6 +199,7 @@ def test_deterministic_autoencoders_and_those_that_scale_by_themselves():
         image_size=8, latents_mean=torch.tensor(mean).view(64, 1, 1), latents_std=torch.tensor(std).view(64, 1, 1),
     ).eval()  # fmt: skip
     assert [ERWPipeline.vae_scale_factor_of(vae) for vae in (dc, rae)] == [2, 4]
+    assert [image_channels(vae) for vae in (dc, rae)] == [3, 3]
     for vae, channels, side in ((dc, 4, 4), (rae, 64, 2)):
         transformer = ERWTransformer2DModel(sample_size=side, patch_size=1, in_channels=channels, num_layers=1)
         pipe = ERWPipeline(transformer, vae, FlowMatchEulerMaruyamaScheduler())

@@ -38,7 +38,7 @@ from diffusers import AutoModel
 from tqdm.auto import tqdm
 
 from erw_hf import ERWPipeline, RepresentationEncoder
-from erw_hf.data.latents import encode_moments
+from erw_hf.data.latents import encode_moments, image_channels
 from erw_hf.data.samples import (
     FEATURES_COLUMN,
     IMAGE_ERRORS,
@@ -145,7 +145,7 @@ def write_file(
     path: Path,
 ) -> None:
     """One parquet file, and beside it the sums for the statistics; under another name until they are complete."""
-    channels = vae.config.in_channels
+    channels = image_channels(vae)
     features = {MOMENTS_COLUMN: Value("binary"), "image": Image(), KEY_COLUMN: Value("string")}
     if encoder is not None:
         features[FEATURES_COLUMN] = Value("binary")

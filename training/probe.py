@@ -27,6 +27,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from erw_hf import ERWPipeline, RepresentationEncoder
+from erw_hf.data.latents import image_channels
 from erw_hf.data.samples import load_source
 from erw_hf.evaluation.extractors import weights_hash
 from erw_hf.evaluation.probes import load_probe_images, probe_blocks
@@ -56,7 +57,7 @@ def main() -> None:
     pipe = ERWPipeline.from_pretrained(args.model).to(accelerator.device)
     config = pipe.transformer.config
     side = config.sample_size * pipe.vae_scale_factor
-    channels = config.in_channels if pipe.vae is None else pipe.vae.config.in_channels
+    channels = config.in_channels if pipe.vae is None else image_channels(pipe.vae)
     fit_images, test_images = (
         load_probe_images(load_source(args.dataset_name, split), args.num_images, side, channels, args.seed)
         for split in (args.train_split, args.test_split)

@@ -56,7 +56,7 @@ from erw_hf.alignment import (
     spatial_normalize,
     structural_alignment_loss,
 )
-from erw_hf.data.latents import moments_to_latents, pixels_to_latents
+from erw_hf.data.latents import image_channels, moments_to_latents, pixels_to_latents
 from erw_hf.data.samples import SampleMaker, Source, StepSampler, TrainingSamples, load_source
 from erw_hf.data.streaming import StreamingSamples, stream_loader
 from erw_hf.flow import timestep_from_normal
@@ -567,7 +567,7 @@ def load_vae(config: TrainingConfig, device: torch.device) -> tuple[torch.nn.Mod
     # float32: the latents are the data, and bf16 would round them.
     vae = AutoModel.from_pretrained(config.vae).to(device).eval().requires_grad_(False)
     factor = ERWPipeline.vae_scale_factor_of(vae)
-    channels = vae.config.in_channels
+    channels = image_channels(vae)
     side = config.sample_size * factor
     with torch.no_grad():
         shape = tuple(pixels_to_latents(torch.zeros(1, channels, side, side, device=device), vae).shape[1:])

@@ -38,6 +38,17 @@ def encode_moments(pixels: torch.Tensor, vae: torch.nn.Module) -> torch.Tensor:
     return torch.cat([encoded.latent, torch.zeros_like(encoded.latent)], dim=1).float()
 
 
+def image_channels(vae: torch.nn.Module) -> int:
+    """
+    Args:
+        vae (a diffusers autoencoder): Any.
+
+    Returns:
+        `int`: Channels of its images: 3 for RGB.
+    """
+    return vae.config.num_channels if _is_rae(vae) else vae.config.in_channels
+
+
 def _is_rae(vae: torch.nn.Module) -> bool:
     """Representation autoencoders take images in [0, 1] and scale their latents themselves, by what their config says."""
     return type(vae).__name__ == "AutoencoderRAE"
