@@ -13,6 +13,7 @@
 # limitations under the License.
 """Every preset is a recipe card that starts and trains, with its dimensions shrunk by flags alone."""
 
+import json
 import re
 
 import pytest
@@ -83,8 +84,14 @@ def test_dry_run_costs_every_preset_without_its_data(preset, small, capsys):
         assert 660 < millions < 690
 
 
-def test_dry_run_of_xl_in_numbers(small):
-    flags = ["--dataset_name=digits", "--encoder=none", "--warmup_steps=0", "--max_train_steps=400000"]
+def test_dry_run_of_xl_in_numbers(vae_path):
+    flags = [
+        "--dataset_name=digits",
+        f"--vae={vae_path}",
+        "--encoder=none",
+        "--warmup_steps=0",
+        "--max_train_steps=400000",
+    ]
     report = cost_report(parse_config([f"--config={CONFIGS}/imagenet256-xl-sit.yaml", *flags, "--num_classes=1000"]))
     # 3 x 2 x 118.6 GMAC x 32 images; 400 000 steps of them at 40 % of 989 TFLOP/s
     full_step = float(re.search(r"full step +([\d.e+]+)", report)[1])
@@ -106,6 +113,25 @@ def test_dry_run_finds_what_is_wrong(small, flags, message):
         train(
             f"--config={CONFIGS}/imagenet256-b-erw-paper.yaml", *small("imagenet256-b-erw-paper"), *flags, "--dry_run"
         )
+
+
+def test_dry_run_wants_an_autoencoder_whose_latents_are_scaled(small, vae_path, tmp_path):
+    flags = [
+        f"--config={CONFIGS}/imagenet256-b-erw-paper.yaml",
+        *small("imagenet256-b-erw-paper"),
+        f"--vae={tmp_path}",
+    ]
+    config = json.loads((vae_path / "config.json").read_text())
+    for changes, message in (
+        ({"scaling_factor": 1.0}, "latent_statistics.json"),
+        ({"latent_channels": 16}, "set in_chan"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(ValueError, match=message):
+            train(*flags, "--dry_run")
+    statistics = {"scaling_factor": 1.0, "latents_mean": [0.0] * 4, "latents_std": [2.0] * 4}
+    (tmp_path / "config.json").write_text(json.dumps(config | statistics))
+    train(*flags, "--dry_run")
 
 
 def test_every_key_has_a_help_text():

@@ -56,7 +56,7 @@ from erw_hf.alignment import (
     spatial_normalize,
     structural_alignment_loss,
 )
-from erw_hf.data.latents import image_channels, moments_to_latents, pixels_to_latents
+from erw_hf.data.latents import check_autoencoder, image_channels, moments_to_latents, pixels_to_latents
 from erw_hf.data.samples import SampleMaker, Source, StepSampler, TrainingSamples, load_source
 from erw_hf.data.streaming import StreamingSamples, stream_loader
 from erw_hf.flow import timestep_from_normal
@@ -564,6 +564,7 @@ def load_vae(config: TrainingConfig, device: torch.device) -> tuple[torch.nn.Mod
     """The autoencoder, if any, and the side and channels of the images that make latents of the configured size."""
     if config.vae is None:
         return None, (config.sample_size, config.in_channels)
+    check_autoencoder(AutoModel.load_config(config.vae), config.vae, config.in_channels)
     # float32: the latents are the data, and bf16 would round them.
     vae = AutoModel.from_pretrained(config.vae).to(device).eval().requires_grad_(False)
     factor = ERWPipeline.vae_scale_factor_of(vae)

@@ -13,6 +13,8 @@
 # limitations under the License.
 """Between pixels and the latents that the transformer is trained on."""
 
+from collections.abc import Mapping
+
 import torch
 
 
@@ -36,6 +38,32 @@ def encode_moments(pixels: torch.Tensor, vae: torch.nn.Module) -> torch.Tensor:
     if hasattr(encoded, "latent_dist"):
         return torch.cat([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1).float()
     return torch.cat([encoded.latent, torch.zeros_like(encoded.latent)], dim=1).float()
+
+
+def check_autoencoder(config: Mapping[str, object], name: str, in_channels: int) -> None:
+    """
+    Checks what can be known of an autoencoder without its weights.
+
+    Args:
+        config (`Mapping[str, object]`): Its `config.json`.
+        name (`str`): What it is called, for messages.
+        in_channels (`int`): Channels of the latents that the transformer takes.
+
+    Raises:
+        ValueError: if its latents have other channels, or nothing says how they are scaled.
+    """
+    channels = config.get("latent_channels") or config.get("encoder_hidden_size")
+    if channels is not None and channels != in_channels:
+        raise ValueError(
+            f"the vae {name} makes latents of {channels} channels: set in_channels to that, not {in_channels}"
+        )
+    scaled = config.get("scaling_factor") not in (None, 1, 1.0) or config.get("latents_std") is not None
+    if not scaled:
+        raise ValueError(
+            f"the vae {name} says neither scaling_factor nor latents_mean and latents_std, so nothing brings its latents "
+            "to unit variance: write the statistics that cache_latents.py leaves in latent_statistics.json into its "
+            "config.json"
+        )
 
 
 def image_channels(vae: torch.nn.Module) -> int:

@@ -15,8 +15,10 @@
 
 import torch
 from datasets import load_dataset_builder
+from diffusers import AutoModel as Autoencoder
 from transformers import AutoConfig, AutoModel
 
+from erw_hf.data.latents import check_autoencoder
 from erw_hf.data.samples import IMAGE_COLUMNS, LABEL_COLUMNS, find_column, is_local, load_source
 from erw_hf.encoders import VISION_TOWERS, RepresentationEncoder
 from erw_hf.training.config import TrainingConfig
@@ -43,6 +45,8 @@ def cost_report(config: TrainingConfig) -> str:
         OSError: for a data set, encoder or autoencoder that does not exist or that this account may not read.
     """
     num_classes, num_images = _check_data(config)
+    if config.vae is not None:
+        check_autoencoder(Autoencoder.load_config(config.vae), config.vae, config.in_channels)
     with torch.device("meta"):
         encoders = _encoders_on_meta(config)
         full = build_full_model(config, num_classes, encoders)
