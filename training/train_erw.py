@@ -594,7 +594,7 @@ def check_cache(config: TrainingConfig) -> None:
     if not record.is_file():  # moved without its record
         return
     made = json.loads(record.read_text())
-    if made["encoder"] is not None and config.encoders:
+    if made.get("encoder") is not None and config.encoders:
         theirs, ours = (
             (made["encoder"], made["sample_size"] // made["patch_size"]),
             (config.encoder, config.token_grid),
