@@ -20,9 +20,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, load_dataset
+from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from diffusers import AutoencoderKL
 from helpers import REPOSITORY, train
+from PIL import Image as PILImage
 from safetensors.torch import load_file
 
 from erw_hf import RepresentationEncoder
@@ -124,6 +125,20 @@ def test_flipped_twins(vae_path, tmp_path):
     plain, flipped = rows[by_key["17"]], rows[by_key["17-flipped"]]
     difference = np.asarray(plain["image"], dtype=int)[:, ::-1] - np.asarray(flipped["image"], dtype=int)
     assert np.abs(difference).mean() < 3 and plain["label"] == flipped["label"]
+
+
+def test_a_file_of_broken_images_alone_is_no_end(vae_path, tmp_path):
+    features = Features({"image": Image(), "label": ClassLabel(names=["a"])})
+    images = [PILImage.new("RGB", (16, 16))] + [{"bytes": b"no image", "path": "bad.png"}] * 2
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict({"image": images, "label": [0] * 3}, features=features).to_parquet(
+        tmp_path / "data" / "a.parquet"
+    )
+    cache(
+        tmp_path / "cache", vae_path, f"--dataset_name={tmp_path}/data", "--dataset_split=train", "--rows_per_file=1"
+    )
+    assert load_dataset(str(tmp_path / "cache"), split="train")["key"] == ["0"]
+    assert len(json.loads((tmp_path / "cache" / "latent_statistics.json").read_text())["latents_mean"]) == 4
 
 
 def test_cached_features_stand_in_for_the_encoder(vae_path, encoder_path, tmp_path, tiny_flags, monkeypatch):

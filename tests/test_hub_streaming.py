@@ -22,6 +22,7 @@ import time
 import pytest
 from helpers import REPOSITORY, launch_command
 from loopback_hub import LoopbackHub
+from PIL import Image
 from test_streaming import write_shards
 
 from erw_hf.training.logging import read_metrics
@@ -79,6 +80,27 @@ def test_a_hub_that_stays_away_ends_all_processes_with_one_message_and_a_checkpo
     assert "no data for" in messages[0]
     assert "--resume_from_checkpoint latest" in result.stderr
     assert len(losses(tmp_path / "run")) > 0  # it had begun
+
+
+def test_an_imagefolder_streams_from_the_hub(hub, tmp_path):
+    for i in range(4):
+        (tmp_path / "folder" / "train" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), i).save(tmp_path / "folder" / "train" / "ab"[i % 2] / f"{i}.png")
+    hub.add_repo("datasets", "user/folder", tmp_path / "folder")
+    fault = hub.fault(r"/resolve/.*\.png", method="GET", status=503, times=8, after=1)  # more than the client tries
+    code = """
+import itertools
+from erw_hf.data.samples import SampleMaker, load_source
+from erw_hf.data.streaming import StreamingSamples
+source = load_source("user/folder", streaming=True)
+maker = SampleMaker(source, 8, 1, (1, 8, 8), 0, 0.1, False)
+samples = itertools.islice(StreamingSamples(maker, 1, 0), 4)
+print(source.id2label, sorted(int(sample["pixels"][0, 0, 0]) for sample in samples))
+"""
+    environment = {**os.environ, **hub.environment(tmp_path / "home")}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=180)
+    assert result.stdout == "{0: 'a', 1: 'b'} [0, 1, 2, 3]\n", result.stderr[-3000:]
+    assert fault.fired == 8
 
 
 def test_gated_data_says_how_to_get_access(hub, tmp_path):

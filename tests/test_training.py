@@ -324,6 +324,34 @@ def test_every_switch_runs_both_phases(tmp_path, tiny_flags, flags):
     assert len(records) == 7 and all(record["loss"] is not None for record in records)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train_batch_size=8"], "had 4 images, now it would have 8"),
+        (["--projector_depth=3"], "projector_depth is 3, the run so far had 2"),
+        (["--ema_sigma_rel=0.1"], "ema_sigma_rel is 0.1, the run so far had None"),
+    ],
+)
+def test_what_would_not_go_on_exactly_is_refused_and_nothing_is_touched(tmp_path, uninterrupted, flags, message):
+    whole, own = uninterrupted
+    shutil.copytree(whole, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(ValueError, match=message):
+        train(*own, *flags, f"--output_dir={tmp_path}/run", "--resume_from_checkpoint=checkpoint-2")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_a_checkpoint_of_another_run_does_not_replace_this_one(tmp_path, uninterrupted):
+    whole, flags = uninterrupted
+    shutil.copytree(whole, tmp_path / "run")
+    with pytest.raises(ValueError, match="holds another run than"):
+        train(*flags, f"--output_dir={tmp_path}/run", f"--resume_from_checkpoint={whole}/checkpoint-2")
+    assert losses(tmp_path / "run") == losses(whole)
+    branch = [*flags, f"--output_dir={tmp_path}/branch", f"--resume_from_checkpoint={whole}/checkpoint-2"]
+    train(*branch)  # into a folder of its own
+    assert losses(tmp_path / "branch") == losses(whole)[2:]
+
+
 def test_muon_moves_the_blocks_matrices_adamw_the_rest_and_resumes_bitwise(tmp_path, tiny_flags):
     flags = [*tiny_flags, "--optimizer=muon", "--checkpointing_steps=1", "--checkpoints_total_limit=9"]
     train(*flags, f"--output_dir={tmp_path}/whole")

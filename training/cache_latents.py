@@ -66,6 +66,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--patch_size", type=int, default=2, help="of the transformer, which sets the grid of the tokens"
     )
+    parser.add_argument("--encoder_image_size", type=int, help="as in training")
+    parser.add_argument("--encoder_antialias", action="store_true", help="as in training")
     parser.add_argument("--flipped", action="store_true", help="store each image's mirror image too")
     parser.add_argument("--rows_per_file", type=int, default=20_000)
     parser.add_argument("--batch_size", type=int, default=32)
@@ -92,7 +94,11 @@ def main() -> None:
     if args.encoder is not None:
         dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
         encoder = RepresentationEncoder.from_pretrained(
-            args.encoder, token_grid=args.sample_size // args.patch_size, dtype=dtype
+            args.encoder,
+            token_grid=args.sample_size // args.patch_size,
+            image_size=args.encoder_image_size,
+            dtype=dtype,
+            antialias_positions=args.encoder_antialias,
         ).to(accelerator.device)
     rows = len(source.dataset) * (2 if args.flipped else 1)
     order = np.random.default_rng(args.seed).permutation(rows)
@@ -152,7 +158,7 @@ def write_file(
     if source.label_column is not None:
         features["label"] = source.dataset.features[source.label_column]
     columns: dict[str, list] = {name: [] for name in features}
-    sums, squares, count = 0.0, 0.0, 0
+    sums, squares, count = torch.zeros(()), torch.zeros(()), 0  # of each channel, once there is an image
     for start in range(0, len(indices), args.batch_size):
         pixels = []
         for index in indices[start : start + args.batch_size].tolist():
@@ -194,6 +200,7 @@ def write_file(
 def merge_statistics(folder: Path, output_dir: Path) -> dict[str, list[float]]:
     """Mean and deviation of each latent channel, unscaled, in `latent_statistics.json`."""
     parts = [json.loads(path.read_text()) for path in sorted(folder.glob("train-*.json"))]
+    parts = [part for part in parts if part["count"] > 0]  # a file may hold broken images alone
     count = sum(part["count"] for part in parts)
     mean = np.sum([part["sum"] for part in parts], axis=0) / count
     deviation = np.sqrt(np.sum([part["square"] for part in parts], axis=0) / count - mean**2)

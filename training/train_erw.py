@@ -74,7 +74,7 @@ from erw_hf.training.checkpoints import (
 )
 from erw_hf.training.config import TrainingConfig, parse_config, resolve_mixed_precision
 from erw_hf.training.cost import cost_report
-from erw_hf.training.ema import EMA, save_snapshots, whole_state_dict, whole_tensor
+from erw_hf.training.ema import EMA, remove_later_snapshots, save_snapshots, whole_state_dict, whole_tensor
 from erw_hf.training.flops import count_step_flops
 from erw_hf.training.logging import MetricsFile, image_grid, plot_losses
 from erw_hf.training.models import build_full_model, build_warmup_model
@@ -144,11 +144,18 @@ def main() -> None:
     checkpoint = resolve_checkpoint(output_dir, config.resume_from_checkpoint)
     if checkpoint is not None and (checkpoint.parent / "config.yaml").exists():
         config.check_resumable(checkpoint.parent / "config.yaml")
+    progress = Progress() if checkpoint is None else read_progress(checkpoint)
+    if checkpoint is not None:
+        check_checkpoint(config, accelerator, checkpoint, progress)
     if config.push_to_hub and accelerator.is_main_process:
         config.hub_model_id = prepare_repo(config.hub_model_id or output_dir.resolve().name, config.hub_private)
     source = load_source(**config.source_arguments())
     if source.is_latent_cache:
         check_cache(config)
+    if source.has_features and len(config.encoders) > 1:
+        raise ValueError(
+            "a latent cache holds the tokens of one encoder: leave its column `features` out to align with several"
+        )
     vae, pixels = load_vae(config, accelerator.device)
     encoders = load_encoders(config, accelerator)
     warmup_state = None
@@ -162,12 +169,12 @@ def main() -> None:
         prepare_output_dir(config, resuming=config.resume_from_checkpoint is not None)
     accelerator.wait_for_everyone()
 
-    progress = Progress() if checkpoint is None else read_progress(checkpoint)
     run = Run(config, accelerator, source, vae, encoders, pixels, progress, TrainingState(), metrics=None)
     accelerator.register_for_checkpointing(run.state)
     stop_on_sigterm(run)
     if accelerator.is_main_process:
         remove_later_checkpoints(output_dir, progress.step)
+        remove_later_snapshots(output_dir / "ema_snapshots", progress.step - config.warmup_steps)
         config.save(output_dir / "config.yaml")
         environment = describe_environment(accelerator.device.type, accelerator.num_processes, vars(config))
         (output_dir / "environment.json").write_text(json.dumps(environment, indent=2))
@@ -191,6 +198,23 @@ def main() -> None:
     accelerator.end_training()
     if run.push is not None:
         push_at_end(run)
+
+
+def check_checkpoint(config: TrainingConfig, accelerator: Accelerator, checkpoint: Path, progress: Progress) -> None:
+    """A run goes on exactly, or not at all."""
+    folder = Path(config.output_dir)
+    if checkpoint.resolve().parent != folder.resolve() and (folder / "metrics.jsonl").exists():
+        raise ValueError(
+            f"{folder} holds another run than {checkpoint}: choose another --output_dir to branch off from it"
+        )
+    now = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    if progress.step_batch_size not in (0, now):
+        raise ValueError(
+            f"a step of {checkpoint} had {progress.step_batch_size} images, now it would have {now}, and the order of the "
+            "data would be another: train_batch_size x gradient_accumulation_steps x processes must stay as it was"
+        )
+    if config.streaming:
+        load_data_state(accelerator, checkpoint, config.dataloader_num_workers)
 
 
 def check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
@@ -363,13 +387,14 @@ def train_phase(
         used_learning_rate = optimizer.param_groups[0]["lr"]
         run.state.lr_scheduler.step()
 
+        sums, stopping = agree(run, sums)
         progress.step = step + 1
+        progress.step_batch_size = run.step_batch_size
         progress.images_seen += run.step_batch_size
         aligned = phase == "warmup" or phase_2_weight(config, step) > 0
         progress.flops += (flops_per_image if aligned else flops_without_encoder) * run.step_batch_size
         progress.nonfinite_steps += not finite
         progress.nonfinite_in_a_row = 0 if finite else progress.nonfinite_in_a_row + 1
-        sums, stopping = agree(run, sums)
         record = log_step(run, phase, step, sums, grad_norm, used_learning_rate, time.perf_counter() - started, waited)
         shown = {name: f"{record[name]:.4f}" for name in sums}
         bar.set_postfix({"img/s": f"{record['images_per_second']:.0f}", **shown}, refresh=False)
@@ -378,6 +403,8 @@ def train_phase(
                 f"{progress.nonfinite_in_a_row} steps in a row had a non-finite gradient; the last checkpoint in "
                 f"{config.output_dir} is from before them. Resume from it with a lower learning_rate"
             )
+        if phase == "full" and config.ema_snapshot_steps and progress.step % config.ema_snapshot_steps == 0:
+            save_snapshots(run.state.ema, Path(config.output_dir) / "ema_snapshots", accelerator.is_main_process)
         if stopping or progress.step % config.checkpointing_steps == 0 or progress.step == end_step:
             data_state = None
             if run.stream is not None:
@@ -387,8 +414,6 @@ def train_phase(
             logger.info(f"saved checkpoint-{progress.step}")
             if config.push_to_hub and config.hub_strategy != "end" and progress.step < config.max_train_steps:
                 push_checkpoint(run, phase)
-        if phase == "full" and config.ema_snapshot_steps and progress.step % config.ema_snapshot_steps == 0:
-            save_snapshots(run.state.ema, Path(config.output_dir) / "ema_snapshots", accelerator.is_main_process)
         if stopping:
             logger.info("stopped by SIGTERM: go on with --resume_from_checkpoint latest")
             accelerator.end_training()
@@ -595,15 +620,10 @@ def check_cache(config: TrainingConfig) -> None:
         return
     made = json.loads(record.read_text())
     if made.get("encoder") is not None and config.encoders:
-        theirs, ours = (
-            (made["encoder"], made["sample_size"] // made["patch_size"]),
-            (config.encoder, config.token_grid),
-        )
-        if Path(theirs[0]).name != Path(ours[0]).name or theirs[1] != ours[1]:
-            raise ValueError(
-                f"the cache holds tokens of {theirs[0]!r} on a grid of side {theirs[1]}, the config names {ours[0]!r} and "
-                f"{ours[1]}"
-            )
+        for name in ("encoder", "patch_size", "encoder_image_size", "encoder_antialias"):
+            value = getattr(config, name)
+            if Path(str(made[name])).name != Path(str(value)).name:
+                raise ValueError(f"the cache holds tokens of {name}={made[name]!r}, the config has {value!r}")
     if made["sample_size"] != config.sample_size:
         raise ValueError(f"the cache has sample_size {made['sample_size']}, the config {config.sample_size}")
     if Path(made["vae"]).name != Path(config.vae).name:

@@ -17,6 +17,7 @@ import logging
 import time
 
 import datasets
+from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
 
@@ -40,6 +41,8 @@ FATAL = (
     PermissionError,
     RepositoryNotFoundError,
     EntryNotFoundError,
+    DatasetGenerationError,
+    NotImplementedError,
 )
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import pyarrow
 import torch
 from datasets import ClassLabel, Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
@@ -137,7 +138,13 @@ def load_source(
                 f"no image column among {columns}: tried {list(IMAGE_COLUMNS)}; name it with --image_column"
             )
         # Encoded bytes: a stream's shuffle holds many of them, and the key of a sample is their hash.
+        if streaming:
+            dataset = dataset.decode(False)  # streams of the Hub are decoded in threads, which a cast leaves on
         dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
+    if kind["is_latent_cache"] and KEY_COLUMN not in columns:
+        raise ValueError(
+            f"the latent cache {dataset_name!r} lacks the column {KEY_COLUMN!r}: make it with cache_latents.py"
+        )
     label_column = find_column(columns, label_column, LABEL_COLUMNS, "label_column")
     if label_column is None:
         return Source(dataset, image_column, None, 0, None, **kind)
@@ -208,6 +215,11 @@ def _load(
             f"{error} Accept the terms there with your account, then `hf auth login` (or set HF_TOKEN) on this machine. "
             "Copies of ImageNet at 256 px that ask for no terms exist too: see the README"
         ) from error
+    except pyarrow.ArrowInvalid:
+        # The schema is read from the first file, which is broken: only the reader of parquet passes over it.
+        return load_dataset(
+            dataset_name, dataset_config_name, split=split, streaming=streaming, on_bad_files="warn", **options
+        )
     except (EmptyDatasetError, ValueError) as error:
         if isinstance(error, EmptyDatasetError) or "no data" in str(error):
             raise ValueError(f"the data set {dataset_name!r} (split {split!r}) is empty: {error}") from error
@@ -250,6 +262,18 @@ def find_column(columns: list[str], wanted: str | None, candidates: tuple[str, .
 IMAGE_ERRORS = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
 
 
+def read_file(path: str) -> bytes:
+    """
+    Args:
+        path (`str`): A file, also in an archive or on the Hub, as `datasets` names it.
+
+    Returns:
+        `bytes`: Its content.
+    """
+    with xopen(path, "rb") as file:
+        return file.read()
+
+
 def decode_image(encoded: dict) -> tuple[Image.Image, bytes]:
     """
     Args:
@@ -261,10 +285,7 @@ def decode_image(encoded: dict) -> tuple[Image.Image, bytes]:
     Raises:
         OSError: or another of `IMAGE_ERRORS`, for a file that is no readable image.
     """
-    content = encoded["bytes"]
-    if content is None:
-        with xopen(encoded["path"], "rb") as file:  # paths inside archives and on the Hub too
-            content = file.read()
+    content = read_file(encoded["path"]) if encoded["bytes"] is None else encoded["bytes"]
     image = Image.open(io.BytesIO(content))
     image.load()
     return image, content

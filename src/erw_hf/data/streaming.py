@@ -23,13 +23,13 @@ import itertools
 import logging
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 
 import datasets
 import numpy as np
 import pyarrow
 import torch
-from datasets.distributed import split_dataset_by_node
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from erw_hf.data.retrying import Backoff
@@ -40,6 +40,7 @@ from erw_hf.data.samples import (
     MOMENTS_COLUMN,
     SampleMaker,
     decode_image,
+    read_file,
 )
 
 
@@ -47,7 +48,19 @@ logger = logging.getLogger(__name__)
 
 BLOCK = 1000  # rows shuffled together: 100 MB of ImageNet's JPEG files in each worker, read again at most on resume
 
-BROKEN_SHARD = (tarfile.TarError, zipfile.BadZipFile, pyarrow.ArrowInvalid, EOFError)
+# What a truncated or damaged file makes its reader raise. pyarrow also raises a plain OSError without a number.
+_BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, pyarrow.ArrowInvalid, EOFError)
+
+
+def is_broken_shard(error: Exception) -> bool:
+    """
+    Args:
+        error (`Exception`): What reading a shard raised.
+
+    Returns:
+        `bool`: Whether its file is at fault, so that trying again would not help.
+    """
+    return isinstance(error, _BROKEN) or (type(error) is OSError and error.errno is None)
 
 
 class RowReader:
@@ -59,16 +72,31 @@ class RowReader:
 
     Args:
         dataset (`datasets.IterableDataset`): The stream; its epoch is set.
-        state (`dict`, *optional*): Where to begin, of `state_dict`.
+        state (`dict`, *optional*): Where to begin, of `state_dict`; `None` begins the epoch.
         retry_seconds (`float`): How long to go on trying while no row comes.
+        stride (`int`, *optional*, defaults to 1): Give each `stride`-th row alone.
+        first (`int`, *optional*, defaults to 0): The first row to give, of the first `stride` ones.
+        image_column (`str`, *optional*): Column of undecoded images; where they are paths, the files are read.
     """
 
-    def __init__(self, dataset: datasets.IterableDataset, state: dict | None, retry_seconds: float) -> None:
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        state: dict | None,
+        retry_seconds: float,
+        stride: int = 1,
+        first: int = 0,
+        image_column: str | None = None,
+    ) -> None:
         self.dataset = dataset
         self.retry_seconds = retry_seconds
+        self.stride = stride
+        self.first = first
+        self.image_column = image_column
         self.broken_shards = 0
+        self._row = 0 if state is None else state["row"]
         self._loaded: dict | None = None  # what was loaded, until a row has come
-        self._restart(state)
+        self._restart(None if state is None else state["upstream"])
 
     def _restart(self, state: dict | None) -> None:
         if state is not None:
@@ -76,12 +104,13 @@ class RowReader:
         self._loaded = state
         self._rows = iter(self.dataset)
 
-    def state_dict(self) -> dict | None:
-        """Where the next row is; `None` at the start of the epoch."""
+    def _upstream(self) -> dict:
         # Right after loading, `datasets` still reports where its unstarted iterator began: the loaded state holds.
-        if self._loaded is not None:
-            return self._loaded
-        return copy.deepcopy(self.dataset.state_dict())
+        return copy.deepcopy(self.dataset.state_dict()) if self._loaded is None else self._loaded
+
+    def state_dict(self) -> dict:
+        """Where the next row is."""
+        return {"upstream": self._upstream(), "row": self._row}
 
     def read(self, count: int) -> list[dict]:
         """
@@ -98,29 +127,55 @@ class RowReader:
         backoff = Backoff(self.retry_seconds)
         while True:
             try:
-                for row in itertools.islice(self._rows, count - len(rows)):
-                    rows.append(row)
+                while len(rows) < count:
+                    row = next(self._rows)
                     self._loaded = None
+                    mine = self._row % self.stride == self.first
+                    self._row += 1
                     backoff.succeeded()
+                    if mine:
+                        rows.append(self._with_content(row))
                 return rows
-            except BROKEN_SHARD as error:
-                self._skip_shard(error)
+            except StopIteration:
+                return rows
+            except Exception as error:
+                if is_broken_shard(error):
+                    self._skip_shard(error)
+                else:
+                    backoff.failed(error)
+                    self._restart(self._upstream())
+
+    def _with_content(self, row: dict) -> dict:
+        """An image that is a path becomes the file's content here, where a failure of the network is tried again."""
+        image = None if self.image_column is None else row[self.image_column]
+        if image is None or image["bytes"] is not None:
+            return row
+        backoff = Backoff(self.retry_seconds)
+        while True:
+            try:
+                return row | {self.image_column: {"bytes": read_file(image["path"]), "path": image["path"]}}
+            except FileNotFoundError:
+                return row | {
+                    self.image_column: {"bytes": b"", "path": image["path"]}
+                }  # skipped and named as no image
             except Exception as error:
                 backoff.failed(error)
-                self._restart(self.state_dict())
 
     def _skip_shard(self, error: Exception) -> None:
-        broken = copy.deepcopy(_innermost(self.dataset.state_dict()))  # before a fresh state is made, which resets it
+        broken = copy.deepcopy(_innermost(self._upstream()))  # before a fresh state is made, which resets it
         examples = self.dataset._prepare_ex_iterable_for_iteration()
         fresh = {"examples_iterable": examples._init_state_dict(), "epoch": self.dataset.epoch}
         # Shuffled and cast streams are wrapped around the one that knows the shards.
         while not hasattr(examples, "kwargs"):
             examples = examples.ex_iterable
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None:  # `datasets` deals the shards out to the workers like this
+            examples = examples.shard_data_sources(worker.num_workers, worker.id, contiguous=False)
         files = next(value for value in examples.kwargs.values() if isinstance(value, list))
         self.broken_shards += 1
         logger.warning(
             f"left the broken shard {files[broken['shard_idx']]} after {broken['shard_example_idx']} of its examples "
-            f"({type(error).__name__}: {error}); {self.broken_shards} broken so far"
+            f"({type(error).__name__}: {error}); {self.broken_shards} broken so far in this epoch"
         )
         _innermost(fresh)["shard_idx"] = broken["shard_idx"] + 1
         self._restart(fresh)
@@ -156,14 +211,18 @@ class StreamingSamples(torch.utils.data.IterableDataset):
         block: int = BLOCK,
         retry_seconds: float = 300,
     ) -> None:
-        dataset = maker.source.dataset.shuffle(seed=maker.seed, buffer_size=1, max_buffer_input_shards=1)
-        self.dataset = split_dataset_by_node(dataset, rank=process_index, world_size=num_processes)
+        dataset = maker.source.dataset
+        # A share of the shards for each process; or, where they are too few, all of them and each N-th row.
+        self.stride = 1 if dataset.num_shards >= num_processes else num_processes
+        if self.stride == 1 and num_processes > 1:
+            dataset = dataset.shard(num_processes, process_index, contiguous=False)
+        self.dataset = dataset.shuffle(seed=maker.seed, buffer_size=1, max_buffer_input_shards=1)
         self.maker = maker
         self.process_index = process_index
         self.block = block
         self.retry_seconds = retry_seconds
         self.skipped = 0
-        self._state: dict = {"epoch": 0, "block": 0, "offset": 0, "upstream": None}
+        self._state: dict = {"epoch": 0, "block": 0, "offset": 0, "reader": None}
 
     def state_dict(self) -> dict:
         """Where the stream is; less than a kilobyte."""
@@ -182,24 +241,32 @@ class StreamingSamples(torch.utils.data.IterableDataset):
         worker_id = 0 if worker is None else worker.id
         # The epoch of a `datasets` stream lies in shared memory: without a copy, workers would move each other's.
         dataset = copy.deepcopy(self.dataset)
+        image_column = self.maker.source.image_column
+        first = self.process_index if self.stride > 1 else 0
         state = self._state
         for epoch in itertools.count(state["epoch"]):
             dataset.set_epoch(epoch)  # before the state, which is ignored otherwise
-            reader = RowReader(dataset, state["upstream"], self.retry_seconds)
+            reader = RowReader(dataset, state["reader"], self.retry_seconds, self.stride, first, image_column)
+            whole_epoch, samples = state["block"] == state["offset"] == 0, 0
             for block in itertools.count(state["block"]):
-                upstream = reader.state_dict() if block > 0 else None
+                position = reader.state_dict() if block > 0 else None
                 buffer = reader.read(self.block)
                 if not buffer:
                     break
                 rng = np.random.default_rng([self.maker.seed, epoch, self.process_index, worker_id, block])
                 order = rng.permutation(len(buffer))
                 for offset in range(state["offset"], len(buffer)):
-                    self._state = {"epoch": epoch, "block": block, "offset": offset + 1, "upstream": upstream}
+                    self._state = {"epoch": epoch, "block": block, "offset": offset + 1, "reader": position}
                     sample = self._sample(buffer[order[offset]], epoch)
                     if sample is not None:
+                        samples += 1
                         yield sample
                 state = {"offset": 0}
-            state = {"block": 0, "offset": 0, "upstream": None}
+            if whole_epoch and samples == 0:
+                raise ValueError(
+                    f"process {self.process_index}, worker {worker_id}: its share of the data holds no readable image"
+                )
+            state = {"block": 0, "offset": 0, "reader": None}
 
     def _sample(self, row: dict, epoch: int) -> dict[str, torch.Tensor] | None:
         source = self.maker.source

@@ -42,6 +42,7 @@ class Progress:
         flops (`float`): Floating-point operations of training, the encoder's included.
         nonfinite_steps (`int`): Steps skipped for a non-finite gradient.
         nonfinite_in_a_row (`int`): The same since the last good step.
+        step_batch_size (`int`): Images of a step, over all processes: what the order of the data rests on.
     """
 
     step: int = 0
@@ -49,6 +50,7 @@ class Progress:
     flops: float = 0.0
     nonfinite_steps: int = 0
     nonfinite_in_a_row: int = 0
+    step_batch_size: int = 0
 
 
 class TrainingState:
@@ -165,6 +167,8 @@ def save_checkpoint(
         accelerator.save_state(str(temporary))
         if data_state is not None:
             torch.save({"processes": accelerator.num_processes, **data_state}, temporary / _data_file(accelerator))
+        if accelerator.is_main_process:
+            (temporary / "progress.json").write_text(json.dumps(asdict(progress)))
     except Exception as error:  # OSError, and what safetensors and torch make of one
         shutil.rmtree(temporary, ignore_errors=True)
         raise RuntimeError(
@@ -174,7 +178,6 @@ def save_checkpoint(
         ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (temporary / "progress.json").write_text(json.dumps(asdict(progress)))
         remove_checkpoint(final)
         os.replace(temporary, final)
         if total_limit is not None:
@@ -199,12 +202,16 @@ def remove_checkpoint(path: Path) -> None:
 
 def remove_later_checkpoints(output_dir: str | os.PathLike, step: int) -> None:
     """
-    Removes what a run that goes on from an earlier checkpoint leaves behind: "latest" must mean its own.
+    Removes what a run that goes on from an earlier checkpoint leaves behind ("latest" must mean its own), and what kills
+    have left half written or half removed.
 
     Args:
         output_dir (`str` or `os.PathLike`): Folder of the run.
         step (`int`): Last step to keep.
     """
+    for pattern in (".writing-checkpoint-*", ".removing-checkpoint-*"):
+        for path in Path(output_dir).glob(pattern):
+            shutil.rmtree(path)
     for path in list_checkpoints(output_dir):
         if int(path.name.split("-")[1]) > step:
             remove_checkpoint(path)

@@ -316,7 +316,11 @@ class TrainingConfig:
             "seed", "dataset_name", "dataset_config_name", "dataset_split", "streaming", "vae", "sample_size",
             "in_channels", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "mlp_ratio",
             "num_classes", "class_dropout_prob", "use_rope", "qk_norm", "norm_type", "activation_fn", "encoder",
-            "projector", "projector_dim", "warmup_steps", "warmup_depth", "path_type", "optimizer",
+            "projector", "projector_dim", "warmup_steps", "warmup_depth", "path_type", "optimizer", "image_column",
+            "label_column", "random_flip", "encoder_image_size", "encoder_antialias", "alignment_loss",
+            "alignment_temperature", "spatial_norm", "warmup_noised", "hand_over_projector", "projector_depth",
+            "timestep_distribution", "timestep_logit_mean", "timestep_logit_std", "timestep_shift", "contrastive_weight",
+            "ema_sigma_rel", "ema_snapshot_steps",
         )  # fmt: skip
         now = {name: getattr(self, name) for name in fixed}
         for name, value in now.items():

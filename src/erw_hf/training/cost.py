@@ -94,8 +94,8 @@ def cost_report(config: TrainingConfig) -> str:
 def _check_data(config: TrainingConfig) -> tuple[int, int | None]:
     """Classes and images; of a Hub data set only the metadata is read."""
     if is_local(config.dataset_name):
-        source = load_source(**{**config.source_arguments(), "streaming": False})
-        return source.num_classes, len(source.dataset)
+        source = load_source(**config.source_arguments())
+        return source.num_classes, None if config.streaming else len(source.dataset)
     info = load_dataset_builder(config.dataset_name, config.dataset_config_name).info
     columns = list(info.features or {})
     if columns:

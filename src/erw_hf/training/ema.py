@@ -19,6 +19,7 @@ diffusers' `EMAModel` has neither the power function nor sharded weights, which 
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,7 +205,22 @@ def save_snapshots(ema: EMA, folder: Path, is_main_process: bool) -> None:
             if is_main_process:
                 folder.mkdir(exist_ok=True)
                 path = folder / f"step-{ema.step_count:07d}-sigma-{profile.sigma_rel:.3f}.safetensors"
-                save_file({name: tensor.half().cpu() for name, tensor in weights.items()}, path)
+                temporary = path.with_suffix(".writing")
+                save_file({name: tensor.half().cpu() for name, tensor in weights.items()}, temporary)
+                os.replace(temporary, path)
+
+
+def remove_later_snapshots(folder: Path, step: int) -> None:
+    """
+    Removes what a run that goes on from an earlier checkpoint leaves behind.
+
+    Args:
+        folder (`Path`): Where [`save_snapshots`] wrote.
+        step (`int`): Last step of the average to keep.
+    """
+    for path in folder.glob("step-*-sigma-*.safetensors"):
+        if int(path.stem.split("-")[1]) > step:
+            path.unlink()
 
 
 def rebuild(folder: Path, sigma_rel: float, step: int | None = None) -> dict[str, torch.Tensor]:
