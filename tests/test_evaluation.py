@@ -218,6 +218,9 @@ def test_evaluating_a_run_does_not_change_it_and_is_what_evaluate_py_finds(tiny_
     flags = [*tiny_flags, "--probe_samples=60", "--probe_dataset=digits", "--evaluation_samples=40"]
     monitor = ["--evaluation_steps=5", "--probe_steps=3", f"--evaluation_extractor={CLASSIFIER}"]
     train(*flags, f"--output_dir={tmp_path}/plain")
+    finished = tmp_path / "run" / "evaluation" / "evaluation.json"  # where evaluate.py's docstring puts it
+    finished.parent.mkdir(parents=True)
+    finished.write_text("{}")
     train(*flags, f"--output_dir={tmp_path}/run", *monitor, "--max_train_steps=10", "--report_to=tensorboard")
     plain, run = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", "run"))
     assert [record["loss"] for record in run[:7]] == [record["loss"] for record in plain]
@@ -231,7 +234,7 @@ def test_evaluating_a_run_does_not_change_it_and_is_what_evaluate_py_finds(tiny_
     assert [probe["t"] for probe in records[0]["probes"]] == [0.0, 0.5]
     for name in ("quality_curve.png", "probes.png"):
         assert (tmp_path / "run" / name).stat().st_size > 1000
-    assert not (tmp_path / "run" / "evaluation").exists()
+    assert finished.exists() and not (tmp_path / "run" / ".evaluation-work").exists()
     assert list((tmp_path / "run").rglob("events.out*"))
 
     # The weights of the last step are those of the pipeline: the EMA's.

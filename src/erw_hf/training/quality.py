@@ -64,6 +64,7 @@ class QualityMonitor:
     ) -> None:
         self.config, self.accelerator, self.vae, self.encoder = config, accelerator, vae, encoder
         self.folder = Path(config.output_dir)
+        self.work = self.folder / ".evaluation-work"  # "evaluation" is where users keep their own
         self.file = None
         if not (config.evaluation_steps or config.probe_steps):
             return
@@ -91,18 +92,18 @@ class QualityMonitor:
     def _reference(self, side: int) -> Reference:
         config, path = self.config, Path(self.config.evaluation_reference)
         if path.suffix != ".npz":
-            path, work = self.folder / "reference.npz", self.folder / "evaluation"
+            path = self.folder / "reference.npz"
             if not path.exists():
-                self._remove(work)
+                self._remove_work()
                 real = dataset_images(config.evaluation_reference, config.dataset_split, side)
-                make_reference(path, real, [self.extractor], self.accelerator, work, BATCH_SIZE, config.seed)
-                self._remove(work)
+                make_reference(path, real, [self.extractor], self.accelerator, self.work, BATCH_SIZE, config.seed)
+                self._remove_work()
         return load_reference(path, self.metrics, weights_hash(self.extractor), (side, side))
 
-    def _remove(self, folder: Path) -> None:
+    def _remove_work(self) -> None:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(self.work, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def is_due(self, phase: str, step: int) -> bool:
@@ -158,12 +159,11 @@ class QualityMonitor:
             guidance_scale=config.evaluation_guidance_scale,
             autocast=self.accelerator.autocast,
         )
-        work = self.folder / "evaluation"
-        self._remove(work)  # of a run that was killed here: its weights need not be the same to the last bit
+        self._remove_work()  # of a run that was killed here: its weights need not be the same to the last bit
         results, _ = measure(
-            images, self.metrics, self.reference, [self.extractor], self.accelerator, work, config.train_batch_size
+            images, self.metrics, self.reference, [self.extractor], self.accelerator, self.work, config.train_batch_size
         )
-        self._remove(work)
+        self._remove_work()
         return results
 
     def _probe(self, transformer: ERWTransformer2DModel) -> list[dict[str, object]]:
