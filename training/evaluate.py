@@ -127,7 +127,8 @@ def main() -> None:
         raise ValueError(f"{unavailable} cannot be had of these extractors and labels; {available} can")
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     work = output_dir / "work"
-    begin(output_dir, {"settings": settings, "model": model, "extractor": extractor}, accelerator)
+    files = {"save_npz": args.save_npz, "save_png": args.save_png}  # batches that are done are not drawn again
+    begin(output_dir, {"settings": settings, "model": model, "extractor": extractor, "files": files}, accelerator)
     seconds = {"load": time.perf_counter() - started}
 
     # The reference
