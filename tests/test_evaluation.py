@@ -115,7 +115,11 @@ def test_killed_half_way_and_started_again_it_finds_the_very_numbers(model, eval
     )  # fmt: skip
     assert process.returncode == -signal.SIGKILL, process.stderr[-3000:]
     assert len(list((tmp_path / "work" / "samples").glob("labels-*.npy"))) == 3
-    for name, flag in (("settings.seed", "--seed=1"), ("files.save_png", "--save_png")):
+    for name, flag in (
+        ("settings.seed", "--seed=1"),
+        ("settings.mixed_precision", "--mixed_precision=bf16"),
+        ("files.save_png", "--save_png"),
+    ):
         with pytest.raises(ValueError, match=f"begun with other {name}"):
             evaluate(tmp_path, *flags, flag)
     assert evaluate(tmp_path, *flags)["metrics"] == record["metrics"]
@@ -125,16 +129,24 @@ def test_killed_half_way_and_started_again_it_finds_the_very_numbers(model, eval
 
 def test_the_record_is_made_again_and_compared(evaluated, tmp_path, capsys):
     folder, record = evaluated
-    run_script("evaluate", f"--record={folder}/evaluation.json", f"--output_dir={tmp_path}/again")
+    copy = tmp_path / "evaluation.json"
+    copy.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="finished evaluation"):
+        run_script("evaluate", f"--record={copy}", f"--output_dir={tmp_path}")
+    run_script("evaluate", f"--record={copy}")
     assert json.loads((tmp_path / "again" / "evaluation.json").read_text())["metrics"] == record["metrics"]
     assert "difference" in capsys.readouterr().out
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "evaluation.json").write_text(
-        json.dumps(record | {"metrics": record["metrics"] | {"fid": record["metrics"]["fid"] * 1.001}})
-    )
+    copy.write_text(json.dumps(record | {"metrics": record["metrics"] | {"fid": record["metrics"]["fid"] * 1.001}}))
     with pytest.raises(SystemExit, match="the numbers are not those of"):
-        run_script("evaluate", f"--record={tmp_path}/other/evaluation.json")
-    assert "1.0e-03" in capsys.readouterr().out and (tmp_path / "other" / "again").is_dir()
+        run_script("evaluate", f"--record={copy}")
+    assert "1.0e-03" in capsys.readouterr().out
+
+
+def test_a_record_in_bfloat16_is_made_again_in_it(model, evaluated, tmp_path):
+    record = evaluate(tmp_path, f"--model={model}", *DIGITS, *SAMPLES[:3], "--mixed_precision=bf16", "--metrics=fid")
+    assert record["hardware"]["mixed_precision"] == record["settings"]["mixed_precision"] == "bf16"
+    assert record["metrics"]["fid"] != evaluated[1]["metrics"]["fid"]
+    run_script("evaluate", f"--record={tmp_path}/evaluation.json")  # which compares
 
 
 def test_images_without_a_model_have_the_numbers_of_their_model(model, evaluated, tmp_path):

@@ -71,6 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--guidance_scale", type=float, default=1.8)
     parser.add_argument("--guidance_interval", type=float, nargs=2, default=(0.0, 0.7), metavar=("LOW", "HIGH"))
     parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="of the model")
     parser.add_argument("--reference", help="npz of statistics (ADM's or ours), or a data set to make them from")
     parser.add_argument("--reference_split", default="train")
     parser.add_argument("--save_reference", help="npz file: store the statistics of what is evaluated as a reference")
@@ -95,8 +96,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
     output_dir, started = Path(args.output_dir), time.perf_counter()
+    repeats = args.record is not None and output_dir == Path(args.record).parent / "again"
+    if (output_dir / "evaluation.json").exists() and not repeats:
+        raise ValueError(f"{output_dir} holds a finished evaluation: choose another --output_dir")
 
     # What is evaluated, and the networks behind the metrics
     if args.model is not None:
@@ -214,8 +218,6 @@ def open_images(name: str, split: str, image_size: int | None) -> ImageSet:
 def begin(output_dir: Path, settings: dict[str, object], accelerator: Accelerator) -> None:
     """Work that was begun with other settings, or other weights, is not gone on with."""
     path, settings = output_dir / "work" / "settings.json", json.loads(json.dumps(settings))
-    if (output_dir / "evaluation.json").exists():
-        raise ValueError(f"{output_dir} holds a finished evaluation: choose another --output_dir")
     if path.exists() and (before := json.loads(path.read_text())) != settings:
         different = [
             f"{part}.{name}"
