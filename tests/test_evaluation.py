@@ -40,6 +40,12 @@ def evaluate(folder, *flags):
     return json.loads((folder / "evaluation.json").read_text())
 
 
+def reference_in(folder):
+    """The one that was made of a data set."""
+    (path,) = folder.glob("reference-*.npz")
+    return path
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
@@ -69,7 +75,8 @@ def test_the_record_holds_the_numbers_and_all_they_depend_on(evaluated):
         assert len(hashed["sha256"]) == 64
     assert record["versions"]["torch-fidelity"] and record["hardware"]["processes"] == 1
     assert {"load", "reference", "samples", "features", "reference_images", "metrics"} == set(record["seconds"])
-    assert sorted(path.name for path in folder.iterdir()) == ["evaluation.json", "reference.npz", "samples.npz"]
+    names = ["evaluation.json", reference_in(folder).name, "samples.npz"]
+    assert sorted(path.name for path in folder.iterdir()) == names
 
 
 def test_two_processes_draw_the_same_images_and_find_the_same_numbers(model, evaluated, tmp_path):
@@ -82,7 +89,7 @@ def test_two_processes_draw_the_same_images_and_find_the_same_numbers(model, eva
     assert both["hardware"]["processes"] == 2
     images = [npz_images(path / "samples.npz").read(range(50))[0] for path in (folder, tmp_path / "two")]
     assert torch.equal(*images)
-    with np.load(folder / "reference.npz") as one, np.load(tmp_path / "two" / "reference.npz") as two:
+    with np.load(reference_in(folder)) as one, np.load(reference_in(tmp_path / "two")) as two:
         for name in ("mu", "sigma"):
             assert abs(one[name] - two[name]).max() <= 1e-12
     # 50 samples in 64 dimensions: the square root makes 1e-8 of a last bit in the singular directions.
@@ -152,7 +159,7 @@ def test_a_record_in_bfloat16_is_made_again_in_it(model, evaluated, tmp_path):
 def test_images_without_a_model_have_the_numbers_of_their_model(model, evaluated, tmp_path):
     """The npz that the evaluation wrote, and the same as PNG files, against a stored reference."""
     folder, record = evaluated
-    reference = f"--reference={folder}/reference.npz"
+    reference = f"--reference={reference_in(folder)}"
     found = evaluate(tmp_path / "npz", f"--images={folder}/samples.npz", reference, DIGITS[1], "--batch_size=8")
     expected = {name: value for name, value in record["metrics"].items() if name != "accuracy"}  # it has no labels
     assert found["metrics"] == expected and found["model"] is None
@@ -172,6 +179,13 @@ def test_a_reference_is_made_of_a_data_set(tmp_path):
     assert found["metrics"]["fid"] == pytest.approx(0, abs=1e-9) and found["metrics"]["precision"] == 1
     # Real digits that the reference has not seen are near it: the floor for models.
     assert evaluate(tmp_path / "floor", "--images=digits", f"--reference={path}", DIGITS[1])["metrics"]["fid"] < 5
+
+
+def test_a_reference_of_another_split_is_made_anew(tmp_path):
+    arguments = ["--images=digits", "--split=test", "--metrics=fid", *DIGITS[:2]]
+    assert evaluate(tmp_path, *arguments, "--reference_split=test")["metrics"]["fid"] == pytest.approx(0, abs=1e-9)
+    (tmp_path / "evaluation.json").unlink()
+    assert evaluate(tmp_path, *arguments, "--reference_split=train")["metrics"]["fid"] > 0.1
 
 
 def test_all_metrics_with_inception_and_dinov2(inception_weights, encoder_path, tmp_path):
@@ -265,8 +279,8 @@ def test_evaluating_a_run_does_not_change_it_and_is_what_evaluate_py_finds(tiny_
 
     # The weights of the last step are those of the pipeline: the EMA's.
     found = evaluate(
-        tmp_path / "after", f"--model={tmp_path}/run/pipeline", f"--reference={tmp_path}/run/reference.npz", DIGITS[1],
-        "--num_samples=40", "--batch_size=4", "--num_inference_steps=2", "--guidance_scale=1", "--metrics", "fid",
+        tmp_path / "after", f"--model={tmp_path}/run/pipeline", f"--reference={reference_in(tmp_path / 'run')}",
+        DIGITS[1], "--num_samples=40", "--batch_size=4", "--num_inference_steps=2", "--guidance_scale=1", "--metrics", "fid",
         "accuracy",
     )  # fmt: skip
     assert found["metrics"] == {name: records[-1][name] for name in ("fid", "accuracy")}

@@ -40,6 +40,7 @@ from erw_hf.evaluation.quality import (
     available_metrics,
     load_reference,
     quality_metrics,
+    reference_file,
     save_reference,
 )
 
@@ -244,6 +245,14 @@ def test_reference_file_has_adms_names_and_reads_back(pixels, tmp_path):
     reference = load_reference(tmp_path / "r.npz", ["fid", "kid"], "hash", (8, 8))
     assert quality_metrics(["fid"], features, reference)["fid"] == pytest.approx(0, abs=1e-9)
     assert torch.equal(npz_images(tmp_path / "r.npz").read([3, 49])[0], pixels[[3, 49]])
+
+
+def test_the_name_of_a_reference_tells_what_it_is_made_of(tmp_path):
+    networks = [torch.nn.Linear(2, 2) for _ in range(2)]
+    made_of = ("digits", "train", 8, networks[:1], 0)
+    others = [("faces", *made_of[1:]), ("digits", "test", *made_of[2:]), (*made_of[:2], 16, networks[:1], 0)]
+    others += [(*made_of[:3], networks[1:], 0), (*made_of[:3], networks, 0), (*made_of[:4], 1)]
+    assert len({reference_file(tmp_path, *arguments) for arguments in (made_of, *others, made_of)}) == 7
 
 
 def test_a_reference_that_does_not_serve_says_what_to_get(pixels, tmp_path, measured):

@@ -41,7 +41,14 @@ from PIL import Image
 from erw_hf import ERWPipeline, FlowMatchHeunScheduler
 from erw_hf.evaluation.extractors import Dinov2Extractor, load_extractor, weights_hash
 from erw_hf.evaluation.images import ImageSet, NpzWriter, dataset_images, generated_images, npz_images, take
-from erw_hf.evaluation.quality import METRICS, available_metrics, load_reference, make_reference, measure
+from erw_hf.evaluation.quality import (
+    METRICS,
+    available_metrics,
+    load_reference,
+    make_reference,
+    measure,
+    reference_file,
+)
 from erw_hf.evaluation.record import compare_records, file_hash, hardware, versions, write_record
 
 
@@ -145,9 +152,10 @@ def main() -> None:
         return
     reference_path = Path(args.reference)
     if reference_path.suffix != ".npz":
-        reference_path, part = output_dir / "reference.npz", time.perf_counter()
+        part, side = time.perf_counter(), images.size[0]
+        reference_path = reference_file(output_dir, args.reference, args.reference_split, side, extractors, args.seed)
         if not reference_path.exists():
-            real = open_images(args.reference, args.reference_split, images.size[0])
+            real = open_images(args.reference, args.reference_split, side)
             prepare(reference_path, real, folder=work / "reference", seed=args.seed)
         seconds["reference"] = time.perf_counter() - part
     reference = load_reference(reference_path, args.metrics, hashes[0], images.size)

@@ -13,6 +13,7 @@
 # limitations under the License.
 """From features to the numbers that papers report, against statistics in ADM's file format."""
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -228,6 +229,27 @@ def _fidelity_metric(metric: str, samples: Features, reference_pool: torch.Tenso
         return {"kid": found["kernel_inception_distance_mean"], "kid_std": found["kernel_inception_distance_std"]}
     found = prc_features_to_metric(pool, reference_pool, save_cpu_ram=True, verbose=False)
     return {"precision": found["precision"], "recall": found["recall"]}
+
+
+def reference_file(
+    folder: Path, name: str, split: str, image_size: int, extractors: Sequence[torch.nn.Module], seed: int
+) -> Path:
+    """
+    Where the reference that is made of a data set lies: one of anything else has another file name.
+
+    Args:
+        folder (`Path`): Folder of the evaluation or of the run.
+        name (`str`): The data set.
+        split (`str`): Its split.
+        image_size (`int`): Side of the images.
+        extractors (`Sequence[torch.nn.Module]`): Networks.
+        seed (`int`): Seed of the choice of the images that the file holds.
+
+    Returns:
+        `Path`: The npz file, there or not.
+    """
+    made_of = repr((name, split, image_size, [weights_hash(extractor) for extractor in extractors], seed))
+    return folder / f"reference-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}.npz"
 
 
 def make_reference(

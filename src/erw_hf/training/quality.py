@@ -24,7 +24,14 @@ from erw_hf.encoders import RepresentationEncoder
 from erw_hf.evaluation.extractors import load_extractor, weights_hash
 from erw_hf.evaluation.images import dataset_images, generated_images
 from erw_hf.evaluation.probes import load_probe_images, probe_blocks
-from erw_hf.evaluation.quality import Reference, available_metrics, load_reference, make_reference, measure
+from erw_hf.evaluation.quality import (
+    Reference,
+    available_metrics,
+    load_reference,
+    make_reference,
+    measure,
+    reference_file,
+)
 from erw_hf.pipeline_erw import ERWPipeline
 from erw_hf.training.config import TrainingConfig
 from erw_hf.training.logging import MetricsFile, plot_probes, plot_quality, read_metrics
@@ -92,10 +99,11 @@ class QualityMonitor:
     def _reference(self, side: int) -> Reference:
         config, path = self.config, Path(self.config.evaluation_reference)
         if path.suffix != ".npz":
-            path = self.folder / "reference.npz"
+            name, split = config.evaluation_reference, config.dataset_split
+            path = reference_file(self.folder, name, split, side, [self.extractor], config.seed)
             if not path.exists():
                 self._remove_work()
-                real = dataset_images(config.evaluation_reference, config.dataset_split, side)
+                real = dataset_images(name, split, side)
                 make_reference(path, real, [self.extractor], self.accelerator, self.work, BATCH_SIZE, config.seed)
                 self._remove_work()
         return load_reference(path, self.metrics, weights_hash(self.extractor), (side, side))
@@ -161,7 +169,13 @@ class QualityMonitor:
         )
         self._remove_work()  # of a run that was killed here: its weights need not be the same to the last bit
         results, _ = measure(
-            images, self.metrics, self.reference, [self.extractor], self.accelerator, self.work, config.train_batch_size
+            images,
+            self.metrics,
+            self.reference,
+            [self.extractor],
+            self.accelerator,
+            self.work,
+            config.train_batch_size,
         )
         self._remove_work()
         return results
