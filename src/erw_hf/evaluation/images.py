@@ -115,21 +115,24 @@ def generated_images(
 
     def read(indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         classes = [sample_label(seed, index, num_classes, labels) for index in indices]
-        with autocast():
-            images = pipe(
+        with torch.no_grad(), autocast():
+            latents = pipe(
                 class_labels=classes,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 guidance_interval=guidance_interval,
                 generator=[sample_generator(seed, index) for index in indices],
-                output_type="pt",
-            ).images.float()
+                output_type="latent",
+            ).images
+            images = pipe.decode_latents(latents).float()
+        # Before the pipeline's last step, which would clip infinity to black or white.
         broken = ~torch.isfinite(images).flatten(1).all(dim=1)
         if broken.any():
             raise ValueError(
                 f"sample {indices[int(broken.int().argmax())]} holds NaN or infinity: the weights are broken, or the "
                 "precision is too low (try --mixed_precision no)"
             )
+        images = pipe.image_processor.postprocess(images, output_type="pt")
         return to_uint8(images), torch.tensor(classes)
 
     side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
