@@ -172,7 +172,7 @@ def test_images_without_a_model_have_the_numbers_of_their_model(model, evaluated
 
 
 def test_a_reference_is_made_of_a_data_set(tmp_path):
-    path = tmp_path / "reference.npz"
+    path = tmp_path / "references" / "digits.npz"  # in a folder that is not there yet
     arguments = ["--images=digits", "--split=test", DIGITS[1]]
     run_script("evaluate", f"--output_dir={tmp_path}/make", *arguments, f"--save_reference={path}")
     assert list((tmp_path / "make").iterdir()) == []

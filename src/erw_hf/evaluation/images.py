@@ -14,7 +14,7 @@
 """Sets of images to be measured: drawn by a pipeline, in an npz file, or in a data set."""
 
 import contextlib
-import os
+import math
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -275,13 +275,12 @@ class NpzWriter:
         self.array.flush()
 
     def _open(self, shape: tuple[int, ...]) -> np.memmap:
-        """The array on disk, made by whichever process comes first: whole, under another name, then linked."""
-        if not self.raw.exists():
-            temporary = self.raw.with_suffix(f".{os.getpid()}")
-            np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape).flush()
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, self.raw)
-            temporary.unlink()
+        """The array on disk. Every process writes the same header and length, so it does not matter who comes first."""
+        self.raw.touch()
+        with self.raw.open("r+b") as file:
+            header = {"descr": np.dtype(np.uint8).str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.truncate(file.tell() + math.prod(shape))
         return np.lib.format.open_memmap(self.raw, mode="r+")
 
     def close(self, is_main_process: bool) -> None:

@@ -276,6 +276,9 @@ def make_reference(
     Returns:
         `dict[str, float]`: Seconds of each stage.
     """
+    path.parent.mkdir(
+        parents=True, exist_ok=True
+    )  # here, so that what cannot be written fails before the images are read
     features = extract_features(images, extractors, accelerator, folder, batch_size, description="reference")
     if accelerator.is_main_process:
         save_reference(path, features, images, seed, weights_hash(extractors[0]))
