@@ -78,7 +78,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--guidance_scale", type=float, default=1.8)
     parser.add_argument("--guidance_interval", type=float, nargs=2, default=(0.0, 0.7), metavar=("LOW", "HIGH"))
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="of the model")
+    parser.add_argument(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        default="no",
+        help="of the model, whatever accelerate is set to",
+    )
     parser.add_argument("--reference", help="npz of statistics (ADM's or ours), or a data set to make them from")
     parser.add_argument("--reference_split", default="train")
     parser.add_argument("--save_reference", help="npz file: store the statistics of what is evaluated as a reference")
