@@ -29,9 +29,10 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from helpers import REPOSITORY, kill_tree, launch_command, launch_training, train
+from helpers import REPOSITORY, kill_tree, launch_command, launch_training, run_script, train
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from loopback_hub import READ_TOKEN, LoopbackHub
+from safetensors.torch import load_file, save_file
 
 from erw_hf import ERWPipeline
 from erw_hf.hub import push
@@ -288,15 +289,35 @@ def test_a_second_push_sends_what_changed_and_removes_what_is_gone(hub, run):
     assert titles(hub) == ["Step 7", "initial commit"] and hub.count("^/lfs/", method="PUT") == uploads
     for name in ("transformer/old-shard.safetensors", "notes.md"):
         HfApi().upload_file(path_or_fileobj=b"x", path_in_repo=name, repo_id="user/m")
-    record = {"metrics": {"fid": 12.345}, "settings": {"guidance_scale": 1.0}, "num_samples": 500}
-    (run / "evaluation.json").write_text(json.dumps(record))
     push.push_run(run, "user/m")
     files = hub.files("models", "user/m")
     assert "notes.md" in files and "transformer/old-shard.safetensors" not in files
-    card = ModelCard(files["README.md"].decode())
-    assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [("fid", 12.345)]
-    assert "12.35" in card.text or "12.34" in card.text
     assert hub.count("^/lfs/", method="PUT") == uploads + 1  # the stray file's own
+
+
+def test_an_evaluation_is_pushed_with_the_weights_that_it_measured_and_no_others(hub, run, capsys):
+    flags = ["--num_samples=20", "--num_inference_steps=2", "--reference=digits", "--reference_split=test"]
+    flags += [f"--extractor={REPOSITORY / 'pipelines/digits-classifier'}"]
+    run_script("evaluate", f"--model={run}/pipeline", f"--output_dir={run}/evaluation", *flags)
+    record = json.loads((run / "evaluation/evaluation.json").read_text())
+    images = {**record, "model": None, "metrics": {"fid": 0.125}}
+    (run / "evaluation.json").write_text(json.dumps(images))  # newer, and of no model
+    push.push_run(run, "user/m")
+    files = hub.files("models", "user/m")
+    assert json.loads(files["evaluation.json"])["metrics"] == record["metrics"]
+    card = ModelCard(files["README.md"].decode())
+    assert {r.metric_type: r.metric_value for r in card.data.eval_results} == record["metrics"]
+    assert f"| fid | {record['metrics']['fid']:.4g} |" in card.text
+    assert "evaluation.json is left out" in capsys.readouterr().out
+
+    weights = run / "pipeline/transformer/diffusion_pytorch_model.safetensors"
+    other = {name: tensor + 1 for name, tensor in load_file(weights).items()}
+    save_file(other, weights, metadata={"format": "pt"})
+    push.push_run(run, "user/m")  # as after training on
+    files = hub.files("models", "user/m")
+    assert not {"evaluation.json", ".eval_results/erw.yaml"} & set(files)
+    assert "no number is claimed" in files["README.md"].decode()
+    assert capsys.readouterr().out.count("it measured other weights") == 2
 
 
 def test_the_same_through_xet(run, tmp_path):

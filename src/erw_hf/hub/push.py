@@ -31,7 +31,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -53,6 +53,11 @@ SILENCE_SECONDS = 120  # the client itself would wait for ever for a server that
 OWN_KEYS = (
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private",
     "hub_strategy",
+)  # fmt: skip
+
+# Files of a run's record: what the Hub has of an earlier snapshot, and this one lacks, would be of other weights.
+RECORD_FILES = (
+    "config.yaml", "environment.json", "warmup_from.json", "evaluation.json", ".eval_results/erw.yaml", "grid.png",
 )  # fmt: skip
 
 # httpx in huggingface_hub 1, httpx2 in huggingface_hub 2; what it raises where there is no answer.
@@ -138,7 +143,9 @@ def _retry(call: Callable[[], Result]) -> Result:
     raise AssertionError("unreachable")
 
 
-def upload(folder: Path, repo_id: str, message: str, repo_type: str = "model") -> str:
+def upload(
+    folder: Path, repo_id: str, message: str, repo_type: str = "model", replaced: Collection[str] = ()
+) -> str:
     """
     Uploads a folder as one commit, trying again with growing pauses. What is on the Hub already is not sent again.
 
@@ -147,6 +154,7 @@ def upload(folder: Path, repo_id: str, message: str, repo_type: str = "model") -
         repo_id (`str`): Hub id.
         message (`str`): Message of the commit.
         repo_type (`str`, *optional*, defaults to `"model"`): `"model"`, `"dataset"` or `"space"`.
+        replaced (`Collection[str]`, *optional*): Other files of the repo that are removed where the folder lacks them.
 
     Returns:
         `str`: Address of the commit.
@@ -157,7 +165,7 @@ def upload(folder: Path, repo_id: str, message: str, repo_type: str = "model") -
     def commit() -> str:
         api = HfApi()
         there = api.list_repo_files(repo_id, repo_type=repo_type)
-        stale = [name for name in there if folders and name.startswith(folders) and name not in paths]
+        stale = [name for name in there if name not in paths and (name.startswith(folders) or name in replaced)]
         operations = [CommitOperationAdd(name, path) for name, path in paths.items()]
         operations += [CommitOperationDelete(name) for name in stale]
         return api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type).commit_url
@@ -321,7 +329,8 @@ def push_run(run_dir: Path, repo_id: str | None = None, private: bool = False) -
     while waiting := _queue(run_dir):
         snapshot = waiting[-1]  # of several, the newest alone
         complete_snapshot(run_dir, snapshot, repo_id)
-        print(f"pushed step {_step(snapshot)}: {upload(snapshot, repo_id, f'Step {_step(snapshot)}')}", flush=True)
+        address = upload(snapshot, repo_id, f"Step {_step(snapshot)}", replaced=RECORD_FILES)
+        print(f"pushed step {_step(snapshot)}: {address}", flush=True)
         for done in waiting:
             shutil.rmtree(done)
 
@@ -340,9 +349,12 @@ def complete_snapshot(run_dir: Path, snapshot: Path, repo_id: str) -> None:
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     kept = {name: value for name, value in config.items() if name not in OWN_KEYS}
     (snapshot / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
-    for name in ("environment.json", "warmup_from.json", "evaluation.json"):
+    for name in ("environment.json", "warmup_from.json"):
         if (run_dir / name).is_file():
             shutil.copyfile(run_dir / name, snapshot / name)
+    evaluation = _evaluation_of(snapshot, (run_dir / "evaluation.json", run_dir / "evaluation" / "evaluation.json"))
+    if evaluation is not None:
+        shutil.copyfile(evaluation, snapshot / "evaluation.json")
     with (run_dir / "metrics.jsonl").open("rb") as source, (snapshot / "metrics.jsonl").open("wb") as target:
         for _, line in zip(range(_step(snapshot)), source, strict=False):  # a line a step
             target.write(line)
@@ -355,6 +367,25 @@ def complete_snapshot(run_dir: Path, snapshot: Path, repo_id: str) -> None:
         (snapshot / name).write_text(text)
     (snapshot / "README.md").unlink(missing_ok=True)  # a link, where a pipeline came with one
     run_card(snapshot, repo_id).save(snapshot / "README.md")
+
+
+def _evaluation_of(snapshot: Path, records: Iterable[Path]) -> Path | None:
+    """The newest record that measured these very weights: a run that goes on leaves the one before behind."""
+    from erw_hf.evaluation.extractors import weights_hash
+    from erw_hf.transformer_erw import ERWTransformer2DModel
+
+    found = None
+    records = sorted((path for path in records if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
+    if records and (snapshot / "model_index.json").is_file():
+        transformer = ERWTransformer2DModel.from_pretrained(snapshot, subfolder="transformer")
+        sha256 = weights_hash(transformer)
+        for path in records:
+            model = json.loads(path.read_text()).get("model")
+            if model is not None and model["sha256"] == sha256:
+                found = path
+            else:
+                print(f"{path} is left out: it measured other weights than those of {snapshot.name}", flush=True)
+    return found
 
 
 def push_warmup(folder: Path, repo_id: str, private: bool = False) -> None:
