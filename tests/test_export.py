@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from helpers import REPOSITORY, TINY_MODEL, randomize
 
 from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler
 from erw_hf.hub.export import export_to_hub
@@ -48,8 +49,6 @@ assert not any(name.split(".")[0] == "erw_hf" for name in sys.modules)
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    from helpers import TINY_MODEL, randomize
-
     transformer = randomize(ERWTransformer2DModel(**TINY_MODEL)).eval()
     pipe = ERWPipeline(transformer, None, FlowMatchEulerMaruyamaScheduler(), id2label={0: "dog", 1: "cat"})
     folder = tmp_path_factory.mktemp("export") / "repo"
@@ -105,6 +104,23 @@ def test_loads_and_saves_again_where_the_package_cannot_be_imported(exported, tm
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected)
     # What remote code saved is as good a repo as the first.
     np.testing.assert_array_equal(draw(ERWPipeline.from_pretrained(tmp_path / "again")), expected)
+
+
+def test_no_saved_file_names_the_folder_it_was_loaded_from(exported, vae_path, tmp_path):
+    from diffusers import AutoencoderKL
+
+    pipe = ERWPipeline.from_pretrained(exported[0], vae=AutoencoderKL.from_pretrained(vae_path))
+    pipe.transformer.register_to_config(_name_or_path="user/digits")
+    pipe.save_pretrained(tmp_path / "repo")
+    configs = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "repo").rglob("*.json")}
+    assert {"repo", "transformer", "vae", "scheduler"} == set(configs)
+    names = {part: config["_name_or_path"] for part, config in configs.items() if "_name_or_path" in config}
+    assert names == {"transformer": "user/digits"}
+
+
+def test_what_is_shipped_names_no_folder_of_a_machine():
+    texts = [path.read_text() for path in (REPOSITORY / "pipelines").rglob("*.json")]
+    assert texts and not any(f'"{root}' in text for text in texts for root in ("/", "~"))
 
 
 def test_autoguidance_component_and_diffusers_schedulers_are_saved_too(exported, tmp_path):

@@ -17,6 +17,7 @@ import difflib
 import inspect
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -131,6 +132,13 @@ class ERWPipeline(DiffusionPipeline):
             shutil.copyfile(source, Path(save_directory) / name / source.name)
             index[name] = [source.stem, own_class.__name__]
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for path in (index_path, *Path(save_directory).glob("*/*config.json")):
+            config = json.loads(path.read_text(encoding="utf-8"))
+            # A Hub id tells others where it came from; a path means nothing to them and names our folders.
+            name = config.get("_name_or_path") or ""
+            if name and (os.path.exists(name) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)):
+                del config["_name_or_path"]
+                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         shutil.copyfile(inspect.getsourcefile(type(self)), Path(save_directory) / "pipeline.py")
 
     @staticmethod
