@@ -24,7 +24,7 @@ from helpers import REPOSITORY, train
 from huggingface_hub import DatasetCardData, ModelCard, ModelCardData
 from loopback_hub import LoopbackHub
 
-from erw_hf.hub.cards import evaluation_files, preset_card, run_card, training_cost
+from erw_hf.hub.cards import evaluation_files, preset_card, public_value, run_card, training_cost
 from erw_hf.training.logging import read_metrics
 
 
@@ -132,6 +132,21 @@ def test_a_local_folder_is_no_data_set_of_the_hub(hub, run, tmp_path, monkeypatc
     (folder / "evaluation.json").write_text(json.dumps({"metrics": {"fid": 1.0}}))
     assert evaluation_files(folder) == {}
     check(run_card(folder, "user/tiny"))
+
+
+def test_a_public_value_is_a_hub_id_or_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "vae").mkdir()
+    paths = {"/data/imagenet": "imagenet", "~/dino": "dino", "../dino/": "dino", "runs/mine/pipeline": "pipeline"}
+    paths |= {
+        "here/vae": "vae",
+        "caches/mine": "mine",
+        "stats/r.npz": "r.npz",
+        "user/dino, /my files/own": "user/dino,own",
+    }
+    kept = ["user/dino", "a / b, [-1, 1]", "https://a.org/b/c", "bf16", "", 0.5, None, True]
+    assert public_value({"a": list(paths), "b": tuple(kept)}, ["caches/mine"]) == {"a": [*paths.values()], "b": kept}
 
 
 def test_the_warmup_has_a_card_of_its_own(hub, run):

@@ -20,6 +20,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,9 @@ from erw_hf.hub import push
 from erw_hf.hub.space import publish_space
 from erw_hf.training.config import TrainingConfig
 from erw_hf.training.logging import read_metrics
+
+
+TEXT = {".md", ".json", ".jsonl", ".yaml", ".txt", ".py"}
 
 
 @pytest.fixture
@@ -93,6 +97,13 @@ def titles(hub, repo_id="user/m", kind="models"):
         found.append(repo.commits[sha].title)
         sha = repo.commits[sha].parent
     return found
+
+
+def names_no_path_of_this_machine(files):
+    texts = {name: data.decode() for name, data in files.items() if Path(name).suffix in TEXT}
+    assert {"README.md", ".json"} <= {*texts, *(Path(name).suffix for name in texts)}
+    roots = [str(REPOSITORY), tempfile.gettempdir(), str(Path.home())]
+    assert [(name, root) for name, text in texts.items() for root in roots if root + "/" in text] == []
 
 
 SAME_IMAGES = """
@@ -300,6 +311,7 @@ def test_an_evaluation_is_pushed_with_the_weights_that_it_measured_and_no_others
     flags += [f"--extractor={REPOSITORY / 'pipelines/digits-classifier'}"]
     run_script("evaluate", f"--model={run}/pipeline", f"--output_dir={run}/evaluation", *flags)
     record = json.loads((run / "evaluation/evaluation.json").read_text())
+    assert str(REPOSITORY) in json.dumps(record) and str(run) in json.dumps(record)
     images = {**record, "model": None, "metrics": {"fid": 0.125}}
     (run / "evaluation.json").write_text(json.dumps(images))  # newer, and of no model
     push.push_run(run, "user/m")
@@ -309,6 +321,8 @@ def test_an_evaluation_is_pushed_with_the_weights_that_it_measured_and_no_others
     assert {r.metric_type: r.metric_value for r in card.data.eval_results} == record["metrics"]
     assert f"| fid | {record['metrics']['fid']:.4g} |" in card.text
     assert "evaluation.json is left out" in capsys.readouterr().out
+    names_no_path_of_this_machine(files)
+    assert json.loads(files["evaluation.json"])["extractor"]["name"] == "digits-classifier"
 
     weights = run / "pipeline/transformer/diffusion_pytorch_model.safetensors"
     other = {name: tensor + 1 for name, tensor in load_file(weights).items()}
@@ -331,12 +345,14 @@ def test_the_same_through_xet(run, tmp_path):
         assert hub.count("xet-write-token") > 0 and hub.count("/lfs/") == 0
 
 
-def test_a_run_goes_on_from_the_hub(hub, run, tmp_path, tiny_flags):
+def test_a_run_goes_on_from_the_hub(hub, run, tmp_path, tiny_flags, encoder_path):
     push_config(run, hub_model_id="user/m", hub_strategy="checkpoint")
     push.stage(run, 4, None, run / "checkpoint-4")
     push.push_run(run)
     assert not (run / "hub" / "step-4").exists() and (run / "checkpoint-4" / "progress.json").is_file()
-    elsewhere = snapshot_download("user/m", local_dir=tmp_path / "elsewhere")
+    names_no_path_of_this_machine(hub.files("models", "user/m"))
+    elsewhere = Path(snapshot_download("user/m", local_dir=tmp_path / "elsewhere"))
+    push_config(elsewhere, encoder=str(encoder_path))  # where the folder lies here
     train(*tiny_flags, f"--output_dir={elsewhere}", "--resume_from_checkpoint=last-checkpoint")
 
     assert losses(elsewhere) == losses(run) and len(losses(run)) == 7
@@ -381,6 +397,10 @@ def test_a_latent_cache_is_pushed_and_streamed_back(hub, tmp_path, vae_path, tin
     parquet = {f"data/train-{i:05d}-of-00002.parquet" for i in range(2)}
     assert set(files) == {"README.md", "cache.json", "latent_statistics.json", *parquet}
     assert "num_examples: 359" in files["README.md"].decode()
+    assert titles(hub, "user/latents", "datasets")[1] == "Settings of the latent cache"
+    names_no_path_of_this_machine(files)
+    assert json.loads(files["cache.json"])["vae"] == vae_path.name
+    assert json.loads((tmp_path / "cache/cache.json").read_text())["vae"] == str(vae_path)  # to go on with it
 
     hub.fault(r"resolve/.*parquet", method="GET", status=503, times=2)
     flags = [*tiny_flags, "--dataset_name=user/latents", "--streaming", f"--vae={vae_path}", "--in_channels=4"]

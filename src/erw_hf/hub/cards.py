@@ -23,7 +23,7 @@ import os
 import platform
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import yaml
@@ -260,6 +260,34 @@ def _settings(config: Mapping[str, object], num_classes: int | None, aligned: bo
         ("label dropout", config["class_dropout_prob"]),
         ("seed", config["seed"]),
     ]
+
+
+def public_value(value: object, local: Collection[str] = ()) -> object:
+    """
+    What may leave this machine of a record: of each path of its own the name alone. Hub ids stay.
+
+    Args:
+        value: A value of JSON or YAML. A string may name several, separated by commas.
+        local (`Collection[str]`, *optional*): Names that are known to be of local folders, whatever they look like.
+
+    Returns:
+        The same, made public.
+    """
+    if isinstance(value, Mapping):
+        return {key: public_value(entry, local) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [public_value(entry, local) for entry in value]
+    if not isinstance(value, str):
+        return value
+    return ",".join(Path(p.strip()).name if _is_path(p.strip(), local) else p for p in value.split(","))
+
+
+def _is_path(name: str, local: Collection[str]) -> bool:
+    if "/" not in name or "://" in name:
+        return False
+    # Three names and two slashes, as in outputs/mine/pipeline, are too many for an id.
+    deep = re.fullmatch(r"[\w.-]+(/[\w.-]+){2,}/?", name) is not None
+    return name.startswith(("/", "~", ".")) or name.endswith(".npz") or deep or name in local or os.path.exists(name)
 
 
 def training_cost(metrics: Path, config: Mapping[str, object], environment: dict | None) -> dict[str, object]:

@@ -16,7 +16,10 @@
     python -m erw_hf.hub.push outputs/mine --hub_model_id user/mine
 
 pushes what a run folder holds, or finishes a push that was interrupted; so it does for a `warmup` folder of a run and for
-a latent cache (a data set). A push is one commit: who downloads meanwhile gets the one before or the one after.
+a latent cache (a data set). The push of a run or a warmup is one commit: who downloads meanwhile gets the one before or the one
+after. A cache is hundreds of gigabytes: its settings come first, its files in as many commits as the client makes of them.
+
+What is pushed names no path of this machine: of a local data set, encoder or autoencoder it says the folder's name alone.
 
 The trainer pushes by this command too, in a process of its own, which neither holds the training up nor takes it down. Its
 queue is the folder `hub` of the run: `hub/step-N` is a snapshot that waits, or is being pushed, and goes away once it is on
@@ -41,7 +44,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils._http import default_client_factory
 
-from erw_hf.hub.cards import dataset_card, evaluation_files, run_card
+from erw_hf.hub.cards import dataset_card, evaluation_files, public_value, run_card
 
 
 logger = logging.getLogger(__name__)
@@ -143,9 +146,7 @@ def _retry(call: Callable[[], Result]) -> Result:
     raise AssertionError("unreachable")
 
 
-def upload(
-    folder: Path, repo_id: str, message: str, repo_type: str = "model", replaced: Collection[str] = ()
-) -> str:
+def upload(folder: Path, repo_id: str, message: str, repo_type: str = "model", replaced: Collection[str] = ()) -> str:
     """
     Uploads a folder as one commit, trying again with growing pauses. What is on the Hub already is not sent again.
 
@@ -347,14 +348,17 @@ def complete_snapshot(run_dir: Path, snapshot: Path, repo_id: str) -> None:
     from erw_hf.training.logging import plot_losses
 
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
-    kept = {name: value for name, value in config.items() if name not in OWN_KEYS}
+    environment = run_dir / "environment.json"
+    local = json.loads(environment.read_text())["local"] if environment.is_file() else []
+    kept = {name: public_value(value, local) for name, value in config.items() if name not in OWN_KEYS}
     (snapshot / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
-    for name in ("environment.json", "warmup_from.json"):
-        if (run_dir / name).is_file():
-            shutil.copyfile(run_dir / name, snapshot / name)
-    evaluation = _evaluation_of(snapshot, (run_dir / "evaluation.json", run_dir / "evaluation" / "evaluation.json"))
-    if evaluation is not None:
-        shutil.copyfile(evaluation, snapshot / "evaluation.json")
+    records = {name: run_dir / name for name in ("environment.json", "warmup_from.json")}
+    records["evaluation.json"] = _evaluation_of(
+        snapshot, (run_dir / "evaluation.json", run_dir / "evaluation" / "evaluation.json")
+    )
+    for name, path in records.items():
+        if path is not None and path.is_file():
+            (snapshot / name).write_text(json.dumps(public_value(json.loads(path.read_text()), local), indent=2))
     with (run_dir / "metrics.jsonl").open("rb") as source, (snapshot / "metrics.jsonl").open("wb") as target:
         for _, line in zip(range(_step(snapshot)), source, strict=False):  # a line a step
             target.write(line)
@@ -418,8 +422,16 @@ def push_cache(folder: Path, repo_id: str, private: bool = False) -> None:
         raise ValueError(f"{folder} lacks files: run cache_latents.py again to finish it")
     repo_id = prepare_repo(repo_id, private, repo_type="dataset")
     dataset_card(folder, repo_id).save(folder / "README.md")
+    # First what tells whoever goes on with an interrupted push that this is a cache.
+    settings = json.dumps(public_value(json.loads((folder / "cache.json").read_text())), indent=2).encode()
+    _retry(
+        lambda: HfApi().upload_file(
+            repo_id=repo_id, repo_type="dataset", path_or_fileobj=settings, path_in_repo="cache.json",
+            commit_message="Settings of the latent cache",
+        )
+    )  # fmt: skip
     # Hundreds of gigabytes: in several commits where the client sees fit, so that none is sent twice.
-    patterns = ["README.md", "*.json", "data/*.parquet"]
+    patterns = ["README.md", "latent_statistics.json", "data/*.parquet"]
     commit = _retry(
         lambda: HfApi().upload_folder(
             repo_id=repo_id, repo_type="dataset", folder_path=folder, allow_patterns=patterns,
