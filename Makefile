@@ -19,7 +19,8 @@ test: $(VENV)/.installed ## all tests
 soak: $(VENV)/.installed ## kill training 30 times and compare with runs that were left alone
 	cd tests && HF_HUB_OFFLINE=1 ../$(BIN)/python soak.py --kills 30
 
-test-browser: $(VENV)/.installed ## the demo in a headless Chromium, which root gets from Debian where it is missing; SCREENSHOTS=docs/images
+test-browser: $(VENV)/.installed ## the demo in a headless Chromium, which root gets from Debian where it is missing, as Node; SCREENSHOTS=docs/images
+	{ command -v node && command -v npm; } >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends nodejs npm >/dev/null; }
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
 	npm install --prefix tests/browser --no-save --no-package-lock --no-audit --no-fund --silent
 	node tests/browser/demo.mjs $(BIN)/python $(SCREENSHOTS)

@@ -128,6 +128,7 @@ class Fault:
     lose_answer: bool
     retry_after: int | None
     fired: int = 0
+    released: threading.Event = field(default_factory=threading.Event)  # set, it ends what hangs
 
 
 class HubError(Exception):
@@ -234,7 +235,7 @@ class LoopbackHub:
             status (`int`, *optional*): Answer with this status, having done nothing.
             times (`int`, *optional*, defaults to 1): Requests that fail; `None` for all.
             after (`int`, *optional*, defaults to 0): Matching requests that pass first.
-            hang (`float`, *optional*): Seconds to wait first. Alone it only delays.
+            hang (`float`, *optional*): Seconds to wait first, unless it is `released` before. Alone it only delays.
             cut_after (`int`, *optional*): Close the connection after so many bytes of the body, of the request if it
                 has one, else of the answer.
             lose_answer (`bool`, *optional*, defaults to `False`): Do what was asked, and close without an answer.
@@ -301,7 +302,7 @@ class _Handler(BaseHTTPRequestHandler):
         fault, status = self.hub._take_fault(self.command, self.path), 0
         try:
             if fault is not None and fault.hang is not None:
-                time.sleep(fault.hang)
+                fault.released.wait(fault.hang)
             cut = fault.cut_after if fault is not None else None
             body = self._read_body(cut)
             if fault is not None and fault.status is not None:

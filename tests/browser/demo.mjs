@@ -6,10 +6,11 @@ import { cpSync, existsSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
+import { fileURLToPath } from "node:url";
 import { chromium } from "playwright-core";
 
 const [python, screenshots] = process.argv.slice(2);
-const repository = resolve(import.meta.dirname, "../..");
+const repository = resolve(fileURLToPath(import.meta.url), "../../..");
 const scratch = mkdtempSync(join(tmpdir(), "erw-demo-"));
 
 async function serve() {
@@ -28,12 +29,12 @@ async function serve() {
     },
   });
   const url = `http://127.0.0.1:${port}/`;
-  for (let i = 0; i < 240; i++) {
+  for (let i = 0; i < 720; i++) {
     if (server.exitCode !== null) throw new Error("the demo did not start");
     if (await fetch(url).then((answer) => answer.ok, () => false)) return { server, url };
     await new Promise((done) => setTimeout(done, 250));
   }
-  throw new Error("the demo did not answer within a minute");
+  throw new Error("the demo did not answer within three minutes");
 }
 
 const link = (settings) => "?" + new URLSearchParams(settings);
@@ -214,7 +215,7 @@ try {
   });
   const trouble = [];
   const watch = (page) => {
-    page.setDefaultTimeout(20000);
+    page.setDefaultTimeout(60000);
     page.on("request", (request) => {
       if (!request.url().startsWith(url) && !/^(data|blob):/.test(request.url())) trouble.push(`asks ${request.url()}`);
     });
