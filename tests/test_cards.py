@@ -93,11 +93,11 @@ def test_a_run_gives_its_cost_with_the_warmup_counted(hub, run):
 def test_an_evaluation_becomes_a_table_a_model_index_and_a_result_file(hub, run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "dataset_name": "user/flowers"}))
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "dataset_name": "user/photos"}))
     record = {
         "metrics": {"fid": 2.125, "precision": 0.75},
         "settings": {"num_samples": 50000, "num_inference_steps": 250, "dinov2": None},
-        "reference": {"name": "flowers.npz", "sha256": "ab"},
+        "reference": {"name": "user/flowers", "sha256": "ab"},
     }
     (folder / "evaluation.json").write_text(json.dumps(record))
     card = run_card(folder, "user/tiny")
@@ -105,20 +105,27 @@ def test_an_evaluation_becomes_a_table_a_model_index_and_a_result_file(hub, run,
     assert (
         "| fid | 2.125 |" in card.text
         and "num_samples 50000" in card.text
-        and "name flowers.npz" in card.text
+        and "name user/flowers" in card.text
         and "num_inference_steps 250" in card.text
     )
     index = card.data.to_dict()["model-index"]
     metrics = [metric for result in index[0]["results"] for metric in result["metrics"]]
     assert {metric["type"]: metric["value"] for metric in metrics} == record["metrics"]
     assert metrics[0]["args"]["num_samples"] == 50000
-    assert card.data.datasets == ["user/flowers"]
+    assert card.data.datasets == ["user/photos"] and index[0]["results"][0]["dataset"]["name"] == "user/flowers"
     entries = yaml.safe_load(evaluation_files(folder)[".eval_results/erw.yaml"])
     assert [(entry["dataset"]["id"], entry["value"]) for entry in entries] == [
         ("user/flowers", 2.125),
         ("user/flowers", 0.75),
     ]
     assert "num_samples 50000" in entries[0]["notes"]
+    record["reference"]["name"] = "flowers.npz"  # statistics, of which nobody knows whose they are
+    (folder / "evaluation.json").write_text(json.dumps(record))
+    assert evaluation_files(folder) == {}
+    assert (
+        run_card(folder, "user/tiny").data.to_dict()["model-index"][0]["results"][0]["dataset"]["name"]
+        == "flowers.npz"
+    )
 
 
 def test_a_local_folder_is_no_data_set_of_the_hub(hub, run, tmp_path, monkeypatch):
@@ -129,7 +136,7 @@ def test_a_local_folder_is_no_data_set_of_the_hub(hub, run, tmp_path, monkeypatc
     (folder / "environment.json").write_text(json.dumps({**environment, "local": ["caches/mine"]}))
     card = run_card(folder, "user/tiny")
     assert card.data.datasets is None and "`mine`" in card.text and "caches/mine" not in card.text
-    (folder / "evaluation.json").write_text(json.dumps({"metrics": {"fid": 1.0}}))
+    (folder / "evaluation.json").write_text(json.dumps({"metrics": {"fid": 1.0}, "reference": {"name": "mine"}}))
     assert evaluation_files(folder) == {}
     check(run_card(folder, "user/tiny"))
 

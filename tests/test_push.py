@@ -151,7 +151,7 @@ def test_faults_a_kill_and_the_command_that_finishes_the_push(hub, tmp_path, tin
     result = push_command(folder)
     assert result.returncode == 0, result.stderr
     assert lost.fired == 1 and titles(hub) == ["Step 7", "initial commit"]  # done once, though told nothing
-    assert not list((folder / "hub").iterdir())
+    assert not push._queue(folder)
     files = hub.files("models", "user/m")
     assert {"README.md", "config.yaml", "metrics.jsonl", "loss_curve.png", "grid.png", "pipeline.py"} <= set(files)
     assert files["grid.png"] == (folder / "grid.png").read_bytes()
@@ -211,6 +211,7 @@ def test_a_server_that_falls_silent_is_left(hub, run):
         ("data set", "user/m is a dataset"),
         ("another model", "holds something else"),
         ("another pipeline", "holds something else"),
+        ("no pipeline", "holds something else"),
         ("offline", "cannot be reached"),
     ],
 )
@@ -232,6 +233,9 @@ def test_what_cannot_be_pushed_is_said_before_step_1(hub, tmp_path, tiny_flags, 
         hub.add_repo("models", repo_id, other)
     if case == "another pipeline":
         (other / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
+        hub.add_repo("models", repo_id, other)
+    if case == "no pipeline":
+        (other / "model_index.json").write_text("{}")
         hub.add_repo("models", repo_id, other)
     if case == "offline":
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -272,6 +276,50 @@ def test_the_last_snapshot_is_tried_though_the_one_before_failed(hub, run):
     refused.released.set()
     assert background.wait() and titles(hub) == ["Step 7", "initial commit"]
     assert "not pushed" in (run / "push.log").read_text() or "403" in (run / "push.log").read_text()
+
+
+def test_two_pushes_of_a_run_follow_each_other(hub, run):
+    hanging = hub.fault("/commit/", hang=600)
+    command = [sys.executable, "-m", "erw_hf.hub.push", str(run), "--hub_model_id=user/m"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while hanging.fired == 0 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert "waiting for another push" in second.stdout.readline()
+    hanging.released.set()
+    assert [process.wait(timeout=300) for process in (first, second)] == [0, 0]
+    assert "pushed step 7" in second.stdout.read() and titles(hub) == ["Step 7", "initial commit"]
+
+
+def test_what_ends_a_push_is_said_in_a_line(hub, run):
+    hub.fault("/commit/", status=403)
+    (run / "metrics.jsonl").rename(run / "elsewhere.jsonl")
+    lost = push_command(run, "--hub_model_id=user/m")
+    (run / "elsewhere.jsonl").rename(run / "metrics.jsonl")
+    refused = push_command(run, "--hub_model_id=user/m")
+    for result, word in ((lost, "metrics.jsonl"), (refused, "403")):
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        last = result.stderr.splitlines()[-1]
+        assert last.startswith("not pushed: ") and word in last
+
+
+def test_measurements_of_the_run_are_pushed_up_to_the_snapshots_step(hub, run):
+    probes = [{"t": 0.0, "cknna": [0.1, 0.2], "accuracy": [0.3, 0.4]}]
+    records = [{"step": i, "phase": "full", "images_seen": 4 * i, "fid": 9.0 - i, "probes": probes} for i in (4, 7)]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    push_config(run, hub_model_id="user/m")
+    push.stage(run, 5, partial(push.link_folder, run / "pipeline"), None)
+    push.push_run(run)
+    files = hub.files("models", "user/m")
+    assert [json.loads(line) for line in files["evaluations.jsonl"].splitlines()] == records[:1]
+    for name in ("quality_curve.png", "probes.png"):
+        assert files[name].startswith(b"\x89PNG") and f"]({name})" in files["README.md"].decode()
+    (run / "evaluations.jsonl").unlink()  # of a run that is made anew without
+    push.push_run(run)
+    files = hub.files("models", "user/m")
+    assert not {"evaluations.jsonl", "quality_curve.png", "probes.png"} & set(files)
+    assert "probes.png" not in files["README.md"].decode()
 
 
 def test_a_full_disk_ends_no_run(hub, run, caplog):

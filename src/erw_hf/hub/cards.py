@@ -112,6 +112,8 @@ def run_card(folder: Path, repo_id: str) -> ModelCard:
         warmup_note=warmup_note,
         config_file=f"{repo_id.split('/')[-1]}/config.yaml",
         cost=cost,
+        quality_curve=(folder / "quality_curve.png").is_file(),
+        probes=(folder / "probes.png").is_file(),
         record=_read_json(folder / "evaluation.json"),
     )
 
@@ -190,7 +192,7 @@ def _model_card(
         tags=["erw-hf", method.lower(), "flow-matching", *(["class-conditional"] if num_classes != 0 else [])],
         datasets=[data] if _is_hub_id(data) else None,
         model_name=name,
-        eval_results=_eval_results(record, data) if record else None,
+        eval_results=_eval_results(record) if record else None,
     )
     return ModelCard.from_template(
         card_data,
@@ -282,7 +284,7 @@ def public_value(value: object, local: Collection[str] = ()) -> object:
     return ",".join(Path(p.strip()).name if _is_path(p.strip(), local) else p for p in value.split(","))
 
 
-def _is_path(name: str, local: Collection[str]) -> bool:
+def _is_path(name: str, local: Collection[str] = ()) -> bool:
     if "/" not in name or "://" in name:
         return False
     # Three names and two slashes, as in outputs/mine/pipeline, are too many for an id.
@@ -488,18 +490,18 @@ def dataset_card(folder: Path, repo_id: str) -> DatasetCard:
 
 def evaluation_files(folder: Path) -> dict[str, str]:
     """
-    The evaluation record in the Hub's own format, if the data set is one of the Hub.
+    The evaluation record in the Hub's own format, if the reference is a data set of the Hub.
 
     Args:
-        folder (`Path`): Holds `config.yaml` and perhaps `evaluation.json`.
+        folder (`Path`): Holds perhaps `evaluation.json`.
 
     Returns:
         `dict[str, str]`: Text of `.eval_results/erw.yaml`, or nothing.
     """
     record = _read_json(folder / "evaluation.json")
-    data = _read_config(folder, _read_json(folder / "environment.json"))["dataset_name"]
-    if record is None or not _is_hub_id(data):
+    if record is None or not _is_hub_id(record["reference"]["name"]):
         return {}
+    data = record["reference"]["name"]
     notes = "; ".join(f"{name}: {value}" for name, value in _evaluation_table(record)["rest"])
     entries = [
         EvalResultEntry(dataset_id=data, task_id=name, value=value, date=record.get("date"), notes=notes or None)
@@ -521,7 +523,8 @@ def _evaluation_table(record: Mapping[str, object]) -> dict[str, list[tuple[str,
     return {"metrics": metrics, "rest": rest}
 
 
-def _eval_results(record: Mapping[str, object], data: str) -> list[EvalResult]:
+def _eval_results(record: Mapping[str, object]) -> list[EvalResult]:
+    data = record["reference"]["name"]  # what the images were compared with, which need not be what was trained on
     settings = {name: value for name, value in record.items() if not isinstance(value, Mapping)}
     settings |= {name: value for name, value in record.get("settings", {}).items() if value is not None}
     return [
@@ -564,7 +567,7 @@ def _read_config(folder: Path, environment: dict | None) -> dict[str, object]:
 
 
 def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".") and not Path(name).exists()
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not _is_path(name)
 
 
 def _parts(names: str) -> list[str]:

@@ -27,6 +27,7 @@ the Hub. Only the newest counts.
 """
 
 import argparse
+import fcntl
 import json
 import logging
 import os
@@ -61,6 +62,7 @@ OWN_KEYS = (
 # Files of a run's record: what the Hub has of an earlier snapshot, and this one lacks, would be of other weights.
 RECORD_FILES = (
     "config.yaml", "environment.json", "warmup_from.json", "evaluation.json", ".eval_results/erw.yaml", "grid.png",
+    "evaluations.jsonl", "quality_curve.png", "probes.png",
 )  # fmt: skip
 
 # httpx in huggingface_hub 1, httpx2 in huggingface_hub 2; what it raises where there is no answer.
@@ -119,7 +121,7 @@ def _check_content(api: HfApi, repo_id: str, repo_type: str) -> None:
         same = not names.isdisjoint({"last-checkpoint/progress.json", "warmup/warmup.json", "warmup.json"})
         if "model_index.json" in names:
             index = json.loads(Path(hf_hub_download(repo_id, "model_index.json")).read_text())
-            same = "ERWPipeline" in index["_class_name"]  # or ["pipeline", "ERWPipeline"]
+            same = "ERWPipeline" in index.get("_class_name", "")  # or ["pipeline", "ERWPipeline"]
     else:
         same = {"dataset": "cache.json", "space": "app.py"}[repo_type] in names
     if names and not same:
@@ -308,6 +310,17 @@ def push_run(run_dir: Path, repo_id: str | None = None, private: bool = False) -
     Raises:
         ValueError: if there is nothing to push, or it cannot be pushed.
     """
+    (run_dir / "hub").mkdir(exist_ok=True)
+    with (run_dir / "hub" / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another push of {run_dir} to end", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        _push_run(run_dir, repo_id, private)
+
+
+def _push_run(run_dir: Path, repo_id: str | None, private: bool) -> None:
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     if not _queue(run_dir):
         pipeline, checkpoints = run_dir / "pipeline", sorted(run_dir.glob("checkpoint-*"), key=_step)
@@ -363,6 +376,8 @@ def complete_snapshot(run_dir: Path, snapshot: Path, repo_id: str) -> None:
         for _, line in zip(range(_step(snapshot)), source, strict=False):  # a line a step
             target.write(line)
     plot_losses(snapshot / "metrics.jsonl", snapshot / "loss_curve.png")
+    if (run_dir / "evaluations.jsonl").is_file():
+        _add_curves(run_dir / "evaluations.jsonl", snapshot)
     grids = [path for path in (*run_dir.glob("samples/step-*.png"), run_dir / "grid.png") if path.is_file()]
     if grids and (snapshot / "model_index.json").is_file():
         shutil.copyfile(max(grids, key=lambda path: path.stat().st_mtime_ns), snapshot / "grid.png")
@@ -371,6 +386,21 @@ def complete_snapshot(run_dir: Path, snapshot: Path, repo_id: str) -> None:
         (snapshot / name).write_text(text)
     (snapshot / "README.md").unlink(missing_ok=True)  # a link, where a pipeline came with one
     run_card(snapshot, repo_id).save(snapshot / "README.md")
+
+
+def _add_curves(source: Path, snapshot: Path) -> None:
+    """What the run measured of itself up to the snapshot's step, and the pictures of that."""
+    from erw_hf.training.logging import plot_probes, plot_quality, read_metrics
+
+    records = [record for record in read_metrics(source) if record["step"] <= _step(snapshot)]
+    if not records:
+        return
+    (snapshot / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    if any(record.get(name) is not None for record in records for name in ("fid", "accuracy")):
+        plot_quality(records, snapshot / "quality_curve.png")
+    probes = [(f"step {record['step']}", result) for record in records for result in record.get("probes", [])]
+    if probes:
+        plot_probes(probes, snapshot / "probes.png")
 
 
 def _evaluation_of(snapshot: Path, records: Iterable[Path]) -> Path | None:
@@ -476,8 +506,8 @@ def main() -> None:
             push_run(args.folder, args.repo_id, args.hub_private)
         else:
             parser.error(f"{args.folder} is no folder of a run, no warmup and no latent cache")
-    except ValueError as error:
-        raise SystemExit(f"not pushed: {error}") from error
+    except (ValueError, HTTPError, OSError) as error:  # the last two: of the Hub, of the connection, of a file
+        raise SystemExit(f"not pushed: {' '.join(str(error).split())}") from error
 
 
 if __name__ == "__main__":
