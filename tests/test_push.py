@@ -32,6 +32,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from helpers import REPOSITORY, kill_tree, launch_command, launch_training, run_script, train
 from huggingface_hub import HfApi, ModelCard, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from loopback_hub import READ_TOKEN, LoopbackHub
 from safetensors.torch import load_file, save_file
 
@@ -441,8 +442,12 @@ def test_a_latent_cache_is_pushed_and_streamed_back(hub, tmp_path, vae_path, tin
     monkeypatch.setattr(sys, "argv", ["cache_latents.py", *flags])
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     hub.fault("/commit/", status=503)
-    script.main()
+    hub.fault("/commit/", status=403, after=1)
+    with pytest.raises(HfHubHTTPError):
+        script.main()
     AcceleratorState._reset_state(reset_partial_state=True)
+    assert set(hub.files("datasets", "user/latents")) == {"cache.json"}
+    push.push_cache(tmp_path / "cache", "user/latents")  # half a cache is known as one
     files = hub.files("datasets", "user/latents")
     parquet = {f"data/train-{i:05d}-of-00002.parquet" for i in range(2)}
     assert set(files) == {"README.md", "cache.json", "latent_statistics.json", *parquet}

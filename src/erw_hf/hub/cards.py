@@ -269,11 +269,12 @@ def public_value(value: object, local: Collection[str] = ()) -> object:
     What may leave this machine of a record: of each path of its own the name alone. Hub ids stay.
 
     Args:
-        value: A value of JSON or YAML. A string may name several, separated by commas.
-        local (`Collection[str]`, *optional*): Names that are known to be of local folders, whatever they look like.
+        value (`object`): A value of JSON or YAML. A string may name several, separated by commas.
+        local (`Collection[str]`, *optional*, defaults to `()`):
+            Names that are known to be of local folders, whatever they look like.
 
     Returns:
-        The same, made public.
+        `object`: The same, made public.
     """
     if isinstance(value, Mapping):
         return {key: public_value(entry, local) for key, entry in value.items()}

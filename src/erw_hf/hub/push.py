@@ -157,7 +157,8 @@ def upload(folder: Path, repo_id: str, message: str, repo_type: str = "model", r
         repo_id (`str`): Hub id.
         message (`str`): Message of the commit.
         repo_type (`str`, *optional*, defaults to `"model"`): `"model"`, `"dataset"` or `"space"`.
-        replaced (`Collection[str]`, *optional*): Other files of the repo that are removed where the folder lacks them.
+        replaced (`Collection[str]`, *optional*, defaults to `()`):
+            Other files of the repo that are removed where the folder lacks them.
 
     Returns:
         `str`: Address of the commit.
