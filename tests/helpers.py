@@ -139,6 +139,7 @@ def kill_tree(process: subprocess.Popen) -> None:
     # torch's launcher gives each training process a session of its own, so killing the group would miss them.
     tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in tree:
-        member.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may end by itself meanwhile
+            member.kill()
     process.wait()
     psutil.wait_procs(tree)

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from helpers import REPOSITORY, launch_command, launch_training
+from helpers import REPOSITORY, kill_tree, launch_command, launch_training
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
@@ -84,11 +84,8 @@ def run_and_kill(flags: list[str], processes: int, moment: str, chance: random.R
             time.sleep(chance.uniform(0, 0.05))
             break
         time.sleep(0.005)
-    tree = [*launcher.children(recursive=True), launcher] if launcher.is_running() else []
-    for process in tree:
-        process.kill()
-    psutil.wait_procs(tree)
-    launcher.wait()
+    if launcher.poll() is None:
+        kill_tree(launcher)
     return f"{moment} at step {len(read_metrics(run / 'metrics.jsonl'))}"
 
 
