@@ -324,9 +324,16 @@ class TrainingConfig:
         )  # fmt: skip
         now = {name: getattr(self, name) for name in fixed}
         for name, value in now.items():
-            if isinstance(value, str) and value.startswith(("./", "../")):
-                value = os.path.abspath(value)
-            if name in before and before[name] != value:
+            # A run that comes from the Hub names models and data without the folders of the machine that it ran on.
+            same = (
+                name not in before
+                or before[name] == value
+                or (
+                    name in ("dataset_name", "vae", "encoder")
+                    and Path(str(before[name])).name == Path(str(value)).name
+                )
+            )
+            if not same:
                 raise ValueError(
                     f"{name} is {value!r}, the run so far had {before[name]!r}: a run goes on with what it began with; "
                     "start another one in another --output_dir"

@@ -188,7 +188,7 @@ class QualityMonitor:
 
     def _plot(self) -> None:
         records = read_metrics(self.folder / "evaluations.jsonl")
-        if any("fid" in record for record in records):
+        if any(record.get("fid") is not None for record in records):
             plot_quality(records, self.folder / "quality_curve.png")
         probes = [(f"step {r['step']}", result) for r in records for result in r.get("probes", [])]
         if probes:
