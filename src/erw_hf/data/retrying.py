@@ -15,6 +15,8 @@
 
 import logging
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
@@ -22,6 +24,8 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 # `datasets` would wait up to half an hour in each read of some kind, and fail at once on most server errors. The six
 # tries that huggingface_hub makes within half a minute stay.
@@ -86,3 +90,26 @@ class Backoff:
         logger.warning(f"reading failed, trying again in {self._wait:.0f} s ({type(error).__name__}: {error})")
         time.sleep(self._wait)
         self._wait = min(2 * self._wait, 60.0)
+
+
+def retried(seconds: float, call: Callable[[], Result]) -> Result:
+    """
+    Calls until it succeeds.
+
+    Args:
+        seconds (`float`): How long to go on trying after the first failure.
+        call (`Callable`): What to do.
+
+    Returns:
+        What `call` returned.
+
+    Raises:
+        Exception: what `call` raised, if waiting does not mend it.
+        ConnectionError: if the deadline does not allow another try.
+    """
+    backoff = Backoff(seconds)
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            backoff.failed(error)

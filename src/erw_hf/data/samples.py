@@ -17,9 +17,8 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import pyarrow
@@ -32,12 +31,10 @@ from datasets.utils.file_utils import xopen
 from PIL import Image, UnidentifiedImageError
 
 from erw_hf.data.digits import load_digits_dataset
-from erw_hf.data.retrying import Backoff
+from erw_hf.data.retrying import retried
 
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
 LABEL_COLUMNS = ("label", "cls", "labels", "class")
@@ -111,9 +108,9 @@ def load_source(
         ValueError: for a missing column, an empty data set, labels that are no classes.
         PermissionError: for a gated data set that this account may not read; the message says how to get access.
     """
-    dataset = _retried(retry_seconds, lambda: _load(dataset_name, split, dataset_config_name, streaming))
+    dataset = retried(retry_seconds, lambda: _load(dataset_name, split, dataset_config_name, streaming))
     if streaming:
-        first = _retried(retry_seconds, lambda: next(iter(dataset.decode(False).take(1)), None))
+        first = retried(retry_seconds, lambda: next(iter(dataset.decode(False).take(1)), None))
     else:
         first = dataset[0] if len(dataset) > 0 else None
     if first is None:
@@ -123,10 +120,9 @@ def load_source(
     if kind["is_latent_cache"] and (kind["has_features"] or not needs_images):
         image_column = None
         columns = [name for name in columns if name not in IMAGE_COLUMNS]
-        if (
-            streaming
-        ):  # named when it is opened, since a stream reads all columns and drops what select_columns leaves out
-            dataset = _retried(
+        if streaming:
+            # Named when it is opened, since a stream reads all columns and drops what select_columns leaves out.
+            dataset = retried(
                 retry_seconds, lambda: _load(dataset_name, split, dataset_config_name, True, columns=columns)
             )
         else:
@@ -172,15 +168,6 @@ def load_source(
         )
     id2label = dict(enumerate(names[:num_classes])) if names is not None else None
     return Source(dataset, image_column, label_column, num_classes, id2label, **kind)
-
-
-def _retried(seconds: float, call: Callable[[], T]) -> T:
-    backoff = Backoff(seconds)
-    while True:
-        try:
-            return call()
-        except Exception as error:
-            backoff.failed(error)
 
 
 def _classes_of_stream(

@@ -32,7 +32,7 @@ import pyarrow
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from erw_hf.data.retrying import Backoff
+from erw_hf.data.retrying import Backoff, retried
 from erw_hf.data.samples import (
     FEATURES_COLUMN,
     IMAGE_ERRORS,
@@ -150,16 +150,11 @@ class RowReader:
         image = None if self.image_column is None else row[self.image_column]
         if image is None or image["bytes"] is not None:
             return row
-        backoff = Backoff(self.retry_seconds)
-        while True:
-            try:
-                return row | {self.image_column: {"bytes": read_file(image["path"]), "path": image["path"]}}
-            except FileNotFoundError:
-                return row | {
-                    self.image_column: {"bytes": b"", "path": image["path"]}
-                }  # skipped and named as no image
-            except Exception as error:
-                backoff.failed(error)
+        try:
+            content = retried(self.retry_seconds, lambda: read_file(image["path"]))
+        except FileNotFoundError:
+            content = b""  # which is skipped and named as no image
+        return row | {self.image_column: {"bytes": content, "path": image["path"]}}
 
     def _skip_shard(self, error: Exception) -> None:
         broken = copy.deepcopy(_innermost(self._upstream()))  # before a fresh state is made, which resets it

@@ -54,7 +54,7 @@ def hardware(accelerator: Accelerator) -> dict[str, object]:
     """
     device = accelerator.device
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "device_type": device.type,
         "processes": accelerator.num_processes,
         "cpu_threads_per_process": torch.get_num_threads(),
@@ -64,7 +64,11 @@ def hardware(accelerator: Accelerator) -> dict[str, object]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """
+    Returns:
+        `str`: Model of the CPU.
+    """
     if sys.platform == "linux":
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

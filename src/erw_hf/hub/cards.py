@@ -17,10 +17,8 @@ python -m erw_hf.hub.cards --config training/configs/imagenet256-xl-erw-paper.ya
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import struct
 from collections.abc import Collection, Mapping
@@ -38,6 +36,7 @@ from huggingface_hub import (
 )
 
 
+STATED_PACKAGES = ("torch", "diffusers", "accelerate", "erw-hf")  # whose versions a card names
 PATH_OR_ID = ("dataset_name", "vae", "encoder", "warmup_from")
 TEMPLATES = Path(__file__).parent / "model_cards"
 ERW = """@article{liu2025erw,
@@ -355,27 +354,18 @@ def describe_environment(device_type: str, processes: int, config: Mapping[str, 
         `dict[str, object]`: `device`, `processes`, `hardware` of one process, `versions`, and which data set, encoder or
         autoencoder was `local`.
     """
-    hardware = f"{platform.processor() or platform.machine()} CPU, {os.cpu_count()} cores"
-    if device_type == "cuda":
-        import torch
+    import torch  # the push, which needs none of this, starts without
 
-        hardware = torch.cuda.get_device_name()
-    elif Path("/proc/cpuinfo").is_file():
-        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        hardware = f"{model[1] if model else 'CPU'}, {os.cpu_count()} cores"
-    packages = ("torch", "diffusers", "accelerate", "erw-hf")
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-            continue
+    from erw_hf.evaluation.record import cpu_name, versions
+
+    hardware = torch.cuda.get_device_name() if device_type == "cuda" else f"{cpu_name()}, {os.cpu_count()} cores"
+    installed = versions()
     local = [part for name in PATH_OR_ID for part in _parts(config[name] or "") if Path(part).exists()]
     return {
         "device": device_type,
         "processes": processes,
         "hardware": hardware,
-        "versions": versions,
+        "versions": {name: installed[name] for name in STATED_PACKAGES if installed[name] is not None},
         "local": local,
     }
 
