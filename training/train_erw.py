@@ -20,6 +20,7 @@ a pipeline. It can be stopped anywhere and started again with `--resume_from_che
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -75,8 +76,8 @@ from erw_hf.training.checkpoints import (
 from erw_hf.training.config import TrainingConfig, parse_config, resolve_mixed_precision
 from erw_hf.training.cost import cost_report
 from erw_hf.training.ema import EMA, remove_later_snapshots, save_snapshots, whole_state_dict, whole_tensor
-from erw_hf.training.flops import count_step_flops
-from erw_hf.training.logging import MetricsFile, image_grid, plot_losses
+from erw_hf.training.flops import count_step_flops, peak_flops
+from erw_hf.training.logging import LateValues, MetricsFile, image_grid, peak_memory, plot_losses
 from erw_hf.training.models import build_full_model, build_warmup_model
 from erw_hf.training.optimizers import build_optimizer
 from erw_hf.training.quality import QualityMonitor
@@ -117,6 +118,15 @@ class Run:
     def step_batch_size(self) -> int:
         config = self.config
         return config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+
+
+@dataclass
+class LateStep:
+    """A step that is done as far as the host knows; its losses are still on their way from the device."""
+
+    record: dict[str, object]  # what the host knows
+    loss_names: list[str]
+    values: LateValues
 
 
 Batch = dict[str, torch.Tensor]
@@ -324,6 +334,8 @@ def train_phase(
     flops_without_encoder = count_step_flops(model, [])
     encodes = model.projectors and not run.source.has_features
     flops_per_image = count_step_flops(model, run.encoders) if encodes else flops_without_encoder
+    if config.compiles(accelerator.device.type):
+        model.transformer.compile_repeated_blocks(fullgraph=True)  # one block's compilation serves them all
     optimizer = build_optimizer(
         model,
         config.optimizer,
@@ -351,7 +363,7 @@ def train_phase(
     batch = None
     if progress.step < end_step:
         batch = next_batch(run, batches, None)  # so that a process without data is known before a step
-        stop_without_data(run)
+        stop_without_data(run, progress.step + 1)
         batches = itertools.chain([batch], batches)
     model.train()
 
@@ -363,6 +375,7 @@ def train_phase(
         disable=not accelerator.is_main_process,
         unit="step",
     )
+    late = None
     for step in bar:
         started, waited, sums = time.perf_counter(), 0.0, {}
         for _ in range(config.gradient_accumulation_steps):
@@ -376,36 +389,34 @@ def train_phase(
                     sums[name] = sums.get(name, 0) + value.detach() / config.gradient_accumulation_steps
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                    grad_norm = float(whole_tensor(grad_norm))
-                    finite = math.isfinite(grad_norm)
-                    # fp16's loss scaler has to see an overflow in order to back off; it skips the step itself.
-                    if finite or accelerator.mixed_precision == "fp16":
-                        optimizer.step()
+                    grad_norm = torch.as_tensor(whole_tensor(grad_norm), device=accelerator.device)
+                    # The optimizer leaves out a non-finite step on the device, as it does for fp16's loss scaler.
+                    optimizer.optimizer.found_inf = (~grad_norm.isfinite()).float()
+                    optimizer.step()
                 optimizer.zero_grad()
-        if finite and run.state.ema is not None:
+        if run.state.ema is not None:
             run.state.ema.step()
         used_learning_rate = optimizer.param_groups[0]["lr"]
         run.state.lr_scheduler.step()
 
-        sums, stopping = agree(run, sums)
         progress.step = step + 1
         progress.step_batch_size = run.step_batch_size
         progress.images_seen += run.step_batch_size
         aligned = phase == "warmup" or phase_2_weight(config, step) > 0
-        progress.flops += (flops_per_image if aligned else flops_without_encoder) * run.step_batch_size
-        progress.nonfinite_steps += not finite
-        progress.nonfinite_in_a_row = 0 if finite else progress.nonfinite_in_a_row + 1
-        record = log_step(run, phase, step, sums, grad_norm, used_learning_rate, time.perf_counter() - started, waited)
-        shown = {name: f"{record[name]:.4f}" for name in sums}
-        bar.set_postfix({"img/s": f"{record['images_per_second']:.0f}", **shown}, refresh=False)
-        if progress.nonfinite_in_a_row >= config.max_nonfinite_steps:
-            raise RuntimeError(
-                f"{progress.nonfinite_in_a_row} steps in a row had a non-finite gradient; the last checkpoint in "
-                f"{config.output_dir} is from before them. Resume from it with a lower learning_rate"
-            )
+        step_flops = (flops_per_image if aligned else flops_without_encoder) * run.step_batch_size
+        progress.flops += step_flops
+        # The losses of a step are fetched while the next one runs, so that the host never waits for the device.
+        stopping = late is not None and settle(run, late, bar)
+        seconds = time.perf_counter() - started
+        record = host_record(run, phase, step, used_learning_rate, step_flops, seconds, waited)
+        late = LateStep(record, list(sums), LateValues(agree(run, sums, grad_norm)))
+        saving = stopping or progress.step % config.checkpointing_steps == 0 or progress.step == end_step
+        if saving:
+            stopping |= settle(run, late, bar)
+            late = None
         if phase == "full" and config.ema_snapshot_steps and progress.step % config.ema_snapshot_steps == 0:
             save_snapshots(run.state.ema, Path(config.output_dir) / "ema_snapshots", accelerator.is_main_process)
-        if stopping or progress.step % config.checkpointing_steps == 0 or progress.step == end_step:
+        if saving:
             data_state = None
             if run.stream is not None:
                 run.stream_state = run.stream.state_dict()
@@ -444,58 +455,86 @@ def next_batch(run: Run, batches: Iterator[Batch], previous: Batch | None) -> Ba
         return previous
 
 
-def stop_without_data(run: Run) -> None:
-    """Ends the run on all processes, with one message, if any of them has no data."""
+def stop_without_data(run: Run, step: int) -> None:
+    """Ends the run on all processes, with one message, if any of them had no data for a step."""
     errors = gather_object([(run.accelerator.process_index, run.data_error)])
     for process, error in errors:
         if error is not None:
             raise RuntimeError(
-                f"process {process} of {len(errors)} could not read its data, so all stop before step "
-                f"{run.progress.step + 1}: {error}\nGo on from the last checkpoint with --resume_from_checkpoint latest"
+                f"process {process} of {len(errors)} could not read its data, so all stop before step {step}: {error}\n"
+                "Go on from the last checkpoint with --resume_from_checkpoint latest"
             )
 
 
-def agree(run: Run, sums: Batch) -> tuple[dict[str, float], bool]:
-    """In one reduction: the means of the losses over all processes, whether SIGTERM reached any, whether any lacks data."""
-    flags = torch.tensor([run.stop_requested, run.data_error is not None], device=run.accelerator.device)
-    *values, stopping, failing = run.accelerator.reduce(torch.stack([*sums.values(), *flags.float()]), "mean").tolist()
+def agree(run: Run, sums: Batch, grad_norm: torch.Tensor) -> torch.Tensor:
+    """In one reduction: the means of the losses over all processes, whether SIGTERM reached any, whether any lacks data;
+    with them the norm of the gradient, which is one and the same everywhere."""
+    device = run.accelerator.device
+    flags = [torch.full((), float(flag), device=device) for flag in (run.stop_requested, run.data_error is not None)]
+    values = torch.stack([*sums.values(), *flags])
+    return torch.cat([run.accelerator.reduce(values, "mean"), grad_norm.reshape(1).float()])
+
+
+def settle(run: Run, late: LateStep, bar: tqdm) -> bool:
+    """Fetches a step's losses, counts it if it was left out, and writes its line; returns whether SIGTERM came."""
+    config, progress = run.config, run.progress
+    *losses, stopping, failing, grad_norm = late.values.fetch()
     if failing:
-        stop_without_data(run)
-    return dict(zip(sums, values, strict=True)), stopping > 0
+        stop_without_data(run, late.record["step"])
+    finite = math.isfinite(grad_norm)
+    progress.nonfinite_steps += not finite
+    progress.nonfinite_in_a_row = 0 if finite else progress.nonfinite_in_a_row + 1
+    losses = dict(zip(late.loss_names, losses, strict=True))
+    record = {**late.record, **losses, "grad_norm": grad_norm, "nonfinite_steps": progress.nonfinite_steps}
+    if run.metrics is not None:
+        run.metrics.write(record)
+    run.accelerator.log({k: v for k, v in record.items() if k not in ("step", "phase")}, step=record["step"])
+    shown = {name: f"{loss:.4f}" for name, loss in losses.items()}
+    bar.set_postfix({"img/s": f"{record['images_per_second']:.0f}", **shown}, refresh=False)
+    if progress.nonfinite_in_a_row >= config.max_nonfinite_steps:
+        raise RuntimeError(
+            f"{progress.nonfinite_in_a_row} steps in a row had a non-finite gradient; the last checkpoint in "
+            f"{config.output_dir} is from before them. Resume from it with a lower learning_rate"
+        )
+    return stopping > 0
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    """Copies on a stream of its own, beside the step that the device is still busy with."""
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+    with torch.cuda.stream(copy_stream(device)):
+        copies = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    current = torch.cuda.current_stream()
+    current.wait_stream(copy_stream(device))
+    for tensor in copies.values():
+        tensor.record_stream(current)  # whose memory is not given out again before the step is done with it
+    return copies
 
 
-def log_step(
-    run: Run,
-    phase: str,
-    step: int,
-    sums: dict[str, float],
-    grad_norm: float,
-    learning_rate: float,
-    seconds: float,
-    waited: float,
+@functools.cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def host_record(
+    run: Run, phase: str, step: int, learning_rate: float, step_flops: float, seconds: float, waited: float
 ) -> dict[str, object]:
-    """Writes one line of metrics.jsonl and of the trackers."""
-    record = {
-        "step": run.progress.step,
+    """What the host knows of a step for its line of metrics.jsonl and of the trackers."""
+    accelerator, progress = run.accelerator, run.progress
+    peak = peak_flops(accelerator.device)
+    return {
+        "step": progress.step,
         "phase": phase,
-        **sums,
         "lambda": 1.0 if phase == "warmup" else phase_2_weight(run.config, step),
-        "grad_norm": grad_norm,
         "learning_rate": learning_rate,
-        "images_seen": run.progress.images_seen,
-        "flops": run.progress.flops,
+        "images_seen": progress.images_seen,
+        "flops": progress.flops,
         "images_per_second": run.step_batch_size / seconds,
         "data_wait": waited / seconds,
-        "nonfinite_steps": run.progress.nonfinite_steps,
+        "mfu": None if peak is None else step_flops / seconds / (peak * accelerator.num_processes),
+        "peak_memory_gib": peak_memory(accelerator.device) / 2**30,
     }
-    if run.metrics is not None:
-        run.metrics.write(record)
-    run.accelerator.log({k: v for k, v in record.items() if k not in ("step", "phase")}, step=run.progress.step)
-    return record
 
 
 def phase_2_weight(config: TrainingConfig, step: int) -> float:

@@ -306,12 +306,17 @@ def training_cost(metrics: Path, config: Mapping[str, object], environment: dict
     """
     warmup = full = 0
     seconds, images, flops, full_step_flops = 0.0, 0, 0.0, None
+    waited, used, peak_memory = 0.0, 0.0, 0.0
     losses: list[float] = []
     last_phase = None
     with metrics.open(encoding="utf-8") as file:
         for line in file:
             record = json.loads(line)
-            seconds += (record["images_seen"] - images) / record["images_per_second"]
+            step_seconds = (record["images_seen"] - images) / record["images_per_second"]
+            seconds += step_seconds
+            waited += step_seconds * record["data_wait"]
+            used += step_seconds * (record.get("mfu") or 0)
+            peak_memory = max(peak_memory, record.get("peak_memory_gib") or 0)
             if record["phase"] == "full" and full_step_flops is None:
                 full_step_flops = record["flops"] - flops
             images, flops = record["images_seen"], record["flops"]
@@ -332,6 +337,11 @@ def training_cost(metrics: Path, config: Mapping[str, object], environment: dict
         rows.append((f"loss, mean of the last {len(losses)} steps", f"{sum(finite) / len(finite):.4f}"))
     if seconds:
         rows.append(("hours in steps", f"{seconds / 3600:.2f} ({images / seconds:.0f} images a second)"))
+        rows.append(("waiting for data", f"{waited / seconds:.1%} of that"))
+    if used:
+        rows.append(("MFU", f"{used / seconds:.1%} of the GPUs' dense bf16 peak"))
+    if peak_memory:
+        rows.append(("peak memory", f"{peak_memory:.1f} GiB for the main process"))
     if environment is not None:
         processes = environment["processes"]
         rows.append(("hardware", f"{processes} x {environment['hardware']}"))

@@ -142,6 +142,10 @@ class TrainingConfig:
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = _key(
         "auto", '"auto": bf16 where the device is fast at it (CUDA, CPUs with AMX), else float32.'
     )
+    torch_compile: Literal["auto", "yes", "no"] = _key(
+        "auto",
+        "Compile the transformer's blocks; auto: on CUDA. The first step of each phase then takes up to a minute.",
+    )
     max_nonfinite_steps: int = _key(10, "Stop after this many steps in a row with a non-finite gradient.")
 
     # Checkpoints
@@ -247,6 +251,16 @@ class TrainingConfig:
         if self.encoder is None or (self.warmup_steps == 0 and self.alignment_weight == 0):
             return []
         return [name.strip() for name in self.encoder.split(",")]
+
+    def compiles(self, device_type: str) -> bool:
+        """
+        Args:
+            device_type (`str`): `"cuda"`, `"cpu"` ...
+
+        Returns:
+            `bool`: Whether the blocks are compiled.
+        """
+        return self.torch_compile == "yes" or (self.torch_compile == "auto" and device_type == "cuda")
 
     @property
     def token_grid(self) -> int:

@@ -22,11 +22,10 @@ from erw_hf.data.latents import check_autoencoder
 from erw_hf.data.samples import IMAGE_COLUMNS, LABEL_COLUMNS, find_column, is_local, load_source
 from erw_hf.encoders import VISION_TOWERS, RepresentationEncoder
 from erw_hf.training.config import TrainingConfig
-from erw_hf.training.flops import count_step_flops
+from erw_hf.training.flops import PEAK_FLOPS, count_step_flops
 from erw_hf.training.models import build_full_model, build_warmup_model
 
 
-PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200
 GIB = 2**30
 
 
@@ -74,7 +73,7 @@ def cost_report(config: TrainingConfig) -> str:
         ("FLOPs in all", f"{total:.3e}, for each process"),
         (
             "GPU-hours",
-            f"{total / PEAK_FLOPS / config.dry_run_mfu / 3600:.1f} at {config.dry_run_mfu:.0%} MFU of 989 TFLOP/s, for each process",
+            f"{total / PEAK_FLOPS['H100'] / config.dry_run_mfu / 3600:.1f} at {config.dry_run_mfu:.0%} MFU of 989 TFLOP/s, for each process",
         ),
         (
             "memory",

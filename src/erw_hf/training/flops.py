@@ -23,6 +23,40 @@ from erw_hf.alignment import AlignedTransformer
 from erw_hf.encoders import RepresentationEncoder
 
 
+# Dense bf16 FLOP/s by what a device's name contains, from the makers' data sheets (without sparsity).
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """
+    What MFU is a share of.
+
+    Args:
+        device (`torch.device`): Where a run computes.
+
+    Returns:
+        `float`, *optional*: Dense bf16 FLOP/s of one GPU, whatever the precision of the run; `None` for a device that
+        [`PEAK_FLOPS`] does not know, and for CPUs.
+    """
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
 def count_step_flops(model: AlignedTransformer, encoders: Sequence[RepresentationEncoder]) -> int:
     """
     Floating-point operations of training on one image: forward and backward of the model and its projectors, forward of

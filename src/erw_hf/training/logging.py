@@ -16,10 +16,53 @@
 import json
 import math
 import os
+import resource
+import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+
+
+class LateValues:
+    """
+    Numbers on their way from the device to the host, which goes on with its work meanwhile.
+
+    Args:
+        values (`torch.Tensor` of shape `(N,)`): The numbers, where they were computed.
+    """
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._values = values.to("cpu", non_blocking=True)
+        self._copied = None
+        if values.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def fetch(self) -> list[float]:
+        """
+        Waits for them, if they are not there yet.
+
+        Returns:
+            `list[float]`: The numbers.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values.tolist()
+
+
+def peak_memory(device: torch.device) -> int:
+    """
+    Args:
+        device (`torch.device`): Where a run computes.
+
+    Returns:
+        `int`: Most bytes that were in use so far: of the GPU by tensors, or of this process on a CPU.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class MetricsFile:

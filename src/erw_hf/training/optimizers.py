@@ -41,6 +41,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     ) -> None:
         self.muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self.adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        self.found_inf: torch.Tensor | None = None  # not 0: leave this step out; what torch's fused AdamW has too
         super().__init__([{"params": matrices}, {"params": others}], {})
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]  # theirs, which a schedule changes
 
@@ -50,6 +51,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         Args:
             closure (`None`): Not supported.
         """
+        if self.found_inf is not None and self.found_inf.item():  # torch's Muon cannot decide that on the device
+            return
         self.muon.step()
         self.adamw.step()
 
