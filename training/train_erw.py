@@ -685,7 +685,7 @@ def load_encoders(config: TrainingConfig, accelerator: Accelerator) -> list[Repr
         encoder = RepresentationEncoder.from_pretrained(
             name, config.token_grid, config.encoder_image_size, dtype, config.encoder_antialias
         ).to(accelerator.device)
-        if accelerator.device.type == "cuda":
+        if config.compiles(accelerator.device.type):
             encoder.model.compile()
         encoders.append(encoder)
     return encoders
