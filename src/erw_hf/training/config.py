@@ -144,7 +144,7 @@ class TrainingConfig:
     )
     torch_compile: Literal["auto", "yes", "no"] = _key(
         "auto",
-        "Compile the transformer's blocks; auto: on CUDA. The first step of each phase then takes up to a minute.",
+        "Compile blocks and encoders; auto: on CUDA. The first step of each phase then takes up to a minute.",
     )
     max_nonfinite_steps: int = _key(10, "Stop after this many steps in a row with a non-finite gradient.")
 
