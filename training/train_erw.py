@@ -78,7 +78,7 @@ from erw_hf.training.cost import cost_report
 from erw_hf.training.ema import EMA, remove_later_snapshots, save_snapshots, whole_state_dict, whole_tensor
 from erw_hf.training.flops import count_step_flops, peak_flops
 from erw_hf.training.logging import LateValues, MetricsFile, image_grid, peak_memory, plot_losses
-from erw_hf.training.models import build_full_model, build_warmup_model
+from erw_hf.training.models import build_full_model, build_warmup_model, class_token_dim
 from erw_hf.training.optimizers import build_optimizer
 from erw_hf.training.quality import QualityMonitor
 from erw_hf.warmup import (
@@ -103,6 +103,7 @@ class Run:
     source: Source
     vae: torch.nn.Module | None
     encoders: list[RepresentationEncoder]
+    model_config: dict[str, object]  # of the transformer
     pixels: tuple[int, int]  # side and channels of the images
     progress: Progress
     state: TrainingState
@@ -162,15 +163,13 @@ def main() -> None:
     source = load_source(**config.source_arguments())
     if source.is_latent_cache:
         check_cache(config)
-    if source.has_features and len(config.encoders) > 1:
-        raise ValueError(
-            "a latent cache holds the tokens of one encoder: leave its column `features` out to align with several"
-        )
+    config.check_features(source)
     vae, pixels = load_vae(config, accelerator.device)
     encoders = load_encoders(config, accelerator)
+    model_config = config.model_config(source.num_classes, class_token_dim(config, encoders))
     warmup_state = None
     if config.warmup_from is not None:
-        warmup_state = load_warmup(config.warmup_from, config, source.num_classes)
+        warmup_state = load_warmup(config.warmup_from, model_config)
         with torch.device("meta"):
             check_hand_over(
                 warmup_state, build_full_model(config, source.num_classes, encoders), config.hand_over_projector
@@ -179,7 +178,9 @@ def main() -> None:
         prepare_output_dir(config, resuming=config.resume_from_checkpoint is not None)
     accelerator.wait_for_everyone()
 
-    run = Run(config, accelerator, source, vae, encoders, pixels, progress, TrainingState(), metrics=None)
+    run = Run(
+        config, accelerator, source, vae, encoders, model_config, pixels, progress, TrainingState(), metrics=None
+    )
     accelerator.register_for_checkpointing(run.state)
     stop_on_sigterm(run)
     if accelerator.is_main_process:
@@ -276,9 +277,10 @@ def train_warmup(run: Run, checkpoint: Path | None) -> dict[str, torch.Tensor]:
 
     def losses(model: torch.nn.Module, batch: Batch, step: int) -> dict[str, torch.Tensor]:
         noised = {"noise": batch["noise"], "t": times(config, batch)} if config.warmup_noised else {}
+        target, class_token = targets(run, batch)
         return warmup_loss(
-            model, latents(run, batch), batch["label"], batch["drop"], targets(run, batch), alignment,
-            **noised, path_type=config.path_type,
+            model, latents(run, batch), batch["label"], batch["drop"], target, alignment,
+            **noised, path_type=config.path_type, class_token=class_token, class_noise=batch.get("class_noise"),
         )  # fmt: skip
 
     learning_rate = config.warmup_learning_rate or config.learning_rate
@@ -286,8 +288,8 @@ def train_warmup(run: Run, checkpoint: Path | None) -> dict[str, torch.Tensor]:
     state = whole_state_dict(accelerator.unwrap_model(model))
     if accelerator.is_main_process:
         folder = Path(config.output_dir) / "warmup"
-        save_warmup(config, state, run.source.num_classes, folder)
-        write_warmup_record(folder, vars(config), vars(run.progress), config.model_config(run.source.num_classes))
+        save_warmup(config, state, run.model_config, folder)
+        write_warmup_record(folder, vars(config), vars(run.progress), run.model_config)
     run.state.lr_scheduler = None
     accelerator.free_memory(model)
     return state
@@ -307,10 +309,11 @@ def train_full(run: Run, warmup_state: dict[str, torch.Tensor] | None, checkpoin
 
     def losses(model: torch.nn.Module, batch: Batch, step: int) -> dict[str, torch.Tensor]:
         weight = phase_2_weight(config, step)
-        target = targets(run, batch) if weight > 0 else None
+        target, class_token = targets(run, batch, aligned=weight > 0)
         return full_loss(
             model, latents(run, batch), batch["noise"], times(config, batch), batch["label"], batch["drop"], target,
-            weight, config.path_type, alignment, config.contrastive_weight,
+            weight, config.path_type, alignment, config.contrastive_weight, class_token, batch.get("class_noise"),
+            config.class_token_weight,
         )  # fmt: skip
 
     train_phase(
@@ -331,9 +334,10 @@ def train_phase(
 ) -> torch.nn.Module:
     """The loop, for either phase."""
     config, accelerator, progress = run.config, run.accelerator, run.progress
-    flops_without_encoder = count_step_flops(model, [])
+    # A step that aligns runs all encoders, each other one the first, and only if its class token is drawn.
+    flops_unaligned = count_step_flops(model, run.encoders[:1] if config.class_token_weight > 0 else [])
     encodes = model.projectors and not run.source.has_features
-    flops_per_image = count_step_flops(model, run.encoders) if encodes else flops_without_encoder
+    flops_per_image = count_step_flops(model, run.encoders) if encodes else flops_unaligned
     if config.compiles(accelerator.device.type):
         model.transformer.compile_repeated_blocks(fullgraph=True)  # one block's compilation serves them all
     optimizer = build_optimizer(
@@ -403,7 +407,7 @@ def train_phase(
         progress.step_batch_size = run.step_batch_size
         progress.images_seen += run.step_batch_size
         aligned = phase == "warmup" or phase_2_weight(config, step) > 0
-        step_flops = (flops_per_image if aligned else flops_without_encoder) * run.step_batch_size
+        step_flops = (flops_per_image if aligned else flops_unaligned) * run.step_batch_size
         progress.flops += step_flops
         # The losses of a step are fetched while the next one runs, so that the host never waits for the device.
         stopping = late is not None and settle(run, late, bar)
@@ -560,6 +564,7 @@ def load_batches(run: Run, start_step: int, end_step: int) -> Iterator[Batch]:
         seed=config.seed,
         class_dropout_prob=config.class_dropout_prob,
         random_flip=config.random_flip,
+        class_token_dim=run.model_config["class_token_dim"],
     )
     pin_memory = accelerator.device.type == "cuda"
     if config.streaming:
@@ -609,13 +614,26 @@ def times(config: TrainingConfig, batch: Batch) -> torch.Tensor:
     )
 
 
-def targets(run: Run, batch: Batch) -> list[torch.Tensor]:
-    """Each encoder's patch tokens (B, N, D) of a batch."""
+def targets(run: Run, batch: Batch, aligned: bool = True) -> tuple[list[torch.Tensor] | None, torch.Tensor | None]:
+    """Each encoder's patch tokens (B, N, D) of a batch, for a step that aligns, and the first one's class token (B, D),
+    for a model that draws it."""
+    config, class_token = run.config, None
+    if not aligned and config.class_token_weight == 0:
+        return None, None
     if "features" in batch:  # of a latent cache
-        tokens = [batch["features"].unflatten(1, (run.config.token_grid**2, -1))]
+        tokens = [batch["features"].unflatten(1, (config.token_grid**2, -1))]
     else:
-        tokens = [encoder(batch["pixels"].float() / 255) for encoder in run.encoders]
-    return [spatial_normalize(t) for t in tokens] if run.config.spatial_norm else tokens
+        images = batch["pixels"].float() / 255
+        encoders = run.encoders if aligned else run.encoders[:1]
+        if config.class_token_weight > 0:
+            first, class_token = encoders[0](images, with_class_token=True)
+            class_token = class_token.float()
+        else:
+            first = encoders[0](images)
+        tokens = [first, *(encoder(images) for encoder in encoders[1:])]
+    if not aligned:
+        return None, class_token
+    return [spatial_normalize(t) for t in tokens] if config.spatial_norm else tokens, class_token
 
 
 def choose_alignment_loss(config: TrainingConfig) -> AlignmentLoss:
@@ -710,9 +728,11 @@ def prepare_output_dir(config: TrainingConfig, resuming: bool) -> None:
         raise ValueError(f"cannot write to output_dir {folder}: {error}") from error
 
 
-def save_warmup(config: TrainingConfig, state: dict[str, torch.Tensor], num_classes: int, folder: Path) -> None:
+def save_warmup(
+    config: TrainingConfig, state: dict[str, torch.Tensor], model_config: dict[str, object], folder: Path
+) -> None:
     """A finished warmup, which `--warmup_from` takes: one warmup can serve many runs."""
-    transformer = build_warmup_transformer(config.model_config(num_classes), config.warmup_depth)
+    transformer = build_warmup_transformer(model_config, config.warmup_depth)
     first = "transformer."
     transformer.load_state_dict({k.removeprefix(first): v for k, v in state.items() if k.startswith(first)})
     transformer.save_pretrained(folder / "transformer")
@@ -733,7 +753,7 @@ def find_warmup(path_or_repo_id: str) -> Path:
     return folder / "warmup" if (folder / "warmup" / "transformer").is_dir() else folder
 
 
-def load_warmup(path_or_repo_id: str, config: TrainingConfig, num_classes: int) -> dict[str, torch.Tensor]:
+def load_warmup(path_or_repo_id: str, model_config: dict[str, object]) -> dict[str, torch.Tensor]:
     """A warmup that this script saved, in a folder or on the Hub, or a published `.pt` file of ERW."""
     path = Path(path_or_repo_id)
     if path.is_file():
@@ -752,7 +772,7 @@ def load_warmup(path_or_repo_id: str, config: TrainingConfig, num_classes: int) 
         file = folder / "projectors.safetensors"
         projectors = load_file(file) if file.is_file() else {}
     # Tensors of one shape can still mean another model: heads, rotary embeddings, norms.
-    for name, value in config.model_config(num_classes).items():
+    for name, value in model_config.items():
         if name not in ("num_layers", "class_dropout_prob") and warmup_config.get(name, value) != value:
             raise ValueError(f"the warmup was made with {name}={warmup_config[name]!r}, the config has {value!r}")
     state = {f"transformer.{name}": tensor for name, tensor in transformer.items()}
@@ -796,7 +816,7 @@ def averaged_transformer(run: Run, on_all_processes: bool = False) -> ERWTransfo
     weights = run.state.ema.weights()
     if not (on_all_processes or run.accelerator.is_main_process):
         return None
-    transformer = ERWTransformer2DModel(**run.config.model_config(run.source.num_classes))
+    transformer = ERWTransformer2DModel(**run.model_config)
     transformer.load_state_dict(weights, strict=False)  # buffers are no weights
     return transformer.to(run.accelerator.device).eval()
 
@@ -824,8 +844,7 @@ def measure_quality(run: Run, phase: str, transformer: ERWTransformer2DModel) ->
         transformer = averaged_transformer(run, on_all_processes=True)
     else:
         state = whole_state_dict(transformer)
-        config = run.config.model_config(run.source.num_classes)
-        transformer = build_warmup_transformer(config, run.config.warmup_depth)
+        transformer = build_warmup_transformer(run.model_config, run.config.warmup_depth)
         transformer.load_state_dict(state)
         transformer.to(run.accelerator.device).eval()
     run.quality.measure(phase, run.progress.step, run.progress.images_seen, build_pipeline(run, transformer))

@@ -222,6 +222,12 @@ class ERWPipeline(DiffusionPipeline):
                 f"got {len(generator)} generators for {batch_size} images "
                 f"({len(class_labels)} labels x {num_images_per_prompt} each)"
             )
+        worse = self.guidance_transformer
+        if worse is not None and worse.config.class_token_dim != self.transformer.config.class_token_dim:
+            raise ValueError(
+                f"the guidance_transformer has class_token_dim={worse.config.class_token_dim}, the transformer "
+                f"{self.transformer.config.class_token_dim}: it must denoise the same class token"
+            )
         shape = self._latents_shape(batch_size)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}")
@@ -305,19 +311,44 @@ class ERWPipeline(DiffusionPipeline):
             latents = latents / scaling + shift
         return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
 
+    @staticmethod
+    def _join(latents: torch.Tensor, class_token: torch.Tensor | None = None) -> torch.Tensor:
+        # One row a sample holds both, so that one step of the scheduler and one draw serve both.
+        return latents if class_token is None else torch.cat([latents.flatten(1), class_token], dim=1)
+
+    def split_state(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Takes apart what the scheduler steps: with a class token, latents and class token are one row a sample.
+
+        Args:
+            state (`torch.Tensor` of shape `(B, C, H, W)` or `(B, C H W + class_token_dim)`): The scheduler's sample.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor | None]`: latents `(B, C, H, W)` and class token `(B, class_token_dim)`,
+            `None` for a model without one.
+        """
+        class_token_dim = self.transformer.config.class_token_dim
+        if class_token_dim is None:
+            return state, None
+        latents, class_token = state[:, :-class_token_dim], state[:, -class_token_dim:]
+        return latents.reshape(self._latents_shape(len(state))), class_token
+
     def _velocity(
-        self, transformer, cache_context: str, latents: torch.Tensor, time: float, labels: torch.Tensor
+        self, transformer, cache_context: str, state: torch.Tensor, time: float, labels: torch.Tensor
     ) -> torch.Tensor:
-        """One model call in the model's dtype, with the time and the result in float32."""
+        """One model call in the model's dtype, with the time and the result, the state's velocity, in float32."""
+        latents, class_token = self.split_state(state)
         with transformer.cache_context(cache_context):
-            return transformer(
+            velocities = transformer(
                 latents.to(transformer.dtype),
                 timestep=torch.full((len(labels),), time, device=latents.device),
                 class_labels=labels,
                 force_drop_ids=torch.zeros_like(labels),  # a model left in training mode must not drop labels here
+                class_token=None if class_token is None else class_token.to(transformer.dtype),
                 attention_kwargs=self._attention_kwargs,
                 return_dict=False,
-            )[0].float()
+            )
+        return self._join(*(velocity.float() for velocity in velocities))
 
     @property
     def guidance_scale(self) -> float:
@@ -408,7 +439,10 @@ class ERWPipeline(DiffusionPipeline):
         # 2. Labels and noise
         labels = torch.tensor(class_ids, device=device).repeat_interleave(num_images_per_prompt)  # (B,)
         null_labels = torch.full_like(labels, self.transformer.config.num_classes)
-        latents = self.prepare_latents(len(labels), device, generator, latents)
+        state = self.prepare_latents(len(labels), device, generator, latents)
+        if self.transformer.config.class_token_dim is not None:
+            shape = (len(labels), self.transformer.config.class_token_dim)
+            state = self._join(state, randn_tensor(shape, generator=generator, device=device, dtype=torch.float32))
 
         # 3. Times
         set_timesteps_arguments = inspect.signature(self.scheduler.set_timesteps).parameters
@@ -438,37 +472,39 @@ class ERWPipeline(DiffusionPipeline):
                 guide = self.guidance_scale != 1 and low - 1e-6 <= flow_times[i] <= high + 1e-6
                 time = flow_times[i]
                 if not guide:
-                    velocity = self._velocity(self.transformer, "cond", latents, time, labels)
+                    velocity = self._velocity(self.transformer, "cond", state, time, labels)
                 else:
                     if self.guidance_transformer is not None:
-                        velocity = self._velocity(self.transformer, "cond", latents, time, labels)
-                        worse = self._velocity(self.guidance_transformer, "cond", latents, time, labels)
+                        velocity = self._velocity(self.transformer, "cond", state, time, labels)
+                        worse = self._velocity(self.guidance_transformer, "cond", state, time, labels)
                     else:
                         # Both predictions in one batch, for these models faster than two calls. The cache context is
                         # another than without guidance, since step caches hold tensors of the batch's size.
                         velocity, worse = self._velocity(
                             self.transformer,
                             "cond_uncond",
-                            torch.cat([latents, latents]),
+                            torch.cat([state, state]),
                             time,
                             torch.cat([labels, null_labels]),
                         ).chunk(2)
                     velocity = worse + self.guidance_scale * (velocity - worse)
 
-                latents = self.scheduler.step(velocity, t, latents, **step_kwargs, return_dict=False)[0]
+                state = self.scheduler.step(velocity, t, state, **step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
+                    latents, class_token = self.split_state(state)
                     callback_kwargs = {}
                     for name in callback_on_step_end_tensor_inputs:
                         callback_kwargs[name] = locals()[name]
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
-                    latents = callback_outputs.pop("latents", latents)
+                    state = self._join(callback_outputs.pop("latents", latents), class_token)
 
                 progress_bar.update()
                 if XLA_AVAILABLE:
                     xm.mark_step()
 
-        # 5. Decode
+        # 5. Decode; the class token has done its work
+        latents, _ = self.split_state(state)
         if output_type == "latent":
             images = latents
         else:

@@ -105,6 +105,8 @@ class ERWPrepareStep(ModularPipelineBlocks):
     def __call__(self, components, state):
         block_state = self.get_block_state(state)
         device, config = components._execution_device, components.transformer.config
+        if config.get("class_token_dim") is not None:
+            raise ValueError("these blocks denoise latents alone: use ERWPipeline for a model with a class token")
         shape = (len(block_state.labels), config.in_channels, config.sample_size, config.sample_size)
         if block_state.latents is None:
             block_state.latents = randn_tensor(shape, block_state.generator, device=device, dtype=torch.float32)

@@ -189,6 +189,8 @@ def watch(pipe: DiffusionPipeline, frames: queue.Queue, stopped: threading.Event
     step, made = scheduler.step, itertools.count()
 
     def images_of(latents):
+        if latents.ndim == 2:  # a row of latents and class token
+            latents, _ = pipe.split_state(latents)
         return pipe.image_processor.postprocess(pipe.decode_latents(latents).float(), output_type="pil")
 
     @functools.wraps(step)  # the pipeline reads the arguments off it

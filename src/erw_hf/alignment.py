@@ -87,24 +87,42 @@ class AlignedTransformer(nn.Module):
         self.warmup = warmup
 
     def forward(
-        self, x_t: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None, drop: torch.Tensor
-    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        drop: torch.Tensor,
+        class_token: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor], torch.Tensor | None]:
         """
         Args:
             x_t (`torch.Tensor` of shape `(B, C, H, W)`): Noised (in warmup: clean) latents.
             t (`torch.Tensor` of shape `(B,)`): Flow time in [0, 1].
             class_labels (`torch.LongTensor` of shape `(B,)`, *optional*): Class ids.
             drop (`torch.Tensor` of shape `(B,)`): Non-zero where the label is dropped.
+            class_token (`torch.Tensor` of shape `(B, E)`, *optional*): Noised class token, for a model with one.
 
         Returns:
-            `tuple`: the velocity `(B, C, H, W)` (`None` in warmup) and the projected tokens `(B, N, out_dim)`, a tensor
-            for each projector.
+            `tuple`: the velocity `(B, C, H, W)` (`None` in warmup); the projected tokens `(B, N, out_dim)`, a tensor
+            for each projector; and the velocity of the class token `(B, E)` (`None` without one and in warmup). Where
+            the first projector maps tokens one by one, its class token comes first, `(B, 1 + N, out_dim)`: REG aligns
+            that too. iREPA's convolution has no place for it.
         """
         depths = (self.depth,) if self.projectors else ()
         output = self.transformer(
-            x_t, t, class_labels, force_drop_ids=drop, hidden_states_depths=depths, tokens_only=self.warmup
+            x_t,
+            t,
+            class_labels,
+            force_drop_ids=drop,
+            hidden_states_depths=depths,
+            tokens_only=self.warmup,
+            class_token=class_token,
         )
-        return output.sample, [projector(output.hidden_states[0]) for projector in self.projectors]
+        inputs = [output.hidden_states[0]] * len(self.projectors) if depths else []
+        if depths and class_token is not None and not isinstance(self.projectors[0], ConvProjector):
+            inputs[0] = torch.cat([output.class_hidden_states[0].unsqueeze(1), inputs[0]], dim=1)
+        projected = [projector(tokens) for projector, tokens in zip(self.projectors, inputs, strict=True)]
+        return output.sample, projected, output.class_token
 
 
 def cosine_alignment_loss(projected: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -93,6 +93,10 @@ class RepresentationEncoder(nn.Module):
                 f"{token_grid}x{token_grid}"
             )
         self.embed_dim = tokens.shape[2]
+        # Of prefix tokens the first is the class token; only timm has models with register tokens alone.
+        self.has_class_token = self.num_prefix_tokens > 0
+        if is_timm and getattr(model.timm_model, "cls_token", None) is None:
+            self.has_class_token = False
 
     @classmethod
     def from_pretrained(
@@ -144,6 +148,22 @@ class RepresentationEncoder(nn.Module):
         """Dtype of the weights, and of the tokens."""
         return next(self.model.parameters()).dtype
 
+    @property
+    def class_token_dim(self) -> int:
+        """
+        Width of the class token.
+
+        Raises:
+            ValueError: if the encoder has none.
+        """
+        if not self.has_class_token:
+            name = self.model.config.name_or_path or type(self.model).__name__
+            raise ValueError(
+                f"the encoder {name} ({type(self.model).__name__}) has no class token, which class_token_weight needs: "
+                "name one that has, such as DINOv2, DINOv3, MAE or CLIP, as the first encoder"
+            )
+        return self.embed_dim
+
     def _hidden_states(self, pixel_values: torch.Tensor) -> torch.Tensor:
         kwargs = dict(self._forward_kwargs)
         if self._shuffles:
@@ -153,22 +173,36 @@ class RepresentationEncoder(nn.Module):
         return self.model(pixel_values=pixel_values, **kwargs).last_hidden_state
 
     @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, images: torch.Tensor, with_class_token: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """
         Encodes images.
 
         Args:
             images (`torch.Tensor` of shape `(B, 3, H, W)` or `(B, 1, H, W)`): Images in [0, 1].
+            with_class_token (`bool`, *optional*, defaults to `False`): Return the class token too.
 
         Returns:
-            `torch.Tensor` of shape `(B, token_grid ** 2, embed_dim)`: Patch tokens in row-major order.
+            `torch.Tensor` of shape `(B, token_grid ** 2, embed_dim)`: Patch tokens in row-major order; or with
+            `with_class_token` a `tuple` of them and the class token `(B, embed_dim)`, after the model's last norm.
+
+        Raises:
+            ValueError: for `with_class_token` of an encoder that has none.
         """
         images = images.expand(-1, 3, -1, -1)
         # Normalised, then resized without antialias: what REPA and ERW feed their encoders.
         images = (images.float() - self.image_mean) / self.image_std
         if images.shape[-1] != self.image_size:
             images = F.interpolate(images, size=(self.image_size, self.image_size), mode="bicubic")
-        return self._hidden_states(images.to(self.dtype))[:, self.num_prefix_tokens :]  # (B, N, D)
+        hidden_states = self._hidden_states(images.to(self.dtype))
+        tokens = hidden_states[:, self.num_prefix_tokens :]  # (B, N, D)
+        if not with_class_token:
+            return tokens
+        class_token = hidden_states[:, 0, : self.class_token_dim]  # (B, D)
+        if hasattr(self.model, "post_layernorm"):  # CLIP's last norm, for which it keeps its class token alone
+            class_token = self.model.post_layernorm(class_token)
+        return tokens, class_token
 
 
 @torch.no_grad()

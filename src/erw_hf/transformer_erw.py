@@ -57,10 +57,16 @@ class ERWTransformer2DModelOutput(BaseOutput):
         hidden_states (`tuple[torch.Tensor, ...]`, *optional*):
             The tokens `(B, N, D)` after each block named in `hidden_states_depths`, in the order of that argument.
             `None` when no depth was asked for.
+        class_token (`torch.Tensor` of shape `(B, class_token_dim)`, *optional*):
+            The predicted velocity of the class token. `None` for a model without one, and when `sample` is.
+        class_hidden_states (`tuple[torch.Tensor, ...]`, *optional*):
+            The class token `(B, D)` after the same blocks as `hidden_states`. `None` for a model without one.
     """
 
     sample: torch.Tensor | None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    class_token: torch.Tensor | None = None
+    class_hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 class ERWAttnProcessor:
@@ -199,17 +205,35 @@ class ERWTimeClassEmbedding(nn.Module):
         return nn.functional.silu(temb + self.class_embedder(class_labels).to(dtype))  # (B, D)
 
 
-class ERWRotaryPosEmbed(nn.Module):
-    """2D rotary embedding: the first half of each head turns with the row, the second with the column."""
+class ERWClassTokenEmbedding(nn.Module):
+    """A noised class token as a token of the model (REG, arXiv 2507.01467)."""
 
-    def __init__(self, head_dim: int, grid_size: int, theta: float = 10000.0) -> None:
+    def __init__(self, class_token_dim: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(class_token_dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)  # of REG's code, whatever the blocks' norm
+
+    def forward(self, class_token: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self.norm(self.proj(class_token)).to(dtype).unsqueeze(1)  # (B, 1, D)
+
+
+class ERWRotaryPosEmbed(nn.Module):
+    """2D rotary embedding: the first half of each head turns with the row, the second with the column. A class token,
+    which has no place in the grid, does not turn."""
+
+    def __init__(self, head_dim: int, grid_size: int, with_class_token: bool = False, theta: float = 10000.0) -> None:
         super().__init__()
         axis = torch.arange(grid_size).float()
         cos, sin = get_1d_rotary_pos_embed(head_dim // 2, axis, theta=theta, use_real=True)  # (grid, head_dim / 2)
         rows = torch.arange(grid_size).repeat_interleave(grid_size)
         columns = torch.arange(grid_size).repeat(grid_size)
-        self.register_buffer("cos", torch.cat([cos[rows], cos[columns]], dim=-1), persistent=False)  # (N, head_dim)
-        self.register_buffer("sin", torch.cat([sin[rows], sin[columns]], dim=-1), persistent=False)
+        cos = torch.cat([cos[rows], cos[columns]], dim=-1)  # (N, head_dim)
+        sin = torch.cat([sin[rows], sin[columns]], dim=-1)
+        if with_class_token:
+            cos = torch.cat([torch.ones(1, head_dim), cos])
+            sin = torch.cat([torch.zeros(1, head_dim), sin])
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.cos.to(hidden_states.device), self.sin.to(hidden_states.device)
@@ -264,13 +288,23 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         qk_norm (`str`, *optional*): `"layer_norm"` or `"rms_norm"` over each head's queries and keys; `None` for none.
         norm_type (`str`, defaults to `"layer_norm"`): `"layer_norm"` without or `"rms_norm"` with weights.
         activation_fn (`str`, defaults to `"gelu-approximate"`): `"gelu-approximate"` or `"swiglu"`.
+        class_token_dim (`int`, *optional*):
+            Width of an encoder's class token that is noised and denoised beside the latents, as one more token (REG,
+            arXiv 2507.01467); `None` for none. One token more is an odd number of them: context parallelism then
+            needs `ContextParallelConfig(ulysses_anything=True)`.
 
     Raises:
         ValueError: if `sample_size` is no multiple of `patch_size`, or an option is none of its values.
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["ERWTransformerBlock", "PatchEmbed", "ERWTimeClassEmbedding", "ERWAdaLayerNormOut"]
+    _no_split_modules = [
+        "ERWTransformerBlock",
+        "PatchEmbed",
+        "ERWTimeClassEmbedding",
+        "ERWClassTokenEmbedding",
+        "ERWAdaLayerNormOut",
+    ]
     _repeated_blocks = ["ERWTransformerBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "time_class_embed", "norm"]
     _tp_plan = {
@@ -302,6 +336,7 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         qk_norm: str | None = None,
         norm_type: str = "layer_norm",
         activation_fn: str = "gelu-approximate",
+        class_token_dim: int | None = None,
     ) -> None:
         super().__init__()
         if sample_size % patch_size != 0:
@@ -314,11 +349,21 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             height=sample_size, width=sample_size, patch_size=patch_size, in_channels=in_channels, embed_dim=dim
         )
         self.time_class_embed = ERWTimeClassEmbedding(dim, num_classes, class_dropout_prob)
+        self.class_token_embed = None
+        if class_token_dim is not None:
+            self.class_token_embed = ERWClassTokenEmbedding(class_token_dim, dim)
+            # Class and patch tokens have each a final layer, so all of them are gathered before it.
+            self._cp_plan = {
+                "transformer_blocks.0": self._cp_plan["transformer_blocks.0"],
+                "norm_out": self._cp_plan["proj_out"],
+            }
         self.rope = None
         if use_rope:
             if attention_head_dim % 4 != 0:
                 raise ValueError(f"use_rope needs attention_head_dim divisible by 4, got {attention_head_dim}")
-            self.rope = ERWRotaryPosEmbed(attention_head_dim, sample_size // patch_size)
+            self.rope = ERWRotaryPosEmbed(
+                attention_head_dim, sample_size // patch_size, with_class_token=class_token_dim is not None
+            )
             rope_input = ContextParallelInput(split_dim=0, expected_dims=2, split_output=True)
             self._cp_plan = {"rope": {0: rope_input, 1: rope_input}, **self._cp_plan}
         self.transformer_blocks = nn.ModuleList(
@@ -331,6 +376,7 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         )
         self.norm_out = ERWAdaLayerNormOut(dim, norm_type)
         self.proj_out = nn.Linear(dim, patch_size * patch_size * in_channels)
+        self.class_token_out = None if class_token_dim is None else nn.Linear(dim, class_token_dim)
 
         self.gradient_checkpointing = False
         self._initialize_weights()
@@ -354,6 +400,8 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         nn.init.zeros_(self.norm_out.modulation.weight)
         # ... and the model starts by predicting zero velocity.
         nn.init.zeros_(self.proj_out.weight)
+        if self.class_token_out is not None:
+            nn.init.zeros_(self.class_token_out.weight)
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -364,6 +412,7 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         force_drop_ids: torch.Tensor | None = None,
         hidden_states_depths: tuple[int, ...] = (),
         tokens_only: bool = False,
+        class_token: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> ERWTransformer2DModelOutput | tuple[torch.Tensor | None, ...]:
@@ -386,6 +435,8 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                 Depths in [1, num_layers] whose tokens are wanted: depth d is the output of the d-th block.
             tokens_only (`bool`, *optional*, defaults to `False`):
                 Stop after the deepest of `hidden_states_depths`: later blocks do not run and `sample` is `None`.
+            class_token (`torch.Tensor` of shape `(B, class_token_dim)`, *optional*):
+                The encoder's class token, noised with the same t; for a model with `class_token_dim`, and only for it.
             attention_kwargs (`dict`, *optional*):
                 `{"scale": float}` scales the LoRA layers, if any. Other entries go to the attention processor.
             return_dict (`bool`, *optional*, defaults to `True`): Return a dataclass in place of a tuple.
@@ -394,19 +445,32 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             [`ERWTransformer2DModelOutput`] or `tuple`: the velocity `(B, C, H, W)`, and the tokens asked for.
 
         Raises:
-            ValueError: if a depth lies outside the model, or `tokens_only` comes without a depth.
+            ValueError: if a depth lies outside the model, `tokens_only` comes without a depth, or a class token is given
+                to a model that has none or missing where it has one.
         """
         num_layers = len(self.transformer_blocks)
         if any(not 1 <= depth <= num_layers for depth in hidden_states_depths):
             raise ValueError(f"hidden_states_depths={hidden_states_depths} must lie in [1, {num_layers}]")
         if tokens_only and not hidden_states_depths:
             raise ValueError("tokens_only=True needs hidden_states_depths")
+        if (class_token is None) != (self.class_token_embed is None):
+            raise ValueError(
+                f"this model has class_token_dim={self.config.class_token_dim}: class_token must "
+                + (
+                    "be left out"
+                    if self.class_token_embed is None
+                    else "be given, noised with the same t as the latents"
+                )
+            )
         depth_to_run = max(hidden_states_depths) if tokens_only else num_layers
         height, width = hidden_states.shape[-2:]
 
         hidden_states = self.pos_embed(hidden_states)  # (B, N, D)
         temb = self.time_class_embed(timestep, class_labels, force_drop_ids, hidden_states.dtype)  # (B, D)
         image_rotary_emb = self.rope(hidden_states) if self.rope is not None else None
+        if class_token is not None:
+            class_token = self.class_token_embed(class_token, hidden_states.dtype)
+            hidden_states = torch.cat([class_token, hidden_states], dim=1)  # (B, 1 + N, D)
 
         tokens = {}
         for depth, block in enumerate(self.transformer_blocks[:depth_to_run], start=1):
@@ -417,14 +481,23 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             if depth in hidden_states_depths:
                 tokens[depth] = hidden_states
 
-        sample = None
+        sample, class_velocity = None, None
         if not tokens_only:
-            hidden_states = self.proj_out(self.norm_out(hidden_states, temb))  # (B, N, p * p * C)
+            hidden_states = self.norm_out(hidden_states, temb)
+            if class_token is not None:
+                class_velocity = self.class_token_out(hidden_states[:, 0])  # (B, class_token_dim)
+                hidden_states = hidden_states[:, 1:]
+            hidden_states = self.proj_out(hidden_states)  # (B, N, p * p * C)
             sample = self._unpatchify(hidden_states, height, width)
         taps = tuple(tokens[depth] for depth in hidden_states_depths) or None
+        class_taps = None
+        if taps is not None and class_token is not None:
+            taps, class_taps = tuple(tap[:, 1:] for tap in taps), tuple(tap[:, 0] for tap in taps)
         if not return_dict:
-            return (sample, taps) if taps is not None else (sample,)
-        return ERWTransformer2DModelOutput(sample=sample, hidden_states=taps)
+            return (sample, *(value for value in (taps, class_velocity, class_taps) if value is not None))
+        return ERWTransformer2DModelOutput(
+            sample=sample, hidden_states=taps, class_token=class_velocity, class_hidden_states=class_taps
+        )
 
     def _unpatchify(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
         patch_size, channels = self.config.patch_size, self.config.in_channels

@@ -27,7 +27,8 @@ AlignmentLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # The warmup model has a final layer only because it is an ordinary ERWTransformer2DModel. It is not trained and not
 # handed over.
-_FINAL_LAYER = ("transformer.norm_out.", "transformer.proj_out.")
+_FINAL_LAYER = ("transformer.norm_out.", "transformer.proj_out.", "transformer.class_token_out.")
+_EMBEDDERS = ("transformer.pos_embed.", "transformer.time_class_embed.", "transformer.class_token_embed.")
 
 
 def build_warmup_transformer(model_config: Mapping[str, object], warmup_depth: int) -> ERWTransformer2DModel:
@@ -50,6 +51,8 @@ def build_warmup_transformer(model_config: Mapping[str, object], warmup_depth: i
     transformer = ERWTransformer2DModel(**{**model_config, "num_layers": warmup_depth})
     transformer.norm_out.requires_grad_(False)
     transformer.proj_out.requires_grad_(False)
+    if transformer.class_token_out is not None:
+        transformer.class_token_out.requires_grad_(False)
     return transformer
 
 
@@ -63,6 +66,8 @@ def warmup_loss(
     noise: torch.Tensor | None = None,
     t: torch.Tensor | None = None,
     path_type: str = "linear",
+    class_token: torch.Tensor | None = None,
+    class_noise: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """
     Phase 1 (ERW, Eq. 13): align the early blocks' tokens of the clean latent, at t = 0, with the encoder's tokens.
@@ -79,22 +84,33 @@ def warmup_loss(
         noise (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): Standard normal noise; with `t` only.
         t (`torch.Tensor` of shape `(B,)`, *optional*): Flow time in [0, 1]; 0 by default.
         path_type (`str`, *optional*, defaults to `"linear"`): See [`~flow.path_coefficients`].
+        class_token (`torch.Tensor` of shape `(B, E)`, *optional*):
+            The first encoder's class token, for a model with one; it is clean where the latents are.
+        class_noise (`torch.Tensor` of shape `(B, E)`, *optional*): Standard normal noise; with `noise` only.
 
     Returns:
         `dict[str, torch.Tensor]`: scalars `loss` and `alignment`, which are equal here.
     """
+    noised_class_token = class_token
     if noise is None:
         x_t, t = x0, x0.new_zeros(len(x0), dtype=torch.float32)
     else:
         x_t, _ = interpolate(x0, noise, t, path_type)
-    _, projected = model(x_t, t, class_labels, drop)
-    alignment = _mean_alignment(alignment_loss, projected, targets)
+        if class_token is not None:
+            noised_class_token, _ = interpolate(class_token, class_noise, t, path_type)
+    _, projected, _ = model(x_t, t, class_labels, drop, noised_class_token)
+    alignment = _mean_alignment(alignment_loss, projected, targets, class_token)
     return {"loss": alignment, "alignment": alignment}
 
 
 def _mean_alignment(
-    alignment_loss: AlignmentLoss, projected: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
+    alignment_loss: AlignmentLoss,
+    projected: Sequence[torch.Tensor],
+    targets: Sequence[torch.Tensor],
+    class_token: torch.Tensor | None,
 ) -> torch.Tensor:
+    if class_token is not None and projected[0].shape[1] > targets[0].shape[1]:
+        targets = [torch.cat([class_token.unsqueeze(1), targets[0]], dim=1), *targets[1:]]
     losses = [alignment_loss(ours, theirs).mean() for ours, theirs in zip(projected, targets, strict=True)]
     return torch.stack(losses).mean()
 
@@ -111,6 +127,9 @@ def full_loss(
     path_type: str = "linear",
     alignment_loss: AlignmentLoss = cosine_alignment_loss,
     contrastive_weight: float = 0.0,
+    class_token: torch.Tensor | None = None,
+    class_noise: torch.Tensor | None = None,
+    class_token_weight: float = 0.0,
 ) -> dict[str, torch.Tensor]:
     """
     Phase 2 (ERW, Eq. 5 and 14): velocity matching plus lambda times the alignment of the noised latent's tokens.
@@ -129,20 +148,31 @@ def full_loss(
         contrastive_weight (`float`, *optional*, defaults to 0.0):
             Weight of contrastive flow matching (arXiv 2506.05350, Eq. 5): the prediction is pushed away from the velocity
             of another sample, here the next one in the batch.
+        class_token (`torch.Tensor` of shape `(B, E)`, *optional*):
+            The first encoder's class token, for a model with one: it is noised with the same t (REG, arXiv 2507.01467).
+        class_noise (`torch.Tensor` of shape `(B, E)`, *optional*): Standard normal noise; with `class_token` only.
+        class_token_weight (`float`, *optional*, defaults to 0.0): Weight of the class token's velocity matching.
 
     Returns:
         `dict[str, torch.Tensor]`: scalars `loss`, `velocity`, with a weight `contrastive` (the mean squared distance to
-        the other velocity) and with targets `alignment`.
+        the other velocity), with a class token `class_token` (the squared error of its velocity), and with targets
+        `alignment`.
     """
     x_t, velocity = interpolate(x0, noise, t, path_type)
-    predicted, projected = model(x_t, t, class_labels, drop)
+    noised_class_token = class_velocity = None
+    if class_token is not None:
+        noised_class_token, class_velocity = interpolate(class_token, class_noise, t, path_type)
+    predicted, projected, predicted_class = model(x_t, t, class_labels, drop, noised_class_token)
     velocity_loss = (predicted.float() - velocity).square().mean()
     losses = {"loss": velocity_loss, "velocity": velocity_loss}
     if contrastive_weight > 0:
         losses["contrastive"] = (predicted.float() - velocity.roll(1, dims=0)).square().mean()
         losses["loss"] = losses["loss"] - contrastive_weight * losses["contrastive"]
+    if class_token is not None:
+        losses["class_token"] = (predicted_class.float() - class_velocity).square().mean()
+        losses["loss"] = losses["loss"] + class_token_weight * losses["class_token"]
     if targets is not None:
-        losses["alignment"] = _mean_alignment(alignment_loss, projected, targets)
+        losses["alignment"] = _mean_alignment(alignment_loss, projected, targets, class_token)
         losses["loss"] = losses["loss"] + weight * losses["alignment"]
     else:
         # Projectors that rest (lambda = 0) stay in the graph: DistributedDataParallel waits for every gradient.
@@ -183,7 +213,7 @@ def check_hand_over(
                 f"hand-over: {name} is {tuple(tensor.shape)} in the warmup and {tuple(own[name].shape)} in the full "
                 "model"
             )
-    embedders = {name for name in own if name.startswith(("transformer.pos_embed.", "transformer.time_class_embed."))}
+    embedders = {name for name in own if name.startswith(_EMBEDDERS)}
     missing = sorted(embedders - set(tensors))
     if missing or not any(name.startswith("transformer.transformer_blocks.0.") for name in tensors):
         raise ValueError(f"hand-over: the warmup lacks {missing or 'the first transformer block'}")

@@ -326,6 +326,7 @@ class SampleMaker:
         seed (`int`): Seed of the run.
         class_dropout_prob (`float`): Probability of the null class.
         random_flip (`bool`): Mirror half of the images.
+        class_token_dim (`int`, *optional*): Width of the class token that is noised too; `None` for none.
 
     Raises:
         ValueError: for `random_flip` on a latent cache: a latent's mirror image is not the mirror image's latent.
@@ -340,6 +341,7 @@ class SampleMaker:
         seed: int,
         class_dropout_prob: float,
         random_flip: bool,
+        class_token_dim: int | None = None,
     ) -> None:
         self.source = source
         self.image_size = image_size
@@ -348,6 +350,7 @@ class SampleMaker:
         self.seed = seed
         self.class_dropout_prob = class_dropout_prob
         self.random_flip = random_flip
+        self.class_token_dim = class_token_dim
         if random_flip and source.is_latent_cache:
             raise ValueError("random_flip does not work on a latent cache: cache the flipped images too (--flipped)")
 
@@ -371,8 +374,8 @@ class SampleMaker:
 
         Returns:
             `dict[str, torch.Tensor]`: `pixels` (C, H, W) uint8 where there is an image, `label`, `drop`, `time_normal`,
-            `noise` (c, h, w), `posterior_noise` (c, h, w) and, from a cache, `moments` (2 c, h, w) float16 and
-            `features` (N D,) bfloat16.
+            `noise` (c, h, w), `posterior_noise` (c, h, w), with a class token `class_noise` (E,) and, from a cache,
+            `moments` (2 c, h, w) float16 and `features` (N D,) bfloat16.
         """
         rng = sample_rng(self.seed, epoch, key)
         # The order of the draws is part of the reproducibility promise: append, never insert.
@@ -389,6 +392,8 @@ class SampleMaker:
             "noise": torch.from_numpy(noise),
             "posterior_noise": torch.from_numpy(posterior_noise),
         }
+        if self.class_token_dim is not None:
+            sample["class_noise"] = torch.from_numpy(rng.standard_normal(self.class_token_dim, dtype=np.float32))
         if image is not None:
             image = center_crop(image.convert(self.mode), self.image_size)
             if flip and self.random_flip:

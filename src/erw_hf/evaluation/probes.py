@@ -89,9 +89,13 @@ def block_features(
     vae: torch.nn.Module | None = None,
     path_type: str = "linear",
     batch_size: int = 64,
+    encoder: RepresentationEncoder | None = None,
 ) -> torch.Tensor:
     """
-    The mean token of each block. No class is given to the model: its embedding would hand the probe the answer.
+    The mean patch token of each block. No class is given to the model: its embedding would hand the probe the answer.
+
+    A model with a class token (REG) sees that of the image, noised with the same t: at t = 0 its blocks are shown a
+    part of what they are compared with.
 
     Args:
         transformer ([`ERWTransformer2DModel`]): The model.
@@ -100,23 +104,43 @@ def block_features(
         vae (a diffusers autoencoder, *optional*): `None` for a model of pixels.
         path_type (`str`, *optional*, defaults to `"linear"`): See [`~flow.path_coefficients`].
         batch_size (`int`, *optional*, defaults to 64): Images of one forward.
+        encoder ([`RepresentationEncoder`], *optional*):
+            The first encoder that the model was trained with; for a model with a class token only.
 
     Returns:
         `torch.Tensor` of shape `(num_layers, N, D)`, float32, on the CPU: Mean tokens.
+
+    Raises:
+        ValueError: for a model with a class token, if the encoder is missing or another.
     """
+    width = transformer.config.class_token_dim
+    if width is not None and (encoder is None or encoder.class_token_dim != width):
+        raise ValueError(
+            f"the model sees an encoder's class token of width {width}: probe it with the encoder that it was trained with"
+        )
     device, depths = transformer.device, tuple(range(1, len(transformer.transformer_blocks) + 1))
     features = []
     for start in range(0, len(images.pixels), batch_size):
-        latents = pixels_to_latents(images.pixels[start : start + batch_size].to(device), vae)
-        noise = [
-            sample_rng(images.noise_seed, 0, f"probe {start + i}").standard_normal(latents.shape[1:], dtype=np.float32)
-            for i in range(len(latents))
-        ]
+        pixels = images.pixels[start : start + batch_size].to(device)
+        latents = pixels_to_latents(pixels, vae)
+        rngs = [sample_rng(images.noise_seed, 0, f"probe {start + i}") for i in range(len(latents))]
         times = torch.full((len(latents),), time, device=device)
-        noised, _ = interpolate(latents, torch.from_numpy(np.stack(noise)).to(device), times, path_type)
-        tokens = transformer(noised.to(transformer.dtype), times, hidden_states_depths=depths, tokens_only=True)
+        x_t, class_token = _noised(latents, rngs, times, path_type), None
+        if width is not None:
+            class_token = encoder(pixels / 255, with_class_token=True)[1].float()
+            class_token = _noised(class_token, rngs, times, path_type).to(transformer.dtype)
+        tokens = transformer(
+            x_t.to(transformer.dtype), times, hidden_states_depths=depths, tokens_only=True, class_token=class_token
+        )
         features.append(torch.stack([depth.float().mean(dim=1) for depth in tokens.hidden_states]).cpu())
     return torch.cat(features, dim=1)
+
+
+def _noised(
+    clean: torch.Tensor, rngs: Sequence[np.random.Generator], times: torch.Tensor, path_type: str
+) -> torch.Tensor:
+    noise = np.stack([rng.standard_normal(clean.shape[1:], dtype=np.float32) for rng in rngs])
+    return interpolate(clean, torch.from_numpy(noise).to(clean.device), times, path_type)[0]
 
 
 def encoder_features(encoder: RepresentationEncoder, images: ProbeImages, batch_size: int = 64) -> torch.Tensor:
@@ -195,7 +219,8 @@ def probe_blocks(
         test_images ([`ProbeImages`]): Held-out images, for its accuracy and for CKNNA.
         times (`Sequence[float]`, *optional*, defaults to `(0.0,)`): Flow times.
         vae (a diffusers autoencoder, *optional*): `None` for a model of pixels.
-        encoder ([`RepresentationEncoder`], *optional*): What CKNNA compares with; `None` goes without.
+        encoder ([`RepresentationEncoder`], *optional*):
+            What CKNNA compares with, and whose class token a model sees that has one; `None` goes without.
         path_type (`str`, *optional*, defaults to `"linear"`): See [`~flow.path_coefficients`].
         k (`int`, *optional*, defaults to 10): Neighbours of CKNNA.
 
@@ -207,12 +232,12 @@ def probe_blocks(
     target = None if encoder is None else F.normalize(encoder_features(encoder, test_images), dim=-1)
     results = []
     for time in times:
-        tested = block_features(transformer, test_images, time, vae, path_type)
+        tested = block_features(transformer, test_images, time, vae, path_type, encoder=encoder)
         result: dict[str, object] = {"t": time}
         if target is not None:
             result["cknna"] = [cknna(F.normalize(block, dim=-1).numpy(), target.numpy(), k) for block in tested]
         if fit_images.labels is not None:
-            fitted = block_features(transformer, fit_images, time, vae, path_type)
+            fitted = block_features(transformer, fit_images, time, vae, path_type, encoder=encoder)
             result["accuracy"] = [
                 linear_probe(
                     *(values.to(transformer.device) for values in (fit, fit_images.labels, test, test_images.labels))

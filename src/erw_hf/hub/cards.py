@@ -137,8 +137,11 @@ def preset_card(path: Path) -> ModelCard:
     num_classes = resolved.num_classes
     if num_classes is None and is_local(resolved.dataset_name):
         num_classes = load_source(**resolved.source_arguments()).num_classes
-    with torch.device("meta"):
-        model = ERWTransformer2DModel(**resolved.model_config(num_classes or 0))
+    parameters = None  # a class token's layers are as wide as an encoder that is not at hand
+    if resolved.class_token_weight == 0:
+        with torch.device("meta"):
+            model = ERWTransformer2DModel(**resolved.model_config(num_classes or 0))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
     comment = re.match(r"(#.*\n)+", path.read_text())
     lines = [line.removeprefix("#").strip() for line in comment[0].splitlines()] if comment else []
     commands = ("accelerate launch", "python ", "make ")
@@ -146,7 +149,7 @@ def preset_card(path: Path) -> ModelCard:
         vars(resolved),
         f"erw-hf/{path.stem}",
         num_classes=num_classes,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=parameters,
         expectation=[line for line in lines if line and not line.startswith(commands)],
         config_file=f"training/configs/{path.name}",
     )
@@ -165,6 +168,7 @@ def _model_card(
     name = repo_id.split("/")[-1]
     data, encoder = str(config["dataset_name"]), config["encoder"]
     aligned = encoder is not None and (config["warmup_steps"] > 0 or config["alignment_weight"] > 0)
+    draws_class_token = config.get("class_token_weight", 0) > 0
     is_erw = config["warmup_steps"] > 0 or config.get("warmup_from") is not None
     method = "ERW" if is_erw else "REPA" if aligned else "SiT"
     size = f"{config['sample_size']}x{config['sample_size']}"
@@ -182,7 +186,11 @@ def _model_card(
         "REPA": "with representation alignment ([REPA](https://arxiv.org/abs/2410.06940)), without a warmup",
         "SiT": "by velocity matching alone ([SiT](https://arxiv.org/abs/2401.08740)), without an encoder",
     }
+    if draws_class_token:
+        descriptions["SiT"] = "by velocity matching ([SiT](https://arxiv.org/abs/2401.08740)), without alignment"
     summary = f"A {kind} flow-matching transformer ({count}{space}), {verb} on `{_name(data)}` {descriptions[method]}."
+    if draws_class_token:
+        summary += " It draws the encoder's class token beside the image ([REG](https://arxiv.org/abs/2507.01467))."
     licence = f"Weights: {config['hub_license']}." if cost else "Recipe and code: apache-2.0."
     card_data = ModelCardData(
         license=config["hub_license"],
@@ -206,7 +214,7 @@ def _model_card(
         cost=cost,
         evaluation=_evaluation_table(record) if record else None,
         recipe=_recipe(config, method),
-        settings=_settings(config, num_classes, aligned),
+        settings=_settings(config, num_classes, aligned or draws_class_token),
         subject=subject,
         alignment=aligned,
         encoder=f"`{_name(encoder)}`",
@@ -241,13 +249,14 @@ def _recipe(config: Mapping[str, object], method: str) -> str:
     )
 
 
-def _settings(config: Mapping[str, object], num_classes: int | None, aligned: bool) -> list[tuple[str, object]]:
+def _settings(config: Mapping[str, object], num_classes: int | None, has_encoder: bool) -> list[tuple[str, object]]:
     width = config["num_attention_heads"] * config["attention_head_dim"]
     return [
         ("data", f"`{_name(config['dataset_name'])}`, split `{config['dataset_split']}`"),
         ("classes", "taken from the data" if num_classes is None else num_classes or "none"),
         ("autoencoder", f"`{_name(config['vae'])}`" if config["vae"] else "none: pixels"),
-        ("encoder", f"`{_name(config['encoder'])}`" if aligned else "none"),
+        ("encoder", f"`{_name(config['encoder'])}`" if has_encoder else "none"),
+        ("weight of the class token's velocity", config.get("class_token_weight", 0.0) or "none"),
         ("blocks, width, heads", f"{config['num_layers']}, {width}, {config['num_attention_heads']}"),
         ("patch size", config["patch_size"]),
         ("rotary embeddings, QK-norm", f"{config['use_rope']}, {config['qk_norm']}"),

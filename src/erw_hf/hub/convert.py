@@ -49,6 +49,9 @@ _RENAMED = {
     "final_layer.norm_final": "norm_out.norm",
     "final_layer.adaLN_modulation.1": "norm_out.modulation",
     "final_layer.linear": "proj_out",
+    "cls_projectors2": "class_token_embed.proj",
+    "wg_norm": "class_token_embed.norm",
+    "final_layer.linear_cls": "class_token_out",
 }
 _BLOCK_RENAMED = {
     "norm1": "norm1",
@@ -178,7 +181,7 @@ def _state_dict_of(loaded: Mapping[str, object]) -> dict[str, torch.Tensor]:
     tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in tensors.items()}
     for name in ("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "blocks.0.attn.qkv.weight"):
         if name not in tensors:
-            raise ValueError(f"this is no SiT, REPA, ERW or LightningDiT checkpoint: it has no tensor {name!r}")
+            raise ValueError(f"this is no SiT, REPA, REG, ERW or LightningDiT checkpoint: it has no tensor {name!r}")
     return tensors
 
 
@@ -198,6 +201,8 @@ def _infer_config(tensors: Mapping[str, torch.Tensor], architecture: Mapping[str
         "qk_norm": None,
         "mlp_ratio": _mlp_ratio(inner, dim, swiglu),
     }
+    if "cls_projectors2.weight" in tensors:  # REG
+        config["class_token_dim"] = tensors["cls_projectors2.weight"].shape[1]
     if "blocks.0.attn.q_norm.weight" in tensors:
         config["qk_norm"] = "layer_norm" if "blocks.0.attn.q_norm.bias" in tensors else "rms_norm"
         heads = dim // tensors["blocks.0.attn.q_norm.weight"].shape[0]
@@ -321,6 +326,8 @@ def _check_tables(tensors: Mapping[str, torch.Tensor], converted: Converted) -> 
     config = {**converted.config, "num_layers": 0}
     model = ERWTransformer2DModel(**config)
     tables = {"pos_embed": model.pos_embed.pos_embed}
+    if model.class_token_embed is not None:  # which has no place in the grid: zeros
+        tables["pos_embed"] = torch.nn.functional.pad(tables["pos_embed"], (0, 0, 1, 0))
     if model.rope is not None:
         tables |= {"feat_rope.freqs_cos": model.rope.cos, "feat_rope.freqs_sin": model.rope.sin}
     for name, table in tables.items():

@@ -26,6 +26,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from erw_hf.data.samples import Source
 from erw_hf.training.ema import SNAPSHOT_SIGMA_RELS, EMAProfile, power_of
 
 
@@ -111,6 +112,12 @@ class TrainingConfig:
 
     contrastive_weight: float = _key(
         0.0, "Weight of contrastive flow matching, which parts samples of a batch; 0.05 as published, 0 for none."
+    )
+
+    class_token_weight: float = _key(
+        0.0,
+        "Weight of drawing the first encoder's class token beside the image, as REG; 0.03 as published, 0 for a model "
+        "without one.",
     )
 
     # Optimisation
@@ -207,6 +214,8 @@ class TrainingConfig:
             raise ValueError(
                 "contrastive_weight needs a train_batch_size of at least 2: it compares samples of a batch"
             )
+        if self.class_token_weight > 0 and self.encoder is None:
+            raise ValueError("class_token_weight needs an encoder, whose class token the model learns to draw")
         if not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob must lie in [0, 1), got {self.class_dropout_prob}")
         if self.ema_sigma_rel is not None:
@@ -248,7 +257,9 @@ class TrainingConfig:
     @property
     def encoders(self) -> list[str]:
         """The encoders that any step of the run looks at."""
-        if self.encoder is None or (self.warmup_steps == 0 and self.alignment_weight == 0):
+        if self.warmup_steps == 0 and self.alignment_weight == 0 and self.class_token_weight == 0:
+            return []
+        if self.encoder is None:
             return []
         return [name.strip() for name in self.encoder.split(",")]
 
@@ -267,10 +278,11 @@ class TrainingConfig:
         """Side of the transformer's token grid."""
         return self.sample_size // self.patch_size
 
-    def model_config(self, num_classes: int) -> dict[str, object]:
+    def model_config(self, num_classes: int, class_token_dim: int | None = None) -> dict[str, object]:
         """
         Args:
             num_classes (`int`): Number of classes of the data.
+            class_token_dim (`int`, *optional*): Width of the encoder's class token, for a run that draws it.
 
         Returns:
             `dict[str, object]`: Arguments of the [`ERWTransformer2DModel`].
@@ -281,6 +293,7 @@ class TrainingConfig:
         )  # fmt: skip
         config: dict[str, object] = {name: getattr(self, name) for name in names}
         config["num_classes"] = num_classes
+        config["class_token_dim"] = class_token_dim
         config["qk_norm"] = None if self.qk_norm == "none" else self.qk_norm
         return config
 
@@ -300,6 +313,25 @@ class TrainingConfig:
             "retry_seconds": self.stream_retry_seconds,
             "needs_images": bool(self.encoders),
         }
+
+    def check_features(self, source: Source) -> None:
+        """
+        Args:
+            source ([`~data.samples.Source`]): The data.
+
+        Raises:
+            ValueError: if it is a latent cache whose stored tokens are not all that the run wants of its encoders.
+        """
+        if source.has_features and len(self.encoders) > 1:
+            raise ValueError(
+                "a latent cache holds the tokens of one encoder: leave its column `features` out to align with several"
+            )
+        if source.has_features and self.class_token_weight > 0:
+            raise ValueError(
+                "a latent cache with the column `features` holds no class tokens, which class_token_weight needs: make "
+                "it by cache_latents.py without --encoder (the run then encodes its images), or set class_token_weight "
+                "to 0"
+            )
 
     def save(self, path: str | os.PathLike) -> None:
         """
@@ -334,7 +366,7 @@ class TrainingConfig:
             "label_column", "random_flip", "encoder_image_size", "encoder_antialias", "alignment_loss",
             "alignment_temperature", "spatial_norm", "warmup_noised", "hand_over_projector", "projector_depth",
             "timestep_distribution", "timestep_logit_mean", "timestep_logit_std", "timestep_shift", "contrastive_weight",
-            "ema_sigma_rel", "ema_snapshot_steps",
+            "ema_sigma_rel", "ema_snapshot_steps", "class_token_weight",
         )  # fmt: skip
         now = {name: getattr(self, name) for name in fixed}
         for name, value in now.items():

@@ -49,7 +49,8 @@ def cost_report(config: TrainingConfig) -> str:
     with torch.device("meta"):
         encoders = _encoders_on_meta(config)
         full = build_full_model(config, num_classes, encoders)
-        full_flops = count_step_flops(full, encoders if full.projectors else [])
+        used = encoders if full.projectors else encoders[:1] if config.class_token_weight > 0 else []
+        full_flops = count_step_flops(full, used)
         warmup_flops = 0
         if config.warmup_steps > 0:
             warmup_flops = count_step_flops(build_warmup_model(config, num_classes, encoders), encoders)
@@ -94,6 +95,7 @@ def _check_data(config: TrainingConfig) -> tuple[int, int | None]:
     """Classes and images; of a Hub data set only the metadata is read."""
     if is_local(config.dataset_name):
         source = load_source(**config.source_arguments())
+        config.check_features(source)
         return source.num_classes, None if config.streaming else len(source.dataset)
     info = load_dataset_builder(config.dataset_name, config.dataset_config_name).info
     columns = list(info.features or {})

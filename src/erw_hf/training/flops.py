@@ -76,8 +76,11 @@ def count_step_flops(model: AlignedTransformer, encoders: Sequence[Representatio
         x = torch.empty(1, config.in_channels, config.sample_size, config.sample_size, device="meta")
         t = torch.empty(1, device="meta")
         labels = torch.zeros(1, dtype=torch.long, device="meta")
-        velocity, projected = functional_call(model, _on_meta(model), (x, t, labels, t))
-        outputs = [*projected] if velocity is None else [velocity, *projected]
+        class_token = None
+        if config.class_token_dim is not None:
+            class_token = torch.empty(1, config.class_token_dim, device="meta")
+        velocity, projected, class_velocity = functional_call(model, _on_meta(model), (x, t, labels, t, class_token))
+        outputs = [output for output in (velocity, *projected, class_velocity) if output is not None]
         torch.autograd.backward([output.sum() for output in outputs])
         for encoder in encoders:
             images = torch.empty(1, 3, encoder.image_size, encoder.image_size, device="meta")

@@ -37,7 +37,8 @@ def build_warmup_model(config: TrainingConfig, num_classes: int, encoders: Encod
     Returns:
         [`AlignedTransformer`]: The model of phase 1.
     """
-    transformer = build_warmup_transformer(config.model_config(num_classes), config.warmup_depth)
+    model_config = config.model_config(num_classes, class_token_dim(config, encoders))
+    transformer = build_warmup_transformer(model_config, config.warmup_depth)
     return AlignedTransformer(transformer, _projectors(config, encoders), config.warmup_depth, warmup=True)
 
 
@@ -51,9 +52,24 @@ def build_full_model(config: TrainingConfig, num_classes: int, encoders: Encoder
     Returns:
         [`AlignedTransformer`]: The model of phase 2, without projectors where nothing is aligned.
     """
-    transformer = ERWTransformer2DModel(**config.model_config(num_classes))
+    transformer = ERWTransformer2DModel(**config.model_config(num_classes, class_token_dim(config, encoders)))
     projectors = _projectors(config, encoders) if config.alignment_weight > 0 else []
     return AlignedTransformer(transformer, projectors, config.projector_depth)
+
+
+def class_token_dim(config: TrainingConfig, encoders: Encoders) -> int | None:
+    """
+    Args:
+        config ([`TrainingConfig`]): The run.
+        encoders (`Sequence[RepresentationEncoder]`): Its encoders.
+
+    Returns:
+        `int`, *optional*: Width of the first encoder's class token, `None` for a run without one.
+
+    Raises:
+        ValueError: if that encoder has none.
+    """
+    return encoders[0].class_token_dim if config.class_token_weight > 0 else None
 
 
 def _projectors(config: TrainingConfig, encoders: Encoders) -> list[torch.nn.Module]:
