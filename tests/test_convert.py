@@ -57,7 +57,9 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
 
 
-def state_dict(*, rope=False, qk_norm=None, rms=False, swiglu=False, learn_sigma=False, projectors=0, layers=LAYERS):
+def state_dict(
+    *, rope=False, qk_norm=None, rms=False, swiglu=False, learn_sigma=False, projectors=0, layers=LAYERS, reg=False
+):
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -97,14 +99,18 @@ def state_dict(*, rope=False, qk_norm=None, rms=False, swiglu=False, learn_sigma
         state["final_layer.norm_final.weight"] = 1 + random(DIM)
     if rope:
         state["feat_rope.freqs_cos"], state["feat_rope.freqs_sin"] = rope_tables()
+    if reg:  # its class token has zeros in the position table
+        state["pos_embed"] = torch.cat([torch.zeros(1, 1, DIM), state["pos_embed"]], dim=1)
+        state |= linear("cls_projectors2", DIM, CLASS_WIDTH) | linear("final_layer.linear_cls", CLASS_WIDTH, DIM)
+        state |= {"wg_norm.weight": 1 + random(DIM), "wg_norm.bias": random(DIM)}
     for k in range(projectors):
         for j, (rows, columns) in zip((0, 2, 4), ((16, DIM), (16, 16), (12, 16)), strict=True):
             state |= linear(f"projectors.{k}.{j}", rows, columns)
     return state
 
 
-def reference(state, x, t, labels):
-    """The published forward pass: block of DiT Fig. 3, with SiT's inputs and LightningDiT's options."""
+def reference(state, x, t, labels, class_token=None):
+    """The published forward pass: block of DiT Fig. 3, with SiT's inputs, LightningDiT's options and REG's token."""
     s = {name: tensor.double() for name, tensor in state.items()}
     rms = "final_layer.norm_final.weight" in s
     layers = 1 + max(int(name.split(".")[1]) for name in s if name.startswith("blocks."))
@@ -127,7 +133,12 @@ def reference(state, x, t, labels):
     patches = (
         x.reshape(batch, CHANNELS, GRID, PATCH, GRID, PATCH).permute(0, 2, 4, 1, 3, 5).reshape(batch, GRID**2, -1)
     )
-    h = patches @ s["x_embedder.proj.weight"].reshape(DIM, -1).T + s["x_embedder.proj.bias"] + s["pos_embed"]
+    h = patches @ s["x_embedder.proj.weight"].reshape(DIM, -1).T + s["x_embedder.proj.bias"]
+    if class_token is not None:
+        token = linear("cls_projectors2", class_token.double())
+        token = F.layer_norm(token, (DIM,), s["wg_norm.weight"], s["wg_norm.bias"], eps=1e-6)
+        h = torch.cat([token[:, None], h], dim=1)
+    h = h + s["pos_embed"]
     w = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float64) / 128)
     embedding = torch.cat([(t[:, None] * w).cos(), (t[:, None] * w).sin()], dim=1)
     c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", embedding)))
@@ -153,9 +164,11 @@ def reference(state, x, t, labels):
             m = linear(f"{block}.mlp.fc2", F.gelu(linear(f"{block}.mlp.fc1", m), approximate="tanh"))
         h = h + gate2 * m
     shift, scale = linear("final_layer.adaLN_modulation.1", c)[:, None].chunk(2, dim=-1)
-    h = linear("final_layer.linear", norm(h, "final_layer.norm_final") * (1 + scale) + shift)
-    out = h.reshape(batch, GRID, GRID, PATCH, PATCH, -1).permute(0, 5, 1, 3, 2, 4)
-    return out.reshape(batch, -1, GRID * PATCH, GRID * PATCH)
+    h = norm(h, "final_layer.norm_final") * (1 + scale) + shift
+    out = linear("final_layer.linear", h[:, -(GRID**2) :])
+    out = out.reshape(batch, GRID, GRID, PATCH, PATCH, -1).permute(0, 5, 1, 3, 2, 4)
+    out = out.reshape(batch, -1, GRID * PATCH, GRID * PATCH)
+    return out if class_token is None else (out, linear("final_layer.linear_cls", h[:, 0]))
 
 
 def inputs():
@@ -168,6 +181,7 @@ def relative_error(ours, theirs):
     return ((ours.double() - theirs).norm() / theirs.norm()).item()
 
 
+CLASS_WIDTH = 10
 HEADS_GIVEN = {"num_attention_heads": HEADS}
 SAME_TIME = {
     "repa": {"projectors": 1},
@@ -200,6 +214,21 @@ def test_parity_of_checkpoints_whose_time_runs_the_other_way(variant):
     with torch.no_grad():
         ours = convert_checkpoint(state, HEADS_GIVEN)(x, t, labels).sample
     assert relative_error(ours, -reference(state, x, 1 - t.double(), labels)[:, :CHANNELS]) < 1e-5
+
+
+def test_parity_of_regs_checkpoints():
+    state = state_dict(projectors=1, reg=True)
+    x, t, labels = inputs()
+    class_token = torch.randn(4, CLASS_WIDTH, generator=torch.Generator().manual_seed(2))
+    model = convert_checkpoint(state, HEADS_GIVEN)
+    assert model.config.class_token_dim == CLASS_WIDTH and model.config.sample_size == GRID * PATCH
+    with torch.no_grad():
+        ours = model(x, t, labels, class_token=class_token)
+    sample, velocity = reference(state, x, t, labels, class_token)
+    assert relative_error(ours.sample, sample) < 1e-5 and relative_error(ours.class_token, velocity) < 1e-5
+    state["pos_embed"][:, 0] = 1
+    with pytest.raises(ValueError, match="'pos_embed' is another table"):
+        convert_checkpoint(state, HEADS_GIVEN)
 
 
 def test_the_direction_of_time_can_be_said():
@@ -257,7 +286,7 @@ def _xl_state():
         ({"blocks.1.attn.rel_pos": torch.zeros(3)}, HEADS_GIVEN, "unknown tensor 'blocks.1.attn.rel_pos'"),
         ({"blocks.1.attn.proj.bias": None}, HEADS_GIVEN, "missing .*transformer_blocks.1.attn.to_out.0.bias"),
         ({"blocks.1.attn.proj.bias": torch.zeros(3)}, HEADS_GIVEN, r"\(3,\) in the checkpoint"),
-        ({"x_embedder.proj.weight": None}, HEADS_GIVEN, "no SiT, REPA, ERW or LightningDiT checkpoint"),
+        ({"x_embedder.proj.weight": None}, HEADS_GIVEN, "no SiT, REPA, REG, ERW or LightningDiT checkpoint"),
         ({"pos_embed": torch.ones(1, GRID**2, DIM)}, HEADS_GIVEN, "another table than the fixed one"),
         ({"pos_embed": None}, HEADS_GIVEN, "sample_size"),
         ({}, {}, "no published size"),

@@ -28,7 +28,7 @@ def config(size):
     layers, heads, head_dim, _ = PUBLISHED[size]
     names = ("num_layers", "num_attention_heads", "attention_head_dim")
     defaults = dict(ERWTransformer2DModel(num_layers=0, num_attention_heads=1, attention_head_dim=8).config)
-    defaults = {k: v for k, v in defaults.items() if not k.startswith("_")}
+    defaults = {k: v for k, v in defaults.items() if not k.startswith("_") and k != "class_token_dim"}
     return {**defaults, **dict(zip(names, (layers, heads, head_dim), strict=True))}
 
 
@@ -38,6 +38,20 @@ def test_training_costs_three_published_forward_passes(size):
         model = AlignedTransformer(ERWTransformer2DModel(**config(size)), [], 1)
     multiply_adds = count_step_flops(model, []) / 3 / 2
     assert multiply_adds / 1e9 == pytest.approx(PUBLISHED[size][3], rel=0.02)
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_a_class_token_costs_one_token_of_257(size):
+    """REG (arXiv 2507.01467) says below 0.5 % for XL/2; two thin layers of the encoder's width come on top."""
+    with torch.device("meta"):
+        plain, more = (
+            AlignedTransformer(ERWTransformer2DModel(**config(size), **option), [], 1)
+            for option in ({}, {"class_token_dim": 768})
+        )
+    before, after = count_step_flops(plain, []), count_step_flops(more, [])
+    assert after / 6e9 == pytest.approx(PUBLISHED[size][3], rel=0.03)
+    if size == "XL":
+        assert 1 / 256 < after / before - 1 < 0.005
 
 
 @pytest.mark.parametrize("depth", [4, 5])

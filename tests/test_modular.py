@@ -87,5 +87,8 @@ def test_bad_inputs_raise(blocks):
     pipe = modular(blocks, transformer, FlowMatchEulerMaruyamaScheduler())
     with pytest.raises(ValueError, match=r"\[0, 9\]"):
         pipe(class_labels=[11], num_inference_steps=2)
+    reg = ERWTransformer2DModel(**TINY_MODEL, class_token_dim=4)
+    with pytest.raises(ValueError, match="use ERWPipeline for a model with a class token"):
+        modular(blocks, reg, FlowMatchEulerMaruyamaScheduler())(class_labels=[1], num_inference_steps=2)
     with pytest.raises(ValueError, match="shape"):
         pipe(class_labels=[1], num_inference_steps=2, latents=torch.zeros(1, 4, 8, 8))

@@ -199,7 +199,7 @@ def test_sigterm_saves_a_checkpoint_and_exits_with_status_0(tmp_path, tiny_flags
 
 
 def test_two_processes_see_the_samples_of_one(tmp_path, tiny_flags):
-    flags = [*tiny_flags, "--max_train_steps=20"]
+    flags = [*tiny_flags, "--max_train_steps=20", "--class_token_weight=0.03"]
     train(*flags, f"--output_dir={tmp_path}/one")
     launch_training(*flags, "--train_batch_size=2", f"--output_dir={tmp_path}/two", processes=2)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
@@ -317,6 +317,7 @@ def test_latents_of_a_vae_and_data_without_labels(tmp_path, tiny_flags):
         ["--use_rope", "--qk_norm=rms_norm", "--norm_type=rms_norm", "--activation_fn=swiglu"],
         ["--gradient_checkpointing", "--mixed_precision=bf16", "--lr_scheduler=linear"],
         ["--contrastive_weight=0.05", "--ema_sigma_rel=0.1"],
+        ["--class_token_weight=0.03", "--projector=conv", "--warmup_noised", "--optimizer=muon"],
         ["--optimizer=muon", "--lr_scheduler=cosine", "--adam_weight_decay=0.01"],
     ],
 )

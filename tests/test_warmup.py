@@ -152,7 +152,7 @@ def test_objective_against_its_statement(path_type):
             angle = s * torch.pi / 2
             x_t = torch.cos(angle) * x0 + torch.sin(angle) * e
             v = torch.pi / 2 * (torch.cos(angle) * e - torch.sin(angle) * x0)
-        predicted, projected = model(x_t[None], s[None], data["class_labels"][i : i + 1], torch.zeros(1))
+        predicted, projected, _ = model(x_t[None], s[None], data["class_labels"][i : i + 1], torch.zeros(1))
         velocity.append((predicted[0] - v).square().mean())
         a, b = projected[0][0], data["targets"][0][i]
         alignment.append(1 - ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean())
@@ -173,7 +173,7 @@ def test_several_encoders_have_a_projector_each_and_count_alike():
     noise, t = torch.randn(4, 1, 8, 8), torch.rand(4)
     losses = full_loss(model, noise=noise, t=t, weight=0.3, **data)
     x_t = (1 - t.view(-1, 1, 1, 1)) * data["x0"] + t.view(-1, 1, 1, 1) * noise
-    _, projected = model(x_t, t, data["class_labels"], data["drop"])
+    _, projected, _ = model(x_t, t, data["class_labels"], data["drop"])
     each = [
         (1 - torch.cosine_similarity(a, b, dim=-1)).mean() for a, b in zip(projected, data["targets"], strict=True)
     ]
@@ -190,7 +190,7 @@ def test_contrastive_flow_matching_against_its_statement():
     distances = []
     for i in range(4):  # the velocity of sample i - 1 is what sample i must not predict
         x0, e, s = data["x0"][i], noise[i], t[i]
-        predicted, _ = model(((1 - s) * x0 + s * e)[None], s[None], data["class_labels"][i : i + 1], torch.zeros(1))
+        predicted, *_ = model(((1 - s) * x0 + s * e)[None], s[None], data["class_labels"][i : i + 1], torch.zeros(1))
         distances.append((predicted[0] - (noise[i - 1] - data["x0"][i - 1])).square().mean())
     torch.testing.assert_close(losses["contrastive"], torch.stack(distances).mean())
     torch.testing.assert_close(losses["loss"], plain["loss"] - 0.05 * losses["contrastive"])
