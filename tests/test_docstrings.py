@@ -38,7 +38,7 @@ DEFINITIONS = [pytest.param(*d[1:], id=f"{d[0].stem}.{d[1]}") for d in public_de
 # Documented by the base class whose contract they fulfil, or modules whose arguments the model's docstring explains.
 INTERNAL = {
     "ERWAttnProcessor", "ERWAttention", "ERWTransformerBlock", "ERWTimeClassEmbedding", "ERWRotaryPosEmbed",
-    "ERWAdaLayerNormOut", "FlowMatchSchedulerOutput", "ERWTransformer2DModelOutput",
+    "ERWAdaLayerNormOut", "ERWClassTokenEmbedding", "FlowMatchSchedulerOutput", "ERWTransformer2DModelOutput",
 }  # fmt: skip
 PLAIN = {"forward", "state_dict", "load_state_dict", "extract_init_dict", "dtype"}
 
