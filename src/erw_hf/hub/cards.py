@@ -231,12 +231,15 @@ def _recipe(config: Mapping[str, object], method: str) -> str:
         "half_life": f"halving every {config['alignment_half_life']} steps",
         "stop": f"stopped at step {config['alignment_stop_step']} of this phase",
     }
+    matching = "velocity matching"
+    if config.get("class_token_weight", 0) > 0:
+        matching += f", {config['class_token_weight']} times that of the encoder's class token,"
     aligned = (
-        f"velocity matching plus λ times the alignment of block {config['projector_depth']}, λ = "
+        f"{matching} plus λ times the alignment of block {config['projector_depth']}, λ = "
         f"{config['alignment_weight']}, {schedules[config['alignment_schedule']]}"
     )
     if method == "SiT":
-        return f"{full} steps of velocity matching."
+        return f"{full} steps of {matching.rstrip(',')}."
     if method == "REPA":
         return f"{full} steps of {aligned}."
     if config.get("warmup_from") is not None:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Published SiT, REPA, ERW and LightningDiT checkpoints as [`ERWTransformer2DModel`].
+"""Published SiT, REPA, REG, ERW and LightningDiT checkpoints as [`ERWTransformer2DModel`].
 
     python -m erw_hf.hub.convert --checkpoint last.pt --output_dir out
 
