@@ -75,7 +75,7 @@ def plain_run(config) -> tuple[list[float], dict[str, torch.Tensor]]:
                 t = config.timestep_shift * t / (1 + (config.timestep_shift - 1) * t)
                 if phase == "warmup":
                     t, noise = torch.zeros_like(t), torch.zeros_like(noise)
-                velocity, (projected,) = model((1 - t) * x0 + t * noise, t, sample["label"], sample["drop"])
+                velocity, (projected,), _ = model((1 - t) * x0 + t * noise, t, sample["label"], sample["drop"])
                 cosine = torch.nn.functional.cosine_similarity(projected, encoder(image), dim=-1)
                 of_sample = (1 - cosine).mean()
                 if phase == "full":
