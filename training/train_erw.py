@@ -41,10 +41,9 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object, set_seed
 from diffusers import AutoModel
 from diffusers.optimization import get_scheduler
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm.auto import tqdm
@@ -62,7 +61,6 @@ from erw_hf.data.samples import SampleMaker, Source, StepSampler, TrainingSample
 from erw_hf.data.streaming import StreamingSamples, stream_loader
 from erw_hf.flow import timestep_from_normal
 from erw_hf.hub.cards import describe_environment, write_warmup_record
-from erw_hf.hub.convert import read_checkpoint
 from erw_hf.hub.push import BackgroundPush, link_folder, prepare_repo
 from erw_hf.training.checkpoints import (
     Progress,
@@ -77,6 +75,7 @@ from erw_hf.training.config import TrainingConfig, parse_config, resolve_mixed_p
 from erw_hf.training.cost import cost_report
 from erw_hf.training.ema import EMA, remove_later_snapshots, save_snapshots, whole_state_dict, whole_tensor
 from erw_hf.training.flops import count_step_flops, peak_flops
+from erw_hf.training.initialization import find_warmup, load_initial, load_warmup, save_warmup
 from erw_hf.training.logging import LateValues, MetricsFile, image_grid, peak_memory, plot_losses
 from erw_hf.training.models import build_full_model, build_warmup_model, class_token_dim
 from erw_hf.training.optimizers import build_optimizer
@@ -174,6 +173,9 @@ def main() -> None:
             check_hand_over(
                 warmup_state, build_full_model(config, source.num_classes, encoders), config.hand_over_projector
             )
+    initial_state = None
+    if config.init_from is not None and checkpoint is None:
+        initial_state = load_initial(config.init_from, model_config, source.id2label)
     if accelerator.is_main_process:
         prepare_output_dir(config, resuming=config.resume_from_checkpoint is not None)
     accelerator.wait_for_everyone()
@@ -203,7 +205,7 @@ def main() -> None:
         warmup_state = train_warmup(run, checkpoint)
         checkpoint = None  # phase 2 starts from the hand-over
     if progress.step < config.max_train_steps or checkpoint is not None:
-        train_full(run, warmup_state, checkpoint)
+        train_full(run, warmup_state, initial_state, checkpoint)
     elif run.push is not None:
         run.push.submit(progress.step, None, None)  # a warmup alone
     accelerator.end_training()
@@ -288,14 +290,19 @@ def train_warmup(run: Run, checkpoint: Path | None) -> dict[str, torch.Tensor]:
     state = whole_state_dict(accelerator.unwrap_model(model))
     if accelerator.is_main_process:
         folder = Path(config.output_dir) / "warmup"
-        save_warmup(config, state, run.model_config, folder)
+        save_warmup(state, run.model_config, config.warmup_depth, folder)
         write_warmup_record(folder, vars(config), vars(run.progress), run.model_config)
     run.state.lr_scheduler = None
     accelerator.free_memory(model)
     return state
 
 
-def train_full(run: Run, warmup_state: dict[str, torch.Tensor] | None, checkpoint: Path | None) -> None:
+def train_full(
+    run: Run,
+    warmup_state: dict[str, torch.Tensor] | None,
+    initial_state: dict[str, torch.Tensor] | None,
+    checkpoint: Path | None,
+) -> None:
     """Phase 2: the whole model learns to draw, from the handed-over early blocks, lambda keeping them aligned."""
     config = run.config
     set_seed(config.seed)  # the later blocks start the same whatever the warmup was
@@ -304,6 +311,8 @@ def train_full(run: Run, warmup_state: dict[str, torch.Tensor] | None, checkpoin
     if warmup_state is not None:
         names = hand_over(warmup_state, model, config.hand_over_projector)
         logger.info(f"hand-over: {len(names)} tensors of the warmup are the full model's, verified one by one")
+    if initial_state is not None:
+        model.transformer.load_state_dict(initial_state)
     if config.gradient_checkpointing:
         model.transformer.enable_gradient_checkpointing()
 
@@ -726,57 +735,6 @@ def prepare_output_dir(config: TrainingConfig, resuming: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"cannot write to output_dir {folder}: {error}") from error
-
-
-def save_warmup(
-    config: TrainingConfig, state: dict[str, torch.Tensor], model_config: dict[str, object], folder: Path
-) -> None:
-    """A finished warmup, which `--warmup_from` takes: one warmup can serve many runs."""
-    transformer = build_warmup_transformer(model_config, config.warmup_depth)
-    first = "transformer."
-    transformer.load_state_dict({k.removeprefix(first): v for k, v in state.items() if k.startswith(first)})
-    transformer.save_pretrained(folder / "transformer")
-    # The names that converted checkpoints have too; the number is the encoder's.
-    projectors = {name: tensor.contiguous() for name, tensor in state.items() if name.startswith("projectors.")}
-    save_file(projectors, folder / "projectors.safetensors")
-
-
-def find_warmup(path_or_repo_id: str) -> Path:
-    """The folder of a warmup: what is named, or its folder `warmup`, as in a run and in a run's repo."""
-    folder = Path(path_or_repo_id)
-    if not folder.exists():
-        folder = Path(snapshot_download(path_or_repo_id, allow_patterns=["warmup/*", "model_index.json"]))
-        if not (folder / "warmup").is_dir() and not (folder / "model_index.json").exists():
-            folder = Path(
-                snapshot_download(path_or_repo_id, allow_patterns=["transformer/*", "*.safetensors", "*.json"])
-            )
-    return folder / "warmup" if (folder / "warmup" / "transformer").is_dir() else folder
-
-
-def load_warmup(path_or_repo_id: str, model_config: dict[str, object]) -> dict[str, torch.Tensor]:
-    """A warmup that this script saved, in a folder or on the Hub, or a published `.pt` file of ERW."""
-    path = Path(path_or_repo_id)
-    if path.is_file():
-        converted = read_checkpoint(path)
-        if not converted.is_warmup:
-            raise ValueError(f"{path} is a whole model, no warmup: convert it with `python -m erw_hf.hub.convert`")
-        warmup_config, transformer, projectors = converted.config, converted.transformer, converted.projectors
-    else:
-        folder = find_warmup(path_or_repo_id)
-        if not (folder / "transformer").is_dir() or (folder / "model_index.json").exists():
-            raise ValueError(f"warmup_from={path_or_repo_id!r} is no saved warmup: name the `warmup` folder of a run")
-        model, info = ERWTransformer2DModel.from_pretrained(folder / "transformer", output_loading_info=True)
-        if info["missing_keys"]:  # from_pretrained only warns, and would leave them random
-            raise ValueError(f"the warmup {folder} lacks {info['missing_keys']}")
-        warmup_config, transformer = dict(model.config), model.state_dict()
-        file = folder / "projectors.safetensors"
-        projectors = load_file(file) if file.is_file() else {}
-    # Tensors of one shape can still mean another model: heads, rotary embeddings, norms.
-    for name, value in model_config.items():
-        if name not in ("num_layers", "class_dropout_prob") and warmup_config.get(name, value) != value:
-            raise ValueError(f"the warmup was made with {name}={warmup_config[name]!r}, the config has {value!r}")
-    state = {f"transformer.{name}": tensor for name, tensor in transformer.items()}
-    return state | projectors
 
 
 def build_pipeline(run: Run, transformer: ERWTransformer2DModel) -> ERWPipeline:

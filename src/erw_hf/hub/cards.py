@@ -37,7 +37,7 @@ from huggingface_hub import (
 
 
 STATED_PACKAGES = ("torch", "diffusers", "accelerate", "erw-hf")  # whose versions a card names
-PATH_OR_ID = ("dataset_name", "vae", "encoder", "warmup_from")
+PATH_OR_ID = ("dataset_name", "vae", "encoder", "warmup_from", "init_from")
 TEMPLATES = Path(__file__).parent / "model_cards"
 ERW = """@article{liu2025erw,
   title = {Efficient Generative Model Training via Embedded Representation Warmup},
@@ -198,6 +198,7 @@ def _model_card(
         pipeline_tag="unconditional-image-generation",
         tags=["erw-hf", method.lower(), "flow-matching", *(["class-conditional"] if num_classes != 0 else [])],
         datasets=[data] if _is_hub_id(data) else None,
+        base_model=start if (start := config.get("init_from")) and _is_hub_id(start) else None,
         model_name=name,
         eval_results=_eval_results(record) if record else None,
     )
@@ -238,10 +239,11 @@ def _recipe(config: Mapping[str, object], method: str) -> str:
         f"{matching} plus λ times the alignment of block {config['projector_depth']}, λ = "
         f"{config['alignment_weight']}, {schedules[config['alignment_schedule']]}"
     )
+    start = f"From the weights of `{_name(config['init_from'])}`: " if config.get("init_from") is not None else ""
     if method == "SiT":
-        return f"{full} steps of {matching.rstrip(',')}."
+        return f"{start}{full} steps of {matching.rstrip(',')}."
     if method == "REPA":
-        return f"{full} steps of {aligned}."
+        return f"{start}{full} steps of {aligned}."
     if config.get("warmup_from") is not None:
         return f"From the warmup `{_name(config['warmup_from'])}`: {full} steps of {aligned}."
     return (
@@ -382,7 +384,7 @@ def describe_environment(device_type: str, processes: int, config: Mapping[str, 
 
     hardware = torch.cuda.get_device_name() if device_type == "cuda" else f"{cpu_name()}, {os.cpu_count()} cores"
     installed = versions()
-    local = [part for name in PATH_OR_ID for part in _parts(config[name] or "") if Path(part).exists()]
+    local = [part for name in PATH_OR_ID for part in _parts(config.get(name) or "") if Path(part).exists()]
     return {
         "device": device_type,
         "processes": processes,
@@ -419,6 +421,7 @@ def write_warmup_record(
         library_name="diffusers",
         tags=["erw-hf", "erw", "warmup"],
         datasets=[data] if _is_hub_id(data) else None,
+        base_model=start if (start := config.get("init_from")) and _is_hub_id(start) else None,
     )
     settings = [
         ("blocks", config["warmup_depth"]),

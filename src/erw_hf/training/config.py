@@ -96,6 +96,10 @@ class TrainingConfig:
     warmup_depth: int = _key(5, "Blocks that are warmed up.")
     warmup_noised: bool = _key(False, "Warm up on noised latents in place of clean ones at t = 0.")
     warmup_from: str | None = _key(None, "Start phase 2 from the `warmup` folder (or Hub repo) of an earlier run.")
+    init_from: str | None = _key(
+        None,
+        "Fine-tune the pipeline of an earlier run (folder or Hub repo); data, classes and sample_size may be others.",
+    )
     hand_over_projector: bool = _key(True, "Hand the warmup's projector over to phase 2.")
     projector_depth: int = _key(8, "Block whose output is aligned in phase 2.")
     alignment_schedule: Literal["constant", "half_life", "stop"] = _key("constant", "Schedule of lambda in phase 2.")
@@ -228,6 +232,8 @@ class TrainingConfig:
             raise ValueError(f"warmup_steps={self.warmup_steps} needs an encoder to align with")
         if self.warmup_from is not None and self.warmup_steps > 0:
             raise ValueError("warmup_from starts phase 2 from an earlier warmup: set warmup_steps to 0")
+        if self.init_from is not None and (self.warmup_steps > 0 or self.warmup_from is not None):
+            raise ValueError("init_from starts from a whole model: set warmup_steps to 0 and leave warmup_from out")
         if self.encoder is not None and not 1 <= self.projector_depth <= self.num_layers:
             raise ValueError(f"projector_depth={self.projector_depth} must lie in [1, num_layers={self.num_layers}]")
         if self.warmup_steps > 0 and not 1 <= self.warmup_depth <= self.num_layers:
