@@ -1,0 +1,121 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the benchmarks share: timing in turns, the record of the machine, and how results are written."""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from erw_hf.evaluation.record import cpu_name, versions
+
+
+NOT_MEASURED = "not measured"
+
+
+def environment(device: str = "cpu") -> dict[str, object]:
+    """The hardware and the versions that figures need beside them."""
+    installed = versions()
+    packages = ("python", "torch", "diffusers", "transformers", "datasets", "erw-hf")
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "amx": torch.cpu._is_amx_tile_supported(),
+        "versions": {name: installed[name] for name in packages if installed[name] is not None},
+    }
+
+
+def describe(record: Mapping[str, object]) -> str:
+    """One line of it, for under a table."""
+    packages = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"{record['device']}, {record['threads']} of {record['cores']} cores; {packages}."
+
+
+def seconds_of(function: Callable[[], object], device: str = "cpu") -> float:
+    """Wall seconds of one call, a GPU's work included."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def in_turns(
+    ways: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1, device: str = "cpu", name: str = ""
+) -> dict[str, list[float]]:
+    """Times every way once a round, A B C A B C ..., so that what else the machine does meets all of them alike."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    bar = tqdm(range(warmup + repeats), desc=name or "rounds", mininterval=1)
+    for round_number in bar:
+        for way, function in ways.items():
+            elapsed = seconds_of(function, device)
+            if round_number >= warmup:
+                seconds[way].append(elapsed)
+        if round_number >= warmup:
+            medians = ", ".join(f"{way} {statistics.median(values):.3g}" for way, values in seconds.items())
+            bar.write(f"{name} {round_number - warmup + 1}/{repeats}, median s: {medians}")
+    return seconds
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratio(seconds: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """Of two ways timed in the same rounds: over the ratios of the rounds."""
+    return spread([ours / theirs for ours, theirs in zip(seconds, reference, strict=True)])
+
+
+def shown(value: Mapping[str, float] | None, digits: int = 2) -> str:
+    """`median (min - max)`."""
+    if value is None:
+        return NOT_MEASURED
+    return f"{value['median']:.{digits}f} ({value['min']:.{digits}f} - {value['max']:.{digits}f})"
+
+
+def verdict(value: float | None, target: float, at_least: bool = False) -> str:
+    """Whether a figure holds its target."""
+    if value is None:
+        return NOT_MEASURED
+    return "met" if (value >= target if at_least else value <= target) else "missed"
+
+
+def matmul(side: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Callable[[], object], int]:
+    """A large product of matrices, the ceiling of what a model can reach, and its FLOPs."""
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    return lambda: torch.mm(left, right, out=out), 2 * side**3
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def write(path: Path | None, result: Mapping[str, object], markdown: str) -> None:
+    """JSON and, beside it, Markdown."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+        path.with_suffix(".md").write_text(markdown)
