@@ -13,7 +13,6 @@
 # limitations under the License.
 """What the benchmarks share: timing in turns, the record of the machine, and how results are written."""
 
-import json
 import os
 import statistics
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from erw_hf.evaluation.record import cpu_name, versions
+from erw_hf.evaluation.record import cpu_name, versions, write_record
 
 
 NOT_MEASURED = "not measured"
@@ -113,9 +112,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def write(path: Path | None, result: Mapping[str, object], markdown: str) -> None:
-    """JSON and, beside it, Markdown."""
+def write(path: Path | None, result: Mapping[str, object], markdown: str | None = None) -> None:
+    """JSON, whole or absent, and beside it Markdown, if any."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
-        path.with_suffix(".md").write_text(markdown)
+        write_record(path, result)
+        if markdown is not None:
+            path.with_suffix(".md").write_text(markdown)

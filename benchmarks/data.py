@@ -22,9 +22,6 @@ memory, read in random order. The images are noise over gradients, which JPEG ma
 
 import argparse
 import io
-import json
-import os
-import platform
 import resource
 import statistics
 import tempfile
@@ -32,15 +29,20 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import datasets
+import matplotlib
 import numpy as np
 import torch
+from common import describe, environment, shown, spread, table, write
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples, load_source
 from erw_hf.data.streaming import StreamingSamples
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
 
 
 LATENT = (4, 32, 32)
@@ -70,11 +72,11 @@ def write_images(folder: Path, rows: int, files: list[bytes]) -> float:
     return statistics.mean(map(len, files)) / 1000
 
 
-def write_cache(folder: Path, rows: int, files: list[bytes]) -> None:
+def write_cache(folder: Path, rows: int, files: list[bytes], side: int = 32) -> None:
     """A latent cache as cache_latents.py writes it, of noise."""
     features = Features({"moments": Value("binary"), "key": Value("string"), **FEATURES})
     rng = np.random.default_rng(0)
-    moments = [rng.standard_normal((8, 32, 32)).astype(np.float16).tobytes() for _ in range(1000)]
+    moments = [rng.standard_normal((8, side, side)).astype(np.float16).tobytes() for _ in range(1000)]
     for shard in range(0, rows, 5000):
         numbers = range(shard, min(shard + 5000, rows))
         table = {
@@ -145,44 +147,48 @@ def main() -> None:
         "all": rates,
         "jpeg_kilobytes": size,
         "memory_mib_after": {args.memory_rows // 20 * (i + 1): value for i, value in enumerate(memory)},
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "versions": {
-            "torch": torch.__version__,
-            "datasets": datasets.__version__,
-            "python": platform.python_version(),
-        },
+        "environment": environment(),
     }
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), None)
-    result["machine"] = model or result["machine"]
-    print(table(result))
+    print(report(result))
+    write(args.output, result, report(result))
     if args.output is not None:
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
-        args.output.with_suffix(".md").write_text(table(result))
+        plot(result, args.output.with_suffix(".png"))
 
 
-def table(result: dict) -> str:
-    rows = [
-        "| reading | images/s per core (min - max) | cores for XL/2, 550 img/s | cores for B/2, 2900 img/s |",
-        "|---|---|---|---|",
-    ]
-    for way, median in result["images_per_second_and_core"].items():
-        low, high = min(result["all"][way]), max(result["all"][way])
-        rows.append(f"| {way} | {median:.0f} ({low:.0f} - {high:.0f}) | {550 / median:.1f} | {2900 / median:.1f} |")
+def report(result: dict) -> str:
+    rows = []
+    for way, values in result["all"].items():
+        median = statistics.median(values)
+        rows.append((way, shown(spread(values), 0), f"{550 / median:.1f}", f"{2900 / median:.1f}"))
     memory = list(result["memory_mib_after"].items())
     highest = max(value for _, value in memory[1:])
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    header = ("reading", "images/s per core (min - max)", "cores for XL/2, 550 img/s", "cores for B/2, 2900 img/s")
     return "\n".join(
         [
-            *rows,
-            "",
-            f"One thread of {result['machine']}, CPU time; JPEG files of {result['jpeg_kilobytes']:.0f} kB; {versions}.",
+            table(header, rows),
+            f"CPU time of one thread; JPEG files of {result['jpeg_kilobytes']:.0f} kB. {describe(result['environment'])}",
             f"Memory while the cache is streamed: {memory[0][1]:.0f} MiB after {memory[0][0]} samples, then at most "
             f"{highest:.0f} MiB, {memory[-1][1]:.0f} MiB after {memory[-1][0]}.",
             "The needs of XL/2 and B/2 are those of one H200 at about 45 % of its bf16 peak.",
             "",
         ]
     )
+
+
+def plot(result: dict, path: Path) -> None:
+    """Rates, and memory over the samples."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.5))
+    names = list(result["all"])
+    left.barh(range(len(names)), [statistics.median(values) for values in result["all"].values()])
+    left.set_yticks(range(len(names)), names, fontsize=7)
+    left.set_xlabel("images/s per core")
+    right.plot([int(count) for count in result["memory_mib_after"]], result["memory_mib_after"].values())
+    right.set_ylim(bottom=0)
+    right.set_xlabel("samples streamed")
+    right.set_ylabel("MiB")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -466,7 +466,7 @@ def measure_warmup(size: str, setting: Setting) -> dict[str, object]:
 # Scaling and memory
 
 
-def measure_scaling(size: str, setting: Setting) -> dict[str, object]:
+def measure_scaling(size: str, setting: Setting, memory: bool = True) -> dict[str, object]:
     """Steps of other batches, token counts and depths: one constant of proportion to the FLOPs, fitted to all."""
     base, layers = setting.batch, model_config(size)["num_layers"]
     points = {  # batch, sample_size, num_layers
@@ -488,7 +488,7 @@ def measure_scaling(size: str, setting: Setting) -> dict[str, object]:
         "seconds": seconds,
         "fitted_flops_per_second": fitted,
         "deviation": {name: fitted / rate - 1 for name, rate in rates.items()},
-        "memory_bytes": measure_memory(size, setting),
+        "memory_bytes": measure_memory(size, setting) if memory else {},
     }
 
 
