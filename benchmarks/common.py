@@ -99,11 +99,11 @@ def verdict(value: float | None, target: float, at_least: bool = False) -> str:
     return "met" if (value >= target if at_least else value <= target) else "missed"
 
 
-def matmul(side: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Callable[[], object], int]:
+def matmul(side: int, dtype: torch.dtype, device: str = "cpu", times: int = 1) -> tuple[Callable[[], object], int]:
     """A large product of matrices, the ceiling of what a model can reach, and its FLOPs."""
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
-    return lambda: torch.mm(left, right, out=out), 2 * side**3
+    return lambda: [torch.mm(left, right, out=out) for _ in range(times)], 2 * side**3 * times
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -110,21 +110,22 @@ def memory_in_use() -> float:
     return pages * resource.getpagesize() / 2**20  # MiB
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="medians are over these")
     parser.add_argument("--count", type=int, default=2000, help="samples of a repeat")
     parser.add_argument("--memory_rows", type=int, default=100_000, help="samples over which memory must stay flat")
+    parser.add_argument("--rows", type=int, default=10_000, help="of the cache; half as many of the images")
     parser.add_argument("--output", type=Path, help="where to write JSON and, beside it, a Markdown table")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part in ("images", "cache"):
             (folder / part).mkdir()
         files = photographs(200, seed=0)
-        size = write_images(folder / "images", 5000, files)
-        write_cache(folder / "cache", 10_000, files)
+        size = write_images(folder / "images", args.rows // 2, files)
+        write_cache(folder / "cache", args.rows, files)
         ways = {
             "cached moments and labels, streamed": samples_of(folder / "cache", True, False),
             "cached moments, labels and images, streamed": samples_of(folder / "cache", True, True),

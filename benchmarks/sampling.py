@@ -58,14 +58,15 @@ SECTIONS = ("speed", "caching")
 PIPELINES = Path(__file__).parent.parent / "pipelines"
 INTERVAL = (0.0, 0.7)
 GUIDANCE = 1.8
+BOTH = [r"transformer_blocks\.\d+\.(attn|ff)"]  # by default TaylorSeer predicts the attentions alone
 CACHES = {
     "no cache": None,
-    "FirstBlockCache 0.05": FirstBlockCacheConfig(threshold=0.05),
     "FirstBlockCache 0.1": FirstBlockCacheConfig(threshold=0.1),
     "FirstBlockCache 0.2": FirstBlockCacheConfig(threshold=0.2),
-    "TaylorSeer 2": TaylorSeerCacheConfig(cache_interval=2, taylor_factors_dtype=torch.float32),
     "TaylorSeer 3": TaylorSeerCacheConfig(cache_interval=3, taylor_factors_dtype=torch.float32),
-    "TaylorSeer 5": TaylorSeerCacheConfig(cache_interval=5, taylor_factors_dtype=torch.float32),
+    "TaylorSeer 3, feed-forward too": TaylorSeerCacheConfig(
+        cache_interval=3, taylor_factors_dtype=torch.float32, cache_identifiers=BOTH
+    ),
 }
 
 
@@ -318,8 +319,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     digits_batch, names = 50, tuple(CACHES)
     if args.quick:
-        args.sizes, args.batch, args.steps, args.samples, args.repeats = "tiny", 1, 8, 20, 2
-        digits_batch, names = 10, ("no cache", "FirstBlockCache 0.2", "TaylorSeer 2")
+        args.sizes, args.batch, args.steps, args.samples, args.repeats = "tiny", 1, 8, 10, 2
+        digits_batch, names = 5, ("no cache", "TaylorSeer 3")
     result = {"speed": {}, "caching": {}, "batch": args.batch, "environment": environment(args.device)}
     result["not_measured"] = []
     if args.device == "cpu":

@@ -1,0 +1,135 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The benchmarks run, compare what is equal, and write what they promise. No timing is asserted."""
+
+import json
+import sys
+
+import pytest
+import torch
+from helpers import REPOSITORY
+
+
+MODULES = ("common", "data", "plain_sit", "train_step", "sampling", "gpu_suite")
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a script of benchmarks/, in this process, and forgets it afterwards: its modules have common names."""
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    before = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
+    threads = torch.get_num_threads()
+    yield __import__
+    torch.set_num_threads(threads)
+    for name in MODULES:
+        sys.modules.pop(name, None)
+    sys.modules.update(before)
+
+
+def written(path) -> dict:
+    """The JSON; with it come a table and a plot."""
+    assert path.with_suffix(".md").read_text().startswith("| ")
+    assert path.with_suffix(".png").stat().st_size > 1000
+    return json.loads(path.read_text())
+
+
+def test_the_plain_sit_is_our_model(script):
+    """Otherwise nothing that is measured against it means anything."""
+    plain_sit, train_step = script("plain_sit"), script("train_step")
+    config = train_step.model_config("tiny")
+    ours = train_step.build_ours(config)
+    plain = train_step.build_plain(ours, config)
+    batch = train_step.draw_batch(config, 3, "cpu")
+    inputs = (batch["x0"], batch["t"], batch["label"])
+    output = ours(*inputs, force_drop_ids=batch["drop"], hidden_states_depths=(2,))
+    velocity, tokens = plain(*inputs, batch["drop"], depth=2)
+    torch.testing.assert_close(velocity, output.sample, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tokens, output.hidden_states[0], rtol=1e-5, atol=1e-5)
+    fresh = train_step.ERWTransformer2DModel(**config).state_dict()
+    initial = plain_sit.PlainSiT(**config).state_dict()
+    for name, tensor in plain_sit.plain_state_dict(fresh).items():
+        # As three matrices, ours, query, key and value start wider by the root of 2 than as the one of published code.
+        factor = 2**0.5 if name.endswith("qkv.weight") else 1
+        assert factor * float(initial[name].std()) == pytest.approx(float(tensor.std()), rel=0.2), name
+
+
+def test_train_step(script, tmp_path):
+    path = tmp_path / "train_step.json"
+    script("train_step").main(["--quick", "--threads", "1", "--output", str(path)])
+    result = written(path)
+    key = "tiny float32"
+    assert set(result["forward"][key]["seconds"]) == {"PlainSiT", "ours", "ours, compiled", "diffusers DiT"}
+    assert result["forward"][key]["ratio_to_plain"]["PlainSiT"] == {"median": 1, "min": 1, "max": 1}
+    losses = result["step"][key]["first_loss"]
+    assert losses["ours"] == pytest.approx(losses["as published"], rel=1e-4)
+    assert losses["ours"] == pytest.approx(losses["written well"], rel=1e-4)
+    assert 0 < result["warmup"][key]["flops_ratio"] < 1
+    scaling = result["scaling"][key]
+    assert scaling["flops"]["batch 4"] == 2 * scaling["flops"]["batch 2"]
+    memory = scaling["memory_bytes"]
+    assert memory["with checkpointing"]["peak"] < memory["without checkpointing"]["peak"]
+    assert "everything on CUDA" in [missing["what"] for missing in result["not_measured"]]
+
+
+def test_a_step_that_computes_something_else_is_not_timed(script, monkeypatch):
+    train_step = script("train_step")
+    setting = train_step.Setting("cpu", torch.float32, 2, 1, quick=True)
+    losses = train_step.WrittenWell.losses
+    monkeypatch.setattr(train_step.WrittenWell, "losses", lambda self: losses(self) * 1.01)
+    with pytest.raises(AssertionError, match="do not compute the same"):
+        train_step.measure_step("tiny", setting)
+
+
+def test_sampling(script, tmp_path):
+    path = tmp_path / "sampling.json"
+    script("sampling").main(["--quick", "--threads", "1", "--output", str(path)])
+    result = written(path)
+    speed = result["speed"]["tiny float32"]
+    assert speed["guided_steps"] == 5 and speed["expected_ratio"] == pytest.approx(13 / 16)
+    caching = result["caching"]
+    assert caching["quality"]["no cache"]["mean_squared_difference"] == 0
+    assert caching["quality"]["TaylorSeer 3"]["mean_squared_difference"] > 0
+    assert caching["share_that_runs"]["no cache"] == dict.fromkeys(caching["share_that_runs"]["no cache"], 1)
+    assert caching["share_that_runs"]["TaylorSeer 3"]["attention, guided"] < 1
+
+
+def test_data(script, tmp_path):
+    path = tmp_path / "data.json"
+    flags = ["--rows", "2000", "--repeats", "1", "--count", "20", "--memory_rows", "40", "--output", str(path)]
+    script("data").main(flags)
+    result = written(path)
+    assert len(result["images_per_second_and_core"]) == 4
+    assert result["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_gpu_suite_in_tiny_sizes_on_a_cpu(script, tmp_path, monkeypatch, capsys):
+    suite = script("gpu_suite")
+    monkeypatch.setitem(suite.STAGES, "fsdp2", lambda suite: 1 / 0)  # a stage that fails
+    flags = ["--device", "cpu", "--quick", "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match="something failed"):
+        suite.main(flags)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == set(suite.STAGES)
+    assert "ZeroDivisionError" in results.pop("fsdp2")["failed"]
+    assert not [name for name, found in results.items() if "failed" in found]
+    assert all(check["passed"] for check in results["paths"]["checks"].values())
+    assert results["resume"]["steps"] == 12 and results["resume"]["largest_relative_difference_of_losses"] == 0
+    assert 0 < results["train_b"]["mfu"] < 1
+
+    # What is there is not done again; what failed is.
+    monkeypatch.setattr(suite, "STAGES", dict.fromkeys(suite.STAGES, lambda suite: 1 / 0))
+    suite.STAGES["fsdp2"] = lambda suite: {"skipped": "not here"}
+    capsys.readouterr()
+    suite.main(flags)
+    assert "| FSDP2, one process | skipped | not here |" in capsys.readouterr().out
