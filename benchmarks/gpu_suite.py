@@ -38,13 +38,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from common import NOT_MEASURED, describe, environment, in_turns, matmul, ratio, shown, spread, table, verdict, write
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PEAK = 989e12  # dense bf16 of an H100 or H200, FLOP/s
-LIMIT = 150  # seconds of a stage
+LIMIT = 180  # seconds of a stage
 
 
 @dataclass(frozen=True)
@@ -525,10 +526,7 @@ def train(suite: Suite, flags: dict[str, object], kill_at: int | None = None) ->
     metrics = flags["output_dir"] / "metrics.jsonl"
     before = metrics.read_text() if metrics.exists() else None
     with (suite.output_dir / "work" / "train.log").open("w+") as log:
-        # A session of its own: loader workers are killed with it.
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=child_environment(suite), stdout=log, stderr=log, start_new_session=True
-        )
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=child_environment(suite), stdout=log, stderr=log)
         try:
             while not (metrics.exists() and (text := metrics.read_text()) != before and f'"step": {kill_at},' in text):
                 if process.poll() is not None:
@@ -536,9 +534,16 @@ def train(suite: Suite, flags: dict[str, object], kill_at: int | None = None) ->
                     raise RuntimeError(f"training ended before step {kill_at}:\n{log.read()[-3000:]}")
                 time.sleep(0.05)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill_tree(process)
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """Ends a process and its children, loader workers among them, with SIGKILL."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may end by itself meanwhile
+                member.kill()
+    process.wait()
 
 
 def run_script(suite: Suite, script: str, flags: dict[str, object]) -> None:
@@ -606,17 +611,18 @@ def run_here(suite: Suite, name: str) -> str | None:
 def run_apart(suite: Suite, name: str) -> str | None:
     """In a process of its own, which gives its memory back and can be ended."""
     flags = ["--output_dir", str(suite.output_dir), "--device", suite.device, "--stage", name]
-    process = subprocess.Popen(
-        [sys.executable, __file__, *flags], env=child_environment(suite), stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        return f"{output[-3000:]}\nended after {LIMIT} s"
-    (suite.output_dir / f"{name}.log").write_text(output)
+    command = [sys.executable, __file__, *flags]
+    # A file, not a pipe: what a stage leaves behind could hold a pipe open.
+    path = suite.output_dir / f"{name}.log"
+    with path.open("w") as log:
+        process = subprocess.Popen(command, env=child_environment(suite), stdout=log, stderr=subprocess.STDOUT)
+        try:
+            process.wait(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            kill_tree(process)
+    output = path.read_text()
+    if process.returncode == -signal.SIGKILL:
+        output += f"\nended after {LIMIT} s, or killed"
     return None if process.returncode == 0 else output[-4000:]
 
 
