@@ -1,0 +1,413 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Does the warmup pay? SiT, REPA, ERW and their controls under one budget of FLOPs, warmup and encoder counted.
+
+    python benchmarks/convergence.py --arms sit repa repa_decay repa_woken erw erw_lambda0 --seeds 3
+    python benchmarks/convergence.py --choosing 2 --arms sit_lr2e-3 repa_lr2e-3 erw_lr2e-3     # to choose by, never reported
+    python benchmarks/convergence.py --report_only
+
+Every run is `training/train_erw.py` with the flags of an arm (`recipes/<data>-arms.yaml`) on one base configuration
+(`recipes/<data>.yaml`), measured by the project's own evaluation. Runs of one seed see the same images and noise in the
+same step. What is killed goes on with the same command, what is finished is skipped. Each finished run becomes one small
+file in `results/convergence/<data>/`, from which `results/convergence-<data>.md` and its pictures are made.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import convergence_report
+import torch
+import yaml
+from accelerate.utils import set_seed
+from transformers import AutoConfig, AutoModel
+
+from erw_hf import ERWTransformer2DModel, RepresentationEncoder
+from erw_hf.data.samples import load_source
+from erw_hf.evaluation.record import write_record
+from erw_hf.training.config import TrainingConfig, parse_config
+from erw_hf.training.flops import count_step_flops
+from erw_hf.training.logging import read_metrics
+from erw_hf.training.models import build_full_model, build_warmup_model
+from erw_hf.warmup import build_warmup_transformer
+
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FIRST_CHOOSING_SEED = 100  # reported are 0, 1, ...
+THINNED_TO = 100  # lines of metrics.jsonl that a record keeps
+NOT_FLAGS = ("start", "blocks", "gate", "best_of")  # of an arm; all other keys are flags of train_erw.py
+FROM_A_WARMUP = ("asleep", "modulation")
+
+
+# torch's random state, its FLOP counter's hooks and the building of models are one for all threads.
+BUILDING = threading.Lock()
+
+
+class OutOfTime(Exception):
+    """The slice of time is over; the run goes on with the next one."""
+
+
+@dataclass
+class Study:
+    """What all runs of a command share."""
+
+    recipes: Path
+    data: str
+    runs: Path
+    results: Path
+    budget: float
+    table: dict  # the arms' file
+    stop_at: float = float("inf")  # on time.monotonic's clock
+
+    @property
+    def base(self) -> Path:
+        return self.recipes / f"{self.data}.yaml"
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--data", default="digits", help="digits, or glyphs: the recipe to take")
+    parser.add_argument("--arms", nargs="+", default=[], help="names of the recipe's arms")
+    parser.add_argument("--seeds", type=int, default=0, help="run the reported seeds 0 to N - 1")
+    parser.add_argument(
+        "--choosing", type=int, default=0, help=f"run the choosing seeds {FIRST_CHOOSING_SEED} and on, N"
+    )
+    parser.add_argument("--budget", type=float, help="FLOPs of a run; the recipe's by default")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--max_minutes", type=float, help="stop then; the same command goes on")
+    parser.add_argument("--runs", type=Path, default=REPOSITORY / "outputs" / "convergence", help="the runs' folders")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--recipes", type=Path, default=Path(__file__).parent / "recipes")
+    parser.add_argument("--report_only", action="store_true", help="make page and pictures of the results at hand")
+    args = parser.parse_args(arguments)
+    if not args.report_only and not (args.arms and (args.seeds or args.choosing)):
+        parser.error("name --arms, and --seeds or --choosing; or --report_only")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> bool:
+    """Returns whether all is finished."""
+    args = parse_arguments(arguments)
+    table = yaml.safe_load((args.recipes / f"{args.data}-arms.yaml").read_text())
+    study = Study(
+        args.recipes.resolve(),
+        args.data,
+        (args.runs / args.data).resolve(),
+        (args.results / "convergence" / args.data).resolve(),
+        float(args.budget or table["budget"]),
+        table,
+    )
+    finished = True
+    if not args.report_only:
+        if args.max_minutes is not None:
+            study.stop_at = time.monotonic() + 60 * args.max_minutes
+        finished = run_all(study, args)
+    convergence_report.write_report(args.results, args.data, table, encoder_cost(study))
+    return finished
+
+
+def run_all(study: Study, args: argparse.Namespace) -> bool:
+    seeds = [*range(FIRST_CHOOSING_SEED, FIRST_CHOOSING_SEED + args.choosing), *range(args.seeds)]
+    arms = {name: resolve_arm(study, name) for name in args.arms}  # whatever is wrong, before the first run
+    study.results.mkdir(parents=True, exist_ok=True)
+
+    def stop(signum: int, frame: object) -> None:
+        study.stop_at = 0
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        # Seeds before arms: what is stopped early has fewer seeds of every arm, not fewer arms.
+        jobs = [pool.submit(run_arm, study, name, arms[name], seed) for seed in seeds for name in args.arms]
+        left, failed = 0, []
+        for job in jobs:
+            try:
+                job.result()
+            except OutOfTime:
+                left += 1
+            except Exception as error:  # of one run; the others go on
+                print(error, flush=True)
+                failed.append(error)
+    if failed:
+        raise failed[0]
+    if left:
+        print(f"{left} of {len(jobs)} runs are unfinished: the same command goes on with them", flush=True)
+    return left == 0
+
+
+def resolve_arm(study: Study, name: str) -> dict:
+    """What an arm changes of the base; of `best_of`, what the winner on the choosing seeds does."""
+    arms = study.table["arms"]
+    if name not in arms:
+        raise ValueError(f"no arm {name!r} in {study.data}-arms.yaml; it has {', '.join(arms)}")
+    arm = dict(arms[name])
+    if "best_of" in arm:
+        records = convergence_report.load_records(study.results)
+        winner = convergence_report.choose(records, arm["best_of"])
+        return {**resolve_arm(study, winner), "chosen": winner}
+    return arm
+
+
+def run_arm(study: Study, name: str, arm: dict, seed: int) -> None:
+    """One run, from wherever it was left to its record."""
+    record_path = study.results / f"{name}-seed{seed}.json"
+    arm = dict(arm)
+    chosen = arm.pop("chosen", None)
+    if record_path.exists():
+        record = json.loads(record_path.read_text())
+        now = {"arm_settings": arm, "base": read_base(study), "budget": study.budget}
+        differing = [name for name, value in now.items() if record[name] != value]
+        if differing:
+            raise ValueError(
+                f"{record_path} was made with another {differing[0]}: delete it, or choose another --results"
+            )
+        return
+    folder = study.runs / f"{name}-seed{seed}"
+    flags, before = prepare(study, arm, seed, folder)
+    script = ["training/train_erw.py", "--config", relative(study.base), *flags]
+    run_script(study, [*script, f"--output_dir={folder}", "--resume_from_checkpoint=latest"], f"{folder}.log")
+    config = parse_config(["--config", str(study.base)])
+    probe = [
+        "training/probe.py", f"--model={folder}/pipeline", f"--dataset_name={config.dataset_name}",
+        f"--test_split={study.table['probe_split']}", f"--encoder={config.encoder}", "--times", "0", "0.5",
+        "--num_images=1000", f"--output_dir={folder}/probe",
+    ]  # fmt: skip
+    # The encoder that was trained, whatever the arm was aligned with
+    run_script(study, probe, f"{folder}.log")
+    write_record(
+        record_path,
+        {
+            "arm": name,
+            "arm_settings": arm,
+            **({"chosen": chosen} if chosen else {}),
+            "seed": seed,
+            "data": study.data,
+            "base": read_base(study),
+            "budget": study.budget,
+            "command": f"python benchmarks/convergence.py --data {study.data} --arms {chosen or name} --budget {study.budget:g} "
+            + (
+                f"--choosing {seed - FIRST_CHOOSING_SEED + 1}"
+                if seed >= FIRST_CHOOSING_SEED
+                else f"--seeds {seed + 1}"
+            ),
+            "training_command": "OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true python "
+            + " ".join(script).replace(f"{study.runs}/", f"outputs/convergence/{study.data}/"),
+            **measurements(folder, before),
+            "probes": json.loads((folder / "probe" / "probe.json").read_text())["probes"],
+            **{k: v for k, v in json.loads((folder / "environment.json").read_text()).items() if k != "local"},
+        },
+    )
+    for checkpoint in folder.rglob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    print(f"{name} seed {seed}: {record_path}", flush=True)
+
+
+def prepare(study: Study, arm: dict, seed: int, folder: Path) -> tuple[list[str], list[Path]]:
+    """Flags of the run, and the folders of what was trained before it, whose cost counts too."""
+    settings = {key: value for key, value in arm.items() if key not in NOT_FLAGS}
+    settings["seed"] = seed
+    before = []
+    if settings.get("encoder") == "random":
+        settings["encoder"] = str(random_encoder(study, seed))
+    config = read_config(study, settings)
+    # Steps from the budget before the start is made: a warmup that the start is made of is paid from it
+    config.max_train_steps, every = plan(config, study.budget, study.table["evaluations"])
+    start = arm.get("start")
+    if start in FROM_A_WARMUP:
+        warmup = folder / "warmup-run"
+        flags = to_flags({**settings, "max_train_steps": config.warmup_steps, "evaluation_steps": 0})
+        run_script(
+            study,
+            ["training/train_erw.py", "--config", relative(study.base), *flags, f"--output_dir={warmup}",
+             "--resume_from_checkpoint=latest"],
+            f"{folder}.log",
+        )  # fmt: skip
+        before = [warmup]
+        config.max_train_steps -= config.warmup_steps
+        every = config.max_train_steps // study.table["evaluations"]
+        config.max_train_steps = every * study.table["evaluations"]
+        settings["warmup_steps"] = 0
+    if start is not None:
+        settings["warmup_from"] = str(folder) + "-start"
+        make_start(config, arm, folder)
+        # A projector that was trained goes with the weights that it was trained on.
+        settings["hand_over_projector"] = start == "asleep"
+    settings |= {"max_train_steps": config.max_train_steps, "evaluation_steps": every}
+    return to_flags(settings), before
+
+
+def plan(config: TrainingConfig, budget: float, evaluations: int) -> tuple[int, int]:
+    """
+    How many steps the budget pays for, and how many lie between two evaluations. The last evaluation is at the last step,
+    so up to `evaluations` - 1 steps of the budget are left over.
+    """
+    warmup, full = step_flops(config)
+    steps = config.warmup_steps + int((budget - config.warmup_steps * warmup) // full)
+    if steps < config.warmup_steps + evaluations:
+        raise ValueError(
+            f"a budget of {budget:g} FLOPs ends before phase 2: a warmup step takes {warmup:g}, a full one {full:g}"
+        )
+    every = steps // evaluations
+    return every * evaluations, every
+
+
+def step_flops(config: TrainingConfig) -> tuple[int, int]:
+    """FLOPs of a warmup step and of a full step, as train_erw.py counts them."""
+    num_classes = load_source(**config.source_arguments()).num_classes
+    encoders = [RepresentationEncoder.from_pretrained(name, config.token_grid) for name in config.encoders]
+    batch = config.train_batch_size * config.gradient_accumulation_steps
+    with BUILDING, torch.device("meta"):
+        full = build_full_model(config, num_classes, encoders)
+        full_flops = count_step_flops(full, encoders if full.projectors else []) * batch
+        if config.warmup_steps == 0:
+            return 0, full_flops
+        return count_step_flops(build_warmup_model(config, num_classes, encoders), encoders) * batch, full_flops
+
+
+def random_encoder(study: Study, seed: int) -> Path:
+    """The encoder's architecture with weights that learned nothing: another draw for each seed."""
+    trained = Path(parse_config(["--config", str(study.base)]).encoder)
+    folder = study.runs / f"random-encoder-seed{seed}"
+    if not (folder / "config.json").exists():
+        # Two arms may want it at once.
+        work = folder.with_name(f"{folder.name}.{threading.get_ident()}")
+        with BUILDING, torch.random.fork_rng():
+            torch.manual_seed(seed)
+            AutoModel.from_config(AutoConfig.from_pretrained(trained)).save_pretrained(work)
+        shutil.copyfile(trained / "preprocessor_config.json", work / "preprocessor_config.json")
+        try:
+            work.rename(folder)
+        except OSError:
+            shutil.rmtree(work)
+    return folder
+
+
+def make_start(config: TrainingConfig, arm: dict, folder: Path) -> None:
+    """Writes the weights that a run starts from, in the layout of a warmup, as `--warmup_from` takes it."""
+    num_classes = load_source(**config.source_arguments()).num_classes
+    blocks = arm.get("blocks", config.warmup_depth)
+    model_config = config.model_config(num_classes)
+    with BUILDING, torch.random.fork_rng():
+        set_seed(
+            config.seed
+        )  # as train_erw.py before it builds the full model: these are the weights that it would have
+        fresh = ERWTransformer2DModel(**model_config).state_dict()
+        transformer = build_warmup_transformer(model_config, blocks)
+    transformer.load_state_dict({name: fresh[name] for name in transformer.state_dict()})
+    target = Path(str(folder) + "-start")
+    target.mkdir(parents=True, exist_ok=True)
+    if arm["start"] == "woken":
+        for block in transformer.transformer_blocks:
+            _, _, gate_msa, _, _, gate_mlp = block.modulation.bias.data.chunk(6)
+            gate_msa.fill_(arm["gate"])
+            gate_mlp.fill_(arm["gate"])
+    else:
+        source = folder / "warmup-run" / "warmup"
+        warmed = ERWTransformer2DModel.from_pretrained(source / "transformer").state_dict()
+        if arm["start"] == "modulation":
+            kept = {k: v for k, v in warmed.items() if ".modulation." in k or "time_class_embed." in k}
+        else:  # asleep
+            kept = {
+                k: torch.zeros_like(v) if "transformer_blocks" in k and ".modulation." in k else v
+                for k, v in warmed.items()
+            }
+            shutil.copyfile(source / "projectors.safetensors", target / "projectors.safetensors")
+        transformer.load_state_dict(kept, strict=False)
+    transformer.save_pretrained(target / "transformer")
+
+
+def read_base(study: Study) -> dict:
+    return yaml.safe_load(study.base.read_text())
+
+
+def read_config(study: Study, settings: dict) -> TrainingConfig:
+    return parse_config(["--config", str(study.base), *to_flags(settings)])
+
+
+def to_flags(settings: dict) -> list[str]:
+    return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
+
+
+def relative(path: Path) -> str:
+    return os.path.relpath(path, REPOSITORY)
+
+
+def run_script(study: Study, command: list[str], log: str) -> None:
+    """A script of training/ in a process of one thread, until it ends or the time is over."""
+    if time.monotonic() > study.stop_at:
+        raise OutOfTime
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
+        stopping = False
+        while process.poll() is None:
+            time.sleep(0.2)
+            if time.monotonic() > study.stop_at and not stopping:
+                process.terminate()  # train_erw.py saves a checkpoint then
+                stopping = True
+    if stopping:
+        raise OutOfTime
+    if process.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed, see {log}:\n{Path(log).read_text()[-2000:]}")
+
+
+def measurements(folder: Path, before: list[Path]) -> dict:
+    """What the run wrote, with the steps, FLOPs and seconds of what was trained before it added."""
+    steps = flops = 0
+    seconds = 0.0
+    by_step, lines = {}, []
+    for run in [*before, folder]:
+        first_step, first_flops, images = steps, flops, 0
+        for line in read_metrics(run / "metrics.jsonl"):
+            seconds += (line["images_seen"] - images) / line["images_per_second"]
+            images = line["images_seen"]
+            steps, flops = first_step + line["step"], first_flops + line["flops"]
+            by_step[line["step"]] = {"step": steps, "flops": flops, "seconds": round(seconds, 2)}
+            shown = ("phase", "loss", "velocity", "alignment", "lambda", "grad_norm")
+            lines.append(by_step[line["step"]] | {name: line[name] for name in shown if line.get(name) is not None})
+    points = [
+        by_step[line["step"]] | {name: line[name] for name in ("fid", "accuracy")}
+        for line in read_metrics(folder / "evaluations.jsonl")
+        if "fid" in line
+    ]
+    every = max(1, len(lines) // THINNED_TO)
+    return {"points": points, "metrics": lines[::every]}
+
+
+def encoder_cost(study: Study) -> dict:
+    """What the encoder itself took to train: in no run's budget, since one encoder serves all, but to be stated."""
+    config = parse_config(["--config", str(study.base)])
+    encoder = RepresentationEncoder.from_pretrained(config.encoder, config.token_grid)
+    training = study.table["encoder_training"]
+    with torch.device("meta"):
+        model = build_warmup_model(config, 1, [encoder])
+    forward = count_step_flops(model, [encoder]) - count_step_flops(model, [])
+    flops = 3 * forward * training["steps"] * training["images_per_step"]  # a backward is two forwards
+    return {**training, "flops": flops, "name": Path(config.encoder).name}
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main() else 3)

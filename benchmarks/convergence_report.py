@@ -1,0 +1,307 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The page and the pictures of convergence.py: what the raw results say, for or against."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+FIRST_CHOOSING_SEED = 100
+Record = dict
+
+
+def load_records(folder: Path) -> list[Record]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*.json"))]
+
+
+def final(record: Record) -> float:
+    return record["points"][-1]["fid"]
+
+
+def choose(records: Sequence[Record], names: Sequence[str]) -> str:
+    """The arm with the lowest mean final distance over the choosing seeds, which all must have run alike."""
+    chosen_by = {
+        name: {r["seed"]: final(r) for r in records if r["arm"] == name and r["seed"] >= FIRST_CHOOSING_SEED}
+        for name in names
+    }
+    seeds = set().union(*chosen_by.values())
+    lacking = [name for name in names if set(chosen_by[name]) != seeds]
+    if lacking or not seeds:
+        raise ValueError(
+            f"to choose among {', '.join(names)}, run with --choosing first: {', '.join(lacking or names)}"
+        )
+    return min(names, key=lambda name: statistics.mean(chosen_by[name].values()))
+
+
+def reached(record: Record, target: float, axis: str = "flops") -> tuple[float, bool] | None:
+    """
+    Where a run first is as good as `target`, interpolated in the logarithm of the distance between two evaluations.
+
+    Returns the place and whether it is only known that it is not later (the first evaluation is as good already), or
+    `None` if it never is.
+    """
+    points = record["points"]
+    for before, point in zip([None, *points], points, strict=False):
+        if point["fid"] <= target:
+            if before is None:
+                return point[axis], True
+            share = math.log(before["fid"] / target) / math.log(before["fid"] / point["fid"])
+            return before[axis] + share * (point[axis] - before[axis]), False
+    return None
+
+
+def speed_up(record: Record, control: Record, axis: str = "flops") -> tuple[float, bool] | None:
+    """
+    How many times sooner a run is as good as its control ends: the control's first time there over the run's, since a
+    control that came to rest long before its end must not count as slow. With whether it is at least that; `None` for never.
+    """
+    target = final(control)
+    ours, theirs = reached(record, target, axis), reached(control, target, axis)
+    return None if ours is None else (theirs[0] / ours[0], ours[1])
+
+
+def pairs(records: Sequence[Record], arm: str, control: str) -> list[tuple[Record, Record]]:
+    """Runs of two arms with the same reported seed."""
+    by_seed = [
+        {r["seed"]: r for r in records if r["arm"] == name and r["seed"] < FIRST_CHOOSING_SEED}
+        for name in (arm, control)
+    ]
+    return [(by_seed[0][seed], by_seed[1][seed]) for seed in sorted(by_seed[0].keys() & by_seed[1].keys())]
+
+
+def show_speed_ups(found: Sequence[tuple[float, bool] | None]) -> str:
+    """Mean and range over seeds, or how many never arrived."""
+    values = [value for value in found if value is not None]
+    if not values:
+        return "never"
+    ratios, at_least = [ratio for ratio, _ in values], any(bound for _, bound in values)
+    text = f"{'at least ' if at_least else ''}{statistics.mean(ratios):.2f}"
+    if len(ratios) > 1:
+        text += f" ({min(ratios):.2f} to {max(ratios):.2f})"
+    if len(values) < len(found):
+        text += f" on {len(values)} of {len(found)} seeds, never on the others"
+    return text
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text + (f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else "")
+
+
+def answer(records: Sequence[Record], arm: str, control: str) -> tuple[str, str]:
+    """A word and the numbers behind it."""
+    runs = pairs(records, arm, control)
+    if not runs:
+        return "not run", ""
+    wins = sum(final(a) < final(b) for a, b in runs)
+    if len(runs) == 1:
+        word = "one seed only"
+    else:
+        word = {len(runs): "yes", 0: "no"}.get(wins, "undecided")
+    ours, theirs = ([final(pair[i]) for pair in runs] for i in (0, 1))
+    overlap = min(theirs) <= max(ours) and min(ours) <= max(theirs)
+    text = f"{arm} ends at {spread(ours)}, {control} at {spread(theirs)}; lower on {wins} of {len(runs)} seeds"
+    if len(runs) > 1:
+        text += ", ranges overlap" if overlap else ", ranges apart"
+    text += (
+        f". FLOPs to the final quality of {control}: {show_speed_ups([speed_up(a, b) for a, b in runs])} times fewer"
+    )
+    back = show_speed_ups([speed_up(b, a) for a, b in runs])
+    return word, f"{text}; the other way round {back}."
+
+
+def write_report(results: Path, data: str, table: dict, encoder: dict) -> None:
+    """`convergence-<data>.md` and its pictures, of the records in `convergence/<data>/`."""
+    records = load_records(results / "convergence" / data)
+    reported = [r for r in records if r["seed"] < FIRST_CHOOSING_SEED]
+    page = results / f"convergence-{data}.md"
+    if not records:
+        return
+    arms = [name for name in table["arms"] if any(r["arm"] == name for r in reported)]
+    lines = [f"# Does the warmup pay? {data.capitalize()}", "", *introduction(records, table, encoder)]
+    if reported:
+        lines += ["## Answers", "", *answers(reported, table["questions"])]
+        for name, wanted in table["figures"].items():
+            shown = [arm for arm in wanted if arm in arms]
+            if shown:
+                picture = f"convergence-{data}-{name}.png"
+                plot_curves(reported, shown, results / picture)
+                lines += [f"![Distance against steps, FLOPs and seconds: {', '.join(shown)}]({picture})", ""]
+        lines += ["## All arms", "", *arms_table(reported, arms, table["arms"])]
+        shown = [arm for arm in next(iter(table["figures"].values())) if arm in arms]
+        if shown:
+            plot_probes_of_arms(reported, shown, results / f"convergence-{data}-probes.png")
+            lines += ["## What the blocks know", "", *probes_text(reported, arms, data)]
+    lines += choosing(records, table["arms"])
+    page.write_text("\n".join(lines).rstrip() + "\n")
+
+
+def introduction(records: Sequence[Record], table: dict, encoder: dict) -> list[str]:
+    budgets = sorted({r["budget"] for r in records})
+    versions = {f"{k} {v}" for r in records for k, v in r["versions"].items() if k != "erw-hf"}
+    base = records[0]["base"]
+    return [
+        f"Every run has {' or '.join(f'{b:.3g}' for b in budgets)} FLOPs, warmup and the encoder's forwards counted, and is "
+        "measured by the Frechet distance in the features of a classifier that has nothing to do with the encoder, of "
+        f"{base['evaluation_samples']} images by {base['num_inference_steps']} steps of the SDE, without guidance, with the "
+        "averaged weights. So few images bias the distance upwards, alike for every arm. The learning rate is constant, so "
+        "each point of a curve is a run of that length. Runs of one seed see the same images, noise and times in the same "
+        "step, and their fresh weights are the same. Means and, in brackets, ranges over seeds. With three seeds, better on "
+        "all of them happens by luck once in eight, so of many questions some.",
+        "",
+        f"The encoder {encoder['name']} took {encoder['flops']:.2g} FLOPs to train ({encoder['steps']} steps of "
+        f"{encoder['images_per_step']} views), {encoder['flops'] / budgets[0]:.2f} of a run's budget. That is in no arm: one "
+        "encoder serves all runs. SiT needs none.",
+        "",
+        f"{len(records)} runs on {', '.join(sorted({r['hardware'] for r in records}))}, one thread each and two at a time, so "
+        f"seconds are rough; {', '.join(sorted(versions))}. Each file in `convergence/` holds the command that makes it again.",
+        "",
+    ]
+
+
+def answers(records: Sequence[Record], questions: Sequence[Sequence[str]]) -> list[str]:
+    found = [(question, *answer(records, arm, control)) for question, arm, control in questions]
+    asked = [row for row in found if row[1] != "not run"]
+    if not asked:
+        return ["No two arms that a question compares have been run.", ""]
+    lines = []
+    for word in ("yes", "no", "undecided", "one seed only"):
+        matching = [question for question, said, _ in asked if said == word]
+        if matching:
+            lines += [f"**{word.capitalize()}**: {' '.join(matching)}", ""]
+    return [
+        *lines,
+        "| question | answer | numbers |",
+        "|---|---|---|",
+        *(f"| {q} | {w} | {t} |" for q, w, t in asked),
+        "",
+    ]
+
+
+def arms_table(records: Sequence[Record], arms: Sequence[str], definitions: dict) -> list[str]:
+    lines = [
+        "| arm | what it changes | distance at the end | class found | steps | seconds | seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for arm in arms:
+        runs = [r for r in records if r["arm"] == arm]
+        ends = [r["points"][-1] for r in runs]
+        changes = f"is {runs[0]['chosen']}" if "chosen" in runs[0] else describe(definitions[arm])
+        lines.append(
+            f"| {arm} | {changes} | {spread([e['fid'] for e in ends])} | {spread([e['accuracy'] for e in ends], 3)} | "
+            f"{ends[0]['step']} | {statistics.mean(e['seconds'] for e in ends):.0f} | {len(runs)} |"
+        )
+    return [*lines, "", "`steps` has warmup and full steps, `seconds` are of training alone.", ""]
+
+
+def describe(arm: dict) -> str:
+    return ", ".join(f"{key} {value}" for key, value in arm.items()) or "nothing"
+
+
+def probes_text(records: Sequence[Record], arms: Sequence[str], data: str) -> list[str]:
+    lines = [
+        f"![CKNNA and linear probe of every block](convergence-{data}-probes.png)",
+        "",
+        "At the end of each run, on held-out images, without a class: CKNNA with the trained encoder, whatever the arm was "
+        "aligned with, and the accuracy of a linear probe, both of the mean token. The best block of each:",
+        "",
+        "| arm | CKNNA, clean | CKNNA, t = 0.5 | probe, clean | probe, t = 0.5 |",
+        "|---|---|---|---|---|",
+    ]
+    for arm in arms:
+        runs = [r for r in records if r["arm"] == arm]
+        cells = [
+            spread([max(probe[measure]) for r in runs for probe in r["probes"] if probe["t"] == t], 3)
+            for measure in ("cknna", "accuracy")
+            for t in (0.0, 0.5)
+        ]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def choosing(records: Sequence[Record], definitions: dict) -> list[str]:
+    """What was tried in order to choose, on seeds that nothing else uses."""
+    tried = [r for r in records if r["seed"] >= FIRST_CHOOSING_SEED]
+    if not tried:
+        return []
+    lines = [
+        "## How the tuned arms were chosen",
+        "",
+        f"On seeds {', '.join(map(str, sorted({r['seed'] for r in tried})))}, which no number above has seen.",
+        "",
+        "| candidate | what it changes | distance at the end |",
+        "|---|---|---|",
+    ]
+    for arm, definition in definitions.items():
+        ends = [final(r) for r in tried if r["arm"] == arm]
+        if ends:
+            lines.append(f"| {arm} | {describe(definition)} | {spread(ends)} |")
+    for arm, definition in definitions.items():
+        if "best_of" in definition:
+            try:
+                lines.append(f"\n{arm}: {choose(records, definition['best_of'])}, of {len(definition['best_of'])}")
+            except ValueError:
+                continue  # not all candidates have been run
+    return [*lines, ""]
+
+
+def band(axes, runs: Sequence[Record], x: Callable[[dict], float], y: Callable[[dict], float], label: str) -> None:
+    """Mean over seeds, and from the lowest to the highest; the runs of an arm are measured at the same steps."""
+    points = list(zip(*(r["points"] for r in runs), strict=False))
+    places = [statistics.mean(map(x, point)) for point in points]
+    values = [[y(p) for p in point] for point in points]
+    line = axes.plot(places, [statistics.mean(v) for v in values], label=label, marker=".")[0]
+    axes.fill_between(places, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.15)
+
+
+def plot_curves(records: Sequence[Record], arms: Sequence[str], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 5), layout="constrained")
+    scales = (
+        ("step", "steps, warmup counted"),
+        ("flops", "FLOPs, warmup and encoder counted"),
+        ("seconds", "seconds"),
+    )
+    for axes, (axis, label) in zip(figure.subplots(1, 3, sharey=True), scales, strict=True):
+        for arm in arms:
+            runs = [r for r in records if r["arm"] == arm]
+            band(axes, runs, lambda point, axis=axis: point[axis], lambda point: point["fid"], arm)
+        axes.set(xlabel=label, yscale="log")
+        axes.grid(alpha=0.3, which="both")
+    figure.axes[0].set_ylabel("Frechet distance")
+    figure.axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=90)
+
+
+def plot_probes_of_arms(records: Sequence[Record], arms: Sequence[str], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 4.5), layout="constrained")
+    panels = [(measure, t) for measure in ("cknna", "accuracy") for t in (0.0, 0.5)]
+    for axes, (measure, t) in zip(figure.subplots(1, 4), panels, strict=True):
+        for arm in arms:
+            blocks = [p[measure] for r in records if r["arm"] == arm for p in r["probes"] if p["t"] == t]
+            depths, by_block = range(1, len(blocks[0]) + 1), list(zip(*blocks, strict=True))
+            line = axes.plot(depths, [statistics.mean(v) for v in by_block], marker=".", label=arm)[0]
+            low, high = ([pick(v) for v in by_block] for pick in (min, max))
+            axes.fill_between(depths, low, high, color=line.get_color(), alpha=0.15)
+        name = {"cknna": "CKNNA", "accuracy": "linear probe"}[measure]
+        axes.set(title=f"{name}, t = {t:g}", xlabel="block")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=90)
