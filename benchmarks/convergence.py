@@ -190,7 +190,7 @@ def run_arm(study: Study, name: str, arm: dict, seed: int) -> None:
     probe = [
         "training/probe.py", f"--model={folder}/pipeline", f"--dataset_name={config.dataset_name}",
         f"--test_split={study.table['probe_split']}", f"--encoder={config.encoder}", "--times", "0", "0.5",
-        "--num_images=1000", f"--output_dir={folder}/probe",
+        f"--num_images={study.table['probe_images']}", f"--output_dir={folder}/probe",
     ]  # fmt: skip
     # The encoder that was trained, whatever the arm was aligned with
     run_script(study, probe, f"{folder}.log")

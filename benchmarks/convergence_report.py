@@ -49,24 +49,27 @@ def choose(records: Sequence[Record], names: Sequence[str]) -> str:
 
 def reached(record: Record, target: float, axis: str = "flops") -> tuple[float, bool] | None:
     """
-    Where a run first is as good as `target`, interpolated in the logarithm of the distance between two evaluations.
+    From where on a run is as good as `target` for good, interpolated in the logarithm of the distance between two
+    evaluations. For good, since noise is nearer to the data than the blur that an early model draws: curves first fall,
+    then rise, then fall.
 
-    Returns the place and whether it is only known that it is not later (the first evaluation is as good already), or
-    `None` if it never is.
+    Returns the place and whether it is only known that it is not later (every evaluation is as good), or `None` if the
+    last evaluation is worse.
     """
     points = record["points"]
-    for before, point in zip([None, *points], points, strict=False):
-        if point["fid"] <= target:
-            if before is None:
-                return point[axis], True
-            share = math.log(before["fid"] / target) / math.log(before["fid"] / point["fid"])
-            return before[axis] + share * (point[axis] - before[axis]), False
-    return None
+    worse = [i for i, point in enumerate(points) if point["fid"] > target]
+    if not worse:
+        return points[0][axis], True
+    if worse[-1] == len(points) - 1:
+        return None
+    before, point = points[worse[-1] : worse[-1] + 2]
+    share = math.log(before["fid"] / target) / math.log(before["fid"] / point["fid"])
+    return before[axis] + share * (point[axis] - before[axis]), False
 
 
 def speed_up(record: Record, control: Record, axis: str = "flops") -> tuple[float, bool] | None:
     """
-    How many times sooner a run is as good as its control ends: the control's first time there over the run's, since a
+    How many times sooner a run is as good as its control ends: the control's own time there over the run's, since a
     control that came to rest long before its end must not count as slow. With whether it is at least that; `None` for never.
     """
     target = final(control)
