@@ -11,15 +11,17 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Train the tiny DINOv2 of the digits default, self-supervised: the teacher that ERW aligns with, on data anyone has.
+"""Train a tiny DINOv2, self-supervised: the teacher that ERW aligns with, on data anyone has.
 
     python training/train_tiny_encoder.py --output_dir pipelines/dinov2-tiny-digits
+    python training/train_tiny_encoder.py --dataset_name data/glyphs --image_size 64 --hidden_size 128 --steps 6000 \\
+        --output_dir data/dinov2-tiny-glyphs
 
-It has no use for labels. Two augmented views of each digit must find each other in the batch (SimCLR's NT-Xent, arXiv
+It has no use for labels. Two augmented views of each image must find each other in the batch (SimCLR's NT-Xent, arXiv
 2002.05709, Eq. 1), once by their class token and once by the mean of their patch tokens. DINOv2's own self-distillation
-needs far longer to leave its uniform start on 1 438 images. A few minutes on 2 CPU cores. The result is an ordinary
-transformers folder, which `AutoModel.from_pretrained` and `RepresentationEncoder.from_pretrained` load. The held-out
-digits serve for the k-NN accuracy that is printed, and for nothing else.
+needs far longer to leave its uniform start on 1 438 digits. A few minutes on 2 CPU cores for those. The result is an ordinary
+transformers folder, which `AutoModel.from_pretrained` and `RepresentationEncoder.from_pretrained` load. The images of the
+split `test` serve for the k-NN accuracy that is printed, and for nothing else.
 """
 
 import argparse
@@ -28,18 +30,24 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from datasets import load_dataset
 from tqdm.auto import tqdm
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 from erw_hf.data.digits import load_digits_dataset
 
 
-MEAN, STD = 0.3, 0.35  # about those of the digits, so that the encoder sees unit-scale inputs
+MEAN, STD = (
+    0.3,
+    0.35,
+)  # about those of the digits, and near enough elsewhere, so that the encoder sees unit-scale inputs
+KNN_IMAGES = 4000  # of each split, at most
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default="outputs/dinov2-tiny-digits")
+    parser.add_argument("--dataset_name", default="digits", help="or a data set with the splits train and test")
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--patch_size", type=int, default=8)
     parser.add_argument("--hidden_size", type=int, default=64)
@@ -55,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     torch.manual_seed(args.seed)
-    splits = load_digits_dataset()
+    splits = load_digits_dataset() if args.dataset_name == "digits" else load_dataset(args.dataset_name)
     train, train_labels = load_images(splits["train"], args.image_size)
     test, test_labels = load_images(splits["test"], args.image_size)
 
@@ -76,7 +84,7 @@ def main() -> None:
 
     bar = tqdm(range(args.steps), mininterval=5)
     for step in bar:
-        images = train[torch.randperm(len(train))[: args.batch_size]]
+        images = train[torch.randperm(len(train))[: args.batch_size]].float() / 255
         views = torch.cat([augment(images), augment(images)])
         tokens = backbone(normalise(views)).last_hidden_state  # (2 B, 1 + N, D)
         loss = sum(
@@ -90,7 +98,7 @@ def main() -> None:
         schedule.step()
         if step % 250 == 249:
             accuracy = knn_accuracy(backbone, train, train_labels, test, test_labels)
-            tqdm.write(f"step {step + 1}: loss {loss.item():.3f}, k-NN accuracy on the held-out digits {accuracy}")
+            tqdm.write(f"step {step + 1}: loss {loss.item():.3f}, k-NN accuracy on the held-out images {accuracy}")
 
     backbone.save_pretrained(args.output_dir)
     size = args.image_size
@@ -119,7 +127,8 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 
 
 def augment(images: torch.Tensor) -> torch.Tensor:
-    """Random rotation, scale, shear and shift; contrast; noise. No flip: a mirrored 2 is another sign."""
+    """Random rotation, scale, shear and shift; contrast; noise; of colour images the colours. No flip: a mirrored 2 is
+    another sign."""
     n = len(images)
     angle = (torch.rand(n) - 0.5) * 0.5
     scale = 0.8 + 0.45 * torch.rand(n, 2)
@@ -132,26 +141,46 @@ def augment(images: torch.Tensor) -> torch.Tensor:
         ],
         dim=1,
     )  # (B, 2, 3)
-    images = F.grid_sample(images, F.affine_grid(theta, list(images.shape), align_corners=False), align_corners=False)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    if images.shape[1] == 1:
+        images = F.grid_sample(images, grid, align_corners=False)
+    else:
+        images = recolour(F.grid_sample(images, grid, padding_mode="reflection", align_corners=False))
     images = images.clamp(0, 1) ** (0.6 + 0.9 * torch.rand(n, 1, 1, 1))
     return (images + 0.05 * torch.randn_like(images)).clamp(0, 1)
 
 
+def recolour(images: torch.Tensor) -> torch.Tensor:
+    """Channels mixed at random, and half of the images inverted: else their colours alone would tell images apart."""
+    n = len(images)
+    mixing = torch.rand(n, 3, 3) + torch.eye(3)[torch.stack([torch.randperm(3) for _ in range(n)])]
+    images = torch.einsum("nij,njhw->nihw", mixing / mixing.sum(dim=2, keepdim=True), images)
+    return torch.where(torch.rand(n, 1, 1, 1) < 0.5, images, 1 - images)
+
+
 def load_images(split, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    arrays = [np.asarray(image.resize((size, size), resample=3), dtype=np.float32) / 255 for image in split["image"]]
-    return torch.from_numpy(np.stack(arrays))[:, None], torch.tensor(list(split["label"]))
+    """Images (N, C, H, W), uint8, and labels."""
+    images = np.stack([np.asarray(image.resize((size, size), resample=3)) for image in split["image"]])
+    return torch.from_numpy(images).reshape(len(images), size, size, -1).movedim(-1, 1), torch.tensor(
+        list(split["label"])
+    )
 
 
 @torch.no_grad()
 def knn_accuracy(backbone, train, train_labels, test, test_labels, k: int = 10) -> dict[str, float]:
-    """Vote of the k nearest training digits by cosine similarity, on the class token and on the mean patch token."""
+    """Vote of the k nearest training images by cosine similarity, on the class token and on the mean patch token."""
+    rows = [torch.linspace(0, len(x) - 1, min(len(x), KNN_IMAGES)).round().long() for x in (train, test)]
+    train_labels, test_labels = train_labels[rows[0]], test_labels[rows[1]]
     backbone.eval()
-    features = [torch.cat([backbone(normalise(b)).last_hidden_state for b in x.split(500)]) for x in (train, test)]
+    features = [
+        torch.cat([backbone(normalise(b.float() / 255)).last_hidden_state for b in x[r].split(500)])
+        for x, r in zip((train, test), rows, strict=True)
+    ]
     backbone.train()
     accuracy = {}
     for name, pool in (("class", lambda f: f[:, 0]), ("patches", lambda f: f[:, 1:].mean(1))):
         a, b = (F.normalize(pool(f), dim=-1) for f in features)
-        votes = F.one_hot(train_labels[(b @ a.T).topk(k).indices], 10).sum(1)
+        votes = F.one_hot(train_labels[(b @ a.T).topk(k).indices]).sum(1)
         accuracy[name] = round((votes.argmax(1) == test_labels).float().mean().item(), 4)
     return accuracy
 
