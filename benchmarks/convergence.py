@@ -118,12 +118,21 @@ def main(arguments: list[str] | None = None) -> bool:
         table,
     )
     finished = True
+    check_recipe(study)
     if not args.report_only:
         if args.max_minutes is not None:
             study.stop_at = time.monotonic() + 60 * args.max_minutes
         finished = run_all(study, args)
     convergence_report.write_report(args.results, args.data, table, encoder_cost(study))
     return finished
+
+
+def check_recipe(study: Study) -> None:
+    config = parse_config(["--config", str(study.base)])
+    for name in ("dataset_name", "encoder", "evaluation_reference", "evaluation_extractor"):
+        value = getattr(config, name)
+        if os.path.isabs(value) and not os.path.exists(value):
+            raise ValueError(f"{name} {value} is not there: make it as the head of {study.base} says")
 
 
 def run_all(study: Study, args: argparse.Namespace) -> bool:

@@ -13,8 +13,8 @@
 # limitations under the License.
 """Make the data set "glyphs": characters of many fonts under colour, texture, pose and clutter, as many as are wanted.
 
-    python benchmarks/glyphs.py --output_dir data/glyphs                       # 32 classes x 1 000 images of 64 px
-    python benchmarks/glyphs.py --output_dir data/glyphs --grid glyphs.png     # and a picture of some
+    python benchmarks/glyphs.py --output_dir outputs/glyphs                       # 32 classes x 1 000 images of 64 px
+    python benchmarks/glyphs.py --output_dir outputs/glyphs --grid glyphs.png     # and a picture of some
 
 The class is the character, which is the only thing that all images of a class share: more to learn than the 8x8 digits
 have, and with an encoder's help easier to learn. The fonts are those that matplotlib's wheel holds (DejaVu, STIX, Computer
@@ -60,7 +60,7 @@ MESH = 4  # cells of the grid that bends it
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("data/glyphs"))
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/glyphs"))
     parser.add_argument("--train", type=int, default=1000, help="images of a class")
     parser.add_argument("--validation", type=int, default=50, help="images of a class")
     parser.add_argument("--test", type=int, default=50, help="images of a class")

@@ -14,8 +14,8 @@
 """Train a tiny DINOv2, self-supervised: the teacher that ERW aligns with, on data anyone has.
 
     python training/train_tiny_encoder.py --output_dir pipelines/dinov2-tiny-digits
-    python training/train_tiny_encoder.py --dataset_name data/glyphs --image_size 64 --hidden_size 128 --steps 6000 \\
-        --output_dir data/dinov2-tiny-glyphs
+    python training/train_tiny_encoder.py --dataset_name outputs/glyphs --image_size 64 --hidden_size 128 --steps 6000 \\
+        --output_dir outputs/dinov2-tiny-glyphs
 
 It has no use for labels. Two augmented views of each image must find each other in the batch (SimCLR's NT-Xent, arXiv
 2002.05709, Eq. 1), once by their class token and once by the mean of their patch tokens. DINOv2's own self-distillation
