@@ -88,12 +88,16 @@ def main(arguments: list[str] | None = None) -> None:
             last = min(first + args.shard_rows, rows)
             shards.append((path, split, first, last, args.characters, args.size, args.seed))
     todo = [shard for shard in shards if not shard[0].exists()]
-    # spawn: a fork of a process that has threads can hang
-    with get_context("spawn").Pool(min(args.workers, max(1, len(todo)))) as pool:
-        for _ in tqdm(pool.imap_unordered(write_shard, todo), total=len(todo), desc="shards"):
-            pass
-        pool.close()
-        pool.join()
+    if args.workers == 1:
+        for shard in tqdm(todo, desc="shards"):
+            write_shard(shard)
+    else:
+        # spawn: a fork of a process that has threads can hang
+        with get_context("spawn").Pool(args.workers) as pool:
+            for _ in tqdm(pool.imap_unordered(write_shard, todo), total=len(todo), desc="shards"):
+                pass
+            pool.close()
+            pool.join()
     if args.grid is not None:
         columns = len(args.characters)
         images = [draw("train", i, args.characters, args.size, args.seed) for i in range(6 * columns)]

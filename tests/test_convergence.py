@@ -220,6 +220,20 @@ def test_answers_follow_the_numbers():
         choose(chosen_by + mixed, ["good", "mixed"])
 
 
+def test_a_tuned_arm_is_the_best_of_the_choosing_seeds(recipes):
+    study = study_of(recipes, 6e7)
+    study.results.mkdir(parents=True)
+    with pytest.raises(ValueError, match="--choosing first"):
+        convergence.resolve_arm(study, "sit_best")
+    for number, arm in enumerate(study.table["arms"]["sit_best"]["best_of"]):
+        for seed, distance in ((100, 9.0 - number), (0, 1.0 + number)):  # the reported seed would choose the first
+            (study.results / f"{arm}-seed{seed}.json").write_text(json.dumps(record(arm, seed, distance)))
+    found = convergence.resolve_arm(study, "sit_best")
+    assert found == {**study.table["arms"]["sit_lr4e-3_rise100"], "chosen": "sit_lr4e-3_rise100"}
+    with pytest.raises(ValueError, match="no arm 'other'"):
+        convergence.resolve_arm(study, "other")
+
+
 def test_the_page_is_made_of_raw_results(tmp_path):
     table = {
         "arms": {"erw": {"warmup_steps": 2}, "repa": {}, "best": {"best_of": ["erw", "repa"]}},
