@@ -42,6 +42,16 @@ def test_shapes_and_save_load(variant, tmp_path):
     torch.testing.assert_close(loaded(x, t, labels).sample, sample)
 
 
+def test_query_key_and_value_start_as_the_published_models_one_matrix():
+    """Of SiT and REPA: Xavier over a matrix (3 D, D), so uniform within (6 / (D + 3 D)) ** 0.5."""
+    model = ERWTransformer2DModel(**{**TINY_MODEL, "attention_head_dim": 32})
+    width = 64
+    for layer in (model.transformer_blocks[0].attn.to_q, model.transformer_blocks[2].attn.to_v):
+        assert layer.weight.abs().max().item() == pytest.approx((6 / (4 * width)) ** 0.5, rel=0.01)
+    square = model.transformer_blocks[0].attn.to_out[0]
+    assert square.weight.abs().max().item() == pytest.approx((6 / (2 * width)) ** 0.5, rel=0.01)
+
+
 def test_a_fresh_model_predicts_zero_and_its_blocks_are_the_identity():
     model = ERWTransformer2DModel(**TINY_MODEL)
     x, t, labels = inputs()

@@ -383,9 +383,11 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
 
     def _initialize_weights(self) -> None:
         # The initialisation of DiT (arXiv 2212.09748, §3.2), which every model of this family starts from.
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                # There query, key and value are one matrix of three times the height, whose Xavier bound is narrower.
+                in_one_matrix = name.endswith((".to_q", ".to_k", ".to_v"))
+                nn.init.xavier_uniform_(module.weight, gain=0.5**0.5 if in_one_matrix else 1.0)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         # The patch embedding is a linear layer in a convolution's clothes.
