@@ -249,7 +249,7 @@ class Step:
     def run(self) -> torch.Tensor:
         loss = self.losses()
         loss.backward()
-        self.grad_norm = float(nn.utils.clip_grad_norm_(self.trained, 1.0))
+        self.grad_norm = nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.update()
         return loss.detach()
 
@@ -342,6 +342,7 @@ class Ours(Step):
             )["loss"]
 
     def update(self) -> None:
+        self.optimizer.found_inf = (~self.grad_norm.isfinite()).float()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.step()
@@ -363,11 +364,14 @@ def measure_step(size: str, setting: Setting) -> dict[str, object]:
     steps = {name: way(size, setting, build_encoder(setting, grid), config) for name, way in classes.items()}
     first = {name: float(step.run()) for name, step in steps.items()}
     for name in ("as published", "written well"):
-        for ours, theirs in ((first["ours"], first[name]), (steps["ours"].grad_norm, steps[name].grad_norm)):
+        for ours, theirs in (
+            (first["ours"], first[name]),
+            (float(steps["ours"].grad_norm), float(steps[name].grad_norm)),
+        ):
             if not math.isclose(ours, theirs, rel_tol=setting.tolerance):
                 raise AssertionError(f"ours gives {ours}, the step {name} {theirs}: they do not compute the same")
     ours = steps["ours"]
-    norms = {name: step.grad_norm for name, step in steps.items()}
+    norms = {name: float(step.grad_norm) for name, step in steps.items()}
 
     # The parts beside the model and the encoder, each alone
     targets = ours.encoder(ours.batch["pixels"].float() / 255)
