@@ -7,7 +7,7 @@ QUICKSTART := outputs/quickstart
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: quickstart test soak test-browser demo style quality clean
+.PHONY: quickstart test soak test-browser demo docs style quality clean
 
 quickstart: $(VENV)/.installed ## train on digits from random weights and show pictures, minutes on 2 CPU cores
 	$(LAUNCH) training/train_erw.py --config training/configs/digits.yaml --output_dir $(QUICKSTART) --overwrite_output_dir
@@ -27,6 +27,10 @@ test-browser: $(VENV)/.installed ## the demo in a headless Chromium, which root 
 
 demo: $(VENV)/.installed ## the Gradio demo: the shipped digits, and to compare with them what was trained in outputs/
 	ERW_MODELS=$$(ls -d outputs/*/pipeline 2>/dev/null | paste -sd,) $(BIN)/python spaces/erw/app.py
+
+# Not --quiet, which hides warnings from --strict too.
+docs: $(VENV)/.installed ## the site, in build/site; a broken link, anchor or inclusion fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 style: $(VENV)/.installed ## mend what can be mended
 	$(BIN)/ruff check --fix .
