@@ -39,6 +39,9 @@ style: $(VENV)/.installed ## mend what can be mended
 quality: $(VENV)/.installed ## check without writing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/vulture
+	$(BIN)/codespell
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "erw-hf needs Python 3.11 or newer: make PYTHON=python3.11")'

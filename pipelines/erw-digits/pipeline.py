@@ -106,7 +106,7 @@ class ERWPipeline(DiffusionPipeline):
         }
         return super().extract_init_dict(config_dict, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs) -> None:
         """
         Saves the pipeline so that it loads three ways, from a folder and from the Hub: by `ERWPipeline`; by
         `DiffusionPipeline` with `custom_pipeline` and `trust_remote_code=True` where erw_hf is not installed; and the
@@ -128,7 +128,7 @@ class ERWPipeline(DiffusionPipeline):
             own_class = type(getattr(component, "_orig_mod", component))  # compiled models are wrapped
             if component is None or own_class.__module__.split(".")[0] in ("diffusers", "transformers"):
                 continue
-            source = Path(inspect.getsourcefile(own_class))
+            source = Path(str(inspect.getsourcefile(own_class)))
             shutil.copyfile(source, Path(save_directory) / name / source.name)
             index[name] = [source.stem, own_class.__name__]
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -139,7 +139,7 @@ class ERWPipeline(DiffusionPipeline):
             if name and (os.path.exists(name) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)):
                 del config["_name_or_path"]
                 path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        shutil.copyfile(inspect.getsourcefile(type(self)), Path(save_directory) / "pipeline.py")
+        shutil.copyfile(str(inspect.getsourcefile(type(self))), Path(save_directory) / "pipeline.py")
 
     @staticmethod
     def vae_scale_factor_of(vae) -> int:

@@ -15,11 +15,12 @@
 
 import inspect
 import math
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModel, SiglipVisionModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 
 
 # Repos that hold an image and a text tower: the image tower alone is loaded.
@@ -46,9 +47,12 @@ class RepresentationEncoder(nn.Module):
         ValueError: if the model cannot give `token_grid` x `token_grid` patch tokens.
     """
 
+    image_mean: torch.Tensor
+    image_std: torch.Tensor
+
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         image_mean: list[float],
         image_std: list[float],
         token_grid: int,
@@ -165,7 +169,7 @@ class RepresentationEncoder(nn.Module):
         return self.embed_dim
 
     def _hidden_states(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        kwargs = dict(self._forward_kwargs)
+        kwargs: dict[str, Any] = dict(self._forward_kwargs)
         if self._shuffles:
             # MAE orders its tokens by this noise even when it masks none.
             order = torch.arange(self.token_grid**2, device=pixel_values.device, dtype=torch.float32)
@@ -206,9 +210,9 @@ class RepresentationEncoder(nn.Module):
 
 
 @torch.no_grad()
-def _resample_positions(model: nn.Module, token_grid: int) -> None:
+def _resample_positions(model: PreTrainedModel, token_grid: int) -> None:
     """Bicubic with antialias, in float32, of the grid part of the table; class and register positions stay."""
-    embeddings = getattr(model, "embeddings", None)
+    embeddings: Any = getattr(model, "embeddings", None)
     table = getattr(embeddings, "position_embeddings", None)
     if not isinstance(table, nn.Parameter):
         raise ValueError(f"{type(model).__name__} has no position table that antialias_positions could resample")

@@ -14,6 +14,7 @@
 """The two phases of ERW and the hand-over between them (arXiv 2504.10188, §3.3)."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -31,12 +32,12 @@ _FINAL_LAYER = ("transformer.norm_out.", "transformer.proj_out.", "transformer.c
 _EMBEDDERS = ("transformer.pos_embed.", "transformer.time_class_embed.", "transformer.class_token_embed.")
 
 
-def build_warmup_transformer(model_config: Mapping[str, object], warmup_depth: int) -> ERWTransformer2DModel:
+def build_warmup_transformer(model_config: Mapping[str, Any], warmup_depth: int) -> ERWTransformer2DModel:
     """
     The model of phase 1: the embedders and the first blocks of the full model, and nothing else.
 
     Args:
-        model_config (`Mapping[str, object]`): Configuration of the full [`ERWTransformer2DModel`].
+        model_config (`Mapping[str, Any]`): Configuration of the full [`ERWTransformer2DModel`].
         warmup_depth (`int`): Number of blocks.
 
     Returns:
@@ -95,9 +96,9 @@ def warmup_loss(
     if noise is None:
         x_t, t = x0, x0.new_zeros(len(x0), dtype=torch.float32)
     else:
-        x_t, _ = interpolate(x0, noise, t, path_type)
+        x_t, _ = interpolate(x0, noise, t, path_type)  # type: ignore[arg-type]  # t comes with the noise
         if class_token is not None:
-            noised_class_token, _ = interpolate(class_token, class_noise, t, path_type)
+            noised_class_token, _ = interpolate(class_token, class_noise, t, path_type)  # type: ignore[arg-type]
     _, projected, _ = model(x_t, t, class_labels, drop, noised_class_token)
     alignment = _mean_alignment(alignment_loss, projected, targets, class_token)
     return {"loss": alignment, "alignment": alignment}
@@ -161,7 +162,7 @@ def full_loss(
     x_t, velocity = interpolate(x0, noise, t, path_type)
     noised_class_token = class_velocity = None
     if class_token is not None:
-        noised_class_token, class_velocity = interpolate(class_token, class_noise, t, path_type)
+        noised_class_token, class_velocity = interpolate(class_token, class_noise, t, path_type)  # type: ignore[arg-type]
     predicted, projected, predicted_class = model(x_t, t, class_labels, drop, noised_class_token)
     velocity_loss = (predicted.float() - velocity).square().mean()
     losses = {"loss": velocity_loss, "velocity": velocity_loss}

@@ -228,7 +228,7 @@ class FlowMatchEulerMaruyamaScheduler(_FlowMatchScheduler):
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=torch.float32)
             prev_sample = prev_sample + math.sqrt(diffusion * -dt) * noise
 
-        self._step_index += 1
+        self._step_index = index + 1
         original = self._predicted_original(velocity, sample, t)
         if not return_dict:
             return prev_sample, original
@@ -306,14 +306,14 @@ class FlowMatchHeunScheduler(_FlowMatchScheduler):
         dt = (self.sigmas[interval + 1] - self.sigmas[interval]).item()
         if self._predictor is None:
             prev_sample = sample + velocity * dt
-            if interval < self.num_inference_steps - 1:
+            if interval < self.num_inference_steps - 1:  # type: ignore[operator]
                 self._predictor = (sample, velocity)
         else:
             start, first_velocity = self._predictor
             prev_sample = start + (first_velocity + velocity) / 2 * dt
             self._predictor = None
 
-        self._step_index += 1
+        self._step_index = index + 1
         if not return_dict:
             return prev_sample, original
         return FlowMatchSchedulerOutput(prev_sample=prev_sample, pred_original_sample=original)

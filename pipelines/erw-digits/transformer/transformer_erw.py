@@ -93,7 +93,7 @@ class ERWAttnProcessor:
 
         if attn.norm_q is not None:
             # Under autocast the norms return float32, which attention kernels refuse beside a bf16 value.
-            query, key = attn.norm_q(query).to(value.dtype), attn.norm_k(key).to(value.dtype)
+            query, key = attn.norm_q(query).to(value.dtype), attn.norm_k(key).to(value.dtype)  # type: ignore[misc]
         if image_rotary_emb is not None:
             query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
@@ -107,6 +107,10 @@ class ERWAttnProcessor:
 class ERWAttention(nn.Module, AttentionModuleMixin):
     _default_processor_cls = ERWAttnProcessor
     _available_processors = [ERWAttnProcessor]
+    # Of AttentionModuleMixin, and what its fusion makes.
+    processor: Any
+    set_processor: Any
+    to_qkv: nn.Linear
 
     def __init__(self, dim: int, heads: int, head_dim: int, qk_norm: str | None = None) -> None:
         super().__init__()
@@ -220,6 +224,9 @@ class ERWClassTokenEmbedding(nn.Module):
 class ERWRotaryPosEmbed(nn.Module):
     """2D rotary embedding: the first half of each head turns with the row, the second with the column. A class token,
     which has no place in the grid, does not turn."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
 
     def __init__(self, head_dim: int, grid_size: int, with_class_token: bool = False, theta: float = 10000.0) -> None:
         super().__init__()
@@ -398,7 +405,7 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         nn.init.normal_(self.time_class_embed.timestep_embedder.linear_2.weight, std=0.02)
         # adaLN-zero: every gate starts shut, so each block starts as the identity ...
         for block in self.transformer_blocks:
-            nn.init.zeros_(block.modulation.weight)
+            nn.init.zeros_(block.modulation.weight)  # type: ignore[union-attr, arg-type]
         nn.init.zeros_(self.norm_out.modulation.weight)
         # ... and the model starts by predicting zero velocity.
         nn.init.zeros_(self.proj_out.weight)
@@ -417,7 +424,7 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         class_token: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
-    ) -> ERWTransformer2DModelOutput | tuple[torch.Tensor | None, ...]:
+    ) -> ERWTransformer2DModelOutput | tuple[Any, ...]:
         """
         Predicts the velocity of the path.
 
@@ -471,7 +478,7 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         temb = self.time_class_embed(timestep, class_labels, force_drop_ids, hidden_states.dtype)  # (B, D)
         image_rotary_emb = self.rope(hidden_states) if self.rope is not None else None
         if class_token is not None:
-            class_token = self.class_token_embed(class_token, hidden_states.dtype)
+            class_token = self.class_token_embed(class_token, hidden_states.dtype)  # type: ignore[misc]
             hidden_states = torch.cat([class_token, hidden_states], dim=1)  # (B, 1 + N, D)
 
         tokens = {}
@@ -487,7 +494,7 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         if not tokens_only:
             hidden_states = self.norm_out(hidden_states, temb)
             if class_token is not None:
-                class_velocity = self.class_token_out(hidden_states[:, 0])  # (B, class_token_dim)
+                class_velocity = self.class_token_out(hidden_states[:, 0])  # type: ignore[misc]  # (B, class_token_dim)
                 hidden_states = hidden_states[:, 1:]
             hidden_states = self.proj_out(hidden_states)  # (B, N, p * p * C)
             sample = self._unpatchify(hidden_states, height, width)

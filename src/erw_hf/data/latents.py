@@ -16,9 +16,10 @@
 from collections.abc import Mapping
 
 import torch
+from diffusers import ModelMixin
 
 
-def encode_moments(pixels: torch.Tensor, vae: torch.nn.Module) -> torch.Tensor:
+def encode_moments(pixels: torch.Tensor, vae: ModelMixin) -> torch.Tensor:
     """
     The posterior of images: what a latent cache stores, so that training can draw from it anew in every epoch.
 
@@ -66,7 +67,7 @@ def check_autoencoder(config: Mapping[str, object], name: str, in_channels: int)
         )
 
 
-def image_channels(vae: torch.nn.Module) -> int:
+def image_channels(vae: ModelMixin) -> int:
     """
     Args:
         vae (a diffusers autoencoder): Any.
@@ -77,13 +78,13 @@ def image_channels(vae: torch.nn.Module) -> int:
     return vae.config.num_channels if _is_rae(vae) else vae.config.in_channels
 
 
-def _is_rae(vae: torch.nn.Module) -> bool:
+def _is_rae(vae: ModelMixin) -> bool:
     """Representation autoencoders take images in [0, 1] and scale their latents themselves, by what their config says."""
     return type(vae).__name__ == "AutoencoderRAE"
 
 
 def moments_to_latents(
-    moments: torch.Tensor, vae: torch.nn.Module, posterior_noise: torch.Tensor | None = None
+    moments: torch.Tensor, vae: ModelMixin, posterior_noise: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
     Draws latents from their posterior and scales them; the inverse of [`ERWPipeline.decode_latents`].
@@ -113,7 +114,7 @@ def moments_to_latents(
 
 
 def pixels_to_latents(
-    pixels: torch.Tensor, vae: torch.nn.Module | None, posterior_noise: torch.Tensor | None = None
+    pixels: torch.Tensor, vae: ModelMixin | None, posterior_noise: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
     Images as the transformer sees them.

@@ -19,6 +19,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -171,14 +172,14 @@ def load_source(
 
 
 def _classes_of_stream(
-    dataset: IterableDataset, first: dict, label_column: str, num_classes: int | None
+    dataset: IterableDataset, first: dict[str, Any], label_column: str, num_classes: int | None
 ) -> tuple[int, list[str] | None]:
-    names = getattr((dataset.features or {}).get(label_column), "names", None)
+    names: list[str] | None = getattr((dataset.features or {}).get(label_column), "names", None)
     if names is None and num_classes is None:
         raise ValueError(f"column {label_column!r} is no ClassLabel: a stream needs num_classes")
     if not isinstance(first[label_column], int):
         raise ValueError(f"labels must be class ids, column {label_column!r} holds {first[label_column]!r}")
-    return len(names) if num_classes is None else num_classes, names
+    return (num_classes if num_classes is not None else len(names or ())), names
 
 
 def _load(
@@ -261,7 +262,7 @@ def read_file(path: str) -> bytes:
         return file.read()
 
 
-def decode_image(encoded: dict) -> tuple[Image.Image, bytes]:
+def decode_image(encoded: dict[str, Any]) -> tuple[Image.Image, bytes]:
     """
     Args:
         encoded (`dict`): `bytes`, or the `path` to read them from, as an undecoded image column of `datasets` has them.
@@ -409,7 +410,7 @@ class SampleMaker:
         return sample
 
 
-class TrainingSamples(torch.utils.data.Dataset):
+class TrainingSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """
     Training samples of a data set that is at hand, read in any order.
 

@@ -25,6 +25,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import datasets
 import numpy as np
@@ -82,7 +83,7 @@ class RowReader:
     def __init__(
         self,
         dataset: datasets.IterableDataset,
-        state: dict | None,
+        state: dict[str, Any] | None,
         retry_seconds: float,
         stride: int = 1,
         first: int = 0,
@@ -95,24 +96,24 @@ class RowReader:
         self.image_column = image_column
         self.broken_shards = 0
         self._row = 0 if state is None else state["row"]
-        self._loaded: dict | None = None  # what was loaded, until a row has come
+        self._loaded: dict[str, Any] | None = None  # what was loaded, until a row has come
         self._restart(None if state is None else state["upstream"])
 
-    def _restart(self, state: dict | None) -> None:
+    def _restart(self, state: dict[str, Any] | None) -> None:
         if state is not None:
             self.dataset.load_state_dict(state)
         self._loaded = state
         self._rows = iter(self.dataset)
 
-    def _upstream(self) -> dict:
+    def _upstream(self) -> dict[str, Any]:
         # Right after loading, `datasets` still reports where its unstarted iterator began: the loaded state holds.
         return copy.deepcopy(self.dataset.state_dict()) if self._loaded is None else self._loaded
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Where the next row is."""
         return {"upstream": self._upstream(), "row": self._row}
 
-    def read(self, count: int) -> list[dict]:
+    def read(self, count: int) -> list[dict[str, Any]]:
         """
         Args:
             count (`int`): Rows to read.
@@ -123,7 +124,7 @@ class RowReader:
         Raises:
             ConnectionError: if no row came for `retry_seconds`.
         """
-        rows: list[dict] = []
+        rows: list[dict[str, Any]] = []
         backoff = Backoff(self.retry_seconds)
         while True:
             try:
@@ -145,10 +146,9 @@ class RowReader:
                     backoff.failed(error)
                     self._restart(self._upstream())
 
-    def _with_content(self, row: dict) -> dict:
+    def _with_content(self, row: dict[str, Any]) -> dict[str, Any]:
         """An image that is a path becomes the file's content here, where a failure of the network is tried again."""
-        image = None if self.image_column is None else row[self.image_column]
-        if image is None or image["bytes"] is not None:
+        if self.image_column is None or (image := row[self.image_column])["bytes"] is not None:
             return row
         try:
             content = retried(self.retry_seconds, lambda: read_file(image["path"]))
@@ -176,13 +176,13 @@ class RowReader:
         self._restart(fresh)
 
 
-def _innermost(state: dict) -> dict:
+def _innermost(state: dict[str, Any]) -> dict[str, Any]:
     while "shard_idx" not in state:
         state = state["examples_iterable"]
     return state
 
 
-class StreamingSamples(torch.utils.data.IterableDataset):
+class StreamingSamples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
     """
     An endless stream of one process's training samples, epoch after epoch, each in another order.
 
@@ -217,13 +217,13 @@ class StreamingSamples(torch.utils.data.IterableDataset):
         self.block = block
         self.retry_seconds = retry_seconds
         self.skipped = 0
-        self._state: dict = {"epoch": 0, "block": 0, "offset": 0, "reader": None}
+        self._state: dict[str, Any] = {"epoch": 0, "block": 0, "offset": 0, "reader": None}
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Where the stream is; less than a kilobyte."""
         return dict(self._state)
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes there.
 
         Args:
@@ -263,10 +263,11 @@ class StreamingSamples(torch.utils.data.IterableDataset):
                 )
             state = {"block": 0, "offset": 0, "reader": None}
 
-    def _sample(self, row: dict, epoch: int) -> dict[str, torch.Tensor] | None:
+    def _sample(self, row: dict[str, Any], epoch: int) -> dict[str, torch.Tensor] | None:
         source = self.maker.source
-        key = row.get("__key__") or row.get(KEY_COLUMN)
-        name = key or row[source.image_column]["path"] or "an image without a name"
+        key: Any = row.get("__key__") or row.get(KEY_COLUMN)
+        image_column: Any = source.image_column  # None for a latent cache alone, whose rows have keys
+        name = key or row[image_column]["path"] or "an image without a name"
         label = None
         if source.label_column is not None:
             label = row[source.label_column]
@@ -286,7 +287,7 @@ class StreamingSamples(torch.utils.data.IterableDataset):
 
 
 def stream_loader(
-    samples: StreamingSamples, batch_size: int, num_workers: int, pin_memory: bool, state: dict | None
+    samples: StreamingSamples, batch_size: int, num_workers: int, pin_memory: bool, state: dict[str, Any] | None
 ) -> StatefulDataLoader:
     """
     A loader whose `state_dict` says exactly which sample comes next, prefetched batches accounted for.

@@ -44,6 +44,7 @@ class InceptionExtractor(nn.Module):
     """
 
     layers = ("pool", "spatial", "logits")
+    _spatial: torch.Tensor  # of the images that the hook saw last
     num_classes = 0  # TensorFlow's 1 008 are in an order of their own
 
     def __init__(self, weights: str | None = None) -> None:
@@ -63,10 +64,9 @@ class InceptionExtractor(nn.Module):
                 f"Inception's weights are not at hand ({error}): fetch {INCEPTION_URL} (91 MB) and name the file with "
                 f"--inception_weights, or put it into {torch.hub.get_dir()}/checkpoints"
             ) from error
-        self._spatial: torch.Tensor | None = None
         self.inception.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)  # TensorFlow's mixed_6/conv
 
-    def _keep_spatial(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+    def _keep_spatial(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         self._spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)
 
     @torch.no_grad()
@@ -91,6 +91,8 @@ class ClassifierExtractor(nn.Module):
     """
 
     layers = ("pool", "logits")
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -124,6 +126,8 @@ class Dinov2Extractor(nn.Module):
     """
 
     layers = ("dinov2",)
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, path: str) -> None:
         super().__init__()

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,16 +92,21 @@ class Features:
     folder: Path
     seconds: dict[str, float]
 
-    def layer(self, name: str) -> torch.Tensor | None:
+    def layer(self, name: str) -> torch.Tensor:
         """
         Args:
             name (`str`): A layer that was kept, or `"labels"`.
 
         Returns:
-            `torch.Tensor` of shape `(N, ...)`, *optional*: Of every image, in order; `None` if it is not there.
+            `torch.Tensor` of shape `(N, ...)`: Of every image, in order.
+
+        Raises:
+            FileNotFoundError: if it was not kept.
         """
         files = sorted(self.folder.glob(f"{name}-*.npy"))
-        return torch.from_numpy(np.concatenate([np.load(file) for file in files])) if files else None
+        if not files:
+            raise FileNotFoundError(f"the features {name!r} were not kept in {self.folder}")
+        return torch.from_numpy(np.concatenate([np.load(file) for file in files]))
 
 
 @torch.no_grad()
@@ -108,7 +114,7 @@ def extract_features(
     images: ImageSet,
     extractors: Sequence[torch.nn.Module],
     accelerator: Accelerator,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     batch_size: int,
     keep: Sequence[str] = (),
     save_steps: int = 10,
@@ -159,7 +165,7 @@ def extract_features(
         if write is not None:
             write(indices, pixels)
         read = time.perf_counter()
-        layers = {}
+        layers: dict[str, torch.Tensor] = {}
         # TF32, cuDNN's default, rounds features to 10 bits. Contiguous: other strides are rounded in another way.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             for extractor in extractors:
@@ -181,16 +187,16 @@ def extract_features(
         bar.update(min(len(indices) * processes, bar.total - bar.n))
     bar.close()
     accelerator.wait_for_everyone()
-    parts = list(_read_parts(folder).values())
+    finished = list(_read_parts(folder).values())
     statistics: dict[str, FeatureStatistics] = {}
-    for part in parts:
+    for part in finished:
         for layer, other in part["sums"].items():
             statistics.setdefault(layer, FeatureStatistics(len(other.sum))).merge(other)
-    seconds = {stage: max(part["seconds"][stage] for part in parts) for stage in ("read", "extract")}
+    seconds = {stage: max(part["seconds"][stage] for part in finished) for stage in ("read", "extract")}
     return Features(images.count, statistics, folder, seconds)
 
 
-def _save_part(part: dict, path: Path) -> None:
+def _save_part(part: dict[str, Any], path: Path) -> None:
     """Whole or absent."""
     state = part | {"sums": {layer: vars(sums) for layer, sums in part["sums"].items()}}
     temporary = path.with_suffix(".writing")
@@ -198,7 +204,7 @@ def _save_part(part: dict, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def _read_parts(folder: Path) -> dict[str, dict]:
+def _read_parts(folder: Path) -> dict[str, dict[str, Any]]:
     """What each process has done, in an order that does not depend on the file system."""
     parts = {}
     for path in sorted(folder.glob("part-*.pt")):

@@ -89,7 +89,7 @@ def generated_images(
     num_inference_steps: int = 250,
     guidance_scale: float = 1.8,
     guidance_interval: tuple[float, float] = (0.0, 0.7),
-    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> ImageSet:
     """
     Images that a pipeline draws, each a function of (seed, index). The last bits of an image also depend on the batch
@@ -219,17 +219,18 @@ def dataset_images(dataset_name: str, split: str = "train", image_size: int | No
                 raise ValueError(f"row {index} of {dataset_name} ({name}) is no readable image: {error}") from error
             images.append(np.asarray(image if image_size is None else center_crop(image, image_size)))
             labels.append(0 if source.label_column is None else row[source.label_column])
-        for index, image in zip(indices, images, strict=True):
-            if image.shape != first.get("shape", image.shape):
+        for index, array in zip(indices, images, strict=True):
+            if array.shape != first.get("shape", array.shape):
                 raise ValueError(
-                    f"image {index} of {dataset_name} is {image.shape[1]}x{image.shape[0]} px, others are "
+                    f"image {index} of {dataset_name} is {array.shape[1]}x{array.shape[0]} px, others are "
                     f"{first['shape'][1]}x{first['shape'][0]}: set --image_size"
                 )
-            first["shape"] = image.shape
+            first["shape"] = array.shape
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
         return pixels, None if source.label_column is None else torch.tensor(labels)
 
-    return ImageSet(len(source.dataset), tuple(read([0])[0].shape[2:]), read, source.num_classes)
+    height, width = read([0])[0].shape[2:]
+    return ImageSet(len(source.dataset), (height, width), read, source.num_classes)
 
 
 def take(images: ImageSet, count: int, seed: int) -> ImageSet:

@@ -15,6 +15,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,11 +71,13 @@ def load_probe_images(source: Source, count: int, image_size: int, channels: int
     pixels, labels = [], []
     for row in rows:
         try:
-            image = decode_image(row[source.image_column])[0].convert({1: "L", 3: "RGB"}[channels])
+            image = center_crop(
+                decode_image(row[source.image_column])[0].convert({1: "L", 3: "RGB"}[channels]), image_size
+            )
         except IMAGE_ERRORS:
             continue  # training skips it too
-        image = np.asarray(center_crop(image, image_size)).reshape(image_size, image_size, channels)
-        pixels.append(torch.from_numpy(image.transpose(2, 0, 1).copy()))
+        array = np.asarray(image).reshape(image_size, image_size, channels)
+        pixels.append(torch.from_numpy(array.transpose(2, 0, 1).copy()))
         labels.append(0 if source.label_column is None else row[source.label_column])
     if not pixels:
         raise ValueError("no image to probe with could be read")
@@ -126,7 +129,7 @@ def block_features(
         rngs = [sample_rng(images.noise_seed, 0, f"probe {start + i}") for i in range(len(latents))]
         times = torch.full((len(latents),), time, device=device)
         x_t, class_token = _noised(latents, rngs, times, path_type), None
-        if width is not None:
+        if width is not None and encoder is not None:
             class_token = encoder(pixels / 255, with_class_token=True)[1].float()
             class_token = _noised(class_token, rngs, times, path_type).to(transformer.dtype)
         tokens = transformer(
@@ -209,7 +212,7 @@ def probe_blocks(
     encoder: RepresentationEncoder | None = None,
     path_type: str = "linear",
     k: int = 10,
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """
     Probes every block.
 
@@ -225,7 +228,7 @@ def probe_blocks(
         k (`int`, *optional*, defaults to 10): Neighbours of CKNNA.
 
     Returns:
-        `list[dict[str, object]]`: For each time: `t`, and lists over blocks, `cknna` (with an encoder) and `accuracy`
+        `list[dict[str, Any]]`: For each time: `t`, and lists over blocks, `cknna` (with an encoder) and `accuracy`
         (with labels).
     """
     # Of length 1, as in Huh et al.'s code: else a few long vectors are everyone's nearest neighbours.
@@ -233,15 +236,17 @@ def probe_blocks(
     results = []
     for time in times:
         tested = block_features(transformer, test_images, time, vae, path_type, encoder=encoder)
-        result: dict[str, object] = {"t": time}
+        result: dict[str, Any] = {"t": time}
         if target is not None:
             result["cknna"] = [cknna(F.normalize(block, dim=-1).numpy(), target.numpy(), k) for block in tested]
-        if fit_images.labels is not None:
+        if fit_images.labels is not None and test_images.labels is not None:
+            fit_labels, test_labels = (
+                fit_images.labels.to(transformer.device),
+                test_images.labels.to(transformer.device),
+            )
             fitted = block_features(transformer, fit_images, time, vae, path_type, encoder=encoder)
             result["accuracy"] = [
-                linear_probe(
-                    *(values.to(transformer.device) for values in (fit, fit_images.labels, test, test_images.labels))
-                )
+                linear_probe(fit.to(transformer.device), fit_labels, test.to(transformer.device), test_labels)
                 for fit, test in zip(fitted, tested, strict=True)
             ]
         results.append(result)

@@ -65,7 +65,7 @@ class Reference:
 
 
 def save_reference(
-    path: str | os.PathLike, features: Features, images: ImageSet, seed: int, extractor_hash: str
+    path: str | os.PathLike[str], features: Features, images: ImageSet, seed: int, extractor_hash: str
 ) -> None:
     """
     Writes statistics as ADM's reference files hold them: `mu`, `sigma`, `mu_s`, `sigma_s` of all images, and 10 000 of
@@ -88,12 +88,12 @@ def save_reference(
         arrays["arr_0"][list(indices)] = some.read(indices)[0].permute(0, 2, 3, 1).numpy()
     temporary = Path(path).with_suffix(".writing")
     with temporary.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, allow_pickle=False, **arrays)
     os.replace(temporary, path)
 
 
 def load_reference(
-    path: str | os.PathLike, metrics: Sequence[str], extractor_hash: str, image_size: tuple[int, int]
+    path: str | os.PathLike[str], metrics: Sequence[str], extractor_hash: str, image_size: tuple[int, int]
 ) -> Reference:
     """
     Reads a reference and checks that it serves the metrics.
@@ -116,7 +116,7 @@ def load_reference(
         raise FileNotFoundError(f"no reference {path}: {_HOW_TO_MAKE}")
     with np.load(path) as file:
         for metric in metrics:
-            missing = [name for name in _NAMES.get(_FRECHET.get(metric), ()) if name not in file]
+            missing = [name for name in (_NAMES[_FRECHET[metric]] if metric in _FRECHET else ()) if name not in file]
             if missing:
                 raise ValueError(
                     f"{path} has no {' and '.join(missing)}, which {metric} needs (it has {file.files}): {_HOW_TO_MAKE}"
@@ -149,7 +149,7 @@ def available_metrics(extractors: Sequence[torch.nn.Module], num_classes: int) -
     Returns:
         `list[str]`: Those of `METRICS` that can be had; accuracy where the first network tells the very classes.
     """
-    layers = {layer for extractor in extractors for layer in extractor.layers}
+    layers = {layer for extractor in extractors for layer in extractor.layers}  # type: ignore[union-attr]
     needs = {"inception_score": "logits", "precision_recall": "pool", "kid": "pool", "accuracy": "logits", **_FRECHET}
     reads_classes = num_classes > 0 and extractors[0].num_classes == num_classes
     return [metric for metric in METRICS if needs[metric] in layers and (metric != "accuracy" or reads_classes)]
@@ -222,6 +222,7 @@ def _fidelity_metric(metric: str, samples: Features, reference_pool: torch.Tenso
             "inception_score": found["inception_score_mean"], "inception_score_std": found["inception_score_std"],
         }  # fmt: skip
     pool = samples.layer("pool")
+    assert reference_pool is not None
     if metric == "kid":
         size = min(KID_SUBSET_SIZE, len(pool), len(reference_pool))
         # float64: the cubes of a 2 048-wide inner product lose digits in float32.

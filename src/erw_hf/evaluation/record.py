@@ -20,6 +20,7 @@ import os
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -76,7 +77,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def file_hash(path: str | os.PathLike) -> str:
+def file_hash(path: str | os.PathLike[str]) -> str:
     """
     Args:
         path (`str` or `os.PathLike`): A file.
@@ -88,7 +89,7 @@ def file_hash(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_record(path: str | os.PathLike, record: dict[str, object]) -> None:
+def write_record(path: str | os.PathLike[str], record: dict[str, object]) -> None:
     """
     Args:
         path (`str` or `os.PathLike`): The file, whole or absent.
@@ -99,7 +100,7 @@ def write_record(path: str | os.PathLike, record: dict[str, object]) -> None:
     os.replace(temporary, path)
 
 
-def compare_records(before: dict, now: dict, tolerance: float = 1e-6) -> tuple[bool, str]:
+def compare_records(before: dict[str, Any], now: dict[str, Any], tolerance: float = 1e-6) -> tuple[bool, str]:
     """
     Compares an evaluation with its repetition.
 

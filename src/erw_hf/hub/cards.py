@@ -23,6 +23,7 @@ import re
 import struct
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import (
@@ -156,14 +157,14 @@ def preset_card(path: Path) -> ModelCard:
 
 
 def _model_card(
-    config: Mapping[str, object],
+    config: Mapping[str, Any],
     repo_id: str,
     num_classes: int | None,
     parameters: int | None,
     trained: bool = False,
-    cost: dict | None = None,
-    record: dict | None = None,
-    **context: object,
+    cost: dict[str, Any] | None = None,
+    record: dict[str, Any] | None = None,
+    **context: Any,
 ) -> ModelCard:
     name = repo_id.split("/")[-1]
     data, encoder = str(config["dataset_name"]), config["encoder"]
@@ -177,8 +178,9 @@ def _model_card(
     if num_classes == 0:
         subject = "what its data holds, without classes,"
     kind = "class-conditional" if num_classes != 0 else "unconditional"
-    count = f"{parameters / 1e6:.1f} M" if (parameters or 0) >= 1e5 else parameters
-    count = f"{count} parameters; " if parameters else ""
+    count = ""
+    if parameters:
+        count = f"{f'{parameters / 1e6:.1f} M' if parameters >= 1e5 else parameters} parameters; "
     verb = "trained" if trained else "to be trained"
     descriptions = {
         "ERW": "with Embedded Representation Warmup ([ERW](https://arxiv.org/abs/2504.10188)): its early blocks are first "
@@ -225,7 +227,7 @@ def _model_card(
     )
 
 
-def _recipe(config: Mapping[str, object], method: str) -> str:
+def _recipe(config: Mapping[str, Any], method: str) -> str:
     full = config["max_train_steps"] - config["warmup_steps"]
     schedules = {
         "constant": "constant",
@@ -254,7 +256,7 @@ def _recipe(config: Mapping[str, object], method: str) -> str:
     )
 
 
-def _settings(config: Mapping[str, object], num_classes: int | None, has_encoder: bool) -> list[tuple[str, object]]:
+def _settings(config: Mapping[str, Any], num_classes: int | None, has_encoder: bool) -> list[tuple[str, object]]:
     width = config["num_attention_heads"] * config["attention_head_dim"]
     return [
         ("data", f"`{_name(config['dataset_name'])}`, split `{config['dataset_split']}`"),
@@ -306,17 +308,17 @@ def _is_path(name: str, local: Collection[str] = ()) -> bool:
     return name.startswith(("/", "~", ".")) or name.endswith(".npz") or deep or name in local or os.path.exists(name)
 
 
-def training_cost(metrics: Path, config: Mapping[str, object], environment: dict | None) -> dict[str, object]:
+def training_cost(metrics: Path, config: Mapping[str, Any], environment: dict[str, Any] | None) -> dict[str, Any]:
     """
     What a run has cost, the warmup counted, from its own record.
 
     Args:
         metrics (`Path`): `metrics.jsonl`.
-        config (`Mapping[str, object]`): Its configuration.
+        config (`Mapping[str, Any]`): Its configuration.
         environment (`dict`, *optional*): `environment.json`, hardware and versions.
 
     Returns:
-        `dict[str, object]`: `steps`, and `rows` for a table.
+        `dict[str, Any]`: `steps`, and `rows` for a table.
     """
     warmup = full = 0
     seconds, images, flops, full_step_flops = 0.0, 0, 0.0, None
@@ -365,17 +367,17 @@ def training_cost(metrics: Path, config: Mapping[str, object], environment: dict
     return {"steps": warmup + full, "rows": rows}
 
 
-def describe_environment(device_type: str, processes: int, config: Mapping[str, object]) -> dict[str, object]:
+def describe_environment(device_type: str, processes: int, config: Mapping[str, Any]) -> dict[str, Any]:
     """
     What a run's figures need beside them.
 
     Args:
         device_type (`str`): `"cuda"`, `"cpu"` or another one.
         processes (`int`): Number of training processes.
-        config (`Mapping[str, object]`): Configuration of the run.
+        config (`Mapping[str, Any]`): Configuration of the run.
 
     Returns:
-        `dict[str, object]`: `device`, `processes`, `hardware` of one process, `versions`, and which data set, encoder or
+        `dict[str, Any]`: `device`, `processes`, `hardware` of one process, `versions`, and which data set, encoder or
         autoencoder was `local`.
     """
     import torch  # the push, which needs none of this, starts without
@@ -395,16 +397,16 @@ def describe_environment(device_type: str, processes: int, config: Mapping[str, 
 
 
 def write_warmup_record(
-    folder: Path, config: Mapping[str, object], progress: Mapping[str, object], model_config: Mapping[str, object]
+    folder: Path, config: Mapping[str, Any], progress: Mapping[str, Any], model_config: Mapping[str, Any]
 ) -> None:
     """
     Makes a saved warmup a thing that others can use: `warmup.json`, what it cost, and its card.
 
     Args:
         folder (`Path`): The `warmup` folder of a run.
-        config (`Mapping[str, object]`): Configuration of the run.
-        progress (`Mapping[str, object]`): `step`, `images_seen` and `flops` at the end of the warmup.
-        model_config (`Mapping[str, object]`): Configuration of the full transformer.
+        config (`Mapping[str, Any]`): Configuration of the run.
+        progress (`Mapping[str, Any]`): `step`, `images_seen` and `flops` at the end of the warmup.
+        model_config (`Mapping[str, Any]`): Configuration of the full transformer.
     """
     record = {
         "steps": progress["step"],
@@ -526,7 +528,7 @@ def evaluation_files(folder: Path) -> dict[str, str]:
     return {".eval_results/erw.yaml": yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)}
 
 
-def _evaluation_table(record: Mapping[str, object]) -> dict[str, list[tuple[str, object]]]:
+def _evaluation_table(record: Mapping[str, Any]) -> dict[str, list[tuple[str, object]]]:
     metrics = [
         (name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in record["metrics"].items()
     ]
@@ -539,7 +541,7 @@ def _evaluation_table(record: Mapping[str, object]) -> dict[str, list[tuple[str,
     return {"metrics": metrics, "rest": rest}
 
 
-def _eval_results(record: Mapping[str, object]) -> list[EvalResult]:
+def _eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
     data = record["reference"]["name"]  # what the images were compared with, which need not be what was trained on
     settings = {name: value for name, value in record.items() if not isinstance(value, Mapping)}
     settings |= {name: value for name, value in record.get("settings", {}).items() if value is not None}
@@ -572,7 +574,7 @@ def _count_parameters(path: Path) -> int:
     return total
 
 
-def _read_config(folder: Path, environment: dict | None) -> dict[str, object]:
+def _read_config(folder: Path, environment: dict[str, Any] | None) -> dict[str, Any]:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     for name in PATH_OR_ID:
         # "caches/mine" would look like a Hub id to whoever pushes from another place.
@@ -603,7 +605,7 @@ def _data_licence(data: str) -> str:
     return f"Data: `{_name(data)}` is under the terms of {where}, which may bind what is made of it."
 
 
-def _read_json(path: Path) -> dict | None:
+def _read_json(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 

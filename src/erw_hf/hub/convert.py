@@ -30,6 +30,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -79,7 +80,7 @@ class Converted:
         is_warmup (`bool`): Whether it is a warmup, which is no whole model.
     """
 
-    config: dict
+    config: dict[str, Any]
     transformer: dict[str, torch.Tensor]
     projectors: dict[str, torch.Tensor]
     dropped: list[str]
@@ -87,7 +88,7 @@ class Converted:
 
 
 def convert_checkpoint(
-    path_or_state_dict: str | os.PathLike | Mapping[str, object], architecture: Mapping[str, object] | None = None
+    path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any], architecture: Mapping[str, Any] | None = None
 ) -> ERWTransformer2DModel:
     """
     Loads a published checkpoint.
@@ -121,7 +122,7 @@ def convert_checkpoint(
 
 
 def read_checkpoint(
-    path_or_state_dict: str | os.PathLike | Mapping[str, object], architecture: Mapping[str, object] | None = None
+    path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any], architecture: Mapping[str, Any] | None = None
 ) -> Converted:
     """
     Reads a checkpoint into our names, projectors and warmups included.
@@ -147,7 +148,7 @@ def read_checkpoint(
     return _convert(tensors, config, time_reversed)
 
 
-def _load(path: Path) -> Mapping[str, object]:
+def _load(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise ValueError(f"no such checkpoint: {path}")
     try:
@@ -171,7 +172,7 @@ def _load(path: Path) -> Mapping[str, object]:
     return loaded
 
 
-def _state_dict_of(loaded: Mapping[str, object]) -> dict[str, torch.Tensor]:
+def _state_dict_of(loaded: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     for name in ("ema", "model", "state_dict"):
         if isinstance(loaded.get(name), Mapping):
             loaded = loaded[name]
@@ -185,7 +186,7 @@ def _state_dict_of(loaded: Mapping[str, object]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _infer_config(tensors: Mapping[str, torch.Tensor], architecture: Mapping[str, object]) -> dict:
+def _infer_config(tensors: Mapping[str, torch.Tensor], architecture: Mapping[str, Any]) -> dict[str, Any]:
     dim, in_channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
     num_layers = 1 + max(int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name)))
     swiglu = "blocks.0.mlp.w12.weight" in tensors
@@ -232,7 +233,7 @@ def _mlp_ratio(inner: int, dim: int, swiglu: bool) -> float:
     return 4.0 if int(dim * 4.0 * 2 / 3) == inner else (inner + 0.5) * 1.5 / dim
 
 
-def _convert(tensors: Mapping[str, torch.Tensor], config: dict, time_reversed: bool | None) -> Converted:
+def _convert(tensors: Mapping[str, torch.Tensor], config: dict[str, Any], time_reversed: bool | None) -> Converted:
     is_warmup = "final_layer.linear.weight" not in tensors
     transformer: dict[str, torch.Tensor] = {}
     projectors: dict[str, torch.Tensor] = {}
@@ -272,7 +273,7 @@ def _convert(tensors: Mapping[str, torch.Tensor], config: dict, time_reversed: b
     return converted
 
 
-def _keep_velocity_channels(transformer: dict[str, torch.Tensor], config: dict, dropped: list[str]) -> bool:
+def _keep_velocity_channels(transformer: dict[str, torch.Tensor], config: dict[str, Any], dropped: list[str]) -> bool:
     """SiT's final layer has as many channels again, left from DiT's variance: they are no part of the velocity."""
     patches, channels = config["patch_size"] ** 2, config["in_channels"]
     rows = transformer["proj_out.weight"].shape[0]

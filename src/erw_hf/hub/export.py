@@ -18,7 +18,7 @@ import os
 from erw_hf.pipeline_erw import ERWPipeline
 
 
-def export_to_hub(pipe: ERWPipeline, folder: str | os.PathLike) -> None:
+def export_to_hub(pipe: ERWPipeline, folder: str | os.PathLike[str]) -> None:
     """
     Writes a folder that, uploaded as it is, loads three ways:
 

@@ -38,10 +38,17 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, set_client_factory
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationCopy,
+    CommitOperationDelete,
+    HfApi,
+    hf_hub_download,
+    set_client_factory,
+)
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils._http import default_client_factory
 
@@ -66,12 +73,12 @@ RECORD_FILES = (
 )  # fmt: skip
 
 # httpx in huggingface_hub 1, httpx2 in huggingface_hub 2; what it raises where there is no answer.
-HTTPError = HfHubHTTPError.__bases__[0]
+HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 
 Result = TypeVar("Result")
 
 
-def prepare_repo(repo_id: str, private: bool = False, repo_type: str = "model", **kwargs) -> str:
+def prepare_repo(repo_id: str, private: bool = False, repo_type: str = "model", **kwargs: Any) -> str:
     """
     Makes a repo, or finds out that it can be pushed to. The trainer asks before its first step.
 
@@ -101,7 +108,7 @@ def prepare_repo(repo_id: str, private: bool = False, repo_type: str = "model", 
         raise ValueError(f"the Hub cannot be reached: {error}") from error
 
 
-def _prepare_repo(api: HfApi, repo_id: str, private: bool, repo_type: str, **kwargs) -> str:
+def _prepare_repo(api: HfApi, repo_id: str, private: bool, repo_type: str, **kwargs: Any) -> str:
     name = api.whoami()["name"]
     repo_id = repo_id if "/" in repo_id else f"{name}/{repo_id}"
     if not api.repo_exists(repo_id, repo_type=repo_type):
@@ -170,7 +177,9 @@ def upload(folder: Path, repo_id: str, message: str, repo_type: str = "model", r
         api = HfApi()
         there = api.list_repo_files(repo_id, repo_type=repo_type)
         stale = [name for name in there if name not in paths and (name.startswith(folders) or name in replaced)]
-        operations = [CommitOperationAdd(name, path) for name, path in paths.items()]
+        operations: list[CommitOperationAdd | CommitOperationDelete | CommitOperationCopy] = [
+            CommitOperationAdd(name, path) for name, path in paths.items()
+        ]
         operations += [CommitOperationDelete(name) for name in stale]
         return api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type).commit_url
 
@@ -186,9 +195,9 @@ class BackgroundPush:
         resume_step (`int`): Step at which the run starts; snapshots of later steps are of a run that is no more.
     """
 
-    def __init__(self, run_dir: str | os.PathLike, resume_step: int) -> None:
+    def __init__(self, run_dir: str | os.PathLike[str], resume_step: int) -> None:
         self.run_dir = Path(run_dir)
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._came_late = (
             False  # whether the last snapshot found a push running, which may have ended without seeing it
         )
@@ -220,7 +229,7 @@ class BackgroundPush:
             return
         self._came_late = self._process is not None and self._process.poll() is None
         if not self._came_late:
-            self._start()
+            self._process = self._start()
 
     def wait(self) -> bool:
         """
@@ -232,17 +241,14 @@ class BackgroundPush:
         if self._process is not None:
             self._process.wait()
         if self._came_late and _queue(self.run_dir):
-            self._start()
-            self._process.wait()
+            self._start().wait()
         return self._staged and not _queue(self.run_dir)
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen[bytes]:
         with (self.run_dir / "push.log").open("a") as log:
             command = [sys.executable, "-m", "erw_hf.hub.push", str(self.run_dir)]
             environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
-            )
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
 
 def stage(run_dir: Path, step: int, write_pipeline: Callable[[Path], None] | None, checkpoint: Path | None) -> Path:
@@ -366,7 +372,7 @@ def complete_snapshot(run_dir: Path, snapshot: Path, repo_id: str) -> None:
     local = json.loads(environment.read_text())["local"] if environment.is_file() else []
     kept = {name: public_value(value, local) for name, value in config.items() if name not in OWN_KEYS}
     (snapshot / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
-    records = {name: run_dir / name for name in ("environment.json", "warmup_from.json")}
+    records: dict[str, Path | None] = {name: run_dir / name for name in ("environment.json", "warmup_from.json")}
     records["evaluation.json"] = _evaluation_of(
         snapshot, (run_dir / "evaluation.json", run_dir / "evaluation" / "evaluation.json")
     )
@@ -472,7 +478,7 @@ def push_cache(folder: Path, repo_id: str, private: bool = False) -> None:
     print(f"pushed: {commit.commit_url}", flush=True)
 
 
-def _client():
+def _client() -> Any:  # an httpx client, of whichever httpx the Hub's has
     client = default_client_factory()
     client.timeout = SILENCE_SECONDS
     return client

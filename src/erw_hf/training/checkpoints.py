@@ -19,6 +19,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -64,23 +65,23 @@ class TrainingState:
         ema ([`~training.ema.EMA`], *optional*): EMA of the running phase; phase 1 has none.
     """
 
-    def __init__(self, lr_scheduler=None, ema: EMA | None = None) -> None:
+    def __init__(self, lr_scheduler: Any = None, ema: EMA | None = None) -> None:
         self.lr_scheduler = lr_scheduler
         self.ema = ema
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         return {
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
 
 
-def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+def list_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     """
     Args:
         output_dir (`str` or `os.PathLike`): Folder of a run.
@@ -94,7 +95,7 @@ def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def resolve_checkpoint(output_dir: str | os.PathLike, value: str | None) -> Path | None:
+def resolve_checkpoint(output_dir: str | os.PathLike[str], value: str | None) -> Path | None:
     """
     Finds the checkpoint to resume from.
 
@@ -138,10 +139,10 @@ def read_progress(checkpoint: Path) -> Progress:
 
 def save_checkpoint(
     accelerator: Accelerator,
-    output_dir: str | os.PathLike,
+    output_dir: str | os.PathLike[str],
     progress: Progress,
     total_limit: int | None,
-    data_state: dict | None = None,
+    data_state: dict[str, Any] | None = None,
 ) -> None:
     """
     Writes `checkpoint-STEP`. All processes call it. A kill at any moment leaves the earlier checkpoints whole: this one
@@ -200,7 +201,7 @@ def remove_checkpoint(path: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def remove_later_checkpoints(output_dir: str | os.PathLike, step: int) -> None:
+def remove_later_checkpoints(output_dir: str | os.PathLike[str], step: int) -> None:
     """
     Removes what a run that goes on from an earlier checkpoint leaves behind ("latest" must mean its own), and what kills
     have left half written or half removed.
@@ -217,7 +218,7 @@ def remove_later_checkpoints(output_dir: str | os.PathLike, step: int) -> None:
             remove_checkpoint(path)
 
 
-def load_data_state(accelerator: Accelerator, checkpoint: Path, num_workers: int) -> dict:
+def load_data_state(accelerator: Accelerator, checkpoint: Path, num_workers: int) -> dict[str, Any]:
     """
     Args:
         accelerator (`Accelerator`): Says which process this is.

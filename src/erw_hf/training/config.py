@@ -20,7 +20,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -30,7 +30,7 @@ from erw_hf.data.samples import Source
 from erw_hf.training.ema import SNAPSHOT_SIGMA_RELS, EMAProfile, power_of
 
 
-def _key(default, help: str):
+def _key(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
@@ -284,29 +284,29 @@ class TrainingConfig:
         """Side of the transformer's token grid."""
         return self.sample_size // self.patch_size
 
-    def model_config(self, num_classes: int, class_token_dim: int | None = None) -> dict[str, object]:
+    def model_config(self, num_classes: int, class_token_dim: int | None = None) -> dict[str, Any]:
         """
         Args:
             num_classes (`int`): Number of classes of the data.
             class_token_dim (`int`, *optional*): Width of the encoder's class token, for a run that draws it.
 
         Returns:
-            `dict[str, object]`: Arguments of the [`ERWTransformer2DModel`].
+            `dict[str, Any]`: Arguments of the [`ERWTransformer2DModel`].
         """
         names = (
             "sample_size", "patch_size", "in_channels", "num_layers", "num_attention_heads", "attention_head_dim",
             "mlp_ratio", "class_dropout_prob", "use_rope", "norm_type", "activation_fn",
         )  # fmt: skip
-        config: dict[str, object] = {name: getattr(self, name) for name in names}
+        config: dict[str, Any] = {name: getattr(self, name) for name in names}
         config["num_classes"] = num_classes
         config["class_token_dim"] = class_token_dim
         config["qk_norm"] = None if self.qk_norm == "none" else self.qk_norm
         return config
 
-    def source_arguments(self) -> dict[str, object]:
+    def source_arguments(self) -> dict[str, Any]:
         """
         Returns:
-            `dict[str, object]`: Arguments of [`~data.samples.load_source`].
+            `dict[str, Any]`: Arguments of [`~data.samples.load_source`].
         """
         return {
             "dataset_name": self.dataset_name,
@@ -339,7 +339,7 @@ class TrainingConfig:
                 "to 0"
             )
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """
         Writes the resolved configuration as YAML, which `--config` takes again.
 
@@ -353,7 +353,7 @@ class TrainingConfig:
                 values[name] = os.path.abspath(value)
         Path(path).write_text(yaml.safe_dump(values, sort_keys=False))
 
-    def check_resumable(self, path: str | os.PathLike) -> None:
+    def check_resumable(self, path: str | os.PathLike[str]) -> None:
         """
         Compares what must not change when a run goes on.
 
@@ -438,7 +438,7 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
     try:
         return TrainingConfig(**values)
     except ValueError as error:
-        parser.error(str(error))
+        raise SystemExit(parser.error(str(error))) from error
 
 
 def _unknown(kind: str, key: str, known: list[str]) -> str:

@@ -14,7 +14,7 @@
 """What a run will cost, and what is wrong with it, without running it and without downloading weights or images."""
 
 import torch
-from datasets import load_dataset_builder
+from datasets import DatasetInfo, load_dataset_builder
 from diffusers import AutoModel as Autoencoder
 from transformers import AutoConfig, AutoModel
 
@@ -115,7 +115,7 @@ def _check_data(config: TrainingConfig) -> tuple[int, int | None]:
     return config.num_classes, _rows(info, config)
 
 
-def _rows(info, config: TrainingConfig) -> int | None:
+def _rows(info: DatasetInfo, config: TrainingConfig) -> int | None:
     split = (info.splits or {}).get(config.dataset_split)
     return None if split is None else split.num_examples
 

@@ -23,6 +23,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,8 +62,9 @@ class EMAProfile:
             power-function average, which thus forgets the initial weights.
         """
         if self.sigma_rel is None:
+            assert self.decay is not None
             return self.decay
-        return (1 - 1 / step) ** (power_of(self.sigma_rel) + 1)
+        return float((1 - 1 / step) ** (power_of(self.sigma_rel) + 1))
 
 
 class EMA:
@@ -104,10 +106,10 @@ class EMA:
         """
         return {name: whole_tensor(tensor) for name, tensor in zip(self.names, self.averages[index], strict=True)}
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         return {"step_count": self.step_count, "averages": [self.weights(i) for i in range(len(self.averages))]}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         if len(state["averages"]) != len(self.averages):
             raise ValueError(
                 f"the checkpoint holds {len(state['averages'])} averages of the weights, this run {len(self.averages)}: "

@@ -14,6 +14,7 @@
 """What a step costs, counted by torch's own FLOP counter on the meta device: nothing is computed or allocated."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.func import functional_call
@@ -69,9 +70,10 @@ def count_step_flops(model: AlignedTransformer, encoders: Sequence[Representatio
     Returns:
         `int`: FLOPs for each image of a step. An optimizer step is not counted: it does not grow with the batch.
     """
-    config = model.transformer.config
+    transformer: Any = model.transformer
+    config = transformer.config
     # What gradient checkpointing computes again is no work of the model's, and would run outside `functional_call`.
-    checkpointing, model.transformer.gradient_checkpointing = model.transformer.gradient_checkpointing, False
+    checkpointing, transformer.gradient_checkpointing = transformer.gradient_checkpointing, False
     with FlopCounterMode(display=False) as counter:
         x = torch.empty(1, config.in_channels, config.sample_size, config.sample_size, device="meta")
         t = torch.empty(1, device="meta")
@@ -85,7 +87,7 @@ def count_step_flops(model: AlignedTransformer, encoders: Sequence[Representatio
         for encoder in encoders:
             images = torch.empty(1, 3, encoder.image_size, encoder.image_size, device="meta")
             functional_call(encoder, _on_meta(encoder), (images,))
-    model.transformer.gradient_checkpointing = checkpointing
+    transformer.gradient_checkpointing = checkpointing
     return counter.get_total_flops()
 
 

@@ -16,6 +16,7 @@
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -30,14 +31,14 @@ CLASS_TABLE = "time_class_embed.class_embedder.weight"
 
 
 def save_warmup(
-    state: Mapping[str, torch.Tensor], model_config: Mapping[str, object], warmup_depth: int, folder: Path
+    state: Mapping[str, torch.Tensor], model_config: Mapping[str, Any], warmup_depth: int, folder: Path
 ) -> None:
     """
     Writes a finished warmup, which `--warmup_from` takes: one warmup can serve many runs.
 
     Args:
         state (`Mapping[str, torch.Tensor]`): State dict of the warmed-up [`AlignedTransformer`].
-        model_config (`Mapping[str, object]`): Arguments of the full [`ERWTransformer2DModel`].
+        model_config (`Mapping[str, Any]`): Arguments of the full [`ERWTransformer2DModel`].
         warmup_depth (`int`): Number of blocks.
         folder (`Path`): Where to write.
     """
@@ -68,11 +69,11 @@ def find_warmup(path_or_repo_id: str) -> Path:
     return folder / "warmup" if (folder / "warmup" / "transformer").is_dir() else folder
 
 
-def load_warmup(path_or_repo_id: str, model_config: Mapping[str, object]) -> dict[str, torch.Tensor]:
+def load_warmup(path_or_repo_id: str, model_config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """
     Args:
         path_or_repo_id (`str`): A warmup that a run saved, in a folder or on the Hub, or a published `.pt` file of ERW.
-        model_config (`Mapping[str, object]`): Arguments of the model that it is to start.
+        model_config (`Mapping[str, Any]`): Arguments of the model that it is to start.
 
     Returns:
         `dict[str, torch.Tensor]`: State dict of the warmed-up [`AlignedTransformer`], for [`~warmup.hand_over`].
@@ -99,14 +100,14 @@ def load_warmup(path_or_repo_id: str, model_config: Mapping[str, object]) -> dic
 
 
 def load_initial(
-    path_or_repo_id: str, model_config: Mapping[str, object], id2label: Mapping[int, str] | None
+    path_or_repo_id: str, model_config: Mapping[str, Any], id2label: Mapping[int, str] | None
 ) -> dict[str, torch.Tensor]:
     """
     The weights of a trained pipeline, to go on from with other data, other classes or another size of image.
 
     Args:
         path_or_repo_id (`str`): A pipeline's folder, a run's, or a Hub repo.
-        model_config (`Mapping[str, object]`): Arguments of the model that it is to start.
+        model_config (`Mapping[str, Any]`): Arguments of the model that it is to start.
         id2label (`Mapping[int, str]`, *optional*): Names of the classes of the new data.
 
     Returns:
@@ -141,7 +142,7 @@ def load_initial(
     return state
 
 
-def _load_transformer(folder: Path) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+def _load_transformer(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     model, info = ERWTransformer2DModel.from_pretrained(folder, output_loading_info=True)
     if info["missing_keys"]:  # from_pretrained only warns, and would leave them random
         raise ValueError(f"{folder} lacks {info['missing_keys']}")
@@ -149,7 +150,7 @@ def _load_transformer(folder: Path) -> tuple[dict[str, object], dict[str, torch.
 
 
 def _check_same_model(
-    theirs: Mapping[str, object], ours: Mapping[str, object], kind: str, may_differ: Collection[str]
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], kind: str, may_differ: Collection[str]
 ) -> None:
     """Tensors of one shape can still mean another model: heads, rotary embeddings, norms."""
     for name, value in ours.items():

@@ -19,6 +19,7 @@ import os
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ class MetricsFile:
             Last step to keep. Lines up to it stay byte for byte; later ones and a torn last one are dropped.
     """
 
-    def __init__(self, path: str | os.PathLike, resume_step: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], resume_step: int) -> None:
         self.path = Path(path)
         self._keep_until(resume_step)
         self._file = self.path.open("a", encoding="utf-8")
@@ -106,7 +107,7 @@ class MetricsFile:
         self._file.close()
 
 
-def read_metrics(path: str | os.PathLike) -> list[dict]:
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     Args:
         path (`str` or `os.PathLike`): A `metrics.jsonl`.
@@ -117,7 +118,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def plot_losses(metrics_path: str | os.PathLike, png_path: str | os.PathLike) -> None:
+def plot_losses(metrics_path: str | os.PathLike[str], png_path: str | os.PathLike[str]) -> None:
     """
     Draws the losses of both phases against the images seen.
 
@@ -131,7 +132,8 @@ def plot_losses(metrics_path: str | os.PathLike, png_path: str | os.PathLike) ->
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     lines = (("velocity", "tab:blue", "velocity loss"), ("alignment", "tab:orange", "alignment loss"))
-    for name, color, label in lines:
+    for name, color, title in lines:
+        label: str | None = title
         for phase in ("warmup", "full"):  # a mean over the hand-over would be of two different things
             points = [(r["images_seen"], r[name]) for r in records if r["phase"] == phase and r.get(name) is not None]
             if points:
@@ -148,7 +150,7 @@ def plot_losses(metrics_path: str | os.PathLike, png_path: str | os.PathLike) ->
     figure.savefig(png_path, dpi=120)
 
 
-def plot_quality(records: list[dict], png_path: str | os.PathLike) -> None:
+def plot_quality(records: list[dict[str, Any]], png_path: str | os.PathLike[str]) -> None:
     """
     Draws the measurements of a run against the images seen, one panel each.
 
@@ -168,7 +170,7 @@ def plot_quality(records: list[dict], png_path: str | os.PathLike) -> None:
     figure.savefig(png_path, dpi=120)
 
 
-def plot_probes(probes: list[tuple[str, dict]], png_path: str | os.PathLike) -> None:
+def plot_probes(probes: list[tuple[str, dict[str, Any]]], png_path: str | os.PathLike[str]) -> None:
     """
     Draws CKNNA and the linear probe's accuracy of every block, a line for each probe, the later the lighter; a column of
     panels for each measure, a row for each flow time.

@@ -13,6 +13,8 @@
 # limitations under the License.
 """AdamW for all weights, or Muon for the matrices of the blocks and AdamW for the others."""
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 
@@ -45,7 +47,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().__init__([{"params": matrices}, {"params": others}], {})
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]  # theirs, which a schedule changes
 
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: neither of the two needs one
         """One step of both.
 
         Args:
@@ -56,11 +58,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.muon.step()
         self.adamw.step()
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """State of both."""
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from it.
 
         Args:

@@ -15,6 +15,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -97,9 +98,9 @@ class QualityMonitor:
             self.held_out_images = load_probe_images(held_out, config.probe_samples, side, channels, config.seed)
 
     def _reference(self, side: int) -> Reference:
-        config, path = self.config, Path(self.config.evaluation_reference)
+        config, name = self.config, str(self.config.evaluation_reference)
+        path, split = Path(name), config.dataset_split
         if path.suffix != ".npz":
-            name, split = config.evaluation_reference, config.dataset_split
             path = reference_file(self.folder, name, split, side, [self.extractor], config.seed)
             if not path.exists():
                 self._remove_work()
@@ -141,7 +142,7 @@ class QualityMonitor:
             images_seen (`int`): Images seen so far.
             pipe ([`ERWPipeline`]): The model, with the weights to measure, in evaluation mode.
         """
-        record: dict[str, object] = {"step": step, "phase": phase, "images_seen": images_seen}
+        record: dict[str, Any] = {"step": step, "phase": phase, "images_seen": images_seen}
         if self._draws(phase, step):
             record |= self._measure_images(pipe)
         if self._probes(step) and self.accelerator.is_main_process:
@@ -180,7 +181,7 @@ class QualityMonitor:
         self._remove_work()
         return results
 
-    def _probe(self, transformer: ERWTransformer2DModel) -> list[dict[str, object]]:
+    def _probe(self, transformer: ERWTransformer2DModel) -> list[dict[str, Any]]:
         times = sorted({0.0, self.config.probe_time})
         return probe_blocks(
             transformer, self.fit_images, self.held_out_images, times, self.vae, self.encoder, self.config.path_type
