@@ -56,6 +56,7 @@ from erw_hf.alignment import AlignedTransformer, MLPProjector, cosine_alignment_
 from erw_hf.flow import interpolate
 from erw_hf.training.ema import EMA, EMAProfile
 from erw_hf.training.flops import count_step_flops
+from erw_hf.training.models import compile_blocks
 from erw_hf.training.optimizers import build_optimizer
 from erw_hf.warmup import build_warmup_transformer, full_loss, warmup_loss
 
@@ -129,8 +130,10 @@ def build_plain(ours: ERWTransformer2DModel, config: dict[str, int], device: str
 def compiled(model: nn.Module, setting: Setting) -> nn.Module:
     """Regional compilation, as training uses it."""
     transformer = getattr(model, "transformer", model)
-    # Without code generation, which takes most of a minute, a smoke run still traces whole graphs.
-    transformer.compile_repeated_blocks(fullgraph=True, backend="eager" if setting.quick else "inductor")
+    if setting.quick:  # without code generation, which takes most of a minute, it still traces whole graphs
+        transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    else:
+        compile_blocks(transformer, setting.device)
     return model
 
 

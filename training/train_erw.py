@@ -77,7 +77,7 @@ from erw_hf.training.ema import EMA, remove_later_snapshots, save_snapshots, who
 from erw_hf.training.flops import count_step_flops, peak_flops
 from erw_hf.training.initialization import find_warmup, load_initial, load_warmup, save_warmup
 from erw_hf.training.logging import LateValues, MetricsFile, image_grid, peak_memory, plot_losses
-from erw_hf.training.models import build_full_model, build_warmup_model, class_token_dim
+from erw_hf.training.models import build_full_model, build_warmup_model, class_token_dim, compile_blocks
 from erw_hf.training.optimizers import build_optimizer
 from erw_hf.training.quality import QualityMonitor
 from erw_hf.warmup import (
@@ -348,7 +348,7 @@ def train_phase(
     encodes = model.projectors and not run.source.has_features
     flops_per_image = count_step_flops(model, run.encoders) if encodes else flops_unaligned
     if config.compiles(accelerator.device.type):
-        model.transformer.compile_repeated_blocks(fullgraph=True)  # one block's compilation serves them all
+        compile_blocks(model.transformer, accelerator.device.type)
     optimizer = build_optimizer(
         model,
         config.optimizer,
