@@ -284,6 +284,23 @@ def test_a_broken_image_is_skipped_and_named(tmp_path, tiny_flags, caplog):
     assert "1.png), which is no readable image" in caplog.text
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_without_an_image_is_skipped_too(tmp_path, tiny_flags, caplog, streaming):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    images = [Image.new("L", (8, 8), 40 * i) for i in range(5)] + [None]
+    table = {"image": images, "label": [0, 1, 0, 1, 0, 1]}
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict(table, features=Features({"image": ImageFeature(), "label": Value("int64")})).to_parquet(
+        tmp_path / "data" / "train.parquet"
+    )
+    flags = [f"--dataset_name={tmp_path}/data", "--num_classes=2", f"--streaming={streaming}"]
+    train(*tiny_flags, *flags, f"--output_dir={tmp_path}/run")
+    assert len(losses(tmp_path / "run")) == 7
+    assert "no readable image (the row holds none)" in caplog.text
+
+
 def test_latents_of_a_vae_and_data_without_labels(tmp_path, tiny_flags):
     from datasets import Dataset, Features
     from datasets import Image as ImageFeature

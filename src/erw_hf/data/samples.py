@@ -262,10 +262,22 @@ def read_file(path: str) -> bytes:
         return file.read()
 
 
-def decode_image(encoded: dict[str, Any]) -> tuple[Image.Image, bytes]:
+def image_name(encoded: dict[str, Any] | None) -> str:
     """
     Args:
-        encoded (`dict`): `bytes`, or the `path` to read them from, as an undecoded image column of `datasets` has them.
+        encoded (`dict`, *optional*): What an undecoded image column of `datasets` holds.
+
+    Returns:
+        `str`: Its path, or that it has none.
+    """
+    return (encoded or {}).get("path") or "an image without a name"
+
+
+def decode_image(encoded: dict[str, Any] | None) -> tuple[Image.Image, bytes]:
+    """
+    Args:
+        encoded (`dict`, *optional*):
+            `bytes`, or the `path` to read them from, as an undecoded image column of `datasets` has them.
 
     Returns:
         `tuple[PIL.Image.Image, bytes]`: The image, and its file's content.
@@ -273,6 +285,8 @@ def decode_image(encoded: dict[str, Any]) -> tuple[Image.Image, bytes]:
     Raises:
         OSError: or another of `IMAGE_ERRORS`, for a file that is no readable image.
     """
+    if encoded is None:
+        raise OSError("the row holds none")
     content = read_file(encoded["path"]) if encoded["bytes"] is None else encoded["bytes"]
     image = Image.open(io.BytesIO(content))
     image.load()
@@ -439,7 +453,7 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             except IMAGE_ERRORS as error:
                 # The next row takes its place, so that batches keep their size and a resumed run its order.
                 self.skipped += 1
-                name = row[source.image_column]["path"] or "an image without a name"
+                name = image_name(row[source.image_column])
                 logger.warning(
                     f"skipped row {candidate % len(self)} ({name}), which is no readable image ({error}); "
                     f"{self.skipped} skipped so far"

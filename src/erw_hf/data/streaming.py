@@ -41,6 +41,7 @@ from erw_hf.data.samples import (
     MOMENTS_COLUMN,
     SampleMaker,
     decode_image,
+    image_name,
     read_file,
 )
 
@@ -148,7 +149,7 @@ class RowReader:
 
     def _with_content(self, row: dict[str, Any]) -> dict[str, Any]:
         """An image that is a path becomes the file's content here, where a failure of the network is tried again."""
-        if self.image_column is None or (image := row[self.image_column])["bytes"] is not None:
+        if self.image_column is None or not (image := row[self.image_column]) or image["bytes"] is not None:
             return row
         try:
             content = retried(self.retry_seconds, lambda: read_file(image["path"]))
@@ -266,8 +267,7 @@ class StreamingSamples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]
     def _sample(self, row: dict[str, Any], epoch: int) -> dict[str, torch.Tensor] | None:
         source = self.maker.source
         key: Any = row.get("__key__") or row.get(KEY_COLUMN)
-        image_column: Any = source.image_column  # None for a latent cache alone, whose rows have keys
-        name = key or row[image_column]["path"] or "an image without a name"
+        name = key or image_name(row.get(source.image_column or ""))  # a latent cache without images has keys
         label = None
         if source.label_column is not None:
             label = row[source.label_column]

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from erw_hf.data.samples import IMAGE_ERRORS, center_crop, decode_image, load_source, sample_rng
+from erw_hf.data.samples import IMAGE_ERRORS, center_crop, decode_image, image_name, load_source, sample_rng
 from erw_hf.pipeline_erw import ERWPipeline
 
 
@@ -215,7 +215,7 @@ def dataset_images(dataset_name: str, split: str = "train", image_size: int | No
             try:
                 image = decode_image(row[source.image_column])[0].convert("RGB")
             except IMAGE_ERRORS as error:
-                name = row[source.image_column]["path"] or "no name"
+                name = image_name(row[source.image_column])
                 raise ValueError(f"row {index} of {dataset_name} ({name}) is no readable image: {error}") from error
             images.append(np.asarray(image if image_size is None else center_crop(image, image_size)))
             labels.append(0 if source.label_column is None else row[source.label_column])
