@@ -74,9 +74,12 @@ def configuration() -> str:
         last = node.end_lineno
         default, text = (argument for argument in node.value.args)
         default = "none" if ast.unparse(default) == "None" else f"`{ast.literal_eval(default)}`"
-        kind = ast.unparse(node.annotation).removesuffix(" | None").removeprefix("Literal")
+        annotation = ast.unparse(node.annotation)
+        fixed = " †" if annotation.startswith("Fixed[") else ""
+        kind = annotation.removeprefix("Fixed[").removesuffix("]" if fixed else "")
+        kind = kind.removesuffix(" | None").removeprefix("Literal")
         values = ", ".join(f"`{value}`" for value in kind.strip("[]").split(", "))
-        rows.append(f"| `{node.target.id}` | {values} | {default} | {ast.literal_eval(text)} |")
+        rows.append(f"| `{node.target.id}` | {values} | {default} | {ast.literal_eval(text)}{fixed} |")
     return "\n".join(rows)
 
 

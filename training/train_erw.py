@@ -19,7 +19,6 @@ One run does everything: warmup of the early blocks (phase 1), verified hand-ove
 a pipeline. It can be stopped anywhere and started again with `--resume_from_checkpoint latest`.
 """
 
-import contextlib
 import functools
 import itertools
 import json
@@ -39,10 +38,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, set_seed
-from diffusers import AutoModel
 from diffusers.optimization import get_scheduler
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -56,7 +52,7 @@ from erw_hf.alignment import (
     spatial_normalize,
     structural_alignment_loss,
 )
-from erw_hf.data.latents import check_autoencoder, image_channels, moments_to_latents, pixels_to_latents
+from erw_hf.data.latents import moments_to_latents, pixels_to_latents
 from erw_hf.data.samples import SampleMaker, Source, StepSampler, TrainingSamples, load_source
 from erw_hf.data.streaming import StreamingSamples, stream_loader
 from erw_hf.flow import timestep_from_normal
@@ -76,6 +72,7 @@ from erw_hf.training.cost import cost_report
 from erw_hf.training.ema import EMA, remove_later_snapshots, save_snapshots, whole_state_dict, whole_tensor
 from erw_hf.training.flops import count_step_flops, peak_flops
 from erw_hf.training.initialization import find_warmup, load_initial, load_warmup, save_warmup
+from erw_hf.training.inputs import check_cache, load_encoders, load_vae
 from erw_hf.training.logging import LateValues, MetricsFile, image_grid, peak_memory, plot_losses
 from erw_hf.training.models import build_full_model, build_warmup_model, class_token_dim, compile_blocks
 from erw_hf.training.optimizers import build_optimizer
@@ -160,11 +157,9 @@ def main() -> None:
     if config.push_to_hub and accelerator.is_main_process:
         config.hub_model_id = prepare_repo(config.hub_model_id or output_dir.resolve().name, config.hub_private)
     source = load_source(**config.source_arguments())
-    if source.is_latent_cache:
-        check_cache(config)
-    config.check_features(source)
+    check_cache(config, source)
     vae, pixels = load_vae(config, accelerator.device)
-    encoders = load_encoders(config, accelerator)
+    encoders = load_encoders(config, accelerator.device, accelerator.mixed_precision)
     model_config = config.model_config(source.num_classes, class_token_dim(config, encoders))
     warmup_state = None
     if config.warmup_from is not None:
@@ -649,73 +644,6 @@ def choose_alignment_loss(config: TrainingConfig) -> AlignmentLoss:
     if config.alignment_loss == "nt_xent":
         return partial(nt_xent_alignment_loss, temperature=config.alignment_temperature)
     return structural_alignment_loss if config.alignment_loss == "structural" else cosine_alignment_loss
-
-
-def load_vae(config: TrainingConfig, device: torch.device) -> tuple[torch.nn.Module | None, tuple[int, int]]:
-    """The autoencoder, if any, and the side and channels of the images that make latents of the configured size."""
-    if config.vae is None:
-        return None, (config.sample_size, config.in_channels)
-    check_autoencoder(AutoModel.load_config(config.vae), config.vae, config.in_channels)
-    # float32: the latents are the data, and bf16 would round them.
-    vae = AutoModel.from_pretrained(config.vae).to(device).eval().requires_grad_(False)
-    factor = ERWPipeline.vae_scale_factor_of(vae)
-    channels = image_channels(vae)
-    side = config.sample_size * factor
-    with torch.no_grad():
-        shape = tuple(pixels_to_latents(torch.zeros(1, channels, side, side, device=device), vae).shape[1:])
-    if shape != (config.in_channels, config.sample_size, config.sample_size):
-        raise ValueError(
-            f"the vae makes latents (C, H, W) = {shape} of {side} px images, the config has in_channels="
-            f"{config.in_channels} and sample_size={config.sample_size}"
-        )
-    return vae, (side, channels)
-
-
-def check_cache(config: TrainingConfig) -> None:
-    """A latent cache is read as what it was written as."""
-    if config.vae is None:
-        raise ValueError(f"{config.dataset_name} is a latent cache: name the vae that it was made with")
-    if config.random_flip:
-        raise ValueError("random_flip does not work on a latent cache: cache the flipped images too (--flipped)")
-    folder = Path(config.dataset_name)
-    record = folder / "cache.json"
-    if not folder.exists():
-        with contextlib.suppress(EntryNotFoundError):
-            record = Path(hf_hub_download(config.dataset_name, "cache.json", repo_type="dataset"))
-    if not record.is_file():  # moved without its record
-        return
-    made = json.loads(record.read_text())
-    if made.get("encoder") is not None and config.encoders:
-        for name in ("encoder", "patch_size", "encoder_image_size", "encoder_antialias"):
-            value = getattr(config, name)
-            if Path(str(made[name])).name != Path(str(value)).name:
-                raise ValueError(f"the cache holds tokens of {name}={made[name]!r}, the config has {value!r}")
-    if made["sample_size"] != config.sample_size:
-        raise ValueError(f"the cache has sample_size {made['sample_size']}, the config {config.sample_size}")
-    if Path(made["vae"]).name != Path(config.vae).name:
-        raise ValueError(f"the cache was made with the vae {made['vae']!r}, the config names {config.vae!r}")
-    if not folder.exists():  # a push is of whole caches
-        return
-    files = sorted((folder / "data").glob("train-*.parquet"))
-    promised = int(files[0].stem.split("-of-")[1])
-    if len(files) != promised:
-        raise ValueError(
-            f"the cache has {len(files)} of its {promised} files: run cache_latents.py again to finish it"
-        )
-
-
-def load_encoders(config: TrainingConfig, accelerator: Accelerator) -> list[RepresentationEncoder]:
-    """The teachers, if the run aligns at all."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    encoders = []
-    for name in config.encoders:
-        encoder = RepresentationEncoder.from_pretrained(
-            name, config.token_grid, config.encoder_image_size, dtype, config.encoder_antialias
-        ).to(accelerator.device)
-        if config.compiles(accelerator.device.type):
-            encoder.model.compile()
-        encoders.append(encoder)
-    return encoders
 
 
 def prepare_output_dir(config: TrainingConfig, resuming: bool) -> None:

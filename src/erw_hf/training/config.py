@@ -20,18 +20,21 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
 from transformers import HfArgumentParser
 
-from erw_hf.data.samples import Source
 from erw_hf.training.ema import SNAPSHOT_SIGMA_RELS, EMAProfile, power_of
 
 
 def _key(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
+
+
+T = TypeVar("T")
+Fixed = Annotated[T, "must stay as it was when a run goes on: the loss of every step hangs on it"]
 
 
 @dataclass
@@ -42,83 +45,89 @@ class TrainingConfig:
     dry_run: bool = _key(False, "Check the configuration, print what the run costs, and stop.")
     dry_run_mfu: float = _key(0.4, "Share of the GPU's peak that the dry run's hours assume.")
     overwrite_output_dir: bool = _key(False, "Delete an earlier run in output_dir.")
-    seed: int = _key(0, "Seed of the initial weights and of every random draw.")
+    seed: Fixed[int] = _key(0, "Seed of the initial weights and of every random draw.")
 
     # Data
-    dataset_name: str = _key("digits", 'Hub id or local folder of a data set; "digits" is embedded.')
-    dataset_config_name: str | None = _key(None, "Configuration of a Hub data set.")
-    dataset_split: str = _key("train", "Split to train on.")
-    streaming: bool = _key(
+    dataset_name: Fixed[str] = _key("digits", 'Hub id or local folder of a data set; "digits" is embedded.')
+    dataset_config_name: Fixed[str | None] = _key(None, "Configuration of a Hub data set.")
+    dataset_split: Fixed[str] = _key("train", "Split to train on.")
+    streaming: Fixed[bool] = _key(
         False, "Read the data as it comes, from the Hub or from disk, without downloading it first."
     )
-    image_column: str | None = _key(None, "Column of images; detected by default.")
-    label_column: str | None = _key(
+    image_column: Fixed[str | None] = _key(None, "Column of images; detected by default.")
+    label_column: Fixed[str | None] = _key(
         None, "Column of labels; detected by default. Data without labels trains unconditionally."
     )
-    random_flip: bool = _key(False, "Mirror half of the images. ERW and REPA do not.")
+    random_flip: Fixed[bool] = _key(False, "Mirror half of the images. ERW and REPA do not.")
     stream_retry_seconds: int = _key(
         300, "How long a stream that gives no data is tried again; below the 10 minutes after which NCCL gives up."
     )
     dataloader_num_workers: int = _key(4, "Loader processes for each training process.")
 
     # Latents
-    vae: str | None = _key(None, "Hub id or folder of a diffusers autoencoder; none trains on pixels.")
-    sample_size: int = _key(32, "Side of the latent (without a vae: of the image, in pixels).")
-    in_channels: int = _key(4, "Channels of the latent (without a vae: 3 for RGB, 1 for grey).")
+    vae: Fixed[str | None] = _key(None, "Hub id or folder of a diffusers autoencoder; none trains on pixels.")
+    sample_size: Fixed[int] = _key(32, "Side of the latent (without a vae: of the image, in pixels).")
+    in_channels: Fixed[int] = _key(4, "Channels of the latent (without a vae: 3 for RGB, 1 for grey).")
 
     # Transformer
-    patch_size: int = _key(2, "Side of the patch that becomes one token.")
-    num_layers: int = _key(28, "Transformer blocks.")
-    num_attention_heads: int = _key(16, "Attention heads.")
-    attention_head_dim: int = _key(72, "Channels of each head.")
-    mlp_ratio: float = _key(4.0, "Width of the feed-forward over the width of the model.")
-    num_classes: int | None = _key(None, "Number of classes; taken from the data set by default.")
-    class_dropout_prob: float = _key(0.1, "Probability of dropping a label, for classifier-free guidance.")
-    use_rope: bool = _key(False, "Rotary position embeddings beside the sin-cos ones, in both phases.")
-    qk_norm: Literal["none", "layer_norm", "rms_norm"] = _key("none", "Norm of queries and keys.")
-    norm_type: Literal["layer_norm", "rms_norm"] = _key("layer_norm", "Norm of the blocks.")
-    activation_fn: Literal["gelu-approximate", "swiglu"] = _key("gelu-approximate", "Feed-forward activation.")
+    patch_size: Fixed[int] = _key(2, "Side of the patch that becomes one token.")
+    num_layers: Fixed[int] = _key(28, "Transformer blocks.")
+    num_attention_heads: Fixed[int] = _key(16, "Attention heads.")
+    attention_head_dim: Fixed[int] = _key(72, "Channels of each head.")
+    mlp_ratio: Fixed[float] = _key(4.0, "Width of the feed-forward over the width of the model.")
+    num_classes: Fixed[int | None] = _key(None, "Number of classes; taken from the data set by default.")
+    class_dropout_prob: Fixed[float] = _key(0.1, "Probability of dropping a label, for classifier-free guidance.")
+    use_rope: Fixed[bool] = _key(False, "Rotary position embeddings beside the sin-cos ones, in both phases.")
+    qk_norm: Fixed[Literal["none", "layer_norm", "rms_norm"]] = _key("none", "Norm of queries and keys.")
+    norm_type: Fixed[Literal["layer_norm", "rms_norm"]] = _key("layer_norm", "Norm of the blocks.")
+    activation_fn: Fixed[Literal["gelu-approximate", "swiglu"]] = _key("gelu-approximate", "Feed-forward activation.")
 
     # Representation alignment
-    encoder: str | None = _key(
+    encoder: Fixed[str | None] = _key(
         None, "Hub id or folder of the vision encoder to align with, or several with commas; none trains a plain SiT."
     )
-    encoder_image_size: int | None = _key(None, "Side of the encoder's input; token grid x its patch size by default.")
-    encoder_antialias: bool = _key(False, "Resample the encoder's position table with antialias, as REPA's code.")
-    alignment_loss: Literal["cosine", "nt_xent", "structural"] = _key(
+    encoder_image_size: Fixed[int | None] = _key(
+        None, "Side of the encoder's input; token grid x its patch size by default."
+    )
+    encoder_antialias: Fixed[bool] = _key(
+        False, "Resample the encoder's position table with antialias, as REPA's code."
+    )
+    alignment_loss: Fixed[Literal["cosine", "nt_xent", "structural"]] = _key(
         "cosine", "cosine: patch-wise, as published; nt_xent: in-batch negatives, as ERW's text; structural: as SARA."
     )
-    alignment_temperature: float = _key(0.1, "Temperature of nt_xent.")
-    spatial_norm: bool = _key(False, "Normalise the encoder's tokens over the grid, as iREPA.")
-    projector: Literal["mlp", "conv"] = _key("mlp", "mlp: three layers on each token, as REPA; conv: 3x3, as iREPA.")
-    projector_dim: int = _key(2048, "Width of the mlp projector's hidden layers.")
-    warmup_steps: int = _key(0, "Steps of phase 1, the representation warmup; 0 goes without.")
-    warmup_depth: int = _key(5, "Blocks that are warmed up.")
-    warmup_noised: bool = _key(False, "Warm up on noised latents in place of clean ones at t = 0.")
+    alignment_temperature: Fixed[float] = _key(0.1, "Temperature of nt_xent.")
+    spatial_norm: Fixed[bool] = _key(False, "Normalise the encoder's tokens over the grid, as iREPA.")
+    projector: Fixed[Literal["mlp", "conv"]] = _key(
+        "mlp", "mlp: three layers on each token, as REPA; conv: 3x3, as iREPA."
+    )
+    projector_dim: Fixed[int] = _key(2048, "Width of the mlp projector's hidden layers.")
+    warmup_steps: Fixed[int] = _key(0, "Steps of phase 1, the representation warmup; 0 goes without.")
+    warmup_depth: Fixed[int] = _key(5, "Blocks that are warmed up.")
+    warmup_noised: Fixed[bool] = _key(False, "Warm up on noised latents in place of clean ones at t = 0.")
     warmup_from: str | None = _key(None, "Start phase 2 from the `warmup` folder (or Hub repo) of an earlier run.")
     init_from: str | None = _key(
         None,
         "Fine-tune the pipeline of an earlier run (folder or Hub repo); data, classes and sample_size may be others.",
     )
-    hand_over_projector: bool = _key(True, "Hand the warmup's projector over to phase 2.")
-    projector_depth: int = _key(8, "Block whose output is aligned in phase 2.")
+    hand_over_projector: Fixed[bool] = _key(True, "Hand the warmup's projector over to phase 2.")
+    projector_depth: Fixed[int] = _key(8, "Block whose output is aligned in phase 2.")
     alignment_schedule: Literal["constant", "half_life", "stop"] = _key("constant", "Schedule of lambda in phase 2.")
     alignment_weight: float = _key(0.5, "lambda at the first step of phase 2.")
     alignment_half_life: int | None = _key(None, 'Steps in which lambda halves; schedule "half_life".')
     alignment_stop_step: int | None = _key(None, 'First step of phase 2 without alignment; schedule "stop".')
 
     # Objective
-    path_type: Literal["linear", "cosine"] = _key("linear", "Interpolation path.")
-    timestep_distribution: Literal["uniform", "logit_normal"] = _key("uniform", "Distribution of t.")
-    timestep_logit_mean: float = _key(0.0, "Mean of logit(t); logit_normal.")
-    timestep_logit_std: float = _key(1.0, "Standard deviation of logit(t); logit_normal.")
-    timestep_shift: float = _key(1.0, "Shift of t towards the noise; 1 for none.")
+    path_type: Fixed[Literal["linear", "cosine"]] = _key("linear", "Interpolation path.")
+    timestep_distribution: Fixed[Literal["uniform", "logit_normal"]] = _key("uniform", "Distribution of t.")
+    timestep_logit_mean: Fixed[float] = _key(0.0, "Mean of logit(t); logit_normal.")
+    timestep_logit_std: Fixed[float] = _key(1.0, "Standard deviation of logit(t); logit_normal.")
+    timestep_shift: Fixed[float] = _key(1.0, "Shift of t towards the noise; 1 for none.")
 
-    contrastive_weight: float = _key(
+    contrastive_weight: Fixed[float] = _key(
         0.0, "Weight of contrastive flow matching, which parts samples of a batch; 0.05 as published, 0 for none."
     )
 
-    class_token_weight: float = _key(
+    class_token_weight: Fixed[float] = _key(
         0.0,
         "Weight of drawing the first encoder's class token beside the image, as REG; 0.03 as published, 0 for a model "
         "without one.",
@@ -134,17 +143,19 @@ class TrainingConfig:
         "constant", "Learning rate after lr_warmup_steps, in each phase."
     )
     lr_warmup_steps: int = _key(0, "Steps in which the learning rate rises, at the start of each phase.")
-    optimizer: Literal["adamw", "muon"] = _key("adamw", "muon: for the matrices of the blocks; AdamW for the others.")
+    optimizer: Fixed[Literal["adamw", "muon"]] = _key(
+        "adamw", "muon: for the matrices of the blocks; AdamW for the others."
+    )
     adam_beta1: float = _key(0.9, "AdamW beta 1.")
     adam_beta2: float = _key(0.999, "AdamW beta 2.")
     adam_epsilon: float = _key(1e-8, "AdamW epsilon.")
     adam_weight_decay: float = _key(0.0, "AdamW weight decay.")
     max_grad_norm: float = _key(1.0, "Gradient clipping.")
     ema_decay: float = _key(0.9999, "Decay of the exponential moving average of the weights, in phase 2.")
-    ema_sigma_rel: float | None = _key(
+    ema_sigma_rel: Fixed[float | None] = _key(
         None, "In place of ema_decay: relative width of a power-function average (EDM2), 0.05 to 0.15."
     )
-    ema_snapshot_steps: int = _key(
+    ema_snapshot_steps: Fixed[int] = _key(
         0, "Steps between stored power-function averages, from which any width is rebuilt later; 0 for none."
     )
     gradient_checkpointing: bool = _key(
@@ -320,25 +331,6 @@ class TrainingConfig:
             "needs_images": bool(self.encoders),
         }
 
-    def check_features(self, source: Source) -> None:
-        """
-        Args:
-            source ([`~data.samples.Source`]): The data.
-
-        Raises:
-            ValueError: if it is a latent cache whose stored tokens are not all that the run wants of its encoders.
-        """
-        if source.has_features and len(self.encoders) > 1:
-            raise ValueError(
-                "a latent cache holds the tokens of one encoder: leave its column `features` out to align with several"
-            )
-        if source.has_features and self.class_token_weight > 0:
-            raise ValueError(
-                "a latent cache with the column `features` holds no class tokens, which class_token_weight needs: make "
-                "it by cache_latents.py without --encoder (the run then encodes its images), or set class_token_weight "
-                "to 0"
-            )
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """
         Writes the resolved configuration as YAML, which `--config` takes again.
@@ -364,17 +356,8 @@ class TrainingConfig:
             ValueError: if the model, the data, the seed or the length of the warmup is another.
         """
         before = yaml.safe_load(Path(path).read_text())
-        fixed = (
-            "seed", "dataset_name", "dataset_config_name", "dataset_split", "streaming", "vae", "sample_size",
-            "in_channels", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "mlp_ratio",
-            "num_classes", "class_dropout_prob", "use_rope", "qk_norm", "norm_type", "activation_fn", "encoder",
-            "projector", "projector_dim", "warmup_steps", "warmup_depth", "path_type", "optimizer", "image_column",
-            "label_column", "random_flip", "encoder_image_size", "encoder_antialias", "alignment_loss",
-            "alignment_temperature", "spatial_norm", "warmup_noised", "hand_over_projector", "projector_depth",
-            "timestep_distribution", "timestep_logit_mean", "timestep_logit_std", "timestep_shift", "contrastive_weight",
-            "ema_sigma_rel", "ema_snapshot_steps", "class_token_weight",
-        )  # fmt: skip
-        now = {name: getattr(self, name) for name in fixed}
+        hints = get_type_hints(TrainingConfig, include_extras=True)
+        now = {name: getattr(self, name) for name, hint in hints.items() if get_origin(hint) is Annotated}
         for name, value in now.items():
             # A run that comes from the Hub names models and data without the folders of the machine that it ran on.
             same = (

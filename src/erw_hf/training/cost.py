@@ -23,6 +23,7 @@ from erw_hf.data.samples import IMAGE_COLUMNS, LABEL_COLUMNS, find_column, is_lo
 from erw_hf.encoders import VISION_TOWERS, RepresentationEncoder
 from erw_hf.training.config import TrainingConfig
 from erw_hf.training.flops import PEAK_FLOPS, count_step_flops
+from erw_hf.training.inputs import check_cache
 from erw_hf.training.models import build_full_model, build_warmup_model
 
 
@@ -95,7 +96,7 @@ def _check_data(config: TrainingConfig) -> tuple[int, int | None]:
     """Classes and images; of a Hub data set only the metadata is read."""
     if is_local(config.dataset_name):
         source = load_source(**config.source_arguments())
-        config.check_features(source)
+        check_cache(config, source)
         return source.num_classes, None if config.streaming else len(source.dataset)
     info = load_dataset_builder(config.dataset_name, config.dataset_config_name).info
     columns = list(info.features or {})
