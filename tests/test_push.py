@@ -189,7 +189,7 @@ def test_snapshots_hold_the_ema_and_the_checkpoint_of_their_step(hub, tmp_path, 
         snapshot = folder / "hub" / f"step-{step}"
         assert (snapshot / "warmup" / "README.md").is_file()
         assert json.loads((snapshot / "last-checkpoint/progress.json").read_text())["step"] == step
-        ema = torch.load(snapshot / "last-checkpoint/custom_checkpoint_0.pkl", weights_only=False)["ema"]
+        ema = torch.load(snapshot / "last-checkpoint/training_state.pt", weights_only=True)["ema"]
         transformer = ERWPipeline.from_pretrained(snapshot).transformer
         assert all(torch.equal(tensor, ema["averages"][0][name]) for name, tensor in transformer.named_parameters())
     assert not (folder / "checkpoint-6").exists()  # removed by the limit, while its snapshot still waits

@@ -13,10 +13,13 @@
 # limitations under the License.
 """The training script from the command line to the files it leaves."""
 
+import contextlib
 import json
 import os
+import pickle
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,6 +147,23 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, uninterrupted, k
     assert (cut / "metrics.jsonl").read_bytes().splitlines()[:kept] == before
     for name, tensor in weights(whole).items():
         assert torch.equal(weights(cut)[name], tensor), name
+
+
+@pytest.mark.parametrize("file", ["training_state.pt", "optimizer.bin", "random_states_0.pkl"])
+def test_no_file_of_a_checkpoint_can_execute_code(tmp_path, uninterrupted, file):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    whole, flags = uninterrupted
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoint-7")
+    assert (cut / "checkpoint-6" / file).is_file()
+    torch.save(Trap(), cut / "checkpoint-6" / file)
+    with contextlib.suppress(pickle.UnpicklingError):  # accelerate goes on without random states, and says so
+        train(*flags, f"--output_dir={cut}", "--resume_from_checkpoint=latest")
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("processes", [1, 2])

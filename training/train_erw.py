@@ -61,6 +61,7 @@ from erw_hf.hub.push import BackgroundPush, link_folder, prepare_repo
 from erw_hf.training.checkpoints import (
     Progress,
     TrainingState,
+    load_checkpoint,
     load_data_state,
     read_progress,
     remove_later_checkpoints,
@@ -178,7 +179,6 @@ def main() -> None:
     run = Run(
         config, accelerator, source, vae, encoders, model_config, pixels, progress, TrainingState(), metrics=None
     )
-    accelerator.register_for_checkpointing(run.state)
     stop_on_sigterm(run)
     if accelerator.is_main_process:
         remove_later_checkpoints(output_dir, progress.step)
@@ -362,7 +362,7 @@ def train_phase(
     if phase == "full":
         run.state.ema = EMA(accelerator.unwrap_model(model).transformer, config.ema_profiles())
     if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
+        load_checkpoint(accelerator, checkpoint, run.state)
         set_learning_rate(run.state.lr_scheduler, optimizer, learning_rate)
         if config.streaming:
             run.stream_state = load_data_state(accelerator, checkpoint, config.dataloader_num_workers)
@@ -429,7 +429,9 @@ def train_phase(
             if run.stream is not None:
                 run.stream_state = run.stream.state_dict()
                 data_state = {"workers": config.dataloader_num_workers, "stream": run.stream_state}
-            save_checkpoint(accelerator, config.output_dir, progress, config.checkpoints_total_limit, data_state)
+            save_checkpoint(
+                accelerator, config.output_dir, progress, config.checkpoints_total_limit, run.state, data_state
+            )
             logger.info(f"saved checkpoint-{progress.step}")
             if config.push_to_hub and config.hub_strategy != "end" and progress.step < config.max_train_steps:
                 push_checkpoint(run, phase)

@@ -31,6 +31,7 @@ from erw_hf.training.ema import EMA
 logger = get_logger(__name__)
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+_STATE_FILE = "training_state.pt"
 
 
 @dataclass
@@ -55,10 +56,9 @@ class Progress:
 
 
 class TrainingState:
-    """What accelerate's own checkpoint lacks, as one object of its `state_dict` protocol.
+    """What accelerate's own checkpoint lacks.
 
-    accelerate keeps registered objects for the life of the accelerator, while the EMA and the learning-rate schedule
-    change with the phase; so this one object is registered and its fields are exchanged.
+    It is not registered with accelerate, which would open it as a pickle that may execute code.
 
     Args:
         lr_scheduler (`torch.optim.lr_scheduler.LRScheduler`, *optional*): Schedule of the running phase.
@@ -142,6 +142,7 @@ def save_checkpoint(
     output_dir: str | os.PathLike[str],
     progress: Progress,
     total_limit: int | None,
+    state: TrainingState,
     data_state: dict[str, Any] | None = None,
 ) -> None:
     """
@@ -153,6 +154,7 @@ def save_checkpoint(
         output_dir (`str` or `os.PathLike`): Folder of the run.
         progress ([`Progress`]): How far the run is.
         total_limit (`int`, *optional*): Checkpoints to keep, this one included.
+        state ([`TrainingState`]): What to save beside it.
         data_state (`dict`, *optional*): State of this process's stream of data. accelerate keeps one for all processes.
 
     Raises:
@@ -166,9 +168,11 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(temporary))
+        training_state = state.state_dict()  # of all processes together, whose weights may be sharded
         if data_state is not None:
             torch.save({"processes": accelerator.num_processes, **data_state}, temporary / _data_file(accelerator))
         if accelerator.is_main_process:
+            torch.save(training_state, temporary / _STATE_FILE)
             (temporary / "progress.json").write_text(json.dumps(asdict(progress)))
     except Exception as error:  # OSError, and what safetensors and torch make of one
         shutil.rmtree(temporary, ignore_errors=True)
@@ -185,6 +189,19 @@ def save_checkpoint(
             for old in list_checkpoints(output_dir)[:-total_limit]:
                 remove_checkpoint(old)
     accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingState) -> None:
+    """
+    Puts everything that was prepared, and the training's state, where a checkpoint was.
+
+    Args:
+        accelerator (`Accelerator`): Holds what to load.
+        checkpoint (`Path`): A checkpoint.
+        state ([`TrainingState`]): What was saved beside it.
+    """
+    accelerator.load_state(str(checkpoint))
+    state.load_state_dict(torch.load(checkpoint / _STATE_FILE, map_location="cpu", weights_only=True))
 
 
 def remove_checkpoint(path: Path) -> None:
