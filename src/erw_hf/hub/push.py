@@ -198,6 +198,7 @@ class BackgroundPush:
     def __init__(self, run_dir: str | os.PathLike[str], resume_step: int) -> None:
         self.run_dir = Path(run_dir)
         self._process: subprocess.Popen[bytes] | None = None
+        self._staged = False  # whether the last snapshot could be taken
         self._came_late = (
             False  # whether the last snapshot found a push running, which may have ended without seeing it
         )
