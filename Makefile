@@ -7,7 +7,7 @@ QUICKSTART := outputs/quickstart
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: quickstart test soak test-browser demo docs style quality clean
+.PHONY: quickstart test soak mutants test-browser demo docs style quality clean
 
 quickstart: $(VENV)/.installed ## train on digits from random weights and show pictures, minutes on 2 CPU cores
 	$(LAUNCH) training/train_erw.py --config training/configs/digits.yaml --output_dir $(QUICKSTART) --overwrite_output_dir
@@ -18,6 +18,9 @@ test: $(VENV)/.installed ## all tests
 
 soak: $(VENV)/.installed ## kill training 30 times and compare with runs that were left alone
 	cd tests && HF_HUB_OFFLINE=1 ../$(BIN)/python soak.py --kills 30
+
+mutants: $(VENV)/.installed ## spoil 40 lines of the core, one at a time: do the tests notice?
+	$(BIN)/python tests/mutants.py
 
 test-browser: $(VENV)/.installed ## the demo in a headless Chromium, which root gets from Debian where it is missing, as Node; SCREENSHOTS=docs/images
 	{ command -v node && command -v npm; } >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends nodejs npm >/dev/null; }

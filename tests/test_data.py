@@ -169,6 +169,8 @@ def test_every_sample_once_an_epoch_whatever_the_processes():
     assert positions(2, 4, 1) == expected and positions(1, 4, 2) == expected and positions(2, 2, 2) == expected
     seen = sorted(p for step in positions(2, 5, 1, end=10) for p in step)  # 2 epochs of 50
     assert seen == [(epoch, row) for epoch in range(2) for row in range(50)]
+    first, second = ([row for _, row in chunk] for chunk in StepSampler(50, 50, 1, 1, 0, 0, 2, 0))
+    assert first != second and first != list(range(50))  # each epoch in an order of its own
 
 
 def test_sampler_resumes_by_the_step_alone():

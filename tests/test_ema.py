@@ -64,6 +64,35 @@ def test_a_power_function_average_is_the_weighted_mean_that_it_stands_for():
     assert average == pytest.approx((weights * values).sum() / weights.sum(), abs=1e-3)
 
 
+def test_a_power_function_average_forgets_the_initial_weights_at_its_first_step():
+    model = torch.nn.Linear(3, 2)
+    ema = EMA(model, [EMAProfile(sigma_rel=0.1)])
+    with torch.no_grad():
+        model.weight.add_(1)
+    ema.step()
+    assert torch.equal(ema.weights()["weight"], model.weight)
+    assert EMAProfile(sigma_rel=0.1).decay_at(2) == pytest.approx(0.5 ** (power_of(0.1) + 1))
+
+
+def test_restored_averages_go_on_as_if_nothing_had_happened():
+    def follow(ema, model, steps):
+        for step in steps:
+            with torch.no_grad():
+                model.weight.fill_(step)
+            ema.step()
+
+    profiles = [EMAProfile(decay=0.9), EMAProfile(sigma_rel=0.05), EMAProfile(sigma_rel=0.1)]
+    model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    whole, resumed = EMA(model, profiles), EMA(other, profiles)
+    follow(whole, model, range(5))
+    resumed.load_state_dict(whole.state_dict())
+    follow(whole, model, range(5, 9))
+    follow(resumed, other, range(5, 9))
+    for index in range(3):
+        assert torch.equal(resumed.weights(index)["weight"], whole.weights(index)["weight"])
+        assert not torch.equal(whole.weights(index)["weight"], whole.weights(index - 1)["weight"])
+
+
 @pytest.mark.parametrize("width", [0.05, 0.07, 0.15, 0.2])
 def test_post_hoc_averages_match_those_that_were_followed(width):
     values = np.cumsum(np.random.default_rng(0).standard_normal(2000)) / 20

@@ -196,3 +196,21 @@ def test_heun_errors_and_preview():
         torch.testing.assert_close(output.pred_original_sample, x0, atol=1e-5, rtol=1e-4)
         x = output.prev_sample
     torch.testing.assert_close(x, x0, atol=1e-5, rtol=1e-4)
+
+
+def test_heun_starts_in_the_middle_and_anew_after_a_run_that_stopped_between_two_calls():
+    scheduler = FlowMatchHeunScheduler()
+    scheduler.set_timesteps(4)
+    x = torch.randn(1, 1, 4, 4)
+    assert scheduler.timesteps[1] == scheduler.timesteps[2]  # the end of a step and the start of the next
+    assert [scheduler.index_for_timestep(scheduler.timesteps[i]) for i in range(7)] == [0, 2, 2, 4, 4, 6, 6]
+    first = scheduler.step(x, scheduler.timesteps[2], x).prev_sample
+    torch.testing.assert_close(first, x - x / 4)  # a prediction
+    assert scheduler.step_index == 3
+    scheduler.set_timesteps(4)
+    assert torch.equal(scheduler.step(x, scheduler.timesteps[2], x).prev_sample, first)
+    scheduler.step(2 * x, scheduler.timesteps[3], first)
+    scheduler.step(x, scheduler.timesteps[4], x)
+    scheduler.set_timesteps(4)
+    other = torch.randn(1, 1, 4, 4)
+    torch.testing.assert_close(scheduler.step(x, scheduler.timesteps[0], other).prev_sample, other - x / 4)

@@ -71,7 +71,7 @@ def read(stream, batches):
     return [numbers(next(iterator)) for _ in range(batches)]
 
 
-@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2), (3, 0)])
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2), (3, 0), (7, 0)])
 def test_every_sample_of_an_epoch_exactly_once(shards, processes, workers):
     counts = collections.Counter()
     for rank in range(processes):
@@ -113,6 +113,17 @@ def test_resumes_exactly_twice_and_across_epochs(shards, workers, cut):
         state, position = stream.state_dict(), stop
         del iterator
     assert read(loader(shards, workers, state=state), 20) == whole[cut + 20 :]
+
+
+@pytest.mark.parametrize("cut", [3, 9, 15, 25])
+def test_a_share_of_rows_resumes_exactly_in_every_block(shards, cut):
+    """Fewer shards than processes: each process keeps each 6th row, 17 of an epoch, in blocks of 7."""
+    share = {"processes": 6, "rank": 4, "batch": 1}
+    whole = read(loader(shards, **share), cut + 20)
+    stream = loader(shards, **share)
+    iterator = iter(stream)
+    assert [numbers(next(iterator)) for _ in range(cut)] == whole[:cut]
+    assert read(loader(shards, **share, state=stream.state_dict()), 20) == whole[cut:]
 
 
 def test_draws_of_a_sample_do_not_depend_on_processes_or_workers(shards):

@@ -86,6 +86,9 @@ def test_hand_over_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="holds no projector"):
         hand_over(without_projector, full_model())
     hand_over(without_projector, full_model(), with_projectors=False)
+    without_labels = {k: v for k, v in warmup_model().state_dict().items() if "time_class_embed.class" not in k}
+    with pytest.raises(ValueError, match=r"the warmup lacks \['transformer.time_class_embed.class"):
+        hand_over(without_labels, full_model())
 
 
 def test_hand_over_notices_a_load_that_does_not_load():
@@ -122,6 +125,29 @@ def test_warmup_sees_the_clean_latent_at_time_zero_with_its_label():
     assert torch.equal(seen["x"], data["x0"])
     assert torch.equal(seen["t"], torch.zeros(4))
     assert torch.equal(seen["labels"], data["class_labels"])
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_warmup_with_noise_sees_the_point_of_the_path(path_type):
+    model, data, seen = warmup_model(), batch(), {}
+    model.transformer.register_forward_pre_hook(lambda _, args: seen.update(x=args[0], t=args[1]))
+    noise, t = torch.randn(4, 1, 8, 8), torch.tensor([0.1, 0.4, 0.6, 0.95])
+    warmup_loss(model, noise=noise, t=t, path_type=path_type, **data)
+    s = t.view(4, 1, 1, 1)
+    alpha, sigma = (1 - s, s) if path_type == "linear" else (torch.cos(s * torch.pi / 2), torch.sin(s * torch.pi / 2))
+    torch.testing.assert_close(seen["x"], alpha * data["x0"] + sigma * noise)
+    assert torch.equal(seen["t"], t)
+
+
+def test_a_dropped_label_is_the_null_class_and_others_stay():
+    model, data = randomize(full_model(), seed=7), batch()
+    t, kept, labels = torch.rand(4), torch.zeros(4), data["class_labels"]
+    with_labels, *_ = model(data["x0"], t, labels, kept)
+    without_any, *_ = model(data["x0"], t, torch.full_like(labels, TINY_MODEL["num_classes"]), kept)
+    dropped, *_ = model(data["x0"], t, labels, torch.tensor([0, 1, 0, 1]))
+    torch.testing.assert_close(dropped[[0, 2]], with_labels[[0, 2]])
+    torch.testing.assert_close(dropped[[1, 3]], without_any[[1, 3]])
+    assert (with_labels - without_any).abs().amax(dim=(1, 2, 3)).min() > 1e-3
 
 
 def test_warmup_loss_does_not_depend_on_the_order_and_every_sample_trains():

@@ -148,7 +148,7 @@ def full_loss(
         alignment_loss (`Callable`, *optional*, defaults to [`~alignment.cosine_alignment_loss`]): The loss of a sample.
         contrastive_weight (`float`, *optional*, defaults to 0.0):
             Weight of contrastive flow matching (arXiv 2506.05350, Eq. 5): the prediction is pushed away from the velocity
-            of another sample, here the next one in the batch.
+            of another sample, here the one before it in the batch.
         class_token (`torch.Tensor` of shape `(B, E)`, *optional*):
             The first encoder's class token, for a model with one: it is noised with the same t (REG, arXiv 2507.01467).
         class_noise (`torch.Tensor` of shape `(B, E)`, *optional*): Standard normal noise; with `class_token` only.
