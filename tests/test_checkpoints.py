@@ -42,6 +42,11 @@ def processes(count):
     ]
 
 
+def save(process, folder, step, total_limit=None, data_state=None):
+    progress, nothing = Progress(step=step, images_seen=4 * step), SimpleNamespace(state_dict=dict)
+    save_checkpoint(process, folder, progress, total_limit, nothing, data_state)
+
+
 def names(folder):
     return [path.name for path in list_checkpoints(folder)]
 
@@ -49,25 +54,22 @@ def names(folder):
 def test_the_latest_is_the_one_of_the_most_steps_and_the_oldest_go(tmp_path):
     (process,) = processes(1)
     for step in (8, 9, 10, 100):
-        save_checkpoint(process, tmp_path, Progress(step=step, images_seen=4 * step), total_limit=None)
+        save(process, tmp_path, step)
     (tmp_path / "checkpoint-200").mkdir()  # not a whole one
     assert names(tmp_path) == ["checkpoint-8", "checkpoint-9", "checkpoint-10", "checkpoint-100"]
     assert resolve_checkpoint(tmp_path, "latest").name == "checkpoint-100"
     assert read_progress(tmp_path / "checkpoint-9") == Progress(step=9, images_seen=36)
-    save_checkpoint(process, tmp_path, Progress(step=101), total_limit=3)
+    save(process, tmp_path, 101, total_limit=3)
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-100", "checkpoint-101"]
-    save_checkpoint(process, tmp_path, Progress(step=102), total_limit=1)
+    save(process, tmp_path, 102, total_limit=1)
     assert names(tmp_path) == ["checkpoint-102"]
 
 
 def test_each_process_gets_its_own_stream_back(tmp_path):
-    def save(process):
-        state = {"workers": 2, "stream": {"position": process.process_index}}
-        save_checkpoint(process, tmp_path, Progress(step=5), total_limit=None, data_state=state)
-
     both = processes(2)
+    states = [{"workers": 2, "stream": {"position": process.process_index}} for process in both]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(save, both))
+        list(pool.map(lambda process, state: save(process, tmp_path, 5, data_state=state), both, states))
     (checkpoint,) = list_checkpoints(tmp_path)
     for process in both:
         assert load_data_state(process, checkpoint, 2) == {"position": process.process_index}
