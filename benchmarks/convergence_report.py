@@ -67,14 +67,18 @@ def reached(record: Record, target: float, axis: str = "flops") -> tuple[float, 
     return before[axis] + share * (point[axis] - before[axis]), False
 
 
-def speed_up(record: Record, control: Record, axis: str = "flops") -> tuple[float, bool] | None:
+def speed_up(record: Record, control: Record, axis: str = "flops") -> tuple[float, str] | None:
     """
     How many times sooner a run is as good as its control ends: the control's own time there over the run's, since a
-    control that came to rest long before its end must not count as slow. With whether it is at least that; `None` for never.
+    control that came to rest long before its end must not count as slow. With "at least " or "at most " where the first
+    evaluation was that good already; `None` for never.
     """
     target = final(control)
     ours, theirs = reached(record, target, axis), reached(control, target, axis)
-    return None if ours is None else (theirs[0] / ours[0], ours[1])
+    if ours is None:
+        return None
+    bound = "" if ours[1] == theirs[1] else "at least " if ours[1] else "at most "
+    return theirs[0] / ours[0], bound
 
 
 def pairs(records: Sequence[Record], arm: str, control: str) -> list[tuple[Record, Record]]:
@@ -86,13 +90,13 @@ def pairs(records: Sequence[Record], arm: str, control: str) -> list[tuple[Recor
     return [(by_seed[0][seed], by_seed[1][seed]) for seed in sorted(by_seed[0].keys() & by_seed[1].keys())]
 
 
-def show_speed_ups(found: Sequence[tuple[float, bool] | None]) -> str:
-    """Mean and range over seeds, or how many never arrived."""
+def show_speed_ups(found: Sequence[tuple[float, str] | None]) -> str:
+    """Geometric mean and range over seeds, or how many never arrived."""
     values = [value for value in found if value is not None]
     if not values:
         return "never"
-    ratios, at_least = [ratio for ratio, _ in values], any(bound for _, bound in values)
-    text = f"{'at least ' if at_least else ''}{statistics.mean(ratios):.2f}"
+    ratios, bounds = [ratio for ratio, _ in values], {bound for _, bound in values if bound}
+    text = f"{bounds.pop() if len(bounds) == 1 else 'about ' if bounds else ''}{statistics.geometric_mean(ratios):.2f}"
     if len(ratios) > 1:
         text += f" ({min(ratios):.2f} to {max(ratios):.2f})"
     if len(values) < len(found):
@@ -120,11 +124,9 @@ def answer(records: Sequence[Record], arm: str, control: str) -> tuple[str, str]
     text = f"{arm} ends at {spread(ours)}, {control} at {spread(theirs)}; lower on {wins} of {len(runs)} seeds"
     if len(runs) > 1:
         text += ", ranges overlap" if overlap else ", ranges apart"
-    text += (
-        f". FLOPs to the final quality of {control}: {show_speed_ups([speed_up(a, b) for a, b in runs])} times fewer"
-    )
+    text += f". At {control}'s final quality sooner by a factor of {show_speed_ups([speed_up(a, b) for a, b in runs])}"
     back = show_speed_ups([speed_up(b, a) for a, b in runs])
-    return word, f"{text}; the other way round {back}."
+    return word, f"{text}; {control} at {arm}'s: {back}."
 
 
 def write_report(results: Path, data: str, table: dict, encoder: dict) -> None:
@@ -163,14 +165,15 @@ def introduction(records: Sequence[Record], table: dict, encoder: dict) -> list[
         f"{base['evaluation_samples']} images by {base['num_inference_steps']} steps of the SDE, without guidance, with the "
         "averaged weights. So few images bias the distance upwards, alike for every arm. The learning rate is constant, so "
         "each point of a curve is a run of that length. Runs of one seed see the same images, noise and times in the same "
-        "step, and their fresh weights are the same. Means and, in brackets, ranges over seeds. With three seeds, better on "
-        "all of them happens by luck once in eight, so of many questions some.",
+        "step, and their fresh weights are the same; those of `asleep` and `modulation` begin with the warmup's images again. "
+        "Means (of factors geometric ones) and, in brackets, ranges over seeds. Of two equal arms one is the better on all of "
+        "three seeds once in four by luck, so of many questions some. A factor is of FLOPs; below 1 means later.",
         "",
         f"The encoder {encoder['name']} took {encoder['flops']:.2g} FLOPs to train ({encoder['steps']} steps of "
         f"{encoder['images_per_step']} views), {encoder['flops'] / budgets[0]:.2f} of a run's budget. That is in no arm: one "
         "encoder serves all runs. SiT needs none.",
         "",
-        f"{len(records)} runs on {', '.join(sorted({r['hardware'] for r in records}))}, one thread each and two at a time, so "
+        f"{len(records)} runs on {', '.join(sorted({r['hardware'] for r in records}))}, one thread each, several at a time, so "
         f"seconds are rough; {', '.join(sorted(versions))}. Each file in `convergence/` holds the command that makes it again.",
         "",
     ]

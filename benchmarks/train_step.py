@@ -258,17 +258,15 @@ class Step:
 
 
 class AsPublished(Step):
-    """As released training code has it: float32 encoder outside of autocast, a Python loop over the samples for the
-    alignment, an EMA parameter by parameter, and AdamW without its fused or foreach form."""
+    """As ERW's released code has it: float32 encoder outside of autocast, a Python loop over the samples for the
+    alignment, an EMA parameter by parameter, AdamW as it comes."""
 
     def build(self, transformer, projector, encoder, config) -> None:
         self.model, self.projector = build_plain(transformer, config, self.setting.device), projector
         self.encoder = encoder.float()
         self.trained = [*self.model.parameters(), *projector.parameters()]
         self.ema = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
-        self.optimizer = torch.optim.AdamW(
-            self.trained, lr=LEARNING_RATE, weight_decay=0.0, foreach=False, fused=False
-        )
+        self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=0.0)
 
     def losses(self) -> torch.Tensor:
         batch = self.batch

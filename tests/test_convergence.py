@@ -189,8 +189,8 @@ def record(arm, seed, *quality, budget=100.0):
 
 def test_speed_up_at_equal_quality():
     control = record("control", 0, 64.0, 16.0)  # at 50 and 100 FLOPs
-    assert speed_up(record("arm", 0, 16.0, 4.0), control) == (2.0, True)  # at its first measurement, or before
-    assert speed_up(record("arm", 0, 64.0, 4.0), control) == (pytest.approx(100 / 75), False)  # half way in log
+    assert speed_up(record("arm", 0, 16.0, 4.0), control) == (2.0, "at least ")  # at its first measurement, or before
+    assert speed_up(record("arm", 0, 64.0, 4.0), control) == (pytest.approx(100 / 75), "")  # half way in log
     assert speed_up(record("arm", 0, 64.0, 17.0), control) is None
     assert speed_up(control, control)[0] == 1.0
     # Noise is nearer to the data than the first blur: what counts is from where on it is as good for good.

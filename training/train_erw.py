@@ -110,6 +110,7 @@ class Run:
     stream_state: dict | None = None  # where the stream goes on
     push: BackgroundPush | None = None  # on the main process
     data_error: str | None = None  # why this process has no next batch
+    last_arrival: float = 0.0  # when the device was done with the last step that was written
     stop_requested: bool = False  # by SIGTERM, which schedulers send before they end a job
 
     @property
@@ -123,6 +124,9 @@ class LateStep:
     """A step that is done as far as the host knows; its losses are still on their way from the device."""
 
     record: dict[str, object]  # what the host knows
+    flops: float
+    started: float  # on time.perf_counter's clock
+    waited: float  # seconds, for data
     loss_names: list[str]
     values: LateValues
 
@@ -254,7 +258,7 @@ def check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
 
 
 def stop_on_sigterm(run: Run) -> None:
-    """Makes SIGTERM end the run after the running step, with a checkpoint and status 0."""
+    """Makes SIGTERM end the run after the next step, with a checkpoint and status 0."""
     main_process = os.getpid()
 
     def handle(signum: int, frame: object) -> None:
@@ -415,11 +419,12 @@ def train_phase(
         progress.flops += step_flops
         # The losses of a step are fetched while the next one runs, so that the host never waits for the device.
         stopping = late is not None and settle(run, late, bar)
-        seconds = time.perf_counter() - started
-        record = host_record(run, phase, step, used_learning_rate, step_flops, seconds, waited)
-        late = LateStep(record, list(sums), LateValues(agree(run, sums, grad_norm)))
+        record = host_record(run, phase, step, used_learning_rate)
+        late = LateStep(record, step_flops, started, waited, list(sums), LateValues(agree(run, sums, grad_norm)))
         saving = stopping or progress.step % config.checkpointing_steps == 0 or progress.step == end_step
-        if saving:
+        validating = phase == "full" and config.validation_steps and progress.step % config.validation_steps == 0
+        measuring = run.quality.is_due(phase, progress.step)
+        if saving or validating or measuring:
             stopping |= settle(run, late, bar)
             late = None
         if phase == "full" and config.ema_snapshot_steps and progress.step % config.ema_snapshot_steps == 0:
@@ -439,9 +444,9 @@ def train_phase(
             logger.info("stopped by SIGTERM: go on with --resume_from_checkpoint latest")
             accelerator.end_training()
             raise SystemExit(0)
-        if phase == "full" and config.validation_steps and progress.step % config.validation_steps == 0:
+        if validating:
             validate(run)
-        if run.quality.is_due(phase, progress.step):
+        if measuring:
             measure_quality(run, phase, accelerator.unwrap_model(model).transformer)
     return model
 
@@ -489,13 +494,22 @@ def settle(run: Run, late: LateStep, bar: tqdm) -> bool:
     """Fetches a step's losses, counts it if it was left out, and writes its line; returns whether SIGTERM came."""
     config, progress = run.config, run.progress
     *losses, stopping, failing, grad_norm = late.values.fetch()
+    # The device began with this step when the host did, or when it was done with the step before.
+    seconds = late.values.arrived - max(late.started, run.last_arrival)
+    run.last_arrival = late.values.arrived
     if failing:
         stop_without_data(run, late.record["step"])
     finite = math.isfinite(grad_norm)
     progress.nonfinite_steps += not finite
     progress.nonfinite_in_a_row = 0 if finite else progress.nonfinite_in_a_row + 1
     losses = dict(zip(late.loss_names, losses, strict=True))
-    record = {**late.record, **losses, "grad_norm": grad_norm, "nonfinite_steps": progress.nonfinite_steps}
+    peak = peak_flops(run.accelerator.device)
+    rates = {
+        "images_per_second": run.step_batch_size / seconds,
+        "data_wait": late.waited / seconds,
+        "mfu": None if peak is None else late.flops / seconds / (peak * run.accelerator.num_processes),
+    }
+    record = {**late.record, **rates, **losses, "grad_norm": grad_norm, "nonfinite_steps": progress.nonfinite_steps}
     if run.metrics is not None:
         run.metrics.write(record)
     run.accelerator.log({k: v for k, v in record.items() if k not in ("step", "phase")}, step=record["step"])
@@ -503,8 +517,8 @@ def settle(run: Run, late: LateStep, bar: tqdm) -> bool:
     bar.set_postfix({"img/s": f"{record['images_per_second']:.0f}", **shown}, refresh=False)
     if progress.nonfinite_in_a_row >= config.max_nonfinite_steps:
         raise RuntimeError(
-            f"{progress.nonfinite_in_a_row} steps in a row had a non-finite gradient; the last checkpoint in "
-            f"{config.output_dir} is from before them. Resume from it with a lower learning_rate"
+            f"{progress.nonfinite_in_a_row} steps in a row had a non-finite gradient and were left out. Resume from the "
+            f"last checkpoint in {config.output_dir} with a lower learning_rate"
         )
     return stopping > 0
 
@@ -527,12 +541,9 @@ def copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def host_record(
-    run: Run, phase: str, step: int, learning_rate: float, step_flops: float, seconds: float, waited: float
-) -> dict[str, object]:
+def host_record(run: Run, phase: str, step: int, learning_rate: float) -> dict[str, object]:
     """What the host knows of a step for its line of metrics.jsonl and of the trackers."""
-    accelerator, progress = run.accelerator, run.progress
-    peak = peak_flops(accelerator.device)
+    progress = run.progress
     return {
         "step": progress.step,
         "phase": phase,
@@ -540,10 +551,7 @@ def host_record(
         "learning_rate": learning_rate,
         "images_seen": progress.images_seen,
         "flops": progress.flops,
-        "images_per_second": run.step_batch_size / seconds,
-        "data_wait": waited / seconds,
-        "mfu": None if peak is None else step_flops / seconds / (peak * accelerator.num_processes),
-        "peak_memory_gib": peak_memory(accelerator.device) / 2**30,
+        "peak_memory_gib": peak_memory(run.accelerator.device) / 2**30,
     }
 
 

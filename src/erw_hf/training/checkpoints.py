@@ -134,7 +134,9 @@ def read_progress(checkpoint: Path) -> Progress:
     Returns:
         [`Progress`]: How far it is.
     """
-    return Progress(**json.loads((checkpoint / "progress.json").read_text()))
+    progress = Progress(**json.loads((checkpoint / "progress.json").read_text()))
+    progress.nonfinite_in_a_row = 0  # whoever goes on may try as often as before
+    return progress
 
 
 def save_checkpoint(

@@ -26,7 +26,8 @@ from erw_hf.encoders import RepresentationEncoder
 
 # Dense bf16 FLOP/s by what a device's name contains, from the makers' data sheets (without sparsity).
 PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
+    "H100 PCIe": 756e12,  # of names that contain another the longer one comes first
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
     "GH200": 989e12,
@@ -34,6 +35,7 @@ PEAK_FLOPS = {
     "A100": 312e12,
     "A10G": 70e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,

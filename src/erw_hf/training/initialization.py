@@ -136,6 +136,8 @@ def load_initial(
     if not (theirs and ours):
         numbers = {str(class_id): str(class_id) for class_id in range(count)}
         theirs, ours = (numbers, numbers) if count == null_class else ({}, {})
+    if theirs == ours:  # names that occur twice, as ImageNet's "crane", stay where they are
+        theirs = ours = {class_id: class_id for class_id in ours}
     known = {label: int(class_id) for class_id, label in theirs.items()}
     rows = [known.get(ours.get(str(class_id)), null_class) for class_id in range(count)]
     state[CLASS_TABLE] = state[CLASS_TABLE][[*rows, null_class]]

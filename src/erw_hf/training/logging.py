@@ -18,6 +18,7 @@ import math
 import os
 import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,14 @@ class LateValues:
 
     Args:
         values (`torch.Tensor` of shape `(N,)`): The numbers, where they were computed.
+
+    Attributes:
+        arrived (`float`): When they were there, on `time.perf_counter`'s clock.
     """
 
     def __init__(self, values: torch.Tensor) -> None:
-        self._values = values.to("cpu", non_blocking=True)
+        self.arrived = time.perf_counter()
+        self._values = values.to("cpu", non_blocking=values.is_cuda)
         self._copied = None
         if values.is_cuda:
             self._copied = torch.cuda.Event()
@@ -50,6 +55,7 @@ class LateValues:
         """
         if self._copied is not None:
             self._copied.synchronize()
+            self.arrived = time.perf_counter()
         return self._values.tolist()
 
 
@@ -186,14 +192,14 @@ def plot_probes(probes: list[tuple[str, dict[str, Any]]], png_path: str | os.Pat
     times = sorted({result["t"] for _, result in probes})
     measures = [measure for measure in ("cknna", "accuracy") if measure in probes[0][1]]
     figure = Figure(figsize=(6 * len(measures), 4 * len(times)), layout="constrained")
-    for row, time in zip(figure.subplots(len(times), len(measures), squeeze=False), times, strict=True):
-        lines = [(name, result) for name, result in probes if result["t"] == time]
+    for row, t in zip(figure.subplots(len(times), len(measures), squeeze=False), times, strict=True):
+        lines = [(name, result) for name, result in probes if result["t"] == t]
         for axes, measure in zip(row, measures, strict=True):
             for number, (name, result) in enumerate(lines):
                 color = colormaps["viridis"](number / max(1, len(lines) - 1))
                 label = name if number % math.ceil(len(lines) / 8) == 0 else None  # a legend that fits
                 axes.plot(range(1, len(result[measure]) + 1), result[measure], color=color, marker=".", label=label)
-            axes.set(title=f"t = {time:g}", xlabel="block", ylabel=measure)
+            axes.set(title=f"t = {t:g}", xlabel="block", ylabel=measure)
             axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize="small")
     figure.savefig(png_path, dpi=120)
