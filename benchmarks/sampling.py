@@ -268,7 +268,7 @@ def report(result: dict[str, object]) -> str:
             "under a cache context of its own.\n"
         )
     parts.append(
-        f"Batch {result['batch']}, guidance {GUIDANCE} in {INTERVAL}, the SDE; DiTPipeline with DDIM guides at all steps. "
+        f"{result['rounds']} rounds. Batch {result['batch']}, guidance {GUIDANCE} in {INTERVAL}, the SDE; DiTPipeline with DDIM guides at all steps. "
         f"{describe(result['environment'])}\n"
     )
     return "\n".join(parts)
@@ -321,7 +321,13 @@ def main(arguments: list[str] | None = None) -> None:
     if args.quick:
         args.sizes, args.batch, args.steps, args.samples, args.repeats = "tiny", 1, 8, 10, 2
         digits_batch, names = 5, ("no cache", "TaylorSeer 3")
-    result = {"speed": {}, "caching": {}, "batch": args.batch, "environment": environment(args.device)}
+    result = {
+        "speed": {},
+        "caching": {},
+        "batch": args.batch,
+        "rounds": args.repeats,
+        "environment": environment(args.device),
+    }
     result["not_measured"] = []
     if args.device == "cpu":
         result["not_measured"].append({"what": "everything on CUDA", "why": "this run is of the CPU"})
@@ -340,6 +346,7 @@ def main(arguments: list[str] | None = None) -> None:
         repeats = max(args.repeats, 2)
         result["caching"] = measure_caching(args.samples, digits_batch, args.steps, repeats, args.device, names)
         write(args.output, result, report(result))
+    write(args.output, result, report(result))
     print(report(result))
     if args.output is not None:
         plot(result, args.output.with_suffix(".png"))

@@ -637,7 +637,9 @@ def report(result: dict[str, object]) -> str:
             for name, memory in found["memory_bytes"].items()
         ]
         parts.append(table(("model", "", "state, MiB", "peak, MiB", "s a step, once"), rows))
-    parts.append(f"Batch {result['batch']}, latents 4x32x32. {describe(result['environment'])}\n")
+    parts.append(
+        f"{result['rounds']} rounds. Batch {result['batch']}, latents 4x32x32. {describe(result['environment'])}\n"
+    )
     return "\n".join(parts)
 
 
@@ -690,7 +692,12 @@ def main(arguments: list[str] | None = None) -> None:
         args.sizes, args.batch, args.repeats = "tiny", 2, 2
     sizes = args.sizes.split(",")
     result: dict[str, object] = {section: {} for section in SECTIONS}
-    result |= {"batch": args.batch, "environment": environment(args.device), "not_measured": []}
+    result |= {
+        "batch": args.batch,
+        "rounds": args.repeats,
+        "environment": environment(args.device),
+        "not_measured": [],
+    }
     if args.device == "cpu":
         result["not_measured"].append({"what": "everything on CUDA", "why": "this run is of the CPU"})
     measures = {
@@ -710,6 +717,7 @@ def main(arguments: list[str] | None = None) -> None:
                 result[section][f"{size} {name}"] = measure(size, setting)
                 torch._dynamo.reset()
                 write(args.output, result, report(result))  # what stands so far
+    write(args.output, result, report(result))
     print(report(result))
     if args.output is not None:
         plot(result, args.output.with_suffix(".png"))
