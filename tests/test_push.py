@@ -37,9 +37,11 @@ from loopback_hub import READ_TOKEN, LoopbackHub
 from safetensors.torch import load_file, save_file
 
 from erw_hf import ERWPipeline
+from erw_hf.data.samples import load_source
 from erw_hf.hub import push
 from erw_hf.hub.space import publish_space
 from erw_hf.training.config import TrainingConfig
+from erw_hf.training.inputs import check_cache
 from erw_hf.training.logging import read_metrics
 
 
@@ -463,12 +465,9 @@ def test_a_latent_cache_is_pushed_and_streamed_back(hub, tmp_path, vae_path, tin
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 7
     assert hub.count(r"datasets/user/latents/resolve/.*parquet", method="GET") > 2
 
-    spec = importlib.util.spec_from_file_location("train_erw", REPOSITORY / "training" / "train_erw.py")
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "train_erw", script)
-    spec.loader.exec_module(script)
+    config = TrainingConfig(dataset_name="user/latents", vae="user/other", sample_size=8, streaming=True)
     with pytest.raises(ValueError, match="made with the vae"):
-        script.check_cache(TrainingConfig(dataset_name="user/latents", vae="user/other", sample_size=8))
+        check_cache(config, load_source(**config.source_arguments()))
 
 
 def test_a_run_that_has_only_warmed_up_is_pushed_as_that(hub, run, tmp_path):
