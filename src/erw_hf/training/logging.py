@@ -29,13 +29,11 @@ from PIL import Image, ImageOps
 
 class LateValues:
     """
-    Numbers on their way from the device to the host, which goes on with its work meanwhile.
+    Numbers on their way from the device to the host, which goes on with its work meanwhile. `arrived` is when they were
+    there, on `time.perf_counter`'s clock.
 
     Args:
         values (`torch.Tensor` of shape `(N,)`): The numbers, where they were computed.
-
-    Attributes:
-        arrived (`float`): When they were there, on `time.perf_counter`'s clock.
     """
 
     def __init__(self, values: torch.Tensor) -> None:
