@@ -268,11 +268,14 @@ class AsPublished(Step):
         self.ema = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=0.0)
 
+    def noised(self) -> tuple[torch.Tensor, torch.Tensor]:
+        t = self.batch["t"].reshape(-1, 1, 1, 1)
+        return (1 - t) * self.batch["x0"] + t * self.batch["noise"], self.batch["noise"] - self.batch["x0"]
+
     def losses(self) -> torch.Tensor:
         batch = self.batch
         targets = self.encoder(batch["pixels"].float() / 255)
-        t = batch["t"].reshape(-1, 1, 1, 1)
-        x_t, velocity = (1 - t) * batch["x0"] + t * batch["noise"], batch["noise"] - batch["x0"]
+        x_t, velocity = self.noised()
         with self.setting.autocast():
             predicted, tokens = self.model(x_t, batch["t"], batch["label"], batch["drop"], self.depth)
             projected = self.projector(tokens)
@@ -305,8 +308,7 @@ class WrittenWell(AsPublished):
     def losses(self) -> torch.Tensor:
         batch = self.batch
         targets = self.encoder(batch["pixels"].float() / 255)
-        t = batch["t"].reshape(-1, 1, 1, 1)
-        x_t, velocity = (1 - t) * batch["x0"] + t * batch["noise"], batch["noise"] - batch["x0"]
+        x_t, velocity = self.noised()
         with self.setting.autocast():
             predicted, tokens = self.model(x_t, batch["t"], batch["label"], batch["drop"], self.depth)
             projected = self.projector(tokens)

@@ -200,7 +200,6 @@ def _model_card(
         pipeline_tag="unconditional-image-generation",
         tags=["erw-hf", method.lower(), "flow-matching", *(["class-conditional"] if num_classes != 0 else [])],
         datasets=[data] if _is_hub_id(data) else None,
-        base_model=start if (start := config.get("init_from")) and _is_hub_id(start) else None,
         model_name=name,
         eval_results=_eval_results(record) if record else None,
     )
