@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from erw_hf.evaluation.record import cpu_name, versions, write_record
+from erw_hf.evaluation.record import write_record
+from erw_hf.machine import device_name, versions
 
 
 NOT_MEASURED = "not measured"
@@ -33,7 +34,7 @@ def environment(device: str = "cpu") -> dict[str, object]:
     installed = versions()
     packages = ("python", "torch", "diffusers", "transformers", "datasets", "erw-hf")
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "device": device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "amx": torch.cpu._is_amx_tile_supported(),

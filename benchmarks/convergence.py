@@ -47,8 +47,8 @@ from erw_hf.data.samples import load_source
 from erw_hf.evaluation.record import write_record
 from erw_hf.training.config import TrainingConfig, parse_config
 from erw_hf.training.flops import count_step_flops
-from erw_hf.training.logging import read_metrics
 from erw_hf.training.models import build_full_model, build_warmup_model
+from erw_hf.training.run_record import read_metrics
 from erw_hf.warmup import build_warmup_transformer
 
 

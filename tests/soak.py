@@ -34,7 +34,7 @@ from helpers import REPOSITORY, kill_tree, launch_command, launch_training
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from erw_hf.training.logging import read_metrics
+from erw_hf.training.run_record import read_metrics
 
 
 WARMUP_STEPS, STEPS = 12, 30

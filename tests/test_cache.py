@@ -30,7 +30,7 @@ from erw_hf import RepresentationEncoder
 from erw_hf.data.digits import load_digits_dataset
 from erw_hf.data.latents import encode_moments
 from erw_hf.data.samples import center_crop
-from erw_hf.training.logging import read_metrics
+from erw_hf.training.run_record import read_metrics
 
 
 def cache(folder, vae_path, *flags, processes=1, check=True):

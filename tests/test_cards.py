@@ -24,8 +24,9 @@ from helpers import REPOSITORY, train
 from huggingface_hub import DatasetCardData, ModelCard, ModelCardData
 from loopback_hub import LoopbackHub
 
-from erw_hf.hub.cards import evaluation_files, preset_card, public_value, run_card, training_cost
-from erw_hf.training.logging import read_metrics
+from erw_hf.hub.cards import evaluation_files, preset_card, run_card
+from erw_hf.hub.public import public_value
+from erw_hf.training.run_record import read_metrics, training_cost
 
 
 PRESETS = sorted((REPOSITORY / "training" / "configs").glob("*.yaml"))

@@ -24,8 +24,8 @@ from accelerate.utils import set_seed
 from helpers import REPOSITORY
 from helpers import run_script as run_in_process
 
-from erw_hf.training.logging import read_metrics
 from erw_hf.training.models import build_full_model
+from erw_hf.training.run_record import read_metrics
 
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))

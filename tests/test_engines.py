@@ -25,7 +25,7 @@ from helpers import PRESET, REPOSITORY, launch_training
 from safetensors.torch import load_file
 
 from erw_hf import ERWPipeline, transformer_erw
-from erw_hf.training.logging import read_metrics
+from erw_hf.training.run_record import read_metrics
 
 
 def losses(run):

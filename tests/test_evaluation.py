@@ -28,7 +28,7 @@ from helpers import REPOSITORY, TINY_MODEL, launch_command, randomize, run_scrip
 from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler
 from erw_hf.evaluation.images import dataset_images, generated_images, npz_images, sample_generator, sample_label
 from erw_hf.training.config import TrainingConfig
-from erw_hf.training.logging import read_metrics
+from erw_hf.training.run_record import read_metrics
 
 
 CLASSIFIER = REPOSITORY / "pipelines" / "digits-classifier"

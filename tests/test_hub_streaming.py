@@ -25,7 +25,7 @@ from loopback_hub import LoopbackHub
 from PIL import Image
 from test_streaming import write_shards
 
-from erw_hf.training.logging import read_metrics
+from erw_hf.training.run_record import read_metrics
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from helpers import REPOSITORY, train
 
 from erw_hf.training.config import TrainingConfig, parse_config
 from erw_hf.training.cost import cost_report
-from erw_hf.training.logging import read_metrics
+from erw_hf.training.run_record import read_metrics
 
 
 CONFIGS = REPOSITORY / "training" / "configs"

@@ -42,7 +42,7 @@ from erw_hf.hub import push
 from erw_hf.hub.space import publish_space
 from erw_hf.training.config import TrainingConfig
 from erw_hf.training.inputs import check_cache
-from erw_hf.training.logging import read_metrics
+from erw_hf.training.run_record import read_metrics
 
 
 TEXT = {".md", ".json", ".jsonl", ".yaml", ".txt", ".py"}

@@ -24,8 +24,9 @@ from torch._dynamo.utils import counters
 from erw_hf import RepresentationEncoder
 from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples, load_source
 from erw_hf.training.config import parse_config
-from erw_hf.training.logging import LateValues, read_metrics
+from erw_hf.training.device import LateValues
 from erw_hf.training.models import build_full_model, build_warmup_model
+from erw_hf.training.run_record import read_metrics
 
 
 def losses_of(run) -> list[float]:

@@ -26,7 +26,7 @@ from PIL import Image as PILImage
 
 from erw_hf.data.samples import SampleMaker, load_source
 from erw_hf.data.streaming import RowReader, StreamingSamples, stream_loader
-from erw_hf.training.logging import read_metrics
+from erw_hf.training.run_record import read_metrics
 
 
 ROWS = 101

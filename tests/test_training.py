@@ -39,8 +39,8 @@ from safetensors.torch import load_file
 
 from erw_hf import ERWPipeline, ERWTransformer2DModel
 from erw_hf.alignment import AlignedTransformer
-from erw_hf.training.logging import read_metrics
 from erw_hf.training.optimizers import build_optimizer
+from erw_hf.training.run_record import read_metrics
 
 
 def losses(run):

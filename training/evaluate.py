@@ -49,7 +49,8 @@ from erw_hf.evaluation.quality import (
     measure,
     reference_file,
 )
-from erw_hf.evaluation.record import compare_records, file_hash, hardware, versions, write_record
+from erw_hf.evaluation.record import compare_records, file_hash, write_record
+from erw_hf.machine import hardware, versions
 
 
 # What does not change the numbers

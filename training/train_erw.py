@@ -19,7 +19,6 @@ One run does everything: warmup of the early blocks (phase 1), verified hand-ove
 a pipeline. It can be stopped anywhere and started again with `--resume_from_checkpoint latest`.
 """
 
-import functools
 import itertools
 import json
 import logging
@@ -37,6 +36,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object, set_seed
 from diffusers.optimization import get_scheduler
 from PIL import Image
@@ -56,28 +56,32 @@ from erw_hf.data.latents import moments_to_latents, pixels_to_latents
 from erw_hf.data.samples import SampleMaker, Source, StepSampler, TrainingSamples, load_source
 from erw_hf.data.streaming import StreamingSamples, stream_loader
 from erw_hf.flow import timestep_from_normal
-from erw_hf.hub.cards import describe_environment, write_warmup_record
+from erw_hf.hub.cards import write_warmup_record
 from erw_hf.hub.push import BackgroundPush, link_folder, prepare_repo
 from erw_hf.training.checkpoints import (
     Progress,
     TrainingState,
+    check_checkpoint,
     load_checkpoint,
     load_data_state,
-    read_progress,
+    prepare_output_dir,
     remove_later_checkpoints,
     resolve_checkpoint,
     save_checkpoint,
 )
 from erw_hf.training.config import TrainingConfig, parse_config, resolve_mixed_precision
 from erw_hf.training.cost import cost_report
+from erw_hf.training.device import LateValues, peak_memory, to_device
 from erw_hf.training.ema import EMA, remove_later_snapshots, save_snapshots, whole_state_dict, whole_tensor
+from erw_hf.training.engines import check_engine
 from erw_hf.training.flops import count_step_flops, peak_flops
 from erw_hf.training.initialization import find_warmup, load_initial, load_warmup, save_warmup
 from erw_hf.training.inputs import check_cache, load_encoders, load_vae
-from erw_hf.training.logging import LateValues, MetricsFile, image_grid, peak_memory, plot_losses
 from erw_hf.training.models import build_full_model, build_warmup_model, class_token_dim, compile_blocks
 from erw_hf.training.optimizers import build_optimizer
-from erw_hf.training.quality import QualityMonitor
+from erw_hf.training.plots import image_grid, plot_losses
+from erw_hf.training.quality_monitor import QualityMonitor
+from erw_hf.training.run_record import MetricsFile, describe_environment
 from erw_hf.warmup import (
     AlignmentLoss,
     build_warmup_transformer,
@@ -89,6 +93,9 @@ from erw_hf.warmup import (
 
 
 logger = get_logger(__name__)
+
+Batch = dict[str, torch.Tensor]
+LossFunction = Callable[[torch.nn.Module, Batch, int], dict[str, torch.Tensor]]
 
 
 @dataclass
@@ -109,14 +116,14 @@ class Run:
     stream: StatefulDataLoader | None = None  # of streamed data
     stream_state: dict | None = None  # where the stream goes on
     push: BackgroundPush | None = None  # on the main process
-    data_error: str | None = None  # why this process has no next batch
+    batch: Batch | None = None  # the last one that was read
+    data_error: str | None = None  # why this process has no next one
     last_arrival: float = 0.0  # when the device was done with the last step that was written
     stop_requested: bool = False  # by SIGTERM, which schedulers send before they end a job
 
     @property
     def step_batch_size(self) -> int:
-        config = self.config
-        return config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+        return self.config.step_batch_size(self.accelerator.num_processes)
 
 
 @dataclass
@@ -129,10 +136,6 @@ class LateStep:
     waited: float  # seconds, for data
     loss_names: list[str]
     values: LateValues
-
-
-Batch = dict[str, torch.Tensor]
-LossFunction = Callable[[torch.nn.Module, Batch, int], dict[str, torch.Tensor]]
 
 
 def main() -> None:
@@ -156,9 +159,11 @@ def main() -> None:
     checkpoint = resolve_checkpoint(output_dir, config.resume_from_checkpoint)
     if checkpoint is not None and (checkpoint.parent / "config.yaml").exists():
         config.check_resumable(checkpoint.parent / "config.yaml")
-    progress = Progress() if checkpoint is None else read_progress(checkpoint)
+    progress = Progress()
     if checkpoint is not None:
-        check_checkpoint(config, accelerator, checkpoint, progress)
+        progress = check_checkpoint(checkpoint, output_dir, config.step_batch_size(accelerator.num_processes))
+        if config.streaming:
+            load_data_state(accelerator, checkpoint, config.dataloader_num_workers)
     if config.push_to_hub and accelerator.is_main_process:
         config.hub_model_id = prepare_repo(config.hub_model_id or output_dir.resolve().name, config.hub_private)
     source = load_source(**config.source_arguments())
@@ -177,7 +182,8 @@ def main() -> None:
     if config.init_from is not None and checkpoint is None:
         initial_state = load_initial(config.init_from, model_config, source.id2label)
     if accelerator.is_main_process:
-        prepare_output_dir(config, resuming=config.resume_from_checkpoint is not None)
+        resuming = config.resume_from_checkpoint is not None
+        prepare_output_dir(output_dir, resuming, config.overwrite_output_dir)
     accelerator.wait_for_everyone()
 
     run = Run(
@@ -210,51 +216,6 @@ def main() -> None:
     accelerator.end_training()
     if run.push is not None:
         push_at_end(run)
-
-
-def check_checkpoint(config: TrainingConfig, accelerator: Accelerator, checkpoint: Path, progress: Progress) -> None:
-    """A run goes on exactly, or not at all."""
-    folder = Path(config.output_dir)
-    if checkpoint.resolve().parent != folder.resolve() and (folder / "metrics.jsonl").exists():
-        raise ValueError(
-            f"{folder} holds another run than {checkpoint}: choose another --output_dir to branch off from it"
-        )
-    now = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    if progress.step_batch_size not in (0, now):
-        raise ValueError(
-            f"a step of {checkpoint} had {progress.step_batch_size} images, now it would have {now}, and the order of the "
-            "data would be another: train_batch_size x gradient_accumulation_steps x processes must stay as it was"
-        )
-    if config.streaming:
-        load_data_state(accelerator, checkpoint, config.dataloader_num_workers)
-
-
-def check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
-    """DDP, FSDP2 and DeepSpeed's ZeRO 1 and 2, as accelerate's config files set them up."""
-    if config.optimizer == "muon" and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
-        raise ValueError("optimizer muon needs whole matrices on each process: use DDP, or optimizer adamw")
-    if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
-        raise ValueError("FSDP 1 is not supported: set fsdp_version: 2, as training/accelerate/fsdp2.yaml does")
-    if accelerator.distributed_type == "DEEPSPEED":
-        plugin = accelerator.state.deepspeed_plugin
-        if plugin.zero_stage > 2:
-            raise ValueError(
-                f"DeepSpeed ZeRO {plugin.zero_stage} is not supported, 1 and 2 are: to shard the weights themselves, take "
-                "FSDP2 (training/accelerate/fsdp2.yaml)"
-            )
-        # Weights stay float32, as everywhere: DeepSpeed's own bf16 would round what the EMA averages.
-        if accelerator.mixed_precision == "fp16":
-            raise ValueError("mixed_precision fp16 is not supported with DeepSpeed: set bf16")
-        autocast = {"enabled": accelerator.mixed_precision == "bf16", "dtype": "bfloat16"}
-        plugin.deepspeed_config.update(bf16={"enabled": False}, torch_autocast=autocast)
-        # accelerate takes the batch from the loader that it prepares, and the rest from its own file.
-        plugin.deepspeed_config.update(
-            train_micro_batch_size_per_gpu=config.train_batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            gradient_clipping=config.max_grad_norm,
-        )
-    # The launcher's environment would win over the configuration.
-    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
 
 
 def stop_on_sigterm(run: Run) -> None:
@@ -345,7 +306,64 @@ def train_phase(
     # A step that aligns runs all encoders, each other one the first, and only if its class token is drawn.
     flops_unaligned = count_step_flops(model, run.encoders[:1] if config.class_token_weight > 0 else [])
     encodes = model.projectors and not run.source.has_features
-    flops_per_image = count_step_flops(model, run.encoders) if encodes else flops_unaligned
+    flops_aligned = count_step_flops(model, run.encoders) if encodes else flops_unaligned
+    model, optimizer = prepare_phase(run, phase, model, end_step - start_step, learning_rate, checkpoint)
+    batches = load_batches(run, progress.step, end_step)
+    if progress.step < end_step:
+        first = next_batch(run, batches)
+        stop_without_data(run, progress.step + 1)  # which is then known before a step
+        batches = itertools.chain([first], batches)
+    model.train()
+
+    bar = tqdm(
+        range(progress.step, end_step),
+        desc=f"{phase:6}",
+        initial=progress.step - start_step,
+        total=end_step - start_step,
+        disable=not accelerator.is_main_process,
+        unit="step",
+    )
+    late = None
+    for step in bar:
+        started, used_learning_rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
+        parts, grad_norm, waited = train_step(run, model, optimizer, losses, batches, step)
+
+        progress.step = step + 1
+        progress.step_batch_size = run.step_batch_size
+        progress.images_seen += run.step_batch_size
+        aligned = phase == "warmup" or phase_2_weight(config, step) > 0
+        step_flops = (flops_aligned if aligned else flops_unaligned) * run.step_batch_size
+        progress.flops += step_flops
+        # The losses of a step are fetched while the next one runs, so that the host never waits for the device.
+        stopping = late is not None and settle(run, late, bar)
+        record = host_record(run, phase, step, used_learning_rate)
+        late = LateStep(record, step_flops, started, waited, list(parts), LateValues(agree(run, parts, grad_norm)))
+        saving = stopping or progress.step % config.checkpointing_steps == 0 or progress.step == end_step
+        validating = phase == "full" and config.validation_steps and progress.step % config.validation_steps == 0
+        measuring = run.quality.is_due(phase, progress.step)
+        if saving or validating or measuring:
+            stopping |= settle(run, late, bar)
+            late = None
+        if phase == "full" and config.ema_snapshot_steps and progress.step % config.ema_snapshot_steps == 0:
+            save_snapshots(run.state.ema, Path(config.output_dir) / "ema_snapshots", accelerator.is_main_process)
+        if saving:
+            save(run, phase)
+        if stopping:
+            logger.info("stopped by SIGTERM: go on with --resume_from_checkpoint latest")
+            accelerator.end_training()
+            raise SystemExit(0)
+        if validating:
+            validate(run)
+        if measuring:
+            measure_quality(run, phase, accelerator.unwrap_model(model).transformer)
+    return model
+
+
+def prepare_phase(
+    run: Run, phase: str, model: torch.nn.Module, steps: int, learning_rate: float, checkpoint: Path | None
+) -> tuple[torch.nn.Module, AcceleratedOptimizer]:
+    """A phase's model and a fresh optimizer, schedule and EMA, or a checkpoint's."""
+    config, accelerator = run.config, run.accelerator
     if config.compiles(accelerator.device.type):
         compile_blocks(model.transformer, accelerator.device.type)
     optimizer = build_optimizer(
@@ -360,7 +378,7 @@ def train_phase(
         "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler,
         optimizer,
         num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=end_step - start_step,
+        num_training_steps=steps,
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     if phase == "full":
@@ -370,85 +388,54 @@ def train_phase(
         set_learning_rate(run.state.lr_scheduler, optimizer, learning_rate)
         if config.streaming:
             run.stream_state = load_data_state(accelerator, checkpoint, config.dataloader_num_workers)
-        logger.info(f"resumed from {checkpoint} at step {progress.step}")
-    batches = load_batches(run, progress.step, end_step)
-    batch = None
-    if progress.step < end_step:
-        batch = next_batch(run, batches, None)  # so that a process without data is known before a step
-        stop_without_data(run, progress.step + 1)
-        batches = itertools.chain([batch], batches)
-    model.train()
+        logger.info(f"resumed from {checkpoint} at step {run.progress.step}")
+    return model, optimizer
 
-    bar = tqdm(
-        range(progress.step, end_step),
-        desc=f"{phase:6}",
-        initial=progress.step - start_step,
-        total=end_step - start_step,
-        disable=not accelerator.is_main_process,
-        unit="step",
-    )
-    late = None
-    for step in bar:
-        started, waited, sums = time.perf_counter(), 0.0, {}
-        for _ in range(config.gradient_accumulation_steps):
-            wait_started = time.perf_counter()
-            batch = next_batch(run, batches, batch)
-            waited += time.perf_counter() - wait_started
-            with accelerator.accumulate(model):
-                parts = losses(model, to_device(batch, accelerator.device), step)
-                accelerator.backward(parts["loss"])
-                for name, value in parts.items():
-                    sums[name] = sums.get(name, 0) + value.detach() / config.gradient_accumulation_steps
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                    grad_norm = torch.as_tensor(whole_tensor(grad_norm), device=accelerator.device)
-                    # The optimizer leaves out a non-finite step on the device, as it does for fp16's loss scaler.
-                    optimizer.optimizer.found_inf = (~grad_norm.isfinite()).float()
-                    optimizer.step()
-                optimizer.zero_grad()
-        if run.state.ema is not None:
-            run.state.ema.step()
-        used_learning_rate = optimizer.param_groups[0]["lr"]
-        run.state.lr_scheduler.step()
 
-        progress.step = step + 1
-        progress.step_batch_size = run.step_batch_size
-        progress.images_seen += run.step_batch_size
-        aligned = phase == "warmup" or phase_2_weight(config, step) > 0
-        step_flops = (flops_per_image if aligned else flops_unaligned) * run.step_batch_size
-        progress.flops += step_flops
-        # The losses of a step are fetched while the next one runs, so that the host never waits for the device.
-        stopping = late is not None and settle(run, late, bar)
-        record = host_record(run, phase, step, used_learning_rate)
-        late = LateStep(record, step_flops, started, waited, list(sums), LateValues(agree(run, sums, grad_norm)))
-        saving = stopping or progress.step % config.checkpointing_steps == 0 or progress.step == end_step
-        validating = phase == "full" and config.validation_steps and progress.step % config.validation_steps == 0
-        measuring = run.quality.is_due(phase, progress.step)
-        if saving or validating or measuring:
-            stopping |= settle(run, late, bar)
-            late = None
-        if phase == "full" and config.ema_snapshot_steps and progress.step % config.ema_snapshot_steps == 0:
-            save_snapshots(run.state.ema, Path(config.output_dir) / "ema_snapshots", accelerator.is_main_process)
-        if saving:
-            data_state = None
-            if run.stream is not None:
-                run.stream_state = run.stream.state_dict()
-                data_state = {"workers": config.dataloader_num_workers, "stream": run.stream_state}
-            save_checkpoint(
-                accelerator, config.output_dir, progress, config.checkpoints_total_limit, run.state, data_state
-            )
-            logger.info(f"saved checkpoint-{progress.step}")
-            if config.push_to_hub and config.hub_strategy != "end" and progress.step < config.max_train_steps:
-                push_checkpoint(run, phase)
-        if stopping:
-            logger.info("stopped by SIGTERM: go on with --resume_from_checkpoint latest")
-            accelerator.end_training()
-            raise SystemExit(0)
-        if validating:
-            validate(run)
-        if measuring:
-            measure_quality(run, phase, accelerator.unwrap_model(model).transformer)
-    return model
+def train_step(
+    run: Run,
+    model: torch.nn.Module,
+    optimizer: AcceleratedOptimizer,
+    losses: LossFunction,
+    batches: Iterator[Batch],
+    step: int,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, float]:
+    """One optimizer step: this process's losses, the gradient's norm, and the seconds that it waited for data."""
+    config, accelerator = run.config, run.accelerator
+    waited, sums = 0.0, {}
+    for _ in range(config.gradient_accumulation_steps):
+        wait_started = time.perf_counter()
+        batch = next_batch(run, batches)
+        waited += time.perf_counter() - wait_started
+        with accelerator.accumulate(model):
+            parts = losses(model, to_device(batch, accelerator.device), step)
+            accelerator.backward(parts["loss"])
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0) + value.detach() / config.gradient_accumulation_steps
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                grad_norm = torch.as_tensor(whole_tensor(grad_norm), device=accelerator.device)
+                # The optimizer leaves out a non-finite step on the device, as it does for fp16's loss scaler.
+                optimizer.optimizer.found_inf = (~grad_norm.isfinite()).float()
+                optimizer.step()
+            optimizer.zero_grad()
+    if run.state.ema is not None:
+        run.state.ema.step()
+    run.state.lr_scheduler.step()
+    return sums, grad_norm, waited
+
+
+def save(run: Run, phase: str) -> None:
+    """A checkpoint of everything that the next step depends on; by strategy it goes to the Hub."""
+    config, accelerator, progress = run.config, run.accelerator, run.progress
+    data_state = None
+    if run.stream is not None:
+        run.stream_state = run.stream.state_dict()
+        data_state = {"workers": config.dataloader_num_workers, "stream": run.stream_state}
+    save_checkpoint(accelerator, config.output_dir, progress, config.checkpoints_total_limit, run.state, data_state)
+    logger.info(f"saved checkpoint-{progress.step}")
+    if config.push_to_hub and config.hub_strategy != "end" and progress.step < config.max_train_steps:
+        push_checkpoint(run, phase)
 
 
 def set_learning_rate(lr_scheduler, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -459,15 +446,16 @@ def set_learning_rate(lr_scheduler, optimizer: torch.optim.Optimizer, learning_r
         group["lr"] = learning_rate * factor(lr_scheduler.last_epoch)
 
 
-def next_batch(run: Run, batches: Iterator[Batch], previous: Batch | None) -> Batch | None:
-    """The next batch; after a failure to read it the previous one, so that no other process waits for this one's share
+def next_batch(run: Run, batches: Iterator[Batch]) -> Batch | None:
+    """The next batch; after a failure to read it the last one again, so that no other process waits for this one's share
     of a step for ever. `agree` then ends the run on all of them, and nothing of that step is kept."""
-    try:
-        return previous if run.data_error is not None else next(batches)
-    except Exception as error:
-        logger.debug("reading failed", exc_info=True)
-        run.data_error = f"{type(error).__name__}: {error}"
-        return previous
+    if run.data_error is None:
+        try:
+            run.batch = next(batches)
+        except Exception as error:
+            logger.debug("reading failed", exc_info=True)
+            run.data_error = f"{type(error).__name__}: {error}"
+    return run.batch
 
 
 def stop_without_data(run: Run, step: int) -> None:
@@ -521,24 +509,6 @@ def settle(run: Run, late: LateStep, bar: tqdm) -> bool:
             f"last checkpoint in {config.output_dir} with a lower learning_rate"
         )
     return stopping > 0
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copies on a stream of its own, beside the step that the device is still busy with."""
-    if device.type != "cuda":
-        return {name: tensor.to(device) for name, tensor in batch.items()}
-    with torch.cuda.stream(copy_stream(device)):
-        copies = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    current = torch.cuda.current_stream()
-    current.wait_stream(copy_stream(device))
-    for tensor in copies.values():
-        tensor.record_stream(current)  # whose memory is not given out again before the step is done with it
-    return copies
-
-
-@functools.cache
-def copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 def host_record(run: Run, phase: str, step: int, learning_rate: float) -> dict[str, object]:
@@ -654,25 +624,6 @@ def choose_alignment_loss(config: TrainingConfig) -> AlignmentLoss:
     if config.alignment_loss == "nt_xent":
         return partial(nt_xent_alignment_loss, temperature=config.alignment_temperature)
     return structural_alignment_loss if config.alignment_loss == "structural" else cosine_alignment_loss
-
-
-def prepare_output_dir(config: TrainingConfig, resuming: bool) -> None:
-    """Makes the run's folder, proves that it can be written, and never mixes two runs in it."""
-    folder = Path(config.output_dir)
-    if (folder / "metrics.jsonl").exists() and not resuming:
-        if not config.overwrite_output_dir:
-            raise ValueError(
-                f"{folder} holds a run already: continue it with --resume_from_checkpoint latest, choose another "
-                "--output_dir, or delete it with --overwrite_output_dir"
-            )
-        shutil.rmtree(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write to output_dir {folder}: {error}") from error
 
 
 def build_pipeline(run: Run, transformer: ERWTransformer2DModel) -> ERWPipeline:

@@ -14,67 +14,10 @@
 """The record of an evaluation: what it was made with, and whether it comes out again."""
 
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import sys
 from pathlib import Path
 from typing import Any
-
-import torch
-from accelerate import Accelerator
-
-
-PACKAGES = (
-    "erw-hf", "torch", "diffusers", "transformers", "accelerate", "datasets", "numpy", "scikit-learn", "torch-fidelity",
-)  # fmt: skip
-
-
-def versions() -> dict[str, str | None]:
-    """
-    Returns:
-        `dict[str, str | None]`: Versions of Python and of the libraries that the numbers depend on.
-    """
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def hardware(accelerator: Accelerator) -> dict[str, object]:
-    """
-    Args:
-        accelerator (`Accelerator`): The processes.
-
-    Returns:
-        `dict[str, object]`: What the evaluation ran on.
-    """
-    device = accelerator.device
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "device_type": device.type,
-        "processes": accelerator.num_processes,
-        "cpu_threads_per_process": torch.get_num_threads(),
-        "cpu_cores": os.cpu_count(),
-        "mixed_precision": accelerator.mixed_precision,
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-    }
-
-
-def cpu_name() -> str:
-    """
-    Returns:
-        `str`: Model of the CPU.
-    """
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:

@@ -18,10 +18,9 @@ python -m erw_hf.hub.cards --config training/configs/imagenet256-xl-erw-paper.ya
 
 import argparse
 import json
-import os
 import re
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,10 @@ from huggingface_hub import (
     eval_result_entries_to_yaml,
 )
 
+from erw_hf.hub.public import is_hub_id, public_name
+from erw_hf.training.run_record import PATH_OR_ID, split_names, training_cost
 
-STATED_PACKAGES = ("torch", "diffusers", "accelerate", "erw-hf")  # whose versions a card names
-PATH_OR_ID = ("dataset_name", "vae", "encoder", "warmup_from", "init_from")
+
 TEMPLATES = Path(__file__).parent / "model_cards"
 ERW = """@article{liu2025erw,
   title = {Efficient Generative Model Training via Embedded Representation Warmup},
@@ -89,7 +89,7 @@ def run_card(folder: Path, repo_id: str) -> ModelCard:
     if config.get("warmup_from") is not None:
         before = _read_json(folder / "warmup_from.json")
         warmup_note = (
-            f"The run started from the warmup `{_name(config['warmup_from'])}`, which is **not** in the table: "
+            f"The run started from the warmup `{public_name(config['warmup_from'])}`, which is **not** in the table: "
         )
         warmup_note += (
             f"{before['steps']} steps, {before['images_seen']} images, {before['flops']:.3e} FLOPs."
@@ -173,7 +173,7 @@ def _model_card(
     is_erw = config["warmup_steps"] > 0 or config.get("warmup_from") is not None
     method = "ERW" if is_erw else "REPA" if aligned else "SiT"
     size = f"{config['sample_size']}x{config['sample_size']}"
-    space = f"latents of `{_name(config['vae'])}`, {size}" if config["vae"] else f"pixels, {size}"
+    space = f"latents of `{public_name(config['vae'])}`, {size}" if config["vae"] else f"pixels, {size}"
     subject = f"the {num_classes or ''} classes of its data".replace("  ", " ")
     if num_classes == 0:
         subject = "what its data holds, without classes,"
@@ -190,7 +190,9 @@ def _model_card(
     }
     if draws_class_token:
         descriptions["SiT"] = "by velocity matching ([SiT](https://arxiv.org/abs/2401.08740)), without alignment"
-    summary = f"A {kind} flow-matching transformer ({count}{space}), {verb} on `{_name(data)}` {descriptions[method]}."
+    summary = (
+        f"A {kind} flow-matching transformer ({count}{space}), {verb} on `{public_name(data)}` {descriptions[method]}."
+    )
     if draws_class_token:
         summary += " It draws the encoder's class token beside the image ([REG](https://arxiv.org/abs/2507.01467))."
     licence = f"Weights: {config['hub_license']}." if cost else "Recipe and code: apache-2.0."
@@ -199,14 +201,14 @@ def _model_card(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         tags=["erw-hf", method.lower(), "flow-matching", *(["class-conditional"] if num_classes != 0 else [])],
-        datasets=[data] if _is_hub_id(data) else None,
+        datasets=[data] if is_hub_id(data) else None,
         model_name=name,
         eval_results=_eval_results(record) if record else None,
     )
     return ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATES / "template.md.jinja"),
-        title=f"{name}: {method} on {_name(data)}",
+        title=f"{name}: {method} on {public_name(data)}",
         summary=summary,
         repo_id=repo_id,
         run_name=name,
@@ -219,7 +221,7 @@ def _model_card(
         settings=_settings(config, num_classes, aligned or draws_class_token),
         subject=subject,
         alignment=aligned,
-        encoder=f"`{_name(encoder)}`",
+        encoder=f"`{public_name(encoder)}`",
         licence=f"{licence} {_data_licence(data)}",
         citation=CITATION,
         **context,
@@ -240,16 +242,18 @@ def _recipe(config: Mapping[str, Any], method: str) -> str:
         f"{matching} plus λ times the alignment of block {config['projector_depth']}, λ = "
         f"{config['alignment_weight']}, {schedules[config['alignment_schedule']]}"
     )
-    start = f"From the weights of `{_name(config['init_from'])}`: " if config.get("init_from") is not None else ""
+    start = (
+        f"From the weights of `{public_name(config['init_from'])}`: " if config.get("init_from") is not None else ""
+    )
     if method == "SiT":
         return f"{start}{full} steps of {matching.rstrip(',')}."
     if method == "REPA":
         return f"{start}{full} steps of {aligned}."
     if config.get("warmup_from") is not None:
-        return f"From the warmup `{_name(config['warmup_from'])}`: {full} steps of {aligned}."
+        return f"From the warmup `{public_name(config['warmup_from'])}`: {full} steps of {aligned}."
     return (
         f"1. Warmup, {config['warmup_steps']} steps: the embedders and the first {config['warmup_depth']} blocks alone, "
-        f"aligned with `{_name(config['encoder'])}` on {'noised' if config['warmup_noised'] else 'clean'} inputs.\n"
+        f"aligned with `{public_name(config['encoder'])}` on {'noised' if config['warmup_noised'] else 'clean'} inputs.\n"
         f"2. Hand-over of those weights to the full model, each tensor checked; a fresh optimizer and EMA.\n"
         f"3. Full training, {full} steps: {aligned}."
     )
@@ -258,10 +262,10 @@ def _recipe(config: Mapping[str, Any], method: str) -> str:
 def _settings(config: Mapping[str, Any], num_classes: int | None, has_encoder: bool) -> list[tuple[str, object]]:
     width = config["num_attention_heads"] * config["attention_head_dim"]
     return [
-        ("data", f"`{_name(config['dataset_name'])}`, split `{config['dataset_split']}`"),
+        ("data", f"`{public_name(config['dataset_name'])}`, split `{config['dataset_split']}`"),
         ("classes", "taken from the data" if num_classes is None else num_classes or "none"),
-        ("autoencoder", f"`{_name(config['vae'])}`" if config["vae"] else "none: pixels"),
-        ("encoder", f"`{_name(config['encoder'])}`" if has_encoder else "none"),
+        ("autoencoder", f"`{public_name(config['vae'])}`" if config["vae"] else "none: pixels"),
+        ("encoder", f"`{public_name(config['encoder'])}`" if has_encoder else "none"),
         ("weight of the class token's velocity", config.get("class_token_weight", 0.0) or "none"),
         ("blocks, width, heads", f"{config['num_layers']}, {width}, {config['num_attention_heads']}"),
         ("patch size", config["patch_size"]),
@@ -276,123 +280,6 @@ def _settings(config: Mapping[str, Any], num_classes: int | None, has_encoder: b
         ("label dropout", config["class_dropout_prob"]),
         ("seed", config["seed"]),
     ]
-
-
-def public_value(value: object, local: Collection[str] = ()) -> object:
-    """
-    What may leave this machine of a record: of each path of its own the name alone. Hub ids stay.
-
-    Args:
-        value (`object`): A value of JSON or YAML. A string may name several, separated by commas.
-        local (`Collection[str]`, *optional*, defaults to `()`):
-            Names that are known to be of local folders, whatever they look like.
-
-    Returns:
-        `object`: The same, made public.
-    """
-    if isinstance(value, Mapping):
-        return {key: public_value(entry, local) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [public_value(entry, local) for entry in value]
-    if not isinstance(value, str):
-        return value
-    return ",".join(Path(p.strip()).name if _is_path(p.strip(), local) else p for p in value.split(","))
-
-
-def _is_path(name: str, local: Collection[str] = ()) -> bool:
-    if "/" not in name or "://" in name:
-        return False
-    # Three names and two slashes, as in outputs/mine/pipeline, are too many for an id.
-    deep = re.fullmatch(r"[\w.-]+(/[\w.-]+){2,}/?", name) is not None
-    return name.startswith(("/", "~", ".")) or name.endswith(".npz") or deep or name in local or os.path.exists(name)
-
-
-def training_cost(metrics: Path, config: Mapping[str, Any], environment: dict[str, Any] | None) -> dict[str, Any]:
-    """
-    What a run has cost, the warmup counted, from its own record.
-
-    Args:
-        metrics (`Path`): `metrics.jsonl`.
-        config (`Mapping[str, Any]`): Its configuration.
-        environment (`dict`, *optional*): `environment.json`, hardware and versions.
-
-    Returns:
-        `dict[str, Any]`: `steps`, and `rows` for a table.
-    """
-    warmup = full = 0
-    seconds, images, flops, full_step_flops = 0.0, 0, 0.0, None
-    waited, used, peak_memory = 0.0, 0.0, 0.0
-    losses: list[float] = []
-    last_phase = None
-    with metrics.open(encoding="utf-8") as file:
-        for line in file:
-            record = json.loads(line)
-            step_seconds = (record["images_seen"] - images) / record["images_per_second"]
-            seconds += step_seconds
-            waited += step_seconds * record["data_wait"]
-            used += step_seconds * (record.get("mfu") or 0)
-            peak_memory = max(peak_memory, record.get("peak_memory_gib") or 0)
-            if record["phase"] == "full" and full_step_flops is None:
-                full_step_flops = record["flops"] - flops
-            images, flops = record["images_seen"], record["flops"]
-            warmup += record["phase"] == "warmup"
-            full += record["phase"] == "full"
-            if record["phase"] != last_phase:
-                losses, last_phase = [], record["phase"]
-            losses = [*losses[-99:], record["loss"]]
-    rows: list[tuple[str, object]] = [
-        ("steps", f"{warmup} warmup + {full} full"),
-        ("images seen", f"{images:,}".replace(",", " ")),
-        ("FLOPs", f"{flops:.3e}"),
-    ]
-    if full_step_flops:
-        rows.append(("full-step equivalents", f"{flops / full_step_flops:.0f}"))
-    finite = [loss for loss in losses if loss is not None]
-    if finite:
-        rows.append((f"loss, mean of the last {len(losses)} steps", f"{sum(finite) / len(finite):.4f}"))
-    if seconds:
-        rows.append(("hours in steps", f"{seconds / 3600:.2f} ({images / seconds:.0f} images a second)"))
-        rows.append(("waiting for data", f"{waited / seconds:.1%} of that"))
-    if used:
-        rows.append(("MFU", f"{used / seconds:.1%} of the GPUs' dense bf16 peak"))
-    if peak_memory:
-        rows.append(("peak memory", f"{peak_memory:.1f} GiB for the main process"))
-    if environment is not None:
-        processes = environment["processes"]
-        rows.append(("hardware", f"{processes} x {environment['hardware']}"))
-        if environment["device"] != "cpu":
-            rows.append(("GPU-hours", f"{seconds / 3600 * processes:.2f}"))
-        rows.append(("versions", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())))
-    return {"steps": warmup + full, "rows": rows}
-
-
-def describe_environment(device_type: str, processes: int, config: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    What a run's figures need beside them.
-
-    Args:
-        device_type (`str`): `"cuda"`, `"cpu"` or another one.
-        processes (`int`): Number of training processes.
-        config (`Mapping[str, Any]`): Configuration of the run.
-
-    Returns:
-        `dict[str, Any]`: `device`, `processes`, `hardware` of one process, `versions`, and which data set, encoder or
-        autoencoder was `local`.
-    """
-    import torch  # the push, which needs none of this, starts without
-
-    from erw_hf.evaluation.record import cpu_name, versions
-
-    hardware = torch.cuda.get_device_name() if device_type == "cuda" else f"{cpu_name()}, {os.cpu_count()} cores"
-    installed = versions()
-    local = [part for name in PATH_OR_ID for part in _parts(config.get(name) or "") if Path(part).exists()]
-    return {
-        "device": device_type,
-        "processes": processes,
-        "hardware": hardware,
-        "versions": {name: installed[name] for name in STATED_PACKAGES if installed[name] is not None},
-        "local": local,
-    }
 
 
 def write_warmup_record(
@@ -412,8 +299,8 @@ def write_warmup_record(
         "images_seen": progress["images_seen"],
         "flops": progress["flops"],
         "depth": config["warmup_depth"],
-        "encoder": _name(config["encoder"]),
-        "dataset": _name(config["dataset_name"]),
+        "encoder": public_name(config["encoder"]),
+        "dataset": public_name(config["dataset_name"]),
     }
     (folder / "warmup.json").write_text(json.dumps(record, indent=2))
     data = str(config["dataset_name"])
@@ -421,14 +308,14 @@ def write_warmup_record(
         license=config["hub_license"],
         library_name="diffusers",
         tags=["erw-hf", "erw", "warmup"],
-        datasets=[data] if _is_hub_id(data) else None,
-        base_model=start if (start := config.get("init_from")) and _is_hub_id(start) else None,
+        datasets=[data] if is_hub_id(data) else None,
+        base_model=start if (start := config.get("init_from")) and is_hub_id(start) else None,
     )
     settings = [
         ("blocks", config["warmup_depth"]),
         ("encoder", f"`{record['encoder']}`"),
         ("data", f"`{record['dataset']}`"),
-        ("autoencoder", f"`{_name(config['vae'])}`" if config["vae"] else "none: pixels"),
+        ("autoencoder", f"`{public_name(config['vae'])}`" if config["vae"] else "none: pixels"),
         ("inputs", "noised, t drawn" if config["warmup_noised"] else "clean, t = 0"),
         ("loss", config["alignment_loss"]),
         ("projector", config["projector"]),
@@ -478,8 +365,8 @@ def dataset_card(folder: Path, repo_id: str) -> DatasetCard:
     splits["train"] = SplitInfo(name="train", num_bytes=num_bytes, num_examples=rows)
     source = str(made["dataset_name"])
     card_data = DatasetCardData(
-        pretty_name=f"Latents of {_name(source)}",
-        source_datasets=[source] if _is_hub_id(source) else None,
+        pretty_name=f"Latents of {public_name(source)}",
+        source_datasets=[source] if is_hub_id(source) else None,
         task_categories=["unconditional-image-generation"],
         tags=["erw-hf", "latents"],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
@@ -489,14 +376,14 @@ def dataset_card(folder: Path, repo_id: str) -> DatasetCard:
     return DatasetCard.from_template(
         card_data,
         template_path=str(TEMPLATES / "dataset.md.jinja"),
-        title=f"Latents of {_name(source)}",
+        title=f"Latents of {public_name(source)}",
         repo_id=repo_id,
         rows=f"{rows:,}".replace(",", " "),
-        source=_name(source),
+        source=public_name(source),
         split=made["dataset_split"],
-        vae=_name(made["vae"]),
+        vae=public_name(made["vae"]),
         flipped=made["flipped"],
-        encoder=_name(made["encoder"]) if made.get("encoder") else None,
+        encoder=public_name(made["encoder"]) if made.get("encoder") else None,
         channels=len(statistics["latents_mean"]),
         sample_size=made["sample_size"],
         jpeg_quality=made["jpeg_quality"],
@@ -516,7 +403,7 @@ def evaluation_files(folder: Path) -> dict[str, str]:
         `dict[str, str]`: Text of `.eval_results/erw.yaml`, or nothing.
     """
     record = _read_json(folder / "evaluation.json")
-    if record is None or not _is_hub_id(record["reference"]["name"]):
+    if record is None or not is_hub_id(record["reference"]["name"]):
         return {}
     data = record["reference"]["name"]
     notes = "; ".join(f"{name}: {value}" for name, value in _evaluation_table(record)["rest"])
@@ -548,8 +435,8 @@ def _eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
         EvalResult(
             task_type="unconditional-image-generation",
             task_name="Class-conditional image generation",
-            dataset_type=data if _is_hub_id(data) else re.sub(r"[^\w.-]", "-", _name(data)),
-            dataset_name=_name(data),
+            dataset_type=data if is_hub_id(data) else re.sub(r"[^\w.-]", "-", public_name(data)),
+            dataset_name=public_name(data),
             metric_type=name,
             metric_name=name,
             metric_value=value,
@@ -579,29 +466,15 @@ def _read_config(folder: Path, environment: dict[str, Any] | None) -> dict[str, 
         # "caches/mine" would look like a Hub id to whoever pushes from another place.
         local = [] if environment is None else environment["local"]
         if config.get(name):
-            config[name] = ",".join("/" + part if part in local else part for part in _parts(config[name]))
+            config[name] = ",".join("/" + part if part in local else part for part in split_names(config[name]))
     return config
-
-
-def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not _is_path(name)
-
-
-def _parts(names: str) -> list[str]:
-    """`encoder` may name several."""
-    return [part.strip() for part in names.split(",") if part.strip()]
-
-
-def _name(path_or_id: object) -> str:
-    """A Hub id as it is; of a folder its name alone, which is what means something elsewhere."""
-    return ", ".join(part if _is_hub_id(part) else Path(part).name for part in _parts(str(path_or_id)))
 
 
 def _data_licence(data: str) -> str:
     if data in DATA_LICENCES:
         return f"Data: {DATA_LICENCES[data]}"
-    where = f"its [card](https://huggingface.co/datasets/{data})" if _is_hub_id(data) else "whoever made it"
-    return f"Data: `{_name(data)}` is under the terms of {where}, which may bind what is made of it."
+    where = f"its [card](https://huggingface.co/datasets/{data})" if is_hub_id(data) else "whoever made it"
+    return f"Data: `{public_name(data)}` is under the terms of {where}, which may bind what is made of it."
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

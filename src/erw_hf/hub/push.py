@@ -52,7 +52,8 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils._http import default_client_factory
 
-from erw_hf.hub.cards import dataset_card, evaluation_files, public_value, run_card
+from erw_hf.hub.cards import dataset_card, evaluation_files, run_card
+from erw_hf.hub.public import public_value
 
 
 logger = logging.getLogger(__name__)
@@ -366,7 +367,7 @@ def complete_snapshot(run_dir: Path, snapshot: Path, repo_id: str) -> None:
         snapshot (`Path`): The snapshot.
         repo_id (`str`): Hub id that it goes to.
     """
-    from erw_hf.training.logging import plot_losses
+    from erw_hf.training.plots import plot_losses
 
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     environment = run_dir / "environment.json"
@@ -398,7 +399,8 @@ def complete_snapshot(run_dir: Path, snapshot: Path, repo_id: str) -> None:
 
 def _add_curves(source: Path, snapshot: Path) -> None:
     """What the run measured of itself up to the snapshot's step, and the pictures of that."""
-    from erw_hf.training.logging import plot_probes, plot_quality, read_metrics
+    from erw_hf.training.plots import plot_probes, plot_quality
+    from erw_hf.training.run_record import read_metrics
 
     records = [record for record in read_metrics(source) if record["step"] <= _step(snapshot)]
     if not records:

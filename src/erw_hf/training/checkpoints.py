@@ -81,6 +81,63 @@ class TrainingState:
             self.ema.load_state_dict(state["ema"])
 
 
+def prepare_output_dir(output_dir: str | os.PathLike[str], resuming: bool, overwrite: bool = False) -> None:
+    """
+    Makes a run's folder, proves that it can be written, and never mixes two runs in it.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): The folder.
+        resuming (`bool`): Go on with the run that it holds.
+        overwrite (`bool`, *optional*, defaults to `False`): Delete the run that it holds, unless that goes on.
+
+    Raises:
+        ValueError: if it holds a run that is neither to go on nor to be deleted, or if it cannot be written.
+    """
+    folder = Path(output_dir)
+    if (folder / "metrics.jsonl").exists() and not resuming:
+        if not overwrite:
+            raise ValueError(
+                f"{folder} holds a run already: continue it with --resume_from_checkpoint latest, choose another "
+                "--output_dir, or delete it with --overwrite_output_dir"
+            )
+        shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to output_dir {folder}: {error}") from error
+
+
+def check_checkpoint(checkpoint: Path, output_dir: str | os.PathLike[str], step_batch_size: int) -> Progress:
+    """
+    A run goes on exactly, or not at all.
+
+    Args:
+        checkpoint (`Path`): The checkpoint to go on from.
+        output_dir (`str` or `os.PathLike`): Folder of the run that goes on.
+        step_batch_size (`int`): Images of a step now.
+
+    Returns:
+        [`Progress`]: What the checkpoint's run has done.
+
+    Raises:
+        ValueError: if the folder holds another run, or a step had another number of images.
+    """
+    if checkpoint.resolve().parent != Path(output_dir).resolve() and (Path(output_dir) / "metrics.jsonl").exists():
+        raise ValueError(
+            f"{output_dir} holds another run than {checkpoint}: choose another --output_dir to branch off from it"
+        )
+    progress = read_progress(checkpoint)
+    if progress.step_batch_size not in (0, step_batch_size):
+        raise ValueError(
+            f"a step of {checkpoint} had {progress.step_batch_size} images, now it would have {step_batch_size}, and the order "
+            "of the data would be another: train_batch_size x gradient_accumulation_steps x processes must stay as it was"
+        )
+    return progress
+
+
 def list_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     """
     Args:

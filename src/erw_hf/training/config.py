@@ -27,6 +27,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from erw_hf.training.ema import SNAPSHOT_SIGMA_RELS, EMAProfile, power_of
+from erw_hf.training.run_record import split_names
 
 
 def _key(default: Any, help: str) -> Any:
@@ -278,7 +279,17 @@ class TrainingConfig:
             return []
         if self.encoder is None:
             return []
-        return [name.strip() for name in self.encoder.split(",")]
+        return split_names(self.encoder)
+
+    def step_batch_size(self, processes: int) -> int:
+        """
+        Args:
+            processes (`int`): Number of training processes.
+
+        Returns:
+            `int`: Images of a step.
+        """
+        return self.train_batch_size * self.gradient_accumulation_steps * processes
 
     def compiles(self, device_type: str) -> bool:
         """

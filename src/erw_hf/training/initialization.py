@@ -22,7 +22,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 
-from erw_hf.hub.convert import read_checkpoint
+from erw_hf.published import read_checkpoint
 from erw_hf.transformer_erw import ERWTransformer2DModel
 from erw_hf.warmup import build_warmup_transformer
 

@@ -11,115 +11,16 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The record of a run: metrics.jsonl, the loss curve, the sample grids."""
+"""The pictures of a run: its losses, its measurements, its probes, its images."""
 
-import json
 import math
 import os
-import resource
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
-
-class LateValues:
-    """
-    Numbers on their way from the device to the host, which goes on with its work meanwhile. `arrived` is when they were
-    there, on `time.perf_counter`'s clock.
-
-    Args:
-        values (`torch.Tensor` of shape `(N,)`): The numbers, where they were computed.
-    """
-
-    def __init__(self, values: torch.Tensor) -> None:
-        self.arrived = time.perf_counter()
-        self._values = values.to("cpu", non_blocking=values.is_cuda)
-        self._copied = None
-        if values.is_cuda:
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-
-    def fetch(self) -> list[float]:
-        """
-        Waits for them, if they are not there yet.
-
-        Returns:
-            `list[float]`: The numbers.
-        """
-        if self._copied is not None:
-            self._copied.synchronize()
-            self.arrived = time.perf_counter()
-        return self._values.tolist()
-
-
-def peak_memory(device: torch.device) -> int:
-    """
-    Args:
-        device (`torch.device`): Where a run computes.
-
-    Returns:
-        `int`: Most bytes that were in use so far: of the GPU by tensors, or of this process on a CPU.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class MetricsFile:
-    """
-    `metrics.jsonl`: one JSON line for each optimizer step, without gap or double however often the run is killed.
-
-    Args:
-        path (`str` or `os.PathLike`): The file.
-        resume_step (`int`):
-            Last step to keep. Lines up to it stay byte for byte; later ones and a torn last one are dropped.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], resume_step: int) -> None:
-        self.path = Path(path)
-        self._keep_until(resume_step)
-        self._file = self.path.open("a", encoding="utf-8")
-
-    def _keep_until(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        kept = 0
-        for line in self.path.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-            kept += len(line)
-        os.truncate(self.path, kept)
-
-    def write(self, record: dict[str, object]) -> None:
-        """
-        Appends one step's record and flushes it. JSON has no NaN: a non-finite value becomes null.
-
-        Args:
-            record (`dict[str, object]`): The record.
-        """
-        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """
-    Args:
-        path (`str` or `os.PathLike`): A `metrics.jsonl`.
-
-    Returns:
-        `list[dict]`: Its records.
-    """
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+from erw_hf.training.run_record import read_metrics
 
 
 def plot_losses(metrics_path: str | os.PathLike[str], png_path: str | os.PathLike[str]) -> None:

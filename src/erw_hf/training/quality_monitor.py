@@ -35,7 +35,8 @@ from erw_hf.evaluation.quality import (
 )
 from erw_hf.pipeline_erw import ERWPipeline
 from erw_hf.training.config import TrainingConfig
-from erw_hf.training.logging import MetricsFile, plot_probes, plot_quality, read_metrics
+from erw_hf.training.plots import plot_probes, plot_quality
+from erw_hf.training.run_record import MetricsFile, read_metrics
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
 
