@@ -17,7 +17,7 @@
     python benchmarks/convergence.py --choosing 2 --arms sit_lr2e-3 repa_lr2e-3 erw_lr2e-3     # to choose by, never reported
     python benchmarks/convergence.py --report_only
 
-Every run is `training/train_erw.py` with the flags of an arm (`recipes/<data>-arms.yaml`) on one base configuration
+Every run is `training/train_erw.py` with the flags of an arm (`recipes/arms.yaml`) on one base configuration
 (`recipes/<data>.yaml`), measured by the project's own evaluation. Runs of one seed see the same images and noise in the
 same step. What is killed goes on with the same command, what is finished is skipped. Each finished run becomes one small
 file in `results/convergence/<data>/`, from which `results/convergence-<data>.md` and its pictures are made.
@@ -40,6 +40,7 @@ import convergence_report
 import torch
 import yaml
 from accelerate.utils import set_seed
+from convergence_report import FIRST_CHOOSING_SEED
 from transformers import AutoConfig, AutoModel
 
 from erw_hf import ERWTransformer2DModel, RepresentationEncoder
@@ -53,7 +54,6 @@ from erw_hf.warmup import build_warmup_transformer
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-FIRST_CHOOSING_SEED = 100  # reported are 0, 1, ...
 THINNED_TO = 100  # lines of metrics.jsonl that a record keeps
 NOT_FLAGS = ("start", "blocks", "gate", "best_of")  # of an arm; all other keys are flags of train_erw.py
 FROM_A_WARMUP = ("asleep", "modulation")
@@ -76,7 +76,7 @@ class Study:
     runs: Path
     results: Path
     budget: float
-    table: dict  # the arms' file
+    table: dict  # of read_table
     stop_at: float = float("inf")  # on time.monotonic's clock
 
     @property
@@ -86,7 +86,7 @@ class Study:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--data", default="digits", help="digits, or glyphs: the recipe to take")
+    parser.add_argument("--data", default="digits", choices=("digits", "glyphs"), help="the recipe to take")
     parser.add_argument("--arms", nargs="+", default=[], help="names of the recipe's arms")
     parser.add_argument("--seeds", type=int, default=0, help="run the reported seeds 0 to N - 1")
     parser.add_argument(
@@ -108,7 +108,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> bool:
     """Returns whether all is finished."""
     args = parse_arguments(arguments)
-    table = yaml.safe_load((args.recipes / f"{args.data}-arms.yaml").read_text())
+    table = read_table(args.recipes, args.data)
     study = Study(
         args.recipes.resolve(),
         args.data,
@@ -127,8 +127,19 @@ def main(arguments: list[str] | None = None) -> bool:
     return finished
 
 
+def read_table(recipes: Path, data: str) -> dict:
+    """`arms.yaml` as it is for the data, whose keys stand beside the shared ones, and with the warmups in steps."""
+    table = yaml.safe_load((recipes / "arms.yaml").read_text())
+    table |= table.pop("data")[data]
+    for name, arm in table["arms"].items():
+        if "warmup" in arm:
+            steps = int(arm.pop("warmup") * table["warmup_steps"])
+            table["arms"][name] = {"warmup_steps": steps, **arm}
+    return table
+
+
 def check_recipe(study: Study) -> None:
-    config = parse_config(["--config", str(study.base)])
+    config = read_config(study, {})
     for name in ("dataset_name", "encoder", "evaluation_reference", "evaluation_extractor"):
         value = getattr(config, name)
         if os.path.isabs(value) and not os.path.exists(value):
@@ -168,7 +179,7 @@ def resolve_arm(study: Study, name: str) -> dict:
     """What an arm changes of the base; of `best_of`, what the winner on the choosing seeds does."""
     arms = study.table["arms"]
     if name not in arms:
-        raise ValueError(f"no arm {name!r} in {study.data}-arms.yaml; it has {', '.join(arms)}")
+        raise ValueError(f"no arm {name!r} in arms.yaml; it has {', '.join(arms)}")
     arm = dict(arms[name])
     if "best_of" in arm:
         records = convergence_report.load_records(study.results)
@@ -195,13 +206,13 @@ def run_arm(study: Study, name: str, arm: dict, seed: int) -> None:
     flags, before = prepare(study, arm, seed, folder)
     script = ["training/train_erw.py", "--config", relative(study.base), *flags]
     run_script(study, [*script, f"--output_dir={folder}", "--resume_from_checkpoint=latest"], f"{folder}.log")
-    config = parse_config(["--config", str(study.base)])
+    config = read_config(study, {})
+    # By the encoder that was trained, whatever the arm was aligned with
     probe = [
         "training/probe.py", f"--model={folder}/pipeline", f"--dataset_name={config.dataset_name}",
         f"--test_split={study.table['probe_split']}", f"--encoder={config.encoder}", "--times", "0", "0.5",
         f"--num_images={study.table['probe_images']}", f"--output_dir={folder}/probe",
     ]  # fmt: skip
-    # The encoder that was trained, whatever the arm was aligned with
     run_script(study, probe, f"{folder}.log")
     write_record(
         record_path,
@@ -257,8 +268,7 @@ def prepare(study: Study, arm: dict, seed: int, folder: Path) -> tuple[list[str]
         config.max_train_steps = every * study.table["evaluations"]
         settings["warmup_steps"] = 0
     if start is not None:
-        settings["warmup_from"] = str(folder) + "-start"
-        make_start(config, arm, folder)
+        settings["warmup_from"] = str(make_start(config, arm, folder))
         # A projector that was trained goes with the weights that it was trained on.
         settings["hand_over_projector"] = start == "asleep"
     settings |= {"max_train_steps": config.max_train_steps, "evaluation_steps": every}
@@ -295,7 +305,7 @@ def step_flops(config: TrainingConfig) -> tuple[int, int]:
 
 def random_encoder(study: Study, seed: int) -> Path:
     """The encoder's architecture with weights that learned nothing: another draw for each seed."""
-    trained = Path(parse_config(["--config", str(study.base)]).encoder)
+    trained = Path(read_config(study, {}).encoder)
     folder = study.runs / f"random-encoder-seed{seed}"
     if not (folder / "config.json").exists():
         # Two arms may want it at once.
@@ -311,15 +321,14 @@ def random_encoder(study: Study, seed: int) -> Path:
     return folder
 
 
-def make_start(config: TrainingConfig, arm: dict, folder: Path) -> None:
+def make_start(config: TrainingConfig, arm: dict, folder: Path) -> Path:
     """Writes the weights that a run starts from, in the layout of a warmup, as `--warmup_from` takes it."""
     num_classes = load_source(**config.source_arguments()).num_classes
     blocks = arm.get("blocks", config.warmup_depth)
     model_config = config.model_config(num_classes)
     with BUILDING, torch.random.fork_rng():
-        set_seed(
-            config.seed
-        )  # as train_erw.py before it builds the full model: these are the weights that it would have
+        # As train_erw.py before it builds the full model: these are the weights that it would have
+        set_seed(config.seed)
         fresh = ERWTransformer2DModel(**model_config).state_dict()
         transformer = build_warmup_transformer(model_config, blocks)
     transformer.load_state_dict({name: fresh[name] for name in transformer.state_dict()})
@@ -343,6 +352,7 @@ def make_start(config: TrainingConfig, arm: dict, folder: Path) -> None:
             shutil.copyfile(source / "projectors.safetensors", target / "projectors.safetensors")
         transformer.load_state_dict(kept, strict=False)
     transformer.save_pretrained(target / "transformer")
+    return target
 
 
 def read_base(study: Study) -> dict:
@@ -408,7 +418,7 @@ def measurements(folder: Path, before: list[Path]) -> dict:
 
 def encoder_cost(study: Study) -> dict:
     """What the encoder itself took to train: in no run's budget, since one encoder serves all, but to be stated."""
-    config = parse_config(["--config", str(study.base)])
+    config = read_config(study, {})
     encoder = RepresentationEncoder.from_pretrained(config.encoder, config.token_grid)
     training = study.table["encoder_training"]
     with torch.device("meta"):

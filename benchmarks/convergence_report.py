@@ -19,8 +19,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
 
-FIRST_CHOOSING_SEED = 100
+
+FIRST_CHOOSING_SEED = 100  # reported are 0, 1, ...
 Record = dict
 
 
@@ -275,8 +277,6 @@ def band(axes, runs: Sequence[Record], x: Callable[[dict], float], y: Callable[[
 
 
 def plot_curves(records: Sequence[Record], arms: Sequence[str], path: Path) -> None:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(16, 5), layout="constrained")
     scales = (
         ("step", "steps, warmup counted"),
@@ -295,8 +295,6 @@ def plot_curves(records: Sequence[Record], arms: Sequence[str], path: Path) -> N
 
 
 def plot_probes_of_arms(records: Sequence[Record], arms: Sequence[str], path: Path) -> None:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(16, 4.5), layout="constrained")
     panels = [(measure, t) for measure in ("cknna", "accuracy") for t in (0.0, 0.5)]
     for axes, (measure, t) in zip(figure.subplots(1, 4), panels, strict=True):

@@ -51,14 +51,13 @@ def recipes(tmp_path, encoder_path, monkeypatch):
     classifier = str(REPOSITORY / "pipelines" / "digits-classifier")
     base |= {**TINY, "encoder": str(encoder_path), "evaluation_extractor": classifier}
     (folder / "digits.yaml").write_text(yaml.safe_dump(base))
-    table = yaml.safe_load((RECIPES / "digits-arms.yaml").read_text())
+    table = yaml.safe_load((RECIPES / "arms.yaml").read_text())
     for arm in table["arms"].values():
-        if "warmup_steps" in arm:
-            arm["warmup_steps"] = 4
         if "blocks" in arm:
             arm["blocks"] = 2
-    table |= {"evaluations": 2, "probe_images": 60, "budget": 6e7}
-    (folder / "digits-arms.yaml").write_text(yaml.safe_dump(table))
+    table |= {"evaluations": 2, "probe_images": 60}
+    table["data"]["digits"] |= {"budget": 6e7, "warmup_steps": 4}
+    (folder / "arms.yaml").write_text(yaml.safe_dump(table))
 
     monkeypatch.setattr("signal.signal", lambda *_: None)  # which Python allows in the main thread alone
 
@@ -77,7 +76,7 @@ def command(recipes, *flags):
 
 
 def study_of(recipes, budget):
-    table = yaml.safe_load((recipes / "digits-arms.yaml").read_text())
+    table = convergence.read_table(recipes, "digits")
     runs, results = recipes.parent / "runs" / "digits", recipes.parent / "results" / "convergence" / "digits"
     return convergence.Study(recipes, "digits", runs, results, budget, table)
 
@@ -259,10 +258,12 @@ def test_the_page_is_made_of_raw_results(tmp_path):
     assert (tmp_path / "convergence-digits.md").read_text() == page
 
 
-@pytest.mark.parametrize("data", [p.name.removesuffix("-arms.yaml") for p in RECIPES.glob("*-arms.yaml")])
-def test_every_arm_of_a_recipe_is_a_run_and_every_name_an_arm(data):
-    table = yaml.safe_load((RECIPES / f"{data}-arms.yaml").read_text())
+@pytest.mark.parametrize(("data", "length"), [("digits", 200), ("glyphs", 400)])
+def test_every_arm_of_a_recipe_is_a_run_and_every_name_an_arm(data, length):
+    table = convergence.read_table(RECIPES, data)
     arms = table["arms"]
+    lengths = {name: arms[name]["warmup_steps"] for name in ("erw", "erw_warmup_0.25", "erw_warmup_2")}
+    assert lengths == {"erw": length, "erw_warmup_0.25": length // 4, "erw_warmup_2": 2 * length}
     for name, arm in arms.items():
         if "best_of" in arm:
             assert set(arm["best_of"]) <= set(arms) and list(arm) == ["best_of"], name
