@@ -11,8 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the benchmarks share: timing in turns, the record of the machine, and how results are written."""
+"""What the benchmarks share: flags, timing in turns, the record of the machine, and how results are written."""
 
+import argparse
 import os
 import statistics
 import time
@@ -20,6 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from erw_hf.evaluation.record import write_record
@@ -27,6 +30,52 @@ from erw_hf.machine import device_name, versions
 
 
 NOT_MEASURED = "not measured"
+
+
+def some_of(names: Sequence[str]) -> Callable[[str], list[str]]:
+    """An argparse type: some of the names, with commas."""
+
+    def parse(text: str) -> list[str]:
+        chosen = text.split(",")
+        if unknown := set(chosen) - set(names):
+            raise argparse.ArgumentTypeError(f"there is no {', '.join(sorted(unknown))}, but {', '.join(names)}")
+        return chosen
+
+    return parse
+
+
+def add_flags(parser: argparse.ArgumentParser, sections: Sequence[str], batch: int, repeats: int) -> None:
+    """Those of a benchmark that has sections, with its defaults."""
+    parser.add_argument("--only", type=some_of(sections), default=sections, help="sections, with commas")
+    parser.add_argument("--sizes", default="S/2,B/2", help="models, with commas")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="with commas; bfloat16 needs AMX or CUDA")
+    parser.add_argument("--batch", type=int, default=batch, help="images of a step, or of a draw")
+    parser.add_argument("--repeats", type=int, default=repeats, help="rounds that the medians are over")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, few steps: to see that it runs")
+    parser.add_argument("--output", type=Path, help="where to write JSON and, beside it, Markdown and a plot")
+
+
+def begin(args: argparse.Namespace, sections: Sequence[str]) -> dict[str, object]:
+    """Of [`add_flags`]: sets the threads, and returns the result as it is before anything is measured."""
+    torch.set_num_threads(args.threads)
+    missing = [{"what": "everything on CUDA", "why": "this run is of the CPU"}] if args.device == "cpu" else []
+    return {section: {} for section in sections} | {
+        "batch": args.batch,
+        "rounds": args.repeats,
+        "environment": environment(args.device),
+        "not_measured": missing,
+    }
+
+
+def dtypes(args: argparse.Namespace, result: dict[str, object]) -> list[str]:
+    """Those that the machine can be measured in; the result names what it cannot."""
+    names = args.dtypes.split(",")
+    if "bfloat16" in names and args.device == "cpu" and not result["environment"]["amx"]:
+        result["not_measured"].append({"what": "all figures in bf16", "why": "no AMX"})
+        names.remove("bfloat16")
+    return names
 
 
 def environment(device: str = "cpu") -> dict[str, object]:
@@ -86,17 +135,13 @@ def ratio(seconds: Sequence[float], reference: Sequence[float]) -> dict[str, flo
     return spread([ours / theirs for ours, theirs in zip(seconds, reference, strict=True)])
 
 
-def shown(value: Mapping[str, float] | None, digits: int = 2) -> str:
+def shown(value: Mapping[str, float], digits: int = 2) -> str:
     """`median (min - max)`."""
-    if value is None:
-        return NOT_MEASURED
     return f"{value['median']:.{digits}f} ({value['min']:.{digits}f} - {value['max']:.{digits}f})"
 
 
-def verdict(value: float | None, target: float, at_least: bool = False) -> str:
+def verdict(value: float, target: float, at_least: bool = False) -> str:
     """Whether a figure holds its target."""
-    if value is None:
-        return NOT_MEASURED
     return "met" if (value >= target if at_least else value <= target) else "missed"
 
 
@@ -113,6 +158,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
+def draw_bars(axes: Axes, bars: Sequence[tuple[str, float]], label: str) -> None:
+    """Of times, ours in orange."""
+    names, values = zip(*bars, strict=True)
+    axes.barh(range(len(values)), values, color=["tab:orange" if "ours" in name else "0.7" for name in names])
+    axes.set_yticks(range(len(values)), names, fontsize=6)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+
+
 def write(path: Path | None, result: Mapping[str, object], markdown: str | None = None) -> None:
     """JSON, whole or absent, and beside it Markdown, if any."""
     if path is not None:
@@ -120,3 +174,19 @@ def write(path: Path | None, result: Mapping[str, object], markdown: str | None 
         write_record(path, result)
         if markdown is not None:
             path.with_suffix(".md").write_text(markdown)
+
+
+def finish(
+    path: Path | None,
+    result: Mapping[str, object],
+    report: Callable[[Mapping[str, object]], str],
+    plot: Callable[[Mapping[str, object]], Figure],
+) -> None:
+    """Writes and prints the result, and draws it."""
+    markdown = report(result)
+    write(path, result, markdown)
+    print(markdown)
+    if path is not None:
+        figure = plot(result)
+        figure.tight_layout()
+        figure.savefig(path.with_suffix(".png"), dpi=110)

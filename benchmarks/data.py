@@ -29,20 +29,16 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from common import describe, environment, shown, spread, table, write
+from common import describe, environment, finish, shown, spread, table
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from matplotlib.figure import Figure
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples, load_source
 from erw_hf.data.streaming import StreamingSamples
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 LATENT = (4, 32, 32)
@@ -150,10 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
         "memory_mib_after": {args.memory_rows // 20 * (i + 1): value for i, value in enumerate(memory)},
         "environment": environment(),
     }
-    print(report(result))
-    write(args.output, result, report(result))
-    if args.output is not None:
-        plot(result, args.output.with_suffix(".png"))
+    finish(args.output, result, report, plot)
 
 
 def report(result: dict) -> str:
@@ -176,9 +169,10 @@ def report(result: dict) -> str:
     )
 
 
-def plot(result: dict, path: Path) -> None:
+def plot(result: dict) -> Figure:
     """Rates, and memory over the samples."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.5))
+    figure = Figure(figsize=(11, 3.5))
+    left, right = figure.subplots(1, 2)
     names = list(result["all"])
     left.barh(range(len(names)), [statistics.median(values) for values in result["all"].values()])
     left.set_yticks(range(len(names)), names, fontsize=7)
@@ -187,9 +181,7 @@ def plot(result: dict, path: Path) -> None:
     right.set_ylim(bottom=0)
     right.set_xlabel("samples streamed")
     right.set_ylabel("MiB")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure
 
 
 if __name__ == "__main__":

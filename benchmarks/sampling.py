@@ -28,19 +28,33 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
 import torch
 from accelerate import Accelerator
-from common import NOT_MEASURED, describe, environment, in_turns, ratio, shown, spread, table, verdict, write
+from common import (
+    NOT_MEASURED,
+    add_flags,
+    begin,
+    describe,
+    draw_bars,
+    dtypes,
+    finish,
+    in_turns,
+    ratio,
+    shown,
+    spread,
+    table,
+    verdict,
+    write,
+)
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiTPipeline,
-    DiTTransformer2DModel,
     FirstBlockCacheConfig,
     TaylorSeerCacheConfig,
 )
-from train_step import build_ours, model_config
+from matplotlib.figure import Figure
+from train_step import build_dit, build_ours, model_config
 
 from erw_hf import ERWPipeline, FlowMatchEulerMaruyamaScheduler
 from erw_hf.alignment import AlignedTransformer
@@ -48,10 +62,6 @@ from erw_hf.evaluation.extractors import load_extractor, weights_hash
 from erw_hf.evaluation.images import dataset_images, generated_images
 from erw_hf.evaluation.quality import load_reference, make_reference, measure
 from erw_hf.training.flops import count_step_flops
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 SECTIONS = ("speed", "caching")
@@ -84,6 +94,12 @@ def quiet(pipe):
     return pipe
 
 
+def guided_steps(pipe: ERWPipeline) -> int:
+    """Of its last draw."""
+    times = pipe.scheduler.timesteps.double() / pipe.scheduler.config.num_train_timesteps
+    return int(((times >= INTERVAL[0] - 1e-6) & (times <= INTERVAL[1] + 1e-6)).sum())
+
+
 # Speed
 
 
@@ -96,18 +112,7 @@ def measure_speed(
     transformer = build_ours(config).eval()
     flops = count_step_flops(AlignedTransformer(transformer, [], 1), []) / 3  # a forward is a third of a step
     pipes = {
-        "DiTPipeline": DiTPipeline(
-            DiTTransformer2DModel(
-                num_attention_heads=config["num_attention_heads"],
-                attention_head_dim=config["attention_head_dim"],
-                in_channels=4,
-                out_channels=8,
-                num_layers=config["num_layers"],
-                sample_size=config["sample_size"],
-            ).eval(),
-            vae,
-            DDIMScheduler(),
-        ),
+        "DiTPipeline": DiTPipeline(build_dit(config).eval(), vae, DDIMScheduler()),
         "ours": ERWPipeline(transformer, vae, FlowMatchEulerMaruyamaScheduler()),
         "ours, compiled": ERWPipeline(copy.deepcopy(transformer), vae, FlowMatchEulerMaruyamaScheduler()),
     }
@@ -128,10 +133,7 @@ def measure_speed(
     if difference > (1e-3 if dtype == torch.float32 else 0.1):
         raise AssertionError(f"compiled and eager pictures differ by {difference}")
     seconds = in_turns({name: lambda n=name: draw(n, steps) for name in pipes}, repeats, 0, device, f"sampling {size}")
-    scheduler = pipes["ours"].scheduler
-    scheduler.set_timesteps(steps)
-    times = (scheduler.timesteps.double() / scheduler.config.num_train_timesteps).tolist()
-    guided = sum(INTERVAL[0] - 1e-6 <= t <= INTERVAL[1] + 1e-6 for t in times)
+    guided = guided_steps(pipes["ours"])
     return {
         "steps": steps,
         "guided_steps": guided,
@@ -172,9 +174,7 @@ def count_work(pipe: ERWPipeline, batch: int, steps: int) -> dict[str, float]:
     draw_digits(pipe, range(batch), steps)
     for handle in handles:
         handle.remove()
-    scheduler = pipe.scheduler
-    times = scheduler.timesteps.double() / scheduler.config.num_train_timesteps
-    guided = int((times <= INTERVAL[1] + 1e-6).sum())
+    guided = guided_steps(pipe)
     layers = len(pipe.transformer.transformer_blocks)
     return {
         f"{part}, {'guided' if inside else 'not guided'}": number / (layers * (guided if inside else steps - guided))
@@ -274,82 +274,49 @@ def report(result: dict[str, object]) -> str:
     return "\n".join(parts)
 
 
-def plot(result: dict[str, object], path: Path) -> None:
+def plot(result: dict[str, object]) -> Figure:
     """Speed beside DiTPipeline; speed of the caches against what they cost."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    figure = Figure(figsize=(11, 4))
+    left, right = figure.subplots(1, 2)
     bars = [
         (f"{key}\n{way}", statistics.median(values) / statistics.median(found["seconds"]["DiTPipeline"]))
         for key, found in result["speed"].items()
         for way, values in found["seconds"].items()
     ]
     if bars:
-        names, values = zip(*bars, strict=True)
-        left.barh(range(len(values)), values, color=["tab:orange" if "ours" in name else "0.7" for name in names])
-        left.set_yticks(range(len(values)), names, fontsize=7)
-        left.invert_yaxis()
-        left.set_xlabel("time over DiTPipeline's")
+        draw_bars(left, bars, "time over DiTPipeline's")
     if found := result["caching"]:
         for way, quality in found["quality"].items():
             right.plot(found["ratio"][way]["median"], quality["fid"], "o")
             right.annotate(way, (found["ratio"][way]["median"], quality["fid"]), fontsize=7)
         right.set_xlabel("time over that without a cache")
         right.set_ylabel("Fréchet distance")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas")
-    parser.add_argument("--sizes", default="S/2,B/2", help="models of `speed`, with commas")
-    parser.add_argument("--dtypes", default="float32,bfloat16", help="with commas; bfloat16 needs AMX or CUDA")
-    parser.add_argument("--batch", type=int, default=2, help="pictures of a draw, in `speed`")
+    add_flags(parser, SECTIONS, batch=2, repeats=3)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--samples", type=int, default=500, help="digits of a Fréchet distance")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds; each is of whole draws")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, few steps: to see that it runs")
-    parser.add_argument("--output", type=Path, help="where to write JSON and, beside it, Markdown and a plot")
     args = parser.parse_args(arguments)
-    sections = args.only.split(",")
-    if unknown := set(sections) - set(SECTIONS):
-        parser.error(f"no sections {sorted(unknown)}; there are {', '.join(SECTIONS)}")
-    torch.set_num_threads(args.threads)
     digits_batch, names = 50, tuple(CACHES)
     if args.quick:
         args.sizes, args.batch, args.steps, args.samples, args.repeats = "tiny", 1, 8, 10, 2
         digits_batch, names = 5, ("no cache", "TaylorSeer 3")
-    result = {
-        "speed": {},
-        "caching": {},
-        "batch": args.batch,
-        "rounds": args.repeats,
-        "environment": environment(args.device),
-    }
-    result["not_measured"] = []
-    if args.device == "cpu":
-        result["not_measured"].append({"what": "everything on CUDA", "why": "this run is of the CPU"})
-    if "speed" in sections:
-        for name in args.dtypes.split(","):
-            if name == "bfloat16" and args.device == "cpu" and not result["environment"]["amx"]:
-                result["not_measured"].append({"what": "sampling in bf16", "why": "no AMX"})
-                continue
+    result = begin(args, SECTIONS)
+    if "speed" in args.only:
+        for name in dtypes(args, result):
             for size in args.sizes.split(","):
                 result["speed"][f"{size} {name}"] = measure_speed(
                     size, args.batch, args.steps, args.repeats, args.device, getattr(torch, name), args.quick
                 )
                 torch._dynamo.reset()
                 write(args.output, result, report(result))
-    if "caching" in sections:
+    if "caching" in args.only:
         repeats = max(args.repeats, 2)
         result["caching"] = measure_caching(args.samples, digits_batch, args.steps, repeats, args.device, names)
-        write(args.output, result, report(result))
-    write(args.output, result, report(result))
-    print(report(result))
-    if args.output is not None:
-        plot(result, args.output.with_suffix(".png"))
+    finish(args.output, result, report, plot)
 
 
 if __name__ == "__main__":

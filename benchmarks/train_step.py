@@ -26,16 +26,18 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-import matplotlib
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from common import (
     NOT_MEASURED,
+    add_flags,
+    begin,
     describe,
-    environment,
+    draw_bars,
+    dtypes,
+    finish,
     in_turns,
     matmul,
     ratio,
@@ -47,6 +49,7 @@ from common import (
     write,
 )
 from diffusers import DiTTransformer2DModel
+from matplotlib.figure import Figure
 from plain_sit import PlainSiT, plain_state_dict
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import Dinov2Config, Dinov2Model
@@ -59,10 +62,6 @@ from erw_hf.training.flops import count_step_flops
 from erw_hf.training.models import compile_blocks
 from erw_hf.training.optimizers import build_optimizer
 from erw_hf.warmup import build_warmup_transformer, full_loss, warmup_loss
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 SECTIONS = ("forward", "step", "warmup", "scaling")
@@ -127,6 +126,11 @@ def build_plain(ours: ERWTransformer2DModel, config: dict[str, int], device: str
     return model.train()
 
 
+def build_dit(config: dict[str, int]) -> DiTTransformer2DModel:
+    """diffusers' of the same shape, but that it predicts noise and its variance."""
+    return DiTTransformer2DModel(**config | {"out_channels": 2 * config["in_channels"], "norm_eps": 1e-6})
+
+
 def compiled(model: nn.Module, setting: Setting) -> nn.Module:
     """Regional compilation, as training uses it."""
     transformer = getattr(model, "transformer", model)
@@ -162,16 +166,7 @@ def measure_forward(size: str, setting: Setting) -> dict[str, object]:
     flops = setting.batch * count_step_flops(AlignedTransformer(ours, [], 1), [])
     plain = build_plain(ours, config, device)
     ours_compiled = compiled(build_ours(config, device), setting)
-    dit = DiTTransformer2DModel(
-        num_attention_heads=config["num_attention_heads"],
-        attention_head_dim=config["attention_head_dim"],
-        in_channels=4,
-        out_channels=8,  # noise and its variance, as DiT predicts
-        num_layers=config["num_layers"],
-        sample_size=config["sample_size"],
-        norm_eps=1e-6,
-    )
-    dit = dit.to(device).train()
+    dit = build_dit(config).to(device).train()
     batch = draw_batch(config, setting.batch, device, image_side=8)
     x_t, velocity = interpolate(batch["x0"], batch["noise"], batch["t"])
     steps = (batch["t"] * 1000).long()
@@ -645,9 +640,10 @@ def report(result: dict[str, object]) -> str:
     return "\n".join(parts)
 
 
-def plot(result: dict[str, object], path: Path) -> None:
+def plot(result: dict[str, object]) -> Figure:
     """Medians of every way, as shares of the first of its section, and the steps over their FLOPs."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
+    figure = Figure(figsize=(11, 4.5))
+    left, right = figure.subplots(1, 2)
     bars = []
     for key, found in result["forward"].items():
         bars += [(f"{key}\n{way}", value["median"]) for way, value in found["ratio_to_plain"].items()]
@@ -656,11 +652,7 @@ def plot(result: dict[str, object], path: Path) -> None:
         for way in ("as published", "written well", "ours"):
             bars.append((f"step {key}\n{way}", statistics.median(found["seconds"][way]) / first))
     if bars:
-        names, values = zip(*bars, strict=True)
-        left.barh(range(len(values)), values, color=["tab:orange" if "ours" in name else "0.7" for name in names])
-        left.set_yticks(range(len(values)), names, fontsize=6)
-        left.invert_yaxis()
-        left.set_xlabel("time over PlainSiT's, over the published step's")
+        draw_bars(left, bars, "time over PlainSiT's, over the published step's")
     for key, found in result["scaling"].items():
         flops = [found["flops"][name] for name in found["seconds"]]
         right.loglog(flops, [statistics.median(values) for values in found["seconds"].values()], "o", label=key)
@@ -669,60 +661,32 @@ def plot(result: dict[str, object], path: Path) -> None:
         right.legend()
     right.set_xlabel("FLOPs of a step")
     right.set_ylabel("seconds")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas")
-    parser.add_argument("--sizes", default="S/2,B/2", help="models of `forward` and `step`, with commas")
-    parser.add_argument("--dtypes", default="float32,bfloat16", help="with commas; bfloat16 needs AMX or CUDA")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=7, help="rounds that the medians are over")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, two rounds: to see that it runs")
-    parser.add_argument("--output", type=Path, help="where to write JSON and, beside it, Markdown and a plot")
+    add_flags(parser, SECTIONS, batch=8, repeats=7)
     args = parser.parse_args(arguments)
-    sections = args.only.split(",")
-    if unknown := set(sections) - set(SECTIONS):
-        parser.error(f"no sections {sorted(unknown)}; there are {', '.join(SECTIONS)}")
-    torch.set_num_threads(args.threads)
     if args.quick:
         args.sizes, args.batch, args.repeats = "tiny", 2, 2
     sizes = args.sizes.split(",")
-    result: dict[str, object] = {section: {} for section in SECTIONS}
-    result |= {
-        "batch": args.batch,
-        "rounds": args.repeats,
-        "environment": environment(args.device),
-        "not_measured": [],
-    }
-    if args.device == "cpu":
-        result["not_measured"].append({"what": "everything on CUDA", "why": "this run is of the CPU"})
+    result = begin(args, SECTIONS)
     measures = {
         "forward": (measure_forward, sizes),
         "step": (measure_step, sizes),
         "warmup": (measure_warmup, sizes[-1:]),
         "scaling": (measure_scaling, sizes[:1]),
     }
-    for name in args.dtypes.split(","):
-        if name == "bfloat16" and args.device == "cpu" and not result["environment"]["amx"]:
-            result["not_measured"].append({"what": "all figures in bf16", "why": "no AMX"})
-            continue
+    for name in dtypes(args, result):
         setting = Setting(args.device, getattr(torch, name), args.batch, args.repeats, args.quick)
-        for section in sections:
+        for section in args.only:
             measure, its_sizes = measures[section]
             for size in its_sizes:
                 result[section][f"{size} {name}"] = measure(size, setting)
                 torch._dynamo.reset()
                 write(args.output, result, report(result))  # what stands so far
-    write(args.output, result, report(result))
-    print(report(result))
-    if args.output is not None:
-        plot(result, args.output.with_suffix(".png"))
+    finish(args.output, result, report, plot)
 
 
 if __name__ == "__main__":
