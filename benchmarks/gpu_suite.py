@@ -40,11 +40,26 @@ from pathlib import Path
 
 import psutil
 import torch
-from common import NOT_MEASURED, describe, environment, in_turns, matmul, ratio, shown, spread, table, verdict, write
+from common import (
+    NOT_MEASURED,
+    describe,
+    environment,
+    in_turns,
+    matmul,
+    ratio,
+    shown,
+    some_of,
+    spread,
+    table,
+    verdict,
+    write,
+)
+
+from erw_hf.training.flops import PEAK_FLOPS
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PEAK = 989e12  # dense bf16 of an H100 or H200, FLOP/s
+PEAK = PEAK_FLOPS["H100"]  # and an H200's
 LIMIT = 180  # seconds of a stage
 
 
@@ -91,7 +106,6 @@ def stage_paths(suite: Suite) -> dict[str, object]:
     """Each path of the model and the optimizers, against a plainer one."""
     from train_step import build_ours, build_plain, draw_batch, model_config
 
-    from erw_hf import ERWPipeline, FlowMatchEulerMaruyamaScheduler
     from erw_hf.alignment import AlignedTransformer
     from erw_hf.training.ema import EMA, EMAProfile
     from erw_hf.training.optimizers import build_optimizer
@@ -186,8 +200,7 @@ def stage_paths(suite: Suite) -> dict[str, object]:
     def cuda_graphs() -> str:
         if device == "cpu":
             return "skipped: CUDA only"
-        pipe = ERWPipeline(fresh().eval().to(suite.dtype), None, FlowMatchEulerMaruyamaScheduler())
-        pipe.set_progress_bar_config(disable=True)
+        pipe = latent_pipe(fresh().to(suite.dtype))
 
         def draw() -> torch.Tensor:
             generator = torch.Generator().manual_seed(0)
@@ -326,24 +339,14 @@ def stage_sampling(suite: Suite) -> dict[str, object]:
     """The SDE in bf16, compiled, beside a plain SiT in float32 (TF32 on), both with guidance in the interval."""
     from train_step import build_ours, build_plain, model_config
 
-    from erw_hf import ERWPipeline, FlowMatchEulerMaruyamaScheduler
+    from erw_hf import FlowMatchEulerMaruyamaScheduler
 
     config, steps = model_config(suite.size("XL/2")), 4 if suite.quick else 250
     labels = list(range(2 if suite.quick else 8))
-    ours = build_ours(config, suite.device).eval()
-    plain = build_plain(ours, config, suite.device).eval()
+    plain = build_plain(build_ours(config, suite.device), config, suite.device).eval()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
-    def pipe_of(dtype: torch.dtype, compile: bool) -> ERWPipeline:
-        transformer = build_ours(config, suite.device).eval().to(dtype)
-        pipe = ERWPipeline(transformer, None, FlowMatchEulerMaruyamaScheduler())
-        pipe.set_progress_bar_config(disable=True)
-        if compile:
-            backend = "eager" if suite.quick else "inductor"
-            transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=backend)
-        return pipe
-
-    def draw(pipe: ERWPipeline, steps: int = steps) -> torch.Tensor:
+    def draw(pipe, steps: int = steps) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
         return pipe(labels, num_inference_steps=steps, generator=generator, output_type="latent").images
 
@@ -367,11 +370,13 @@ def stage_sampling(suite: Suite) -> dict[str, object]:
         return x
 
     theirs = draw_plain(4)
-    difference = float((draw(pipe_of(torch.float32, False), 4) - theirs).norm() / theirs.norm())
+    difference = float((draw(latent_pipe(build_ours(config, suite.device)), 4) - theirs).norm() / theirs.norm())
     if difference > 1e-3:
         raise AssertionError(f"the plain sampler and ours differ by {difference:.2e} in float32")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    pipes = {"ours, eager": pipe_of(suite.dtype, False), "ours, compiled": pipe_of(suite.dtype, True)}
+    names = ("ours, eager", "ours, compiled")
+    pipes = {name: latent_pipe(build_ours(config, suite.device).to(suite.dtype)) for name in names}
+    compile_blocks(suite, pipes["ours, compiled"].transformer)
     ways = {"PlainSiT, float32 (TF32), eager": draw_plain}
     ways |= {name: lambda p=pipe: draw(p) for name, pipe in pipes.items()}
     seconds = in_turns(ways, 2, 1, suite.device, "sampling")
@@ -389,21 +394,16 @@ def stage_cuda_graphs(suite: Suite) -> dict[str, object]:
     """Sampling of B/2, two pictures at a time, where launching kernels takes longer than running them."""
     from train_step import build_ours, model_config
 
-    from erw_hf import ERWPipeline, FlowMatchEulerMaruyamaScheduler
-
     config, steps = model_config(suite.size("B/2")), 4 if suite.quick else 250
     ways = {}
     for name in ("eager", "compiled by block", "CUDA graphs"):
         if name == "CUDA graphs" and suite.device == "cpu":
             continue
-        transformer = build_ours(config, suite.device).eval().to(suite.dtype)
-        backend = "eager" if suite.quick else "inductor"
+        pipe = latent_pipe(build_ours(config, suite.device).to(suite.dtype))
         if name == "compiled by block":
-            transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=backend)
+            compile_blocks(suite, pipe.transformer)
         if name == "CUDA graphs":
-            transformer.compile(mode="reduce-overhead", fullgraph=True, dynamic=False)
-        pipe = ERWPipeline(transformer, None, FlowMatchEulerMaruyamaScheduler())
-        pipe.set_progress_bar_config(disable=True)
+            pipe.transformer.compile(mode="reduce-overhead", fullgraph=True, dynamic=False)
         ways[name] = lambda p=pipe: p([1, 2], num_inference_steps=steps, output_type="latent")
     seconds = in_turns(ways, 2 if suite.quick else 5, 2, suite.device, "cuda graphs")
     found: dict[str, object] = {"steps": steps, "batch": 2, "seconds": seconds}
@@ -422,6 +422,20 @@ STAGES: dict[str, Callable[[Suite], dict[str, object]]] = {
 }  # fmt: skip
 
 
+def latent_pipe(transformer):
+    """Our pipeline without an autoencoder."""
+    from erw_hf import ERWPipeline, FlowMatchEulerMaruyamaScheduler
+
+    pipe = ERWPipeline(transformer.eval(), None, FlowMatchEulerMaruyamaScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def compile_blocks(suite: Suite, transformer) -> None:
+    backend = "eager" if suite.quick else "inductor"
+    transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=backend)
+
+
 # The trainer on data that are made here
 
 
@@ -432,7 +446,8 @@ def synthetic_data(suite: Suite) -> Path:
         return folder
     from data import photographs, write_cache
     from sampling import tiny_autoencoder
-    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+    from train_step import build_dinov2
+    from transformers import BitImageProcessorPil
 
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "cache").mkdir(parents=True)
@@ -440,10 +455,8 @@ def synthetic_data(suite: Suite) -> Path:
     files = photographs(4 if suite.quick else 200, seed=0)
     write_cache(folder / "cache", 64 if suite.quick else 20_000, files, side=side)
     tiny_autoencoder().save_pretrained(folder / "vae")
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2} if suite.quick else {}
-    torch.manual_seed(0)
+    build_dinov2(side // 2, suite.quick).save_pretrained(folder / "encoder")
     pixels = 14 * side // 2
-    Dinov2Model(Dinov2Config(image_size=pixels, patch_size=14, **small)).save_pretrained(folder / "encoder")
     crop = {"height": pixels, "width": pixels}
     BitImageProcessorPil(size={"shortest_edge": pixels}, crop_size=crop).save_pretrained(folder / "encoder")
     (folder / "done").touch()
@@ -665,7 +678,7 @@ def report(results: dict[str, dict], quick: bool) -> str:
         name = f"{name}, batch {batch}{'' if halves in (None, 1) else f' in {halves} parts'}"
         mfu, images = of(stage, "mfu"), of(stage, "images_per_second")
         row(f"{name}: images/s", None if images is None else shown(images, 0))
-        row(f"{name}: MFU of 989 TFLOP/s", None if mfu is None else f"{mfu:.3f}")
+        row(f"{name}: MFU of {PEAK / 1e12:.0f} TFLOP/s", None if mfu is None else f"{mfu:.3f}")
         share = None if mfu is None or ceiling is None else f"{of(stage, 'flops_per_second') / ceiling:.3f}"
         row(f"{name}: share of the measured matmul", share)
         wait = of(stage, "data_wait")
@@ -737,7 +750,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, all stages in this process")
-    parser.add_argument("--only", help="stages, with commas; all by default")
+    parser.add_argument("--only", type=some_of(STAGES), default=list(STAGES), help="stages, with commas")
     parser.add_argument(
         "--stage", choices=tuple(STAGES), help="one stage, in this process: what the suite itself calls"
     )
@@ -749,10 +762,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.stage is not None:
         run_stage(suite, args.stage)
         return
-    names = list(STAGES) if args.only is None else args.only.split(",")
-    if unknown := set(names) - set(STAGES):
-        parser.error(f"no stages {sorted(unknown)}; there are {', '.join(STAGES)}")
-    run_all(suite, names)
+    run_all(suite, args.only)
     succeeded = write_results(suite)
     print((suite.output_dir / "results.md").read_text())
     if not succeeded:

@@ -346,11 +346,15 @@ class Ours(Step):
         self.ema.step()
 
 
-def build_encoder(setting: Setting, grid: int) -> RepresentationEncoder:
-    """DINOv2-B's shape with random weights, on images of 14 px a token."""
+def build_dinov2(grid: int, quick: bool) -> Dinov2Model:
+    """DINOv2-B's shape with random weights, for images of 14 px a token."""
     torch.manual_seed(2)
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2} if setting.quick else {}
-    network = Dinov2Model(Dinov2Config(image_size=14 * grid, patch_size=14, **small))
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2} if quick else {}
+    return Dinov2Model(Dinov2Config(image_size=14 * grid, patch_size=14, **small))
+
+
+def build_encoder(setting: Setting, grid: int) -> RepresentationEncoder:
+    network = build_dinov2(grid, setting.quick)
     return RepresentationEncoder(network, IMAGENET_MEAN, IMAGENET_STD, grid).to(setting.device)
 
 
@@ -427,44 +431,47 @@ def measure_warmup(size: str, setting: Setting) -> dict[str, object]:
     tokens = (config["sample_size"] // config["patch_size"]) ** 2
     targets = [torch.randn(setting.batch, tokens, width(config), device=device)]
 
-    def step_of(model: AlignedTransformer, warmup: bool) -> tuple[Callable[[], None], int]:
-        flops = setting.batch * count_step_flops(model, [])
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = build_optimizer(model, "adamw", LEARNING_RATE, (0.9, 0.999), 1e-8, 0.0)
-        ema = None if warmup else EMA(model.transformer, [EMAProfile(decay=DECAY)])
-        compiled(model, setting)
-
-        def step() -> None:
-            with setting.autocast():
-                if warmup:
-                    loss = warmup_loss(model, batch["x0"], batch["label"], batch["drop"], targets)["loss"]
-                else:
-                    loss = full_loss(
-                        model, batch["x0"], batch["noise"], batch["t"], batch["label"], batch["drop"], targets, WEIGHT
-                    )["loss"]
-            loss.backward()
-            float(nn.utils.clip_grad_norm_(trained, 1.0))
-            optimizer.step()
-            optimizer.zero_grad()
-            if ema is not None:
-                ema.step()
-
-        return step, flops
-
     early = build_warmup_transformer(config, depth).to(device).train()
-    steps = {
-        "warmup": step_of(AlignedTransformer(early, [nn.Identity()], depth, warmup=True), True),
-        "full": step_of(AlignedTransformer(build_ours(config, device), [nn.Identity()], depth), False),
+    models = {
+        "warmup": AlignedTransformer(early, [nn.Identity()], depth, warmup=True),
+        "full": AlignedTransformer(build_ours(config, device), [nn.Identity()], depth),
     }
-    ways = {name: step for name, (step, _) in steps.items()}
+    flops = {name: count_step_flops(model, []) for name, model in models.items()}
+    ways = {name: step_of(compiled(model, setting), batch, targets, setting) for name, model in models.items()}
     seconds = in_turns(ways, setting.repeats, 2, device, f"warmup {size}")
     return {
         "depth": depth,
         "num_layers": config["num_layers"],
         "seconds": seconds,
         "ratio": ratio(seconds["warmup"], seconds["full"]),
-        "flops_ratio": steps["warmup"][1] / steps["full"][1],
+        "flops_ratio": flops["warmup"] / flops["full"],
     }
+
+
+def step_of(
+    model: AlignedTransformer, batch: dict[str, torch.Tensor], targets: list[torch.Tensor] | None, setting: Setting
+) -> Callable[[], None]:
+    """A step of the model's phase on tokens that are given, or without alignment."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(model, "adamw", LEARNING_RATE, (0.9, 0.999), 1e-8, 0.0)
+    ema = None if model.warmup else EMA(model.transformer, [EMAProfile(decay=DECAY)])
+
+    def step() -> None:
+        with setting.autocast():
+            if model.warmup:
+                loss = warmup_loss(model, batch["x0"], batch["label"], batch["drop"], targets)["loss"]
+            else:
+                loss = full_loss(
+                    model, batch["x0"], batch["noise"], batch["t"], batch["label"], batch["drop"], targets, WEIGHT
+                )["loss"]
+        loss.backward()
+        float(nn.utils.clip_grad_norm_(trained, 1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+        if ema is not None:
+            ema.step()
+
+    return step
 
 
 # Scaling and memory
@@ -504,22 +511,7 @@ def plain_step(
     flops = batch_size * count_step_flops(model, [])
     if checkpointing:
         model.transformer.enable_gradient_checkpointing()
-    optimizer = build_optimizer(model, "adamw", LEARNING_RATE, (0.9, 0.999), 1e-8, 0.0)
-    ema = EMA(model.transformer, [EMAProfile(decay=DECAY)])
-    batch = draw_batch(config, batch_size, setting.device, image_side=8)
-
-    def step() -> None:
-        with setting.autocast():
-            loss = full_loss(model, batch["x0"], batch["noise"], batch["t"], batch["label"], batch["drop"], None, 0.0)[
-                "loss"
-            ]
-        loss.backward()
-        float(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.step()
-
-    return step, flops
+    return step_of(model, draw_batch(config, batch_size, setting.device, image_side=8), None, setting), flops
 
 
 def measure_memory(size: str, setting: Setting) -> dict[str, dict[str, float]]:

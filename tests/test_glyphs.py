@@ -27,20 +27,7 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import glyphs  # noqa: E402
 
 
-FLAGS = [
-    "--train",
-    "4",
-    "--validation",
-    "1",
-    "--test",
-    "2",
-    "--size",
-    "16",
-    "--characters",
-    "AB8",
-    "--shard_rows",
-    "8",
-]
+FLAGS = "--train 4 --validation 1 --test 2 --size 16 --characters AB8 --shard_rows 8".split()
 
 
 @pytest.fixture(scope="module")
