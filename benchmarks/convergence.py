@@ -90,7 +90,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=[], help="names of the recipe's arms")
     parser.add_argument("--seeds", type=int, default=0, help="run the reported seeds 0 to N - 1")
     parser.add_argument(
-        "--choosing", type=int, default=0, help=f"run the choosing seeds {FIRST_CHOOSING_SEED} and on, N"
+        "--choosing",
+        type=int,
+        default=0,
+        help=f"run the choosing seeds {FIRST_CHOOSING_SEED} and on, N; measured at their ends alone",
     )
     parser.add_argument("--budget", type=float, help="FLOPs of a run; the recipe's by default")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
@@ -206,14 +209,7 @@ def run_arm(study: Study, name: str, arm: dict, seed: int) -> None:
     flags, before = prepare(study, arm, seed, folder)
     script = ["training/train_erw.py", "--config", relative(study.base), *flags]
     run_script(study, [*script, f"--output_dir={folder}", "--resume_from_checkpoint=latest"], f"{folder}.log")
-    config = read_config(study, {})
-    # By the encoder that was trained, whatever the arm was aligned with
-    probe = [
-        "training/probe.py", f"--model={folder}/pipeline", f"--dataset_name={config.dataset_name}",
-        f"--test_split={study.table['probe_split']}", f"--encoder={config.encoder}", "--times", "0", "0.5",
-        f"--num_images={study.table['probe_images']}", f"--output_dir={folder}/probe",
-    ]  # fmt: skip
-    run_script(study, probe, f"{folder}.log")
+    probes = [] if seed >= FIRST_CHOOSING_SEED else run_probes(study, folder)
     write_record(
         record_path,
         {
@@ -233,13 +229,25 @@ def run_arm(study: Study, name: str, arm: dict, seed: int) -> None:
             "training_command": "OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true python "
             + " ".join(script).replace(f"{study.runs}/", f"outputs/convergence/{study.data}/"),
             **measurements(folder, before),
-            "probes": json.loads((folder / "probe" / "probe.json").read_text())["probes"],
+            "probes": probes,
             **{k: v for k, v in json.loads((folder / "environment.json").read_text()).items() if k != "local"},
         },
     )
     for checkpoint in folder.rglob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     print(f"{name} seed {seed}: {record_path}", flush=True)
+
+
+def run_probes(study: Study, folder: Path) -> list[dict]:
+    """By the encoder that was trained, whatever the arm was aligned with."""
+    config = read_config(study, {})
+    probe = [
+        "training/probe.py", f"--model={folder}/pipeline", f"--dataset_name={config.dataset_name}",
+        f"--test_split={study.table['probe_split']}", f"--encoder={config.encoder}", "--times", "0", "0.5",
+        f"--num_images={study.table['probe_images']}", f"--output_dir={folder}/probe",
+    ]  # fmt: skip
+    run_script(study, probe, f"{folder}.log")
+    return json.loads((folder / "probe" / "probe.json").read_text())["probes"]
 
 
 def prepare(study: Study, arm: dict, seed: int, folder: Path) -> tuple[list[str], list[Path]]:
@@ -271,6 +279,8 @@ def prepare(study: Study, arm: dict, seed: int, folder: Path) -> tuple[list[str]
         settings["warmup_from"] = str(make_start(config, arm, folder))
         # A projector that was trained goes with the weights that it was trained on.
         settings["hand_over_projector"] = start == "asleep"
+    if seed >= FIRST_CHOOSING_SEED:  # of which the end alone counts
+        every = config.max_train_steps
     settings |= {"max_train_steps": config.max_train_steps, "evaluation_steps": every}
     return to_flags(settings), before
 

@@ -56,6 +56,7 @@ from common import (
 )
 
 from erw_hf.training.flops import PEAK_FLOPS
+from erw_hf.training.run_record import read_metrics
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -261,7 +262,7 @@ def stage_resume(suite: Suite) -> dict[str, object]:
         train(suite, killed | {"resume_from_checkpoint": "latest"}, kill_at=step)
     train(suite, killed | {"resume_from_checkpoint": "latest"})
     train(suite, alone)
-    ours, theirs = (read_metrics(run["output_dir"]) for run in (killed, alone))
+    ours, theirs = (read_metrics(run["output_dir"] / "metrics.jsonl") for run in (killed, alone))
     if [line["step"] for line in ours] != list(range(1, 13)):
         raise AssertionError(f"steps of the resumed run: {[line['step'] for line in ours]}")
     deviation = max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(ours, theirs, strict=True))
@@ -304,7 +305,7 @@ def stage_fsdp2(suite: Suite) -> dict[str, object]:
     launch = ["--config_file", "training/accelerate/fsdp2.yaml", "--num_processes", "1", "--main_process_port", "0"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "training/train_erw.py", *as_flags(flags)]
     checked(subprocess.run(command, cwd=REPOSITORY, env=child_environment(suite), capture_output=True, text=True))
-    losses = [line["loss"] for line in read_metrics(folder)]
+    losses = [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
     if len(losses) != 4:
         raise AssertionError(f"{len(losses)} steps of 4")
     return {"losses": losses}
@@ -489,7 +490,7 @@ def train_from_cache(suite: Suite, size: str, encoder: bool) -> dict[str, object
             "projector_dim": 32 if suite.quick else 2048,
         }  # fmt: skip
     train(suite, flags, kill_at=None if suite.quick else steps)
-    lines = read_metrics(folder)[:steps]
+    lines = read_metrics(folder / "metrics.jsonl")[:steps]
     flops = (lines[-1]["flops"] - lines[0]["flops"]) / (len(lines) - 1) / batch
     rates = [line["images_per_second"] for line in lines[skipped:]]
     mfu = flops * statistics.median(rates) / PEAK
@@ -507,10 +508,6 @@ def train_from_cache(suite: Suite, size: str, encoder: bool) -> dict[str, object
 
 def total_memory() -> int:
     return torch.cuda.get_device_properties(0).total_memory
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def as_flags(flags: dict[str, object]) -> list[str]:
