@@ -13,8 +13,8 @@ quickstart: $(VENV)/.installed ## train on digits from random weights and show p
 	$(LAUNCH) training/train_erw.py --config training/configs/digits.yaml --output_dir $(QUICKSTART) --overwrite_output_dir
 	@echo "Pictures: $(QUICKSTART)/grid.png   Losses: $(QUICKSTART)/loss_curve.png   Pipeline: $(QUICKSTART)/pipeline"
 
-test: $(VENV)/.installed ## all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed ## all tests, a file at a time on each core
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 soak: $(VENV)/.installed ## kill training 30 times and compare with runs that were left alone
 	cd tests && HF_HUB_OFFLINE=1 ../$(BIN)/python soak.py --kills 30

@@ -22,6 +22,10 @@ from helpers import TINY_MODEL, randomize
 # No test may reach for a network: what is not local has to fail at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core, so one thread for each, and for what it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 
 @pytest.fixture
 def transformer():
