@@ -200,6 +200,14 @@ def test_speed_up_at_equal_quality():
     assert speed_up(record("arm", 0, 16.0, 4.0), record("control", 0, 16.0, 16.0))[0] == 1.0
 
 
+def test_choosing_seeds_are_measured_where_the_reported_ones_end(recipes):
+    assert convergence.main(command(recipes, "--arms", "sit", "--seeds", 1, "--choosing", 1))
+    results = recipes.parent / "results" / "convergence" / "digits"
+    reported, choosing = (json.loads((results / f"sit-seed{seed}.json").read_text()) for seed in (0, 100))
+    assert [point["step"] for point in choosing["points"]] == [reported["points"][-1]["step"]]
+    assert len(reported["points"]) == 2 and reported["probes"] and not choosing["probes"]
+
+
 def test_answers_follow_the_numbers():
     def runs(arm, *finals):
         return [record(arm, seed, 100.0, value) for seed, value in enumerate(finals)]
@@ -228,7 +236,7 @@ def test_a_tuned_arm_is_the_best_of_the_choosing_seeds(recipes):
         for seed, distance in ((100, 9.0 - number), (0, 1.0 + number)):  # the reported seed would choose the first
             (study.results / f"{arm}-seed{seed}.json").write_text(json.dumps(record(arm, seed, distance)))
     found = convergence.resolve_arm(study, "sit_best")
-    assert found == {**study.table["arms"]["sit_lr4e-3_rise100"], "chosen": "sit_lr4e-3_rise100"}
+    assert found == {**study.table["arms"]["sit_muon_lr2e-3"], "chosen": "sit_muon_lr2e-3"}
     with pytest.raises(ValueError, match="no arm 'other'"):
         convergence.resolve_arm(study, "other")
 
