@@ -139,17 +139,17 @@ def test_class_tokens_are_those_after_the_last_norm(name, tmp_path):
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     if prefix == 0:
         with pytest.raises(ValueError, match=f"encoder {tmp_path} .* has no class token"):
-            encoder(images, with_class_token=True)
+            encoder.patch_and_class_tokens(images)
         return
     for parameter in encoder.model.parameters():  # norms of a fresh model have weights of 1
         torch.nn.init.normal_(parameter, std=0.3)
     own = {}
     norms = [module for module in encoder.model.modules() if isinstance(module, torch.nn.LayerNorm)]
     norms[-1].register_forward_hook(lambda _, __, output: own.update(last=output))  # in the order of the layers
-    tokens, class_token = encoder(images, with_class_token=True)
+    tokens, class_token = encoder.patch_and_class_tokens(images)
     torch.testing.assert_close(tokens, encoder(images))
     assert class_token.shape == (2, 16) and encoder.class_token_dim == 16
-    encoder(images, with_class_token=True)
+    encoder.patch_and_class_tokens(images)
     last = own["last"] if own["last"].ndim == 2 else own["last"][:, 0]
     torch.testing.assert_close(class_token, last)
 

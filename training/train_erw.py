@@ -610,7 +610,7 @@ def targets(run: Run, batch: Batch, aligned: bool = True) -> tuple[list[torch.Te
         images = batch["pixels"].float() / 255
         encoders = run.encoders if aligned else run.encoders[:1]
         if config.class_token_weight > 0:
-            first, class_token = encoders[0](images, with_class_token=True)
+            first, class_token = encoders[0].patch_and_class_tokens(images)
             class_token = class_token.float()
         else:
             first = encoders[0](images)

@@ -176,37 +176,47 @@ class RepresentationEncoder(nn.Module):
             kwargs["noise"] = order.expand(len(pixel_values), -1)
         return self.model(pixel_values=pixel_values, **kwargs).last_hidden_state
 
-    @torch.no_grad()
-    def forward(
-        self, images: torch.Tensor, with_class_token: bool = False
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """
         Encodes images.
 
         Args:
             images (`torch.Tensor` of shape `(B, 3, H, W)` or `(B, 1, H, W)`): Images in [0, 1].
-            with_class_token (`bool`, *optional*, defaults to `False`): Return the class token too.
 
         Returns:
-            `torch.Tensor` of shape `(B, token_grid ** 2, embed_dim)`: Patch tokens in row-major order; or with
-            `with_class_token` a `tuple` of them and the class token `(B, embed_dim)`, after the model's last norm.
+            `torch.Tensor` of shape `(B, token_grid ** 2, embed_dim)`: Patch tokens in row-major order.
+        """
+        return self._encode(images)[:, self.num_prefix_tokens :]
+
+    @torch.no_grad()
+    def patch_and_class_tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Encodes images, for a model that draws the class token too (REG, arXiv 2507.01467).
+
+        Args:
+            images (`torch.Tensor` of shape `(B, 3, H, W)` or `(B, 1, H, W)`): Images in [0, 1].
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Patch tokens `(B, token_grid ** 2, embed_dim)` in row-major order, and the
+            class token `(B, embed_dim)`, after the model's last norm.
 
         Raises:
-            ValueError: for `with_class_token` of an encoder that has none.
+            ValueError: if the encoder has no class token.
         """
+        hidden_states = self._encode(images)
+        class_token = hidden_states[:, 0, : self.class_token_dim]  # (B, D)
+        if hasattr(self.model, "post_layernorm"):  # CLIP's last norm, for which it keeps its class token alone
+            class_token = self.model.post_layernorm(class_token)
+        return hidden_states[:, self.num_prefix_tokens :], class_token
+
+    @torch.no_grad()
+    def _encode(self, images: torch.Tensor) -> torch.Tensor:
         images = images.expand(-1, 3, -1, -1)
         # Normalised, then resized without antialias: what REPA and ERW feed their encoders.
         images = (images.float() - self.image_mean) / self.image_std
         if images.shape[-1] != self.image_size:
             images = F.interpolate(images, size=(self.image_size, self.image_size), mode="bicubic")
-        hidden_states = self._hidden_states(images.to(self.dtype))
-        tokens = hidden_states[:, self.num_prefix_tokens :]  # (B, N, D)
-        if not with_class_token:
-            return tokens
-        class_token = hidden_states[:, 0, : self.class_token_dim]  # (B, D)
-        if hasattr(self.model, "post_layernorm"):  # CLIP's last norm, for which it keeps its class token alone
-            class_token = self.model.post_layernorm(class_token)
-        return tokens, class_token
+        return self._hidden_states(images.to(self.dtype))
 
 
 @torch.no_grad()

@@ -130,7 +130,7 @@ def block_features(
         times = torch.full((len(latents),), time, device=device)
         x_t, class_token = _noised(latents, rngs, times, path_type), None
         if width is not None and encoder is not None:
-            class_token = encoder(pixels / 255, with_class_token=True)[1].float()
+            class_token = encoder.patch_and_class_tokens(pixels / 255)[1].float()
             class_token = _noised(class_token, rngs, times, path_type).to(transformer.dtype)
         tokens = transformer(
             x_t.to(transformer.dtype), times, hidden_states_depths=depths, tokens_only=True, class_token=class_token
