@@ -48,7 +48,7 @@ from erw_hf.data.samples import load_source
 from erw_hf.evaluation.record import write_record
 from erw_hf.training.config import TrainingConfig, parse_config
 from erw_hf.training.flops import count_step_flops
-from erw_hf.training.models import build_full_model, build_warmup_model
+from erw_hf.training.models import build_full_model, build_warmup_model, encoders_of_step
 from erw_hf.training.run_record import read_metrics
 from erw_hf.warmup import build_warmup_transformer
 
@@ -304,10 +304,10 @@ def step_flops(config: TrainingConfig) -> tuple[int, int]:
     """FLOPs of a warmup step and of a full step, as train_erw.py counts them."""
     num_classes = load_source(**config.source_arguments()).num_classes
     encoders = [RepresentationEncoder.from_pretrained(name, config.token_grid) for name in config.encoders]
-    batch = config.train_batch_size * config.gradient_accumulation_steps
+    batch = config.step_batch_size(processes=1)
     with BUILDING, torch.device("meta"):
         full = build_full_model(config, num_classes, encoders)
-        full_flops = count_step_flops(full, encoders if full.projectors else []) * batch
+        full_flops = count_step_flops(full, encoders_of_step(config, encoders, bool(full.projectors))) * batch
         if config.warmup_steps == 0:
             return 0, full_flops
         return count_step_flops(build_warmup_model(config, num_classes, encoders), encoders) * batch, full_flops

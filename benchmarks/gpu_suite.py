@@ -105,7 +105,7 @@ def stage_ceiling(suite: Suite) -> dict[str, object]:
 
 def stage_paths(suite: Suite) -> dict[str, object]:
     """Each path of the model and the optimizers, against a plainer one."""
-    from train_step import build_ours, build_plain, draw_batch, model_config
+    from train_step import build_ours, build_plain, draw_batch, model_config, training_batch
 
     from erw_hf.alignment import AlignedTransformer
     from erw_hf.training.ema import EMA, EMAProfile
@@ -120,8 +120,7 @@ def stage_paths(suite: Suite) -> dict[str, object]:
         where = next(model.parameters()).device.type
         data = {name: tensor.to(where) for name, tensor in batch.items()}
         with torch.autocast(where, dtype, enabled=dtype != torch.float32):
-            names = ("x0", "noise", "t", "label", "drop")
-            return full_loss(AlignedTransformer(model, [], 1), *(data[name] for name in names), None, 0.0)["loss"]
+            return full_loss(AlignedTransformer(model, [], 1), training_batch(data, None), 0.0)["loss"]
 
     def gradient_of(model, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         model.zero_grad(set_to_none=True)

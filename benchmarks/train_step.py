@@ -61,7 +61,7 @@ from erw_hf.training.ema import EMA, EMAProfile
 from erw_hf.training.flops import count_step_flops
 from erw_hf.training.models import compile_blocks
 from erw_hf.training.optimizers import build_optimizer
-from erw_hf.warmup import build_warmup_transformer, full_loss, warmup_loss
+from erw_hf.warmup import TrainingBatch, build_warmup_transformer, full_loss, warmup_loss
 
 
 SECTIONS = ("forward", "step", "warmup", "scaling")
@@ -154,6 +154,10 @@ def draw_batch(config: dict[str, int], batch: int, device: str, image_side: int 
         "pixels": torch.randint(256, (batch, 3, image_side, image_side), generator=generator, dtype=torch.uint8),
     }
     return {name: tensor.to(device) for name, tensor in drawn.items()}
+
+
+def training_batch(drawn: dict[str, torch.Tensor], targets: list[torch.Tensor] | None) -> TrainingBatch:
+    return TrainingBatch(drawn["x0"], drawn["label"], drawn["drop"], targets, drawn["noise"], drawn["t"])
 
 
 # Forward and backward of the model
@@ -335,9 +339,7 @@ class Ours(Step):
         batch = self.batch
         with self.setting.autocast():
             targets = [self.encoder(batch["pixels"].float() / 255)]
-            return full_loss(
-                self.model, batch["x0"], batch["noise"], batch["t"], batch["label"], batch["drop"], targets, WEIGHT
-            )["loss"]
+            return full_loss(self.model, training_batch(batch, targets), WEIGHT)["loss"]
 
     def update(self) -> None:
         self.optimizer.found_inf = (~self.grad_norm.isfinite()).float()
@@ -459,11 +461,9 @@ def step_of(
     def step() -> None:
         with setting.autocast():
             if model.warmup:
-                loss = warmup_loss(model, batch["x0"], batch["label"], batch["drop"], targets)["loss"]
+                loss = warmup_loss(model, TrainingBatch(batch["x0"], batch["label"], batch["drop"], targets))["loss"]
             else:
-                loss = full_loss(
-                    model, batch["x0"], batch["noise"], batch["t"], batch["label"], batch["drop"], targets, WEIGHT
-                )["loss"]
+                loss = full_loss(model, training_batch(batch, targets), WEIGHT)["loss"]
         loss.backward()
         float(nn.utils.clip_grad_norm_(trained, 1.0))
         optimizer.step()

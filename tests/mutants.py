@@ -86,8 +86,13 @@ MUTANTS = [
         CLASS_TOKEN,
     ),
     # the two phases and the hand-over
-    Mutant("warmup", "x_t, t = x0, x0.new_zeros(", "x_t, t = x0, x0.new_ones(", WARMUP),
-    Mutant("warmup", "x_t, _ = interpolate(x0, noise, t, path_type)", "x_t, _ = interpolate(x0, noise, t)", WARMUP),
+    Mutant("warmup", "= batch.x0, batch.x0.new_zeros(", "= batch.x0, batch.x0.new_ones(", WARMUP),
+    Mutant(
+        "warmup",
+        "interpolate(batch.x0, batch.noise, batch.t, path_type)",
+        "interpolate(batch.x0, batch.noise, batch.t)",
+        WARMUP,
+    ),
     Mutant("warmup", '+ weight * losses["alignment"]', '- weight * losses["alignment"]', WARMUP),
     Mutant("warmup", 'losses["loss"] - contrastive_weight', 'losses["loss"] + contrastive_weight', WARMUP),
     Mutant("warmup", "torch.stack(losses).mean()", "losses[-1]", WARMUP),

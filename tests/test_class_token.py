@@ -29,7 +29,7 @@ from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaSch
 from erw_hf.alignment import AlignedTransformer, ConvProjector, MLPProjector
 from erw_hf.data.samples import SampleMaker, decode_image, load_source
 from erw_hf.training.run_record import read_metrics
-from erw_hf.warmup import build_warmup_transformer, full_loss, hand_over, warmup_loss
+from erw_hf.warmup import TrainingBatch, build_warmup_transformer, full_loss, hand_over, warmup_loss
 
 
 WIDTH, CLASS_WIDTH = 16, 12
@@ -178,7 +178,7 @@ def cosine_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])
 def test_objective_against_its_statement(path_type, projector):
     net, data = aligned(projector=projector), batch()
-    losses = full_loss(net, **data, weight=0.5, path_type=path_type, class_token_weight=0.03)
+    losses = full_loss(net, TrainingBatch(**data), weight=0.5, path_type=path_type, class_token_weight=0.03)
     velocity, class_velocity, alignment = [], [], []
     for i in range(4):  # one sample after the other, straight from the equations
         s = data["t"][i]
@@ -214,7 +214,7 @@ def test_the_loss_does_not_depend_on_the_order_of_the_batch():
     order = torch.tensor([2, 0, 3, 1])
     shuffled = {name: tensor[order] for name, tensor in data.items() if name != "targets"}
     shuffled["targets"] = [target[order] for target in data["targets"]]
-    losses, again = (full_loss(net, **d, weight=0.5, class_token_weight=0.03) for d in (data, shuffled))
+    losses, again = (full_loss(net, TrainingBatch(**d), weight=0.5, class_token_weight=0.03) for d in (data, shuffled))
     assert set(losses) == {"loss", "velocity", "class_token", "alignment"}
     for name, value in losses.items():
         torch.testing.assert_close(again[name], value)
@@ -222,19 +222,19 @@ def test_the_loss_does_not_depend_on_the_order_of_the_batch():
 
 def test_gradients_flow_where_they_should():
     net, data = aligned(), batch()
-    full_loss(net, **data, weight=0.0, class_token_weight=0.03)["class_token"].backward()
+    full_loss(net, TrainingBatch(**data), weight=0.0, class_token_weight=0.03)["class_token"].backward()
     reached = {name for name, parameter in net.named_parameters() if parameter.grad is not None}
     unreached = {name for name, _ in net.named_parameters()} - reached
     # The class token's own loss trains the embedders, all blocks and its last layer, not that of the patches.
     assert {name.split(".")[0] for name in unreached} == {"projectors", "transformer"}
     assert {name.split(".")[1] for name in unreached if name.startswith("transformer")} == {"proj_out"}
     net.zero_grad(set_to_none=True)
-    full_loss(net, **{**data, "targets": None}, weight=0.0, class_token_weight=0.03)["loss"].backward()
+    full_loss(net, TrainingBatch(**{**data, "targets": None}), weight=0.0, class_token_weight=0.03)["loss"].backward()
     assert all(parameter.grad is not None for parameter in net.parameters())  # DDP waits for each
     assert all(parameter.grad.abs().max() == 0 for parameter in net.projectors.parameters())
     warm = aligned(2, warmup=True)
     data = {name: value for name, value in data.items() if name not in ("noise", "t", "class_noise")}
-    warmup_loss(warm, **data)["loss"].backward()
+    warmup_loss(warm, TrainingBatch(**data))["loss"].backward()
     for name, parameter in warm.named_parameters():
         final = name.startswith(("transformer.norm_out", "transformer.proj_out", "transformer.class_token_out"))
         assert (parameter.grad is None) == final, name
@@ -246,7 +246,7 @@ def test_warmup_sees_the_class_token_as_clean_as_the_latents(noised):
     net.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs, x=args[0]), with_kwargs=True)
     if not noised:
         data = {name: value for name, value in data.items() if name not in ("noise", "t", "class_noise")}
-    loss = warmup_loss(net, **data)["loss"]
+    loss = warmup_loss(net, TrainingBatch(**data))["loss"]
     x_t, token = data["x0"], data["class_token"]
     if noised:
         x_t = (1 - data["t"]).view(4, 1, 1, 1) * x_t + data["t"].view(4, 1, 1, 1) * data["noise"]

@@ -17,7 +17,7 @@ from helpers import TINY_MODEL, randomize
 
 from erw_hf import ERWTransformer2DModel
 from erw_hf.alignment import AlignedTransformer, MLPProjector
-from erw_hf.warmup import build_warmup_transformer, full_loss, hand_over, warmup_loss
+from erw_hf.warmup import TrainingBatch, build_warmup_transformer, full_loss, hand_over, warmup_loss
 
 
 WIDTH, ENCODER_WIDTH = 16, 12
@@ -105,14 +105,14 @@ def test_warmup_runs_no_later_block_and_trains_no_final_layer():
     for i, block in enumerate(full.transformer.transformer_blocks):
         block.register_forward_hook(lambda *_, i=i: calls.append(i))
     full.transformer.norm_out.register_forward_hook(lambda *_: calls.append("final"))
-    warmup_loss(full, **batch())
+    warmup_loss(full, TrainingBatch(**batch()))
     assert calls == [0, 1]
 
     truncated = warmup_model()
     assert len(truncated.transformer.transformer_blocks) == 2
     trained = {name for name, parameter in truncated.named_parameters() if parameter.requires_grad}
     assert not any("norm_out" in name or "proj_out" in name for name in trained)
-    losses = warmup_loss(truncated, **batch())
+    losses = warmup_loss(truncated, TrainingBatch(**batch()))
     losses["loss"].backward()
     assert all(parameter.grad is not None for parameter in truncated.parameters() if parameter.requires_grad)
 
@@ -121,7 +121,7 @@ def test_warmup_sees_the_clean_latent_at_time_zero_with_its_label():
     model, seen = warmup_model(), {}
     model.transformer.register_forward_pre_hook(lambda _, args: seen.update(x=args[0], t=args[1], labels=args[2]))
     data = batch()
-    warmup_loss(model, **data)
+    warmup_loss(model, TrainingBatch(**data))
     assert torch.equal(seen["x"], data["x0"])
     assert torch.equal(seen["t"], torch.zeros(4))
     assert torch.equal(seen["labels"], data["class_labels"])
@@ -132,7 +132,7 @@ def test_warmup_with_noise_sees_the_point_of_the_path(path_type):
     model, data, seen = warmup_model(), batch(), {}
     model.transformer.register_forward_pre_hook(lambda _, args: seen.update(x=args[0], t=args[1]))
     noise, t = torch.randn(4, 1, 8, 8), torch.tensor([0.1, 0.4, 0.6, 0.95])
-    warmup_loss(model, noise=noise, t=t, path_type=path_type, **data)
+    warmup_loss(model, TrainingBatch(noise=noise, t=t, **data), path_type=path_type)
     s = t.view(4, 1, 1, 1)
     alpha, sigma = (1 - s, s) if path_type == "linear" else (torch.cos(s * torch.pi / 2), torch.sin(s * torch.pi / 2))
     torch.testing.assert_close(seen["x"], alpha * data["x0"] + sigma * noise)
@@ -152,13 +152,13 @@ def test_a_dropped_label_is_the_null_class_and_others_stay():
 
 def test_warmup_loss_does_not_depend_on_the_order_and_every_sample_trains():
     model, data = warmup_model(), batch()
-    loss = warmup_loss(model, **data)["loss"]
+    loss = warmup_loss(model, TrainingBatch(**data))["loss"]
     order = torch.tensor([2, 0, 3, 1])
     shuffled = {name: tensor[order] for name, tensor in data.items() if name != "targets"}
     shuffled["targets"] = [data["targets"][0][order]]
-    torch.testing.assert_close(warmup_loss(model, **shuffled)["loss"], loss)
+    torch.testing.assert_close(warmup_loss(model, TrainingBatch(**shuffled))["loss"], loss)
     data["x0"].requires_grad_()
-    warmup_loss(model, **data)["loss"].backward()
+    warmup_loss(model, TrainingBatch(**data))["loss"].backward()
     assert (data["x0"].grad.flatten(1).norm(dim=1) > 1e-6).all()
 
 
@@ -167,7 +167,7 @@ def test_objective_against_its_statement(path_type):
     model, data = full_model(), batch()
     randomize(model, seed=7)
     noise, t = torch.randn(4, 1, 8, 8), torch.tensor([0.1, 0.4, 0.6, 0.95])
-    losses = full_loss(model, noise=noise, t=t, weight=0.3, path_type=path_type, **data)
+    losses = full_loss(model, TrainingBatch(noise=noise, t=t, **data), weight=0.3, path_type=path_type)
 
     velocity, alignment = [], []
     for i in range(4):  # one sample after the other, straight from the equations
@@ -197,7 +197,7 @@ def test_several_encoders_have_a_projector_each_and_count_alike():
     data = batch()
     data["targets"] = [torch.randn(4, 16, width) for width in widths]
     noise, t = torch.randn(4, 1, 8, 8), torch.rand(4)
-    losses = full_loss(model, noise=noise, t=t, weight=0.3, **data)
+    losses = full_loss(model, TrainingBatch(noise=noise, t=t, **data), weight=0.3)
     x_t = (1 - t.view(-1, 1, 1, 1)) * data["x0"] + t.view(-1, 1, 1, 1) * noise
     _, projected, _ = model(x_t, t, data["class_labels"], data["drop"])
     each = [
@@ -205,14 +205,14 @@ def test_several_encoders_have_a_projector_each_and_count_alike():
     ]
     torch.testing.assert_close(losses["alignment"], (each[0] + each[1]) / 2)
     with pytest.raises(ValueError, match="zip"):
-        full_loss(model, noise=noise, t=t, weight=0.3, **{**data, "targets": data["targets"][:1]})
+        full_loss(model, TrainingBatch(noise=noise, t=t, **{**data, "targets": data["targets"][:1]}), weight=0.3)
 
 
 def test_contrastive_flow_matching_against_its_statement():
     model, data = randomize(full_model(), seed=7), batch()
     noise, t = torch.randn(4, 1, 8, 8), torch.tensor([0.1, 0.4, 0.6, 0.95])
-    plain = full_loss(model, noise=noise, t=t, weight=0.3, **data)
-    losses = full_loss(model, noise=noise, t=t, weight=0.3, contrastive_weight=0.05, **data)
+    plain = full_loss(model, TrainingBatch(noise=noise, t=t, **data), weight=0.3)
+    losses = full_loss(model, TrainingBatch(noise=noise, t=t, **data), weight=0.3, contrastive_weight=0.05)
     distances = []
     for i in range(4):  # the velocity of sample i - 1 is what sample i must not predict
         x0, e, s = data["x0"][i], noise[i], t[i]
@@ -225,7 +225,7 @@ def test_contrastive_flow_matching_against_its_statement():
 def test_without_a_target_the_projector_rests_but_stays_in_the_graph():
     model, data = randomize(full_model()), batch()
     data["targets"] = None
-    losses = full_loss(model, noise=torch.randn(4, 1, 8, 8), t=torch.rand(4), weight=0.0, **data)
+    losses = full_loss(model, TrainingBatch(noise=torch.randn(4, 1, 8, 8), t=torch.rand(4), **data), weight=0.0)
     assert set(losses) == {"loss", "velocity"}
     losses["loss"].backward()
     assert all(parameter.grad.abs().max() == 0 for parameter in model.projectors.parameters())

@@ -77,13 +77,20 @@ from erw_hf.training.engines import check_engine
 from erw_hf.training.flops import count_step_flops, peak_flops
 from erw_hf.training.initialization import find_warmup, load_initial, load_warmup, save_warmup
 from erw_hf.training.inputs import check_cache, load_encoders, load_vae
-from erw_hf.training.models import build_full_model, build_warmup_model, class_token_dim, compile_blocks
+from erw_hf.training.models import (
+    build_full_model,
+    build_warmup_model,
+    class_token_dim,
+    compile_blocks,
+    encoders_of_step,
+)
 from erw_hf.training.optimizers import build_optimizer
 from erw_hf.training.plots import image_grid, plot_losses
 from erw_hf.training.quality_monitor import QualityMonitor
 from erw_hf.training.run_record import MetricsFile, describe_environment
 from erw_hf.warmup import (
     AlignmentLoss,
+    TrainingBatch,
     build_warmup_transformer,
     check_hand_over,
     full_loss,
@@ -238,12 +245,8 @@ def train_warmup(run: Run, checkpoint: Path | None) -> dict[str, torch.Tensor]:
     alignment = choose_alignment_loss(config)
 
     def losses(model: torch.nn.Module, batch: Batch, step: int) -> dict[str, torch.Tensor]:
-        noised = {"noise": batch["noise"], "t": times(config, batch)} if config.warmup_noised else {}
-        target, class_token = targets(run, batch)
-        return warmup_loss(
-            model, latents(run, batch), batch["label"], batch["drop"], target, alignment,
-            **noised, path_type=config.path_type, class_token=class_token, class_noise=batch.get("class_noise"),
-        )  # fmt: skip
+        clean_or_noised = make_training_batch(run, batch, aligned=True, noised=config.warmup_noised)
+        return warmup_loss(model, clean_or_noised, alignment, config.path_type)
 
     learning_rate = config.warmup_learning_rate or config.learning_rate
     model = train_phase(run, "warmup", model, losses, 0, config.warmup_steps, learning_rate, checkpoint)
@@ -278,11 +281,9 @@ def train_full(
 
     def losses(model: torch.nn.Module, batch: Batch, step: int) -> dict[str, torch.Tensor]:
         weight = phase_2_weight(config, step)
-        target, class_token = targets(run, batch, aligned=weight > 0)
         return full_loss(
-            model, latents(run, batch), batch["noise"], times(config, batch), batch["label"], batch["drop"], target,
-            weight, config.path_type, alignment, config.contrastive_weight, class_token, batch.get("class_noise"),
-            config.class_token_weight,
+            model, make_training_batch(run, batch, aligned=weight > 0), weight, config.path_type, alignment,
+            config.contrastive_weight, config.class_token_weight,
         )  # fmt: skip
 
     train_phase(
@@ -303,10 +304,10 @@ def train_phase(
 ) -> torch.nn.Module:
     """The loop, for either phase."""
     config, accelerator, progress = run.config, run.accelerator, run.progress
-    # A step that aligns runs all encoders, each other one the first, and only if its class token is drawn.
-    flops_unaligned = count_step_flops(model, run.encoders[:1] if config.class_token_weight > 0 else [])
-    encodes = model.projectors and not run.source.has_features
-    flops_aligned = count_step_flops(model, run.encoders) if encodes else flops_unaligned
+    encoders = [] if run.source.has_features else run.encoders  # of a latent cache that holds their tokens
+    flops_aligned, flops_unaligned = (
+        count_step_flops(model, encoders_of_step(config, encoders, aligned)) for aligned in (True, False)
+    )
     model, optimizer = prepare_phase(run, phase, model, end_step - start_step, learning_rate, checkpoint)
     batches = load_batches(run, progress.step, end_step)
     if progress.step < end_step:
@@ -580,44 +581,41 @@ def load_batches(run: Run, start_step: int, end_step: int) -> Iterator[Batch]:
     return iter(loader)
 
 
+def make_training_batch(run: Run, batch: Batch, aligned: bool, noised: bool = True) -> TrainingBatch:
+    """Latents and the encoders' tokens of what was read; the tokens only for a step that aligns, or draws the class token."""
+    config = run.config
+    made = TrainingBatch(latents(run, batch), batch["label"], batch["drop"], targets=None)
+    if noised:
+        made.noise, made.class_noise = batch["noise"], batch.get("class_noise")
+        made.t = timestep_from_normal(
+            batch["time_normal"],
+            config.timestep_distribution,
+            config.timestep_logit_mean,
+            config.timestep_logit_std,
+            config.timestep_shift,
+        )
+    if "features" in batch:  # of a latent cache, which has no class tokens
+        tokens = [batch["features"].unflatten(1, (config.token_grid**2, -1))]
+    else:
+        tokens = []
+        for encoder in encoders_of_step(config, run.encoders, aligned):
+            images = batch["pixels"].float() / 255
+            if config.class_token_weight > 0 and made.class_token is None:
+                patch_tokens, class_token = encoder.patch_and_class_tokens(images)
+                made.class_token = class_token.float()
+            else:
+                patch_tokens = encoder(images)
+            tokens.append(patch_tokens)
+    if aligned:
+        made.targets = [spatial_normalize(t) for t in tokens] if config.spatial_norm else tokens
+    return made
+
+
 def latents(run: Run, batch: Batch) -> torch.Tensor:
     """Clean latents (B, C, h, w) of a batch."""
     if "moments" in batch:  # of a latent cache
         return moments_to_latents(batch["moments"], run.vae, batch["posterior_noise"])
     return pixels_to_latents(batch["pixels"], run.vae, batch["posterior_noise"])
-
-
-def times(config: TrainingConfig, batch: Batch) -> torch.Tensor:
-    """Flow times (B,) of a batch."""
-    return timestep_from_normal(
-        batch["time_normal"],
-        config.timestep_distribution,
-        config.timestep_logit_mean,
-        config.timestep_logit_std,
-        config.timestep_shift,
-    )
-
-
-def targets(run: Run, batch: Batch, aligned: bool = True) -> tuple[list[torch.Tensor] | None, torch.Tensor | None]:
-    """Each encoder's patch tokens (B, N, D) of a batch, for a step that aligns, and the first one's class token (B, D),
-    for a model that draws it."""
-    config, class_token = run.config, None
-    if not aligned and config.class_token_weight == 0:
-        return None, None
-    if "features" in batch:  # of a latent cache
-        tokens = [batch["features"].unflatten(1, (config.token_grid**2, -1))]
-    else:
-        images = batch["pixels"].float() / 255
-        encoders = run.encoders if aligned else run.encoders[:1]
-        if config.class_token_weight > 0:
-            first, class_token = encoders[0].patch_and_class_tokens(images)
-            class_token = class_token.float()
-        else:
-            first = encoders[0](images)
-        tokens = [first, *(encoder(images) for encoder in encoders[1:])]
-    if not aligned:
-        return None, class_token
-    return [spatial_normalize(t) for t in tokens] if config.spatial_norm else tokens, class_token
 
 
 def choose_alignment_loss(config: TrainingConfig) -> AlignmentLoss:

@@ -14,6 +14,7 @@
 """The two phases of ERW and the hand-over between them (arXiv 2504.10188, §3.3)."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,79 +58,69 @@ def build_warmup_transformer(model_config: Mapping[str, Any], warmup_depth: int)
     return transformer
 
 
+@dataclass
+class TrainingBatch:
+    """
+    What a step of either phase is made of. Every random draw is in it, so that the losses are functions.
+
+    Args:
+        x0 (`torch.Tensor` of shape `(B, C, H, W)`): Clean latents.
+        class_labels (`torch.LongTensor` of shape `(B,)`, *optional*): Class ids.
+        drop (`torch.Tensor` of shape `(B,)`): Non-zero where the label is dropped.
+        targets (`Sequence[torch.Tensor]` of shape `(B, N, D)`, *optional*):
+            Each encoder's tokens of the clean images; `None` in a step that does not align.
+        noise (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): Standard normal noise; `None` for clean inputs.
+        t (`torch.Tensor` of shape `(B,)`, *optional*): Flow time in [0, 1], of the noise.
+        class_token (`torch.Tensor` of shape `(B, E)`, *optional*): The first encoder's class token, for a model with one.
+        class_noise (`torch.Tensor` of shape `(B, E)`, *optional*): Standard normal noise, for the class token.
+    """
+
+    x0: torch.Tensor
+    class_labels: torch.Tensor | None
+    drop: torch.Tensor
+    targets: Sequence[torch.Tensor] | None
+    noise: torch.Tensor | None = None
+    t: torch.Tensor | None = None
+    class_token: torch.Tensor | None = None
+    class_noise: torch.Tensor | None = None
+
+
 def warmup_loss(
     model: AlignedTransformer,
-    x0: torch.Tensor,
-    class_labels: torch.Tensor | None,
-    drop: torch.Tensor,
-    targets: Sequence[torch.Tensor],
+    batch: TrainingBatch,
     alignment_loss: AlignmentLoss = cosine_alignment_loss,
-    noise: torch.Tensor | None = None,
-    t: torch.Tensor | None = None,
     path_type: str = "linear",
-    class_token: torch.Tensor | None = None,
-    class_noise: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """
     Phase 1 (ERW, Eq. 13): align the early blocks' tokens of the clean latent, at t = 0, with the encoder's tokens.
 
-    With `noise` and `t` it is the noised latent's tokens instead, the control that the paper does not have.
+    With noise in the batch it is the noised latent's tokens instead, the control that the paper does not have.
 
     Args:
         model ([`AlignedTransformer`]): In warmup mode.
-        x0 (`torch.Tensor` of shape `(B, C, H, W)`): Clean latents.
-        class_labels (`torch.LongTensor` of shape `(B,)`, *optional*): Class ids.
-        drop (`torch.Tensor` of shape `(B,)`): Non-zero where the label is dropped.
-        targets (`Sequence[torch.Tensor]` of shape `(B, N, D)`): Each encoder's tokens of the same images.
+        batch ([`TrainingBatch`]): With targets.
         alignment_loss (`Callable`, *optional*, defaults to [`~alignment.cosine_alignment_loss`]): The loss of a sample.
-        noise (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): Standard normal noise; with `t` only.
-        t (`torch.Tensor` of shape `(B,)`, *optional*): Flow time in [0, 1]; 0 by default.
         path_type (`str`, *optional*, defaults to `"linear"`): See [`~flow.path_coefficients`].
-        class_token (`torch.Tensor` of shape `(B, E)`, *optional*):
-            The first encoder's class token, for a model with one; it is clean where the latents are.
-        class_noise (`torch.Tensor` of shape `(B, E)`, *optional*): Standard normal noise; with `noise` only.
 
     Returns:
         `dict[str, torch.Tensor]`: scalars `loss` and `alignment`, which are equal here.
     """
-    noised_class_token = class_token
-    if noise is None:
-        x_t, t = x0, x0.new_zeros(len(x0), dtype=torch.float32)
-    else:
-        x_t, _ = interpolate(x0, noise, t, path_type)  # type: ignore[arg-type]  # t comes with the noise
-        if class_token is not None:
-            noised_class_token, _ = interpolate(class_token, class_noise, t, path_type)  # type: ignore[arg-type]
-    _, projected, _ = model(x_t, t, class_labels, drop, noised_class_token)
-    alignment = _mean_alignment(alignment_loss, projected, targets, class_token)
+    x_t, t, class_token = batch.x0, batch.x0.new_zeros(len(batch.x0), dtype=torch.float32), batch.class_token
+    if batch.noise is not None:
+        (x_t, _), (class_token, _) = _interpolate(batch, path_type)
+        t = batch.t  # type: ignore[assignment]  # comes with the noise
+    _, projected, _ = model(x_t, t, batch.class_labels, batch.drop, class_token)
+    alignment = _mean_alignment(alignment_loss, projected, batch)
     return {"loss": alignment, "alignment": alignment}
-
-
-def _mean_alignment(
-    alignment_loss: AlignmentLoss,
-    projected: Sequence[torch.Tensor],
-    targets: Sequence[torch.Tensor],
-    class_token: torch.Tensor | None,
-) -> torch.Tensor:
-    if class_token is not None and projected[0].shape[1] > targets[0].shape[1]:
-        targets = [torch.cat([class_token.unsqueeze(1), targets[0]], dim=1), *targets[1:]]
-    losses = [alignment_loss(ours, theirs).mean() for ours, theirs in zip(projected, targets, strict=True)]
-    return torch.stack(losses).mean()
 
 
 def full_loss(
     model: AlignedTransformer,
-    x0: torch.Tensor,
-    noise: torch.Tensor,
-    t: torch.Tensor,
-    class_labels: torch.Tensor | None,
-    drop: torch.Tensor,
-    targets: Sequence[torch.Tensor] | None,
+    batch: TrainingBatch,
     weight: float,
     path_type: str = "linear",
     alignment_loss: AlignmentLoss = cosine_alignment_loss,
     contrastive_weight: float = 0.0,
-    class_token: torch.Tensor | None = None,
-    class_noise: torch.Tensor | None = None,
     class_token_weight: float = 0.0,
 ) -> dict[str, torch.Tensor]:
     """
@@ -137,21 +128,13 @@ def full_loss(
 
     Args:
         model ([`AlignedTransformer`]): The full model.
-        x0 (`torch.Tensor` of shape `(B, C, H, W)`): Clean latents.
-        noise (`torch.Tensor` of shape `(B, C, H, W)`): Standard normal noise.
-        t (`torch.Tensor` of shape `(B,)`): Flow time in [0, 1].
-        class_labels (`torch.LongTensor` of shape `(B,)`, *optional*): Class ids.
-        drop (`torch.Tensor` of shape `(B,)`): Non-zero where the label is dropped.
-        targets (`Sequence[torch.Tensor]` of shape `(B, N, D)`, *optional*): Each encoder's tokens of the clean images.
+        batch ([`TrainingBatch`]): With noise. A class token is noised with the same t (REG, arXiv 2507.01467).
         weight (`float`): lambda.
         path_type (`str`, *optional*, defaults to `"linear"`): See [`~flow.path_coefficients`].
         alignment_loss (`Callable`, *optional*, defaults to [`~alignment.cosine_alignment_loss`]): The loss of a sample.
         contrastive_weight (`float`, *optional*, defaults to 0.0):
             Weight of contrastive flow matching (arXiv 2506.05350, Eq. 5): the prediction is pushed away from the velocity
             of another sample, here the one before it in the batch.
-        class_token (`torch.Tensor` of shape `(B, E)`, *optional*):
-            The first encoder's class token, for a model with one: it is noised with the same t (REG, arXiv 2507.01467).
-        class_noise (`torch.Tensor` of shape `(B, E)`, *optional*): Standard normal noise; with `class_token` only.
         class_token_weight (`float`, *optional*, defaults to 0.0): Weight of the class token's velocity matching.
 
     Returns:
@@ -159,11 +142,8 @@ def full_loss(
         the other velocity), with a class token `class_token` (the squared error of its velocity), and with targets
         `alignment`.
     """
-    x_t, velocity = interpolate(x0, noise, t, path_type)
-    noised_class_token = class_velocity = None
-    if class_token is not None:
-        noised_class_token, class_velocity = interpolate(class_token, class_noise, t, path_type)  # type: ignore[arg-type]
-    predicted, projected, predicted_class = model(x_t, t, class_labels, drop, noised_class_token)
+    (x_t, velocity), (class_token, class_velocity) = _interpolate(batch, path_type)
+    predicted, projected, predicted_class = model(x_t, batch.t, batch.class_labels, batch.drop, class_token)
     velocity_loss = (predicted.float() - velocity).square().mean()
     losses = {"loss": velocity_loss, "velocity": velocity_loss}
     if contrastive_weight > 0:
@@ -172,13 +152,32 @@ def full_loss(
     if class_token is not None:
         losses["class_token"] = (predicted_class.float() - class_velocity).square().mean()
         losses["loss"] = losses["loss"] + class_token_weight * losses["class_token"]
-    if targets is not None:
-        losses["alignment"] = _mean_alignment(alignment_loss, projected, targets, class_token)
+    if batch.targets is not None:
+        losses["alignment"] = _mean_alignment(alignment_loss, projected, batch)
         losses["loss"] = losses["loss"] + weight * losses["alignment"]
     else:
         # Projectors that rest (lambda = 0) stay in the graph: DistributedDataParallel waits for every gradient.
         losses["loss"] = losses["loss"] + sum(0 * tokens.sum() for tokens in projected)
     return losses
+
+
+def _interpolate(batch: TrainingBatch, path_type: str) -> tuple[Any, Any]:
+    """x_t and its velocity, of the latents and of the class token (`None`, `None` without one)."""
+    noised = interpolate(batch.x0, batch.noise, batch.t, path_type)  # type: ignore[arg-type]
+    if batch.class_token is None:
+        return noised, (None, None)
+    return noised, interpolate(batch.class_token, batch.class_noise, batch.t, path_type)  # type: ignore[arg-type]
+
+
+def _mean_alignment(
+    alignment_loss: AlignmentLoss, projected: Sequence[torch.Tensor], batch: TrainingBatch
+) -> torch.Tensor:
+    targets = list(batch.targets or ())
+    # The model says by its output whether its first projector took the class token too (see AlignedTransformer).
+    if batch.class_token is not None and projected[0].shape[1] > targets[0].shape[1]:
+        targets[0] = torch.cat([batch.class_token.unsqueeze(1), targets[0]], dim=1)
+    losses = [alignment_loss(ours, theirs).mean() for ours, theirs in zip(projected, targets, strict=True)]
+    return torch.stack(losses).mean()
 
 
 def check_hand_over(

@@ -19,12 +19,12 @@ from diffusers import AutoModel as Autoencoder
 from transformers import AutoConfig, AutoModel
 
 from erw_hf.data.latents import check_autoencoder
-from erw_hf.data.samples import IMAGE_COLUMNS, LABEL_COLUMNS, find_column, is_local, load_source
+from erw_hf.data.samples import FEATURES_COLUMN, IMAGE_COLUMNS, LABEL_COLUMNS, find_column, is_local, load_source
 from erw_hf.encoders import VISION_TOWERS, RepresentationEncoder
 from erw_hf.training.config import TrainingConfig
 from erw_hf.training.flops import PEAK_FLOPS, count_step_flops
 from erw_hf.training.inputs import check_cache
-from erw_hf.training.models import build_full_model, build_warmup_model
+from erw_hf.training.models import build_full_model, build_warmup_model, encoders_of_step
 
 
 GIB = 2**30
@@ -44,26 +44,31 @@ def cost_report(config: TrainingConfig) -> str:
         ValueError: for columns, depths, grids or classes that do not fit, with what to change.
         OSError: for a data set, encoder or autoencoder that does not exist or that this account may not read.
     """
-    num_classes, num_images = _check_data(config)
+    num_classes, num_images, has_features = _check_data(config)
     if config.vae is not None:
         check_autoencoder(Autoencoder.load_config(config.vae), config.vae, config.in_channels)
     with torch.device("meta"):
         encoders = _encoders_on_meta(config)
         full = build_full_model(config, num_classes, encoders)
-        used = encoders if full.projectors else encoders[:1] if config.class_token_weight > 0 else []
-        full_flops = count_step_flops(full, used)
+        run = [] if has_features else encoders
+        full_flops = count_step_flops(full, encoders_of_step(config, run, aligned=bool(full.projectors)))
+        unaligned_flops = count_step_flops(full, encoders_of_step(config, run, aligned=False))
         warmup_flops = 0
         if config.warmup_steps > 0:
-            warmup_flops = count_step_flops(build_warmup_model(config, num_classes, encoders), encoders)
+            warmup_flops = count_step_flops(build_warmup_model(config, num_classes, encoders), run)
 
-    batch = config.train_batch_size * config.gradient_accumulation_steps
+    batch = config.step_batch_size(processes=1)
     full_steps = config.max_train_steps - config.warmup_steps
     total = batch * (config.warmup_steps * warmup_flops + full_steps * full_flops)
+    if config.alignment_schedule == "stop" and config.alignment_stop_step is not None:
+        total -= batch * max(0, full_steps - config.alignment_stop_step) * (full_flops - unaligned_flops)
     parameters = sum(p.numel() for p in full.transformer.parameters())
     trained = sum(p.numel() for p in full.parameters())
     frozen = sum(p.numel() for encoder in encoders for p in encoder.parameters())
-    # float32 weights, gradients, two AdamW moments; the EMA has the transformer's alone.
-    state = 4 * (4 * trained + parameters)
+    # float32 weights, gradients, two AdamW moments; each average has the transformer's weights alone.
+    averages = len(config.ema_profiles()) * parameters
+    state = 4 * (4 * trained + averages)
+    saved = 4 * (3 * trained + averages)  # no gradients
     rows = [
         ("transformer", f"{parameters / 1e6:.1f} M parameters, {config.token_grid}x{config.token_grid} tokens"),
         ("projector, encoder", f"{(trained - parameters) / 1e6:.1f} M trained, {frozen / 1e6:.1f} M frozen"),
@@ -71,7 +76,7 @@ def cost_report(config: TrainingConfig) -> str:
         ("FLOPs of a warmup step", f"{warmup_flops * batch:.3e} ({warmup_flops / full_flops:.3f} of a full one)"),
         ("FLOPs of a full step", f"{full_flops * batch:.3e}"),
         ("steps", f"{config.warmup_steps} warmup + {full_steps} full"),
-        ("full-step equivalents", f"{config.warmup_steps * warmup_flops / full_flops + full_steps:.0f}"),
+        ("full-step equivalents", f"{total / full_flops / batch:.0f}"),
         ("FLOPs in all", f"{total:.3e}, for each process"),
         (
             "GPU-hours",
@@ -81,23 +86,23 @@ def cost_report(config: TrainingConfig) -> str:
             "memory",
             f"{state / GIB:.1f} GiB of state + {_activations(config, batch) / GIB:.1f} GiB of activations (estimate)",
         ),
-        ("checkpoint", f"{state * 0.75 / GIB:.1f} GiB each, {config.checkpoints_total_limit or 'all'} kept"),
+        ("checkpoint", f"{saved / GIB:.1f} GiB each, {config.checkpoints_total_limit or 'all'} kept"),
     ]
     if config.vae is not None and num_images:
-        # Mean and deviation in float16; images are read as they are.
+        # Mean and deviation in float16
         latents = num_images * 2 * config.in_channels * config.sample_size**2 * 2
-        rows.append(("latents, if cached", f"{latents / GIB:.1f} GiB"))
+        rows.append(("latents, if cached", f"{latents / GIB:.1f} GiB, and the images as JPEG beside them"))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     return "\n".join([*lines, "Autoencoder and optimizer are not in the FLOPs. Nothing wrong was found."])
 
 
-def _check_data(config: TrainingConfig) -> tuple[int, int | None]:
-    """Classes and images; of a Hub data set only the metadata is read."""
+def _check_data(config: TrainingConfig) -> tuple[int, int | None, bool]:
+    """Classes, images, and whether the encoder's tokens are cached; of a Hub data set only the metadata is read."""
     if is_local(config.dataset_name):
         source = load_source(**config.source_arguments())
         check_cache(config, source)
-        return source.num_classes, None if config.streaming else len(source.dataset)
+        return source.num_classes, None if config.streaming else len(source.dataset), source.has_features
     info = load_dataset_builder(config.dataset_name, config.dataset_config_name).info
     columns = list(info.features or {})
     if columns:
@@ -108,12 +113,12 @@ def _check_data(config: TrainingConfig) -> tuple[int, int | None]:
         if names is not None and config.num_classes is not None and len(names) != config.num_classes:
             raise ValueError(f"num_classes={config.num_classes}, the data set has {len(names)} classes")
         if names is not None:
-            return len(names), _rows(info, config)
+            return len(names), _rows(info, config), FEATURES_COLUMN in columns
         if label_column is None:
-            return 0, _rows(info, config)
+            return 0, _rows(info, config), FEATURES_COLUMN in columns
     if config.num_classes is None:
         raise ValueError("the data set does not say how many classes it has: set num_classes")
-    return config.num_classes, _rows(info, config)
+    return config.num_classes, _rows(info, config), FEATURES_COLUMN in columns
 
 
 def _rows(info: DatasetInfo, config: TrainingConfig) -> int | None:

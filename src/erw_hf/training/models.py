@@ -85,6 +85,21 @@ def class_token_dim(config: TrainingConfig, encoders: Encoders) -> int | None:
     return encoders[0].class_token_dim if config.class_token_weight > 0 else None
 
 
+def encoders_of_step(config: TrainingConfig, encoders: Encoders, aligned: bool) -> list[RepresentationEncoder]:
+    """
+    Args:
+        config ([`TrainingConfig`]): The run.
+        encoders (`Sequence[RepresentationEncoder]`): Its encoders.
+        aligned (`bool`): Whether the step aligns: one of the warmup, or one with a lambda above 0.
+
+    Returns:
+        `list[RepresentationEncoder]`: The encoders that the step runs: all of them, or for a class token alone the first.
+    """
+    if aligned:
+        return list(encoders)
+    return list(encoders[:1]) if config.class_token_weight > 0 else []
+
+
 def _projectors(config: TrainingConfig, encoders: Encoders) -> list[torch.nn.Module]:
     width = config.num_attention_heads * config.attention_head_dim
     if config.projector == "conv":
