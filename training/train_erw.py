@@ -17,6 +17,12 @@
 
 One run does everything: warmup of the early blocks (phase 1), verified hand-over, full training (phase 2), pictures and
 a pipeline. It can be stopped anywhere and started again with `--resume_from_checkpoint latest`.
+
+    train_warmup, train_full        the model of a phase, and the loss that it minimises
+      train_phase                   the loop:
+        train_step                    read, latents and tokens, loss, backward, clip, optimizer, EMA
+        settle                        the line of metrics.jsonl, a step late, so that the host never waits for a GPU
+        save, validate, measure_quality
 """
 
 import itertools
@@ -28,7 +34,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -117,8 +123,8 @@ class Run:
     model_config: dict[str, object]  # of the transformer
     pixels: tuple[int, int]  # side and channels of the images
     progress: Progress
-    state: TrainingState
-    metrics: MetricsFile | None  # on the main process
+    state: TrainingState = field(default_factory=TrainingState)
+    metrics: MetricsFile | None = None  # on the main process
     quality: QualityMonitor | None = None
     stream: StatefulDataLoader | None = None  # of streamed data
     stream_state: dict | None = None  # where the stream goes on
@@ -152,51 +158,86 @@ def main() -> None:
         return
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger(__name__).setLevel(logging.INFO)
-    output_dir = Path(config.output_dir)
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=resolve_mixed_precision(config.mixed_precision),
         log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=output_dir,
+        project_dir=config.output_dir,
     )
+    # Everything that can be wrong is found out before the first step, and before an earlier run is touched.
     if config.report_to != "none" and not accelerator.log_with:
         raise ValueError(f"report_to={config.report_to!r} is not installed: pip install it, or --report_to none")
     check_engine(config, accelerator)
-    # Everything that can be wrong is found out before the first step, and before an earlier run is touched.
-    checkpoint = resolve_checkpoint(output_dir, config.resume_from_checkpoint)
-    if checkpoint is not None and (checkpoint.parent / "config.yaml").exists():
-        config.check_resumable(checkpoint.parent / "config.yaml")
-    progress = Progress()
-    if checkpoint is not None:
-        progress = check_checkpoint(checkpoint, output_dir, config.step_batch_size(accelerator.num_processes))
-        if config.streaming:
-            load_data_state(accelerator, checkpoint, config.dataloader_num_workers)
+    checkpoint, progress = find_checkpoint(config, accelerator)
     if config.push_to_hub and accelerator.is_main_process:
-        config.hub_model_id = prepare_repo(config.hub_model_id or output_dir.resolve().name, config.hub_private)
+        config.hub_model_id = prepare_repo(
+            config.hub_model_id or Path(config.output_dir).resolve().name, config.hub_private
+        )
+    run = open_inputs(config, accelerator, progress)
+    warmup_state, initial_state = load_start(run, checkpoint)
+    stop_on_sigterm(run)
+    begin_folder(run)
+
+    # A run that stopped at the last step of its warmup ends it once more, to hand it over.
+    if config.warmup_steps > 0 and progress.step <= config.warmup_steps:
+        warmup_state = train_warmup(run, checkpoint)
+        checkpoint = None  # phase 2 starts from the hand-over
+    # One that stopped at its last step of all writes its pipeline and pictures once more.
+    if progress.step < config.max_train_steps or checkpoint is not None:
+        train_full(run, warmup_state, initial_state, checkpoint)
+    elif run.push is not None:
+        run.push.submit(progress.step, None, None)  # a warmup alone
+    accelerator.end_training()
+    if run.push is not None:
+        push_at_end(run)
+
+
+def find_checkpoint(config: TrainingConfig, accelerator: Accelerator) -> tuple[Path | None, Progress]:
+    """The checkpoint to go on from and what its run has done; none, and nothing, for a new run."""
+    checkpoint = resolve_checkpoint(config.output_dir, config.resume_from_checkpoint)
+    if checkpoint is None:
+        return None, Progress()
+    if (checkpoint.parent / "config.yaml").exists():
+        config.check_resumable(checkpoint.parent / "config.yaml")
+    progress = check_checkpoint(checkpoint, config.output_dir, config.step_batch_size(accelerator.num_processes))
+    if config.streaming:
+        load_data_state(accelerator, checkpoint, config.dataloader_num_workers)
+    return checkpoint, progress
+
+
+def open_inputs(config: TrainingConfig, accelerator: Accelerator, progress: Progress) -> Run:
+    """The data, the autoencoder and the encoders of a run."""
     source = load_source(**config.source_arguments())
     check_cache(config, source)
     vae, pixels = load_vae(config, accelerator.device)
     encoders = load_encoders(config, accelerator.device, accelerator.mixed_precision)
     model_config = config.model_config(source.num_classes, class_token_dim(config, encoders))
-    warmup_state = None
+    return Run(config, accelerator, source, vae, encoders, model_config, pixels, progress)
+
+
+def load_start(
+    run: Run, checkpoint: Path | None
+) -> tuple[dict[str, torch.Tensor] | None, dict[str, torch.Tensor] | None]:
+    """The states of `--warmup_from`, which is to fit, and of `--init_from`, that phase 2 starts from."""
+    config, warmup_state, initial_state = run.config, None, None
     if config.warmup_from is not None:
-        warmup_state = load_warmup(config.warmup_from, model_config)
+        warmup_state = load_warmup(config.warmup_from, run.model_config)
         with torch.device("meta"):
-            check_hand_over(
-                warmup_state, build_full_model(config, source.num_classes, encoders), config.hand_over_projector
-            )
-    initial_state = None
+            model = build_full_model(config, run.source.num_classes, run.encoders)
+            check_hand_over(warmup_state, model, config.hand_over_projector)
     if config.init_from is not None and checkpoint is None:
-        initial_state = load_initial(config.init_from, model_config, source.id2label)
+        initial_state = load_initial(config.init_from, run.model_config, run.source.id2label)
+    return warmup_state, initial_state
+
+
+def begin_folder(run: Run) -> None:
+    """Makes the run's folder, or takes away what an earlier process wrote after the checkpoint; opens what is written to."""
+    config, accelerator, progress = run.config, run.accelerator, run.progress
+    output_dir = Path(config.output_dir)
     if accelerator.is_main_process:
         resuming = config.resume_from_checkpoint is not None
         prepare_output_dir(output_dir, resuming, config.overwrite_output_dir)
     accelerator.wait_for_everyone()
-
-    run = Run(
-        config, accelerator, source, vae, encoders, model_config, pixels, progress, TrainingState(), metrics=None
-    )
-    stop_on_sigterm(run)
     if accelerator.is_main_process:
         remove_later_checkpoints(output_dir, progress.step)
         remove_later_snapshots(output_dir / "ema_snapshots", progress.step - config.warmup_steps)
@@ -208,29 +249,20 @@ def main() -> None:
         run.metrics = MetricsFile(output_dir / "metrics.jsonl", resume_step=progress.step)
         if config.push_to_hub:
             run.push = BackgroundPush(output_dir, progress.step)
-    first_encoder = encoders[0] if encoders else None  # what CKNNA compares with
-    run.quality = QualityMonitor(config, accelerator, source, pixels, vae, first_encoder, progress.step)
+    first_encoder = run.encoders[0] if run.encoders else None  # what CKNNA compares with
+    run.quality = QualityMonitor(config, accelerator, run.source, run.pixels, run.vae, first_encoder, progress.step)
     if config.report_to != "none":
-        accelerator.init_trackers(config.tracker_project_name, config={k: str(v) for k, v in vars(config).items()})
-
-    if config.warmup_steps > 0 and progress.step <= config.warmup_steps:
-        warmup_state = train_warmup(run, checkpoint)
-        checkpoint = None  # phase 2 starts from the hand-over
-    if progress.step < config.max_train_steps or checkpoint is not None:
-        train_full(run, warmup_state, initial_state, checkpoint)
-    elif run.push is not None:
-        run.push.submit(progress.step, None, None)  # a warmup alone
-    accelerator.end_training()
-    if run.push is not None:
-        push_at_end(run)
+        # What trackers take as numbers stays one, so that runs can be sorted by it.
+        hyperparameters = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in vars(config).items()}
+        accelerator.init_trackers(config.tracker_project_name, config=hyperparameters)
 
 
 def stop_on_sigterm(run: Run) -> None:
     """Makes SIGTERM end the run after the next step, with a checkpoint and status 0."""
-    main_process = os.getpid()
+    own_pid = os.getpid()
 
     def handle(signum: int, frame: object) -> None:
-        if os.getpid() != main_process:  # a loader worker, which inherits this handler
+        if os.getpid() != own_pid:  # a loader worker, which inherits this handler
             os._exit(128 + signum)
         run.stop_requested = True
 
@@ -563,14 +595,14 @@ def load_batches(run: Run, start_step: int, end_step: int) -> Iterator[Batch]:
         return iter(run.stream)
     # Of data at hand the step alone decides.
     sampler = StepSampler(
-        len(run.source.dataset),
-        config.train_batch_size,
-        config.gradient_accumulation_steps,
-        accelerator.num_processes,
-        accelerator.process_index,
-        start_step,
-        end_step,
-        config.seed,
+        num_samples=len(run.source.dataset),
+        batch_size=config.train_batch_size,
+        accumulation_steps=config.gradient_accumulation_steps,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        start_step=start_step,
+        end_step=end_step,
+        seed=config.seed,
     )
     loader = DataLoader(
         TrainingSamples(maker),

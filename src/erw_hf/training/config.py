@@ -430,9 +430,10 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
         if types[name] == (str | None) and value in ("none", "null", ""):
             values[name] = None
     try:
-        return TrainingConfig(**values)
+        config = TrainingConfig(**values)
     except ValueError as error:
-        raise SystemExit(parser.error(str(error))) from error
+        parser.error(str(error))
+    return config
 
 
 def _unknown(kind: str, key: str, known: list[str]) -> str:
