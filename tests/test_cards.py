@@ -16,6 +16,9 @@
 import json
 import re
 import shutil
+from functools import partial
+from pathlib import Path
+from typing import get_type_hints
 
 import huggingface_hub.constants
 import pytest
@@ -24,9 +27,11 @@ from helpers import REPOSITORY, train
 from huggingface_hub import DatasetCardData, ModelCard, ModelCardData
 from loopback_hub import LoopbackHub
 
+from erw_hf.hub import push
 from erw_hf.hub.cards import evaluation_files, preset_card, run_card
 from erw_hf.hub.public import public_value
-from erw_hf.training.run_record import read_metrics, training_cost
+from erw_hf.training.config import TrainingConfig
+from erw_hf.training.run_record import PATH_OR_ID, describe_environment, read_metrics, training_cost
 
 
 PRESETS = sorted((REPOSITORY / "training" / "configs").glob("*.yaml"))
@@ -80,7 +85,7 @@ def test_a_run_gives_its_cost_with_the_warmup_counted(hub, run):
     card = run_card(run, "user/tiny")
     check(card)
     records = read_metrics(run / "metrics.jsonl")
-    rows = dict(training_cost(run / "metrics.jsonl", None, None)["rows"])
+    rows = dict(training_cost(run / "metrics.jsonl", None)["rows"])
     assert rows["steps"] == "3 warmup + 4 full" and rows["images seen"] == "28"
     full_step = records[3]["flops"] - records[2]["flops"]
     assert rows["full-step equivalents"] == f"{records[-1]['flops'] / full_step:.0f}"
@@ -129,17 +134,68 @@ def test_an_evaluation_becomes_a_table_a_model_index_and_a_result_file(hub, run,
     )
 
 
-def test_a_local_folder_is_no_data_set_of_the_hub(hub, run, tmp_path, monkeypatch):
+def pushed(run, tmp_path, monkeypatch, **values):
+    """A snapshot of a run with these values, for a push from another folder than the one that it was started in."""
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load((run / "config.yaml").read_text()) | values
+    environment = describe_environment("cpu", 1, config)
+    folder = Path(shutil.copytree(run, tmp_path / "elsewhere" / "run"))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "environment.json").write_text(json.dumps(environment))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    snapshot = push.stage(folder, 7, partial(push.link_folder, folder / "pipeline"), None)
+    push.complete_snapshot(folder, snapshot, "user/tiny")
+    return snapshot
+
+
+@pytest.mark.parametrize("key", PATH_OR_ID)
+def test_a_local_folder_is_no_id_of_the_hub_wherever_the_push_starts(hub, run, tmp_path, monkeypatch, key):
+    (tmp_path / "things" / "mine").mkdir(parents=True)
+    snapshot = pushed(run, tmp_path, monkeypatch, **{key: "user/theirs, things/mine"})
+    for path in snapshot.rglob("*"):
+        assert path.suffix not in (".md", ".json", ".yaml") or "things/mine" not in path.read_text(), path
+    assert yaml.safe_load((snapshot / "config.yaml").read_text())[key] == "user/theirs,mine"
+    card = ModelCard.load(snapshot / "README.md")
+    check(card)
+    assert card.data.datasets is None
+    if key in ("dataset_name", "vae", "encoder", "warmup_from"):
+        assert "`user/theirs, mine`" in card.text
+
+
+def test_every_key_of_words_is_known_to_hold_paths_or_not():
+    hints = get_type_hints(TrainingConfig)
+    words = {name for name, hint in hints.items() if hint in (str, str | None)}
+    plain = {
+        "dataset_config_name", "dataset_split", "image_column", "label_column", "report_to", "tracker_project_name",
+        "probe_split", "hub_license",
+    }  # fmt: skip
+    assert words - set(push.OWN_KEYS) == {*PATH_OR_ID, *plain}
+
+
+def test_a_card_has_the_settings_that_the_run_was_made_with(hub, run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "dataset_name": "caches/mine"}))
-    environment = json.loads((folder / "environment.json").read_text())
-    (folder / "environment.json").write_text(json.dumps({**environment, "local": ["caches/mine"]}))
-    card = run_card(folder, "user/tiny")
-    assert card.data.datasets is None and "`mine`" in card.text and "caches/mine" not in card.text
-    (folder / "evaluation.json").write_text(json.dumps({"metrics": {"fid": 1.0}, "reference": {"name": "mine"}}))
-    assert evaluation_files(folder) == {}
-    check(run_card(folder, "user/tiny"))
+
+    def text(**values):
+        (folder / "config.yaml").write_text(yaml.safe_dump({**config, **values}))
+        card = run_card(folder, "user/tiny")
+        check(card)
+        return card.text
+
+    row = "| alignment loss, projector, spatial norm of the encoder's tokens | {} |"
+    plain = text()
+    assert (
+        f"| gradient clipping, EMA | 1.0, {config['ema_decay']} |" in plain
+        and row.format("cosine, mlp, False") in plain
+    )
+    assert "| weight of the contrastive term | none |" in plain and "contrastive flow matching" not in plain
+    other = text(ema_sigma_rel=0.05, alignment_loss="nt_xent", projector="conv", spatial_norm=True)
+    assert "| gradient clipping, EMA | 1.0, σ_rel 0.05 |" in other and row.format("nt_xent, conv, True") in other
+    for method in ({}, {"encoder": None, "warmup_steps": 0}):  # ERW, SiT
+        contrastive = text(contrastive_weight=0.05, **method)
+        assert "| weight of the contrastive term | 0.05 |" in contrastive
+        assert "velocity matching minus 0.05 times the distance to another sample's velocity" in contrastive
+    assert row.format("none") in contrastive and ": SiT on " in contrastive
 
 
 def test_a_public_value_is_a_hub_id_or_a_name(tmp_path, monkeypatch):
@@ -187,14 +243,3 @@ def test_a_cache_has_a_card_that_tells_its_columns(hub, tmp_path):
     assert DatasetCardData(**yaml.safe_load(card.data.to_yaml())).to_dict() == card.data.to_dict()
     assert "(8, 32, 32)" in card.text and 'load_dataset("user/latents"' in card.text and "mirrored" in card.text
     assert "`user/dino`" in card.text
-
-
-def test_several_encoders_are_named(hub, run, tmp_path):
-    folder = shutil.copytree(run, tmp_path / "run")
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "encoder": "user/dino, encoders/mine"}))
-    environment = json.loads((folder / "environment.json").read_text())
-    (folder / "environment.json").write_text(json.dumps({**environment, "local": ["encoders/mine"]}))
-    card = run_card(folder, "user/tiny")
-    check(card)
-    assert "`user/dino, mine`" in card.text

@@ -43,7 +43,7 @@ def test_wheel_builds_and_its_example_runs_without_the_checkout(tmp_path):
     wheel = next(tmp_path.glob("erw_hf-*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"erw_hf"}
-    assert "erw_hf/hub/model_cards/template.md.jinja" in names
+    assert "erw_hf/hub/model_cards/model.md.jinja" in names
     assert "erw_hf/hub/convert.py" in names and any(name.endswith("LICENSE") for name in names)
 
     site = tmp_path / "site"

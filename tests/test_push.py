@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 
 from erw_hf import ERWPipeline
 from erw_hf.data.samples import load_source
-from erw_hf.hub import push
+from erw_hf.hub import push, upload
 from erw_hf.hub.space import publish_space
 from erw_hf.training.config import TrainingConfig
 from erw_hf.training.inputs import check_cache
@@ -64,7 +64,7 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", environment["HF_HUB_CACHE"])
-        monkeypatch.setattr(push, "RETRY_SECONDS", (0.01,) * 6)
+        monkeypatch.setattr(upload, "RETRY_SECONDS", (0.01,) * 6)
         site = tmp_path / "site"
         site.mkdir()
         (site / "sitecustomize.py").write_text(
@@ -199,7 +199,7 @@ def test_snapshots_hold_the_ema_and_the_checkpoint_of_their_step(hub, tmp_path, 
 
 def test_a_server_that_falls_silent_is_left(hub, run):
     hub.fault("/commit/", hang=600)
-    code = "from erw_hf.hub import push; push.SILENCE_SECONDS = 0.5; push.main()"
+    code = "from erw_hf.hub import push, upload; upload.SILENCE_SECONDS = 0.5; push.main()"
     command = [sys.executable, "-c", code, str(run), "--hub_model_id=user/m"]
     subprocess.run(command, check=True, timeout=300)
     assert titles(hub) == ["Step 7", "initial commit"]
@@ -468,6 +468,11 @@ def test_a_latent_cache_is_pushed_and_streamed_back(hub, tmp_path, vae_path, tin
     source = load_source(str(tmp_path / "cache"))  # whose record on the Hub is what is read
     with pytest.raises(ValueError, match="made with the vae"):
         check_cache(TrainingConfig(dataset_name="user/latents", vae="user/other", sample_size=8), source)
+    next((tmp_path / "cache" / "data").glob("*.parquet")).unlink()
+    with pytest.raises(ValueError, match="lacks files"):
+        check_cache(TrainingConfig(dataset_name=f"{tmp_path}/cache", vae=str(vae_path), sample_size=8), source)
+    with pytest.raises(ValueError, match="lacks files"):
+        push.push_cache(tmp_path / "cache", "user/latents")
 
 
 def test_a_run_that_has_only_warmed_up_is_pushed_as_that(hub, run, tmp_path):

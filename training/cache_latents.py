@@ -49,7 +49,8 @@ from erw_hf.data.samples import (
     decode_image,
     load_source,
 )
-from erw_hf.hub.push import prepare_repo, push_cache
+from erw_hf.hub.push import push_cache
+from erw_hf.hub.upload import prepare_repo
 
 
 def parse_arguments() -> argparse.Namespace:

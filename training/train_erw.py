@@ -63,7 +63,8 @@ from erw_hf.data.samples import SampleMaker, Source, StepSampler, TrainingSample
 from erw_hf.data.streaming import StreamingSamples, stream_loader
 from erw_hf.flow import timestep_from_normal
 from erw_hf.hub.cards import write_warmup_record
-from erw_hf.hub.push import BackgroundPush, link_folder, prepare_repo
+from erw_hf.hub.push import BackgroundPush, link_folder
+from erw_hf.hub.upload import prepare_repo
 from erw_hf.training.checkpoints import (
     Progress,
     TrainingState,

@@ -18,8 +18,8 @@ python -m erw_hf.hub.cards --config training/configs/imagenet256-xl-erw-paper.ya
 
 import argparse
 import json
+import math
 import re
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,10 @@ from huggingface_hub import (
     ModelCardData,
     eval_result_entries_to_yaml,
 )
+from safetensors import safe_open
 
 from erw_hf.hub.public import is_hub_id, public_name
-from erw_hf.training.run_record import PATH_OR_ID, split_names, training_cost
+from erw_hf.training.run_record import training_cost
 
 
 TEMPLATES = Path(__file__).parent / "model_cards"
@@ -73,15 +74,14 @@ def run_card(folder: Path, repo_id: str) -> ModelCard:
     Args:
         folder (`Path`):
             `config.yaml` and `metrics.jsonl`, and where there are any the pipeline, pictures, `evaluation.json`, the
-            warmup and a checkpoint.
+            warmup and a checkpoint. The records are public already (see [`~hub.public.public_value`]).
         repo_id (`str`): Hub id that it goes to.
 
     Returns:
         [`~huggingface_hub.ModelCard`]: The card.
     """
-    environment = _read_json(folder / "environment.json")
-    config = _read_config(folder, environment)
-    cost = training_cost(folder / "metrics.jsonl", config, environment)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    cost = training_cost(folder / "metrics.jsonl", _read_json(folder / "environment.json"))
     trained = (folder / "model_index.json").is_file()
     id2label = (_read_json(folder / "model_index.json") or {}).get("id2label") or {}
     transformer = _read_json(folder / "transformer" / "config.json") or {}
@@ -186,10 +186,9 @@ def _model_card(
         "ERW": "with Embedded Representation Warmup ([ERW](https://arxiv.org/abs/2504.10188)): its early blocks are first "
         "warmed up against a pretrained vision encoder",
         "REPA": "with representation alignment ([REPA](https://arxiv.org/abs/2410.06940)), without a warmup",
-        "SiT": "by velocity matching alone ([SiT](https://arxiv.org/abs/2401.08740)), without an encoder",
+        "SiT": "by velocity matching ([SiT](https://arxiv.org/abs/2401.08740)), without "
+        + ("alignment" if draws_class_token else "an encoder"),
     }
-    if draws_class_token:
-        descriptions["SiT"] = "by velocity matching ([SiT](https://arxiv.org/abs/2401.08740)), without alignment"
     summary = (
         f"A {kind} flow-matching transformer ({count}{space}), {verb} on `{public_name(data)}` {descriptions[method]}."
     )
@@ -207,7 +206,7 @@ def _model_card(
     )
     return ModelCard.from_template(
         card_data,
-        template_path=str(TEMPLATES / "template.md.jinja"),
+        template_path=str(TEMPLATES / "model.md.jinja"),
         title=f"{name}: {method} on {public_name(data)}",
         summary=summary,
         repo_id=repo_id,
@@ -218,7 +217,7 @@ def _model_card(
         cost=cost,
         evaluation=_evaluation_table(record) if record else None,
         recipe=_recipe(config, method),
-        settings=_settings(config, num_classes, aligned or draws_class_token),
+        settings=_settings(config, num_classes, aligned),
         subject=subject,
         alignment=aligned,
         encoder=f"`{public_name(encoder)}`",
@@ -238,6 +237,11 @@ def _recipe(config: Mapping[str, Any], method: str) -> str:
     matching = "velocity matching"
     if config.get("class_token_weight", 0) > 0:
         matching += f", {config['class_token_weight']} times that of the encoder's class token,"
+    if config["contrastive_weight"] > 0:
+        matching += (
+            f" minus {config['contrastive_weight']} times the distance to another sample's velocity "
+            "([contrastive flow matching](https://arxiv.org/abs/2506.05350))"
+        )
     aligned = (
         f"{matching} plus λ times the alignment of block {config['projector_depth']}, λ = "
         f"{config['alignment_weight']}, {schedules[config['alignment_schedule']]}"
@@ -259,13 +263,18 @@ def _recipe(config: Mapping[str, Any], method: str) -> str:
     )
 
 
-def _settings(config: Mapping[str, Any], num_classes: int | None, has_encoder: bool) -> list[tuple[str, object]]:
+def _settings(config: Mapping[str, Any], num_classes: int | None, aligned: bool) -> list[tuple[str, object]]:
     width = config["num_attention_heads"] * config["attention_head_dim"]
+    has_encoder = aligned or config.get("class_token_weight", 0) > 0
+    alignment = f"{config['alignment_loss']}, {config['projector']}, {config['spatial_norm']}"
+    ema = config["ema_decay"] if config["ema_sigma_rel"] is None else f"σ_rel {config['ema_sigma_rel']}"
     return [
         ("data", f"`{public_name(config['dataset_name'])}`, split `{config['dataset_split']}`"),
         ("classes", "taken from the data" if num_classes is None else num_classes or "none"),
         ("autoencoder", f"`{public_name(config['vae'])}`" if config["vae"] else "none: pixels"),
         ("encoder", f"`{public_name(config['encoder'])}`" if has_encoder else "none"),
+        ("alignment loss, projector, spatial norm of the encoder's tokens", alignment if aligned else "none"),
+        ("weight of the contrastive term", config["contrastive_weight"] or "none"),
         ("weight of the class token's velocity", config.get("class_token_weight", 0.0) or "none"),
         ("blocks, width, heads", f"{config['num_layers']}, {width}, {config['num_attention_heads']}"),
         ("patch size", config["patch_size"]),
@@ -276,7 +285,7 @@ def _settings(config: Mapping[str, Any], num_classes: int | None, has_encoder: b
         ("optimizer", config["optimizer"]),
         ("learning rate", f"{config['learning_rate']}, {config['lr_scheduler']}"),
         ("AdamW", f"β {config['adam_beta1']}, {config['adam_beta2']}; weight decay {config['adam_weight_decay']}"),
-        ("gradient clipping, EMA", f"{config['max_grad_norm']}, {config['ema_decay']}"),
+        ("gradient clipping, EMA", f"{config['max_grad_norm']}, {ema}"),
         ("label dropout", config["class_dropout_prob"]),
         ("seed", config["seed"]),
     ]
@@ -448,26 +457,8 @@ def _eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
 
 def _count_parameters(path: Path) -> int:
     """Values in a safetensors file, by its header: the weights are not read."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    total = 0
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            size = 1
-            for side in tensor["shape"]:
-                size *= side
-            total += size
-    return total
-
-
-def _read_config(folder: Path, environment: dict[str, Any] | None) -> dict[str, Any]:
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    for name in PATH_OR_ID:
-        # "caches/mine" would look like a Hub id to whoever pushes from another place.
-        local = [] if environment is None else environment["local"]
-        if config.get(name):
-            config[name] = ",".join("/" + part if part in local else part for part in split_names(config[name]))
-    return config
+    with safe_open(path, framework="np") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
 
 
 def _data_licence(data: str) -> str:

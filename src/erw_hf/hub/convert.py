@@ -54,16 +54,15 @@ def convert_checkpoint(
     Raises:
         ValueError: for a file that is damaged, refused or of another model, and for a warmup without later blocks.
     """
-    converted = read_checkpoint(path_or_state_dict, architecture)
+    return _build(read_checkpoint(path_or_state_dict, architecture))
+
+
+def _build(converted: Converted) -> ERWTransformer2DModel:
     if converted.is_warmup:
         raise ValueError(
             "this checkpoint is a warmup, which has no final layer and no later blocks: give it to "
             "`train_erw.py --warmup_from`"
         )
-    return _build(converted)
-
-
-def _build(converted: Converted) -> ERWTransformer2DModel:
     model = ERWTransformer2DModel(**converted.config)
     own = model.state_dict()
     missing = sorted(set(own) - set(converted.transformer))
@@ -97,8 +96,6 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         converted = read_checkpoint(args.checkpoint, args.architecture)
-        if converted.is_warmup:
-            raise ValueError("this checkpoint is a warmup, no model: give it to `train_erw.py --warmup_from`")
         model = _build(converted)
     except ValueError as error:
         parser.exit(1, f"error: {error}\n")

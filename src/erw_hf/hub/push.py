@@ -34,32 +34,19 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 import yaml
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationCopy,
-    CommitOperationDelete,
-    HfApi,
-    hf_hub_download,
-    set_client_factory,
-)
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils._http import default_client_factory
+from huggingface_hub import HfApi
 
 from erw_hf.hub.cards import dataset_card, evaluation_files, run_card
 from erw_hf.hub.public import public_value
+from erw_hf.hub.upload import HUB_ERRORS, leave_silent_servers, prepare_repo, retry, upload
 
 
 logger = logging.getLogger(__name__)
-
-RETRY_SECONDS = (2, 4, 8, 16, 32, 64)  # between attempts, beside the client's own of each request
-SILENCE_SECONDS = 120  # the client itself would wait for ever for a server that does not answer
 
 # Keys of a run that mean nothing to whoever repeats it, or would make them overwrite or push.
 OWN_KEYS = (
@@ -72,119 +59,6 @@ RECORD_FILES = (
     "config.yaml", "environment.json", "warmup_from.json", "evaluation.json", ".eval_results/erw.yaml", "grid.png",
     "evaluations.jsonl", "quality_curve.png", "probes.png",
 )  # fmt: skip
-
-# httpx in huggingface_hub 1, httpx2 in huggingface_hub 2; what it raises where there is no answer.
-HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
-
-Result = TypeVar("Result")
-
-
-def prepare_repo(repo_id: str, private: bool = False, repo_type: str = "model", **kwargs: Any) -> str:
-    """
-    Makes a repo, or finds out that it can be pushed to. The trainer asks before its first step.
-
-    Args:
-        repo_id (`str`): Hub id; without a namespace it is the user's.
-        private (`bool`, *optional*, defaults to `False`): Make it private. A repo that exists stays as it is.
-        repo_type (`str`, *optional*, defaults to `"model"`): `"model"`, `"dataset"` or `"space"`.
-        kwargs: Arguments of [`~huggingface_hub.HfApi.create_repo`].
-
-    Returns:
-        `str`: The id with its namespace.
-
-    Raises:
-        ValueError: if there is no token, no permission, no connection, or something else of this name.
-    """
-    try:
-        return _retry(lambda: _prepare_repo(HfApi(), repo_id, private, repo_type, **kwargs))
-    except ValueError:
-        raise
-    except LocalTokenNotFoundError as error:
-        raise ValueError("pushing to the Hub needs a token: `hf auth login`, or set HF_TOKEN") from error
-    except HfHubHTTPError as error:
-        if error.response.status_code in (401, 403, 404):
-            raise ValueError(f"the token does not allow pushing to {repo_id}: {error}") from error
-        raise ValueError(f"the Hub cannot be pushed to now: {error}") from error
-    except (HTTPError, OSError) as error:
-        raise ValueError(f"the Hub cannot be reached: {error}") from error
-
-
-def _prepare_repo(api: HfApi, repo_id: str, private: bool, repo_type: str, **kwargs: Any) -> str:
-    name = api.whoami()["name"]
-    repo_id = repo_id if "/" in repo_id else f"{name}/{repo_id}"
-    if not api.repo_exists(repo_id, repo_type=repo_type):
-        for other in {"model", "dataset", "space"} - {repo_type}:
-            if api.repo_exists(repo_id, repo_type=other):
-                raise ValueError(f"{repo_id} is a {other} on the Hub, not a {repo_type}: choose another id")
-    api.create_repo(repo_id, private=private or None, repo_type=repo_type, exist_ok=True, **kwargs)
-    api.auth_check(repo_id, repo_type=repo_type, write=True)  # that it exists does not mean that it is ours
-    _check_content(api, repo_id, repo_type)
-    return repo_id
-
-
-def _check_content(api: HfApi, repo_id: str, repo_type: str) -> None:
-    """What is already there must be of the same kind: a push replaces it."""
-    names = set(api.list_repo_files(repo_id, repo_type=repo_type)) - {".gitattributes", "README.md"}
-    if repo_type == "model":
-        same = not names.isdisjoint({"last-checkpoint/progress.json", "warmup/warmup.json", "warmup.json"})
-        if "model_index.json" in names:
-            index = json.loads(Path(hf_hub_download(repo_id, "model_index.json")).read_text())
-            same = "ERWPipeline" in index.get("_class_name", "")  # or ["pipeline", "ERWPipeline"]
-    else:
-        same = {"dataset": "cache.json", "space": "app.py"}[repo_type] in names
-    if names and not same:
-        raise ValueError(f"{repo_id} holds something else ({', '.join(sorted(names)[:3])}, ...): choose another id")
-
-
-def _retry(call: Callable[[], Result]) -> Result:
-    for seconds in (*RETRY_SECONDS, None):
-        try:
-            return call()
-        except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: a file's upload, in the client's threads
-            response = error.response if isinstance(error, HfHubHTTPError) else None
-            if response is not None:
-                # 412: somebody else has committed meanwhile.
-                again = response.status_code in (408, 412, 429) or response.status_code >= 500
-            else:
-                again = not isinstance(error, (LocalTokenNotFoundError, OfflineModeIsEnabled))
-            if seconds is None or not again:
-                raise
-            asked = "" if response is None else response.headers.get("Retry-After", "")
-            seconds = max(seconds, int(asked)) if asked.isdigit() else seconds
-            print(f"trying again in {seconds} s: {error}", file=sys.stderr, flush=True)
-            time.sleep(seconds)
-    raise AssertionError("unreachable")
-
-
-def upload(folder: Path, repo_id: str, message: str, repo_type: str = "model", replaced: Collection[str] = ()) -> str:
-    """
-    Uploads a folder as one commit, trying again with growing pauses. What is on the Hub already is not sent again.
-
-    Args:
-        folder (`Path`): The files. In each of its subfolders, files of the repo that it lacks are removed.
-        repo_id (`str`): Hub id.
-        message (`str`): Message of the commit.
-        repo_type (`str`, *optional*, defaults to `"model"`): `"model"`, `"dataset"` or `"space"`.
-        replaced (`Collection[str]`, *optional*, defaults to `()`):
-            Other files of the repo that are removed where the folder lacks them.
-
-    Returns:
-        `str`: Address of the commit.
-    """
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    folders = tuple({name.split("/")[0] + "/" for name in paths if "/" in name})
-
-    def commit() -> str:
-        api = HfApi()
-        there = api.list_repo_files(repo_id, repo_type=repo_type)
-        stale = [name for name in there if name not in paths and (name.startswith(folders) or name in replaced)]
-        operations: list[CommitOperationAdd | CommitOperationDelete | CommitOperationCopy] = [
-            CommitOperationAdd(name, path) for name, path in paths.items()
-        ]
-        operations += [CommitOperationDelete(name) for name in stale]
-        return api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type).commit_url
-
-    return _retry(commit)
 
 
 class BackgroundPush:
@@ -200,9 +74,8 @@ class BackgroundPush:
         self.run_dir = Path(run_dir)
         self._process: subprocess.Popen[bytes] | None = None
         self._staged = False  # whether the last snapshot could be taken
-        self._came_late = (
-            False  # whether the last snapshot found a push running, which may have ended without seeing it
-        )
+        # Whether the last snapshot found a push running, which may have ended without seeing it.
+        self._came_late = False
         for path in _queue(self.run_dir):
             if _step(path) > resume_step:
                 shutil.rmtree(path)
@@ -457,14 +330,14 @@ def push_cache(folder: Path, repo_id: str, private: bool = False) -> None:
     Raises:
         ValueError: if the cache is not complete.
     """
-    files = sorted((folder / "data").glob("train-*.parquet"))
-    if not files or len(files) != int(files[0].stem.split("-of-")[1]):
-        raise ValueError(f"{folder} lacks files: run cache_latents.py again to finish it")
+    from erw_hf.training.inputs import check_files
+
+    check_files(folder)
     repo_id = prepare_repo(repo_id, private, repo_type="dataset")
     dataset_card(folder, repo_id).save(folder / "README.md")
     # First what tells whoever goes on with an interrupted push that this is a cache.
     settings = json.dumps(public_value(json.loads((folder / "cache.json").read_text())), indent=2).encode()
-    _retry(
+    retry(
         lambda: HfApi().upload_file(
             repo_id=repo_id, repo_type="dataset", path_or_fileobj=settings, path_in_repo="cache.json",
             commit_message="Settings of the latent cache",
@@ -472,19 +345,13 @@ def push_cache(folder: Path, repo_id: str, private: bool = False) -> None:
     )  # fmt: skip
     # Hundreds of gigabytes: in several commits where the client sees fit, so that none is sent twice.
     patterns = ["README.md", "latent_statistics.json", "data/*.parquet"]
-    commit = _retry(
+    commit = retry(
         lambda: HfApi().upload_folder(
             repo_id=repo_id, repo_type="dataset", folder_path=folder, allow_patterns=patterns,
             ignore_patterns="data/*.json", delete_patterns="data/*", commit_message="Latent cache",
         )
     )  # fmt: skip
     print(f"pushed: {commit.commit_url}", flush=True)
-
-
-def _client() -> Any:  # an httpx client, of whichever httpx the Hub's has
-    client = default_client_factory()
-    client.timeout = SILENCE_SECONDS
-    return client
 
 
 def main() -> None:
@@ -504,7 +371,7 @@ def main() -> None:
     )
     parser.add_argument("--hub_private", action="store_true", help="make the repo private")
     args = parser.parse_args()
-    set_client_factory(_client)
+    leave_silent_servers()
     try:
         if (args.folder / "cache.json").is_file():
             push_cache(args.folder, args.repo_id or args.folder.resolve().name, args.hub_private)
@@ -516,7 +383,7 @@ def main() -> None:
             push_run(args.folder, args.repo_id, args.hub_private)
         else:
             parser.error(f"{args.folder} is no folder of a run, no warmup and no latent cache")
-    except (ValueError, HTTPError, OSError) as error:  # the last two: of the Hub, of the connection, of a file
+    except (ValueError, *HUB_ERRORS) as error:
         raise SystemExit(f"not pushed: {' '.join(str(error).split())}") from error
 
 

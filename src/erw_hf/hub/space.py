@@ -20,7 +20,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, SpaceCard
 
-from erw_hf.hub.push import prepare_repo, upload
+from erw_hf.hub.upload import prepare_repo, upload
 
 
 # Of a checkout: the demo is a script, and no part of the wheel.

@@ -27,7 +27,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from erw_hf.training.ema import SNAPSHOT_SIGMA_RELS, EMAProfile, power_of
-from erw_hf.training.run_record import split_names
+from erw_hf.training.run_record import PATH_OR_ID, split_names
 
 
 def _key(default: Any, help: str) -> Any:
@@ -374,10 +374,7 @@ class TrainingConfig:
             same = (
                 name not in before
                 or before[name] == value
-                or (
-                    name in ("dataset_name", "vae", "encoder")
-                    and Path(str(before[name])).name == Path(str(value)).name
-                )
+                or (name in PATH_OR_ID and Path(str(before[name])).name == Path(str(value)).name)
             )
             if not same:
                 raise ValueError(

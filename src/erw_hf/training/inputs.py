@@ -133,9 +133,17 @@ def check_cache(config: TrainingConfig, source: Source) -> None:
         raise ValueError(f"the cache was made with the vae {made['vae']!r}, the config names {config.vae!r}")
     if not folder.exists():  # a push is of whole caches
         return
-    files = sorted((folder / "data").glob("train-*.parquet"))
-    promised = int(files[0].stem.split("-of-")[1])
-    if len(files) != promised:
-        raise ValueError(
-            f"the cache has {len(files)} of its {promised} files: run cache_latents.py again to finish it"
-        )
+    check_files(folder)
+
+
+def check_files(cache: Path) -> None:
+    """
+    Args:
+        cache (`Path`): A folder that `training/cache_latents.py` writes.
+
+    Raises:
+        ValueError: if it is not done.
+    """
+    files = sorted((cache / "data").glob("train-*.parquet"))
+    if not files or len(files) != int(files[0].stem.split("-of-")[1]):
+        raise ValueError(f"{cache} lacks files: run cache_latents.py again to finish it")

@@ -22,7 +22,11 @@ from typing import Any
 
 
 STATED_PACKAGES = ("torch", "diffusers", "accelerate", "erw-hf")  # whose versions a card names
-PATH_OR_ID = ("dataset_name", "vae", "encoder", "warmup_from", "init_from")  # keys of a run
+# Keys of a run that name a thing by its Hub id or its path; the path means nothing elsewhere.
+PATH_OR_ID = (
+    "dataset_name", "vae", "encoder", "warmup_from", "init_from", "evaluation_reference", "evaluation_extractor",
+    "probe_dataset",
+)  # fmt: skip
 
 
 def split_names(names: str) -> list[str]:
@@ -72,10 +76,6 @@ class MetricsFile:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
@@ -88,13 +88,12 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def training_cost(metrics: Path, config: Mapping[str, Any], environment: dict[str, Any] | None) -> dict[str, Any]:
+def training_cost(metrics: Path, environment: dict[str, Any] | None) -> dict[str, Any]:
     """
     What a run has cost, the warmup counted, from its own record.
 
     Args:
         metrics (`Path`): `metrics.jsonl`.
-        config (`Mapping[str, Any]`): Its configuration.
         environment (`dict`, *optional*): `environment.json`, hardware and versions.
 
     Returns:
@@ -157,10 +156,10 @@ def describe_environment(device_type: str, processes: int, config: Mapping[str, 
         config (`Mapping[str, Any]`): Configuration of the run.
 
     Returns:
-        `dict[str, Any]`: `device`, `processes`, `hardware` of one process, `versions`, and which data set, encoder or
-        autoencoder was `local`.
+        `dict[str, Any]`: `device`, `processes`, `hardware` of one process, `versions`, and what of `PATH_OR_ID` was
+        `local`.
     """
-
+    # Here: it imports torch, which whoever only reads a record does without.
     from erw_hf.machine import device_name, versions
 
     hardware = (
