@@ -44,7 +44,7 @@ from convergence_report import FIRST_CHOOSING_SEED
 from transformers import AutoConfig, AutoModel
 
 from erw_hf import ERWTransformer2DModel, RepresentationEncoder
-from erw_hf.data.samples import load_source
+from erw_hf.data.source import load_source
 from erw_hf.evaluation.record import write_record
 from erw_hf.training.config import TrainingConfig, parse_config
 from erw_hf.training.flops import count_step_flops

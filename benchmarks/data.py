@@ -37,7 +37,8 @@ from matplotlib.figure import Figure
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
-from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples, load_source
+from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples
+from erw_hf.data.source import load_source
 from erw_hf.data.streaming import StreamingSamples
 
 

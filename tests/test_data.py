@@ -19,7 +19,8 @@ from PIL import Image as PILImage
 
 from erw_hf.data.digits import load_digits_dataset
 from erw_hf.data.latents import image_channels, pixels_to_latents
-from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples, center_crop, load_source, sample_rng
+from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples, center_crop, sample_rng
+from erw_hf.data.source import load_source
 
 
 def picture(value: int = 0, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> PILImage.Image:

@@ -20,7 +20,7 @@ import pytest
 from helpers import REPOSITORY, run_script
 from transformers import AutoConfig
 
-from erw_hf.data.samples import load_source
+from erw_hf.data.source import load_source
 
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))

@@ -90,7 +90,8 @@ def test_an_imagefolder_streams_from_the_hub(hub, tmp_path):
     fault = hub.fault(r"/resolve/.*\.png", method="GET", status=503, times=8, after=1)  # more than the client tries
     code = """
 import itertools
-from erw_hf.data.samples import SampleMaker, load_source
+from erw_hf.data.samples import SampleMaker
+from erw_hf.data.source import load_source
 from erw_hf.data.streaming import StreamingSamples
 source = load_source("user/folder", streaming=True)
 maker = SampleMaker(source, 8, 1, (1, 8, 8), 0, 0.1, False)
@@ -105,7 +106,7 @@ print(source.id2label, sorted(int(sample["pixels"][0, 0, 0]) for sample in sampl
 
 def test_gated_data_says_how_to_get_access(hub, tmp_path):
     hub.add_repo("datasets", "ILSVRC/imagenet-1k", tmp_path / "shards", gated=True)
-    code = "from erw_hf.data.samples import load_source; load_source('ILSVRC/imagenet-1k', streaming=True)"
+    code = "from erw_hf.data.source import load_source; load_source('ILSVRC/imagenet-1k', streaming=True)"
     environment = {**os.environ, **hub.environment(tmp_path / "home")}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert "PermissionError" in result.stderr and "gated" in result.stderr and "hf auth login" in result.stderr

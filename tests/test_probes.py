@@ -23,7 +23,7 @@ from helpers import REPOSITORY, run_script
 from sklearn.linear_model import LogisticRegression
 
 from erw_hf import RepresentationEncoder
-from erw_hf.data.samples import load_source
+from erw_hf.data.source import load_source
 from erw_hf.evaluation import cknna
 from erw_hf.evaluation.probes import (
     ProbeImages,

@@ -37,7 +37,7 @@ from loopback_hub import READ_TOKEN, LoopbackHub
 from safetensors.torch import load_file, save_file
 
 from erw_hf import ERWPipeline
-from erw_hf.data.samples import load_source
+from erw_hf.data.source import load_source
 from erw_hf.hub import push, upload
 from erw_hf.hub.space import publish_space
 from erw_hf.training.config import TrainingConfig

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from erw_hf import RepresentationEncoder
-from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples, load_source
+from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples
+from erw_hf.data.source import load_source
 from erw_hf.training.config import parse_config
 from erw_hf.training.device import LateValues
 from erw_hf.training.models import build_full_model, build_warmup_model

@@ -24,7 +24,8 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Valu
 from helpers import kill_training_at, launch_training, train
 from PIL import Image as PILImage
 
-from erw_hf.data.samples import SampleMaker, load_source
+from erw_hf.data.samples import SampleMaker
+from erw_hf.data.source import load_source
 from erw_hf.data.streaming import RowReader, StreamingSamples, stream_loader
 from erw_hf.training.run_record import read_metrics
 

@@ -39,16 +39,8 @@ from tqdm.auto import tqdm
 
 from erw_hf import ERWPipeline, RepresentationEncoder
 from erw_hf.data.latents import encode_moments, image_channels
-from erw_hf.data.samples import (
-    FEATURES_COLUMN,
-    IMAGE_ERRORS,
-    KEY_COLUMN,
-    MOMENTS_COLUMN,
-    Source,
-    center_crop,
-    decode_image,
-    load_source,
-)
+from erw_hf.data.samples import IMAGE_ERRORS, decode_image, prepare_image, to_pixels
+from erw_hf.data.source import FEATURES_COLUMN, KEY_COLUMN, MOMENTS_COLUMN, Source, load_source
 from erw_hf.hub.push import push_cache
 from erw_hf.hub.upload import prepare_repo
 
@@ -170,11 +162,11 @@ def write_file(
             except IMAGE_ERRORS as error:
                 tqdm.write(f"left out row {row} ({record[source.image_column]['path']}), no readable image: {error}")
                 continue
-            image = center_crop(image.convert("RGB" if channels == 3 else "L"), side)
+            image = prepare_image(image, side, channels)
             image = image.transpose(0) if flip else image  # 0: left and right exchanged
             buffer = io.BytesIO()
             image.save(buffer, "JPEG", quality=args.jpeg_quality, subsampling=0)
-            pixels.append(torch.from_numpy(np.asarray(image).reshape(side, side, -1).transpose(2, 0, 1).copy()))
+            pixels.append(to_pixels(image))
             columns["image"].append({"bytes": buffer.getvalue(), "path": None})
             columns[KEY_COLUMN].append(f"{row}{'-flipped' if flip else ''}")
             if source.label_column is not None:

@@ -28,7 +28,7 @@ from accelerate import Accelerator
 
 from erw_hf import ERWPipeline, RepresentationEncoder
 from erw_hf.data.latents import image_channels
-from erw_hf.data.samples import load_source
+from erw_hf.data.source import load_source
 from erw_hf.evaluation.extractors import weights_hash
 from erw_hf.evaluation.probes import load_probe_images, probe_blocks
 from erw_hf.evaluation.record import write_record

@@ -59,7 +59,8 @@ from erw_hf.alignment import (
     structural_alignment_loss,
 )
 from erw_hf.data.latents import moments_to_latents, pixels_to_latents
-from erw_hf.data.samples import SampleMaker, Source, StepSampler, TrainingSamples, load_source
+from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples
+from erw_hf.data.source import Source, load_source
 from erw_hf.data.streaming import StreamingSamples, stream_loader
 from erw_hf.flow import timestep_from_normal
 from erw_hf.hub.cards import write_warmup_record

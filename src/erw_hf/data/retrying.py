@@ -27,13 +27,6 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# `datasets` would wait up to half an hour in each read of some kind, and fail at once on most server errors. The six
-# tries that huggingface_hub makes within half a minute stay.
-datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
-datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0
-datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
-datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
-
 # Waiting does not mend these.
 FATAL = (
     ValueError,
@@ -52,7 +45,8 @@ FATAL = (
 
 class Backoff:
     """
-    Waits after failures, longer each time, and gives up at a deadline.
+    Waits after failures, longer each time, and gives up at a deadline. From the first one in a process on, `datasets`
+    itself tries once.
 
     Args:
         seconds (`float`): How long to go on trying after the first failure.
@@ -61,6 +55,12 @@ class Backoff:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.succeeded()
+        # `datasets` would wait up to half an hour in each read of some kind, and fail at once on most server errors.
+        # The six tries that huggingface_hub makes within half a minute stay.
+        config = datasets.config
+        config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 1
+        config.STREAMING_READ_RETRY_INTERVAL = config.STREAMING_OPEN_RETRY_INTERVAL = 0
+        config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
 
     def succeeded(self) -> None:
         """Begins anew: the next failure is a first one."""
@@ -84,8 +84,8 @@ class Backoff:
         self._failing_since = now if self._failing_since is None else self._failing_since
         if now + self._wait > self._failing_since + self.seconds:
             raise ConnectionError(
-                f"no data for {now - self._failing_since:.0f} s, and stream_retry_seconds={self.seconds} is all that is "
-                f"allowed; the last error was {type(error).__name__}: {error}"
+                f"no data for {now - self._failing_since:.0f} s, and reading is tried again for {self.seconds:g} s at "
+                f"most; the last error was {type(error).__name__}: {error}"
             ) from error
         logger.warning(f"reading failed, trying again in {self._wait:.0f} s ({type(error).__name__}: {error})")
         time.sleep(self._wait)

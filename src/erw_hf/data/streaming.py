@@ -34,16 +34,8 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from erw_hf.data.retrying import Backoff, retried
-from erw_hf.data.samples import (
-    FEATURES_COLUMN,
-    IMAGE_ERRORS,
-    KEY_COLUMN,
-    MOMENTS_COLUMN,
-    SampleMaker,
-    decode_image,
-    image_name,
-    read_file,
-)
+from erw_hf.data.samples import IMAGE_ERRORS, SampleMaker, decode_image, image_name, read_file
+from erw_hf.data.source import FEATURES_COLUMN, KEY_COLUMN, MOMENTS_COLUMN
 
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from erw_hf.data.samples import IMAGE_ERRORS, center_crop, decode_image, image_name, load_source, sample_rng
+from erw_hf.data.samples import IMAGE_ERRORS, center_crop, decode_image, image_name, sample_rng
+from erw_hf.data.source import load_source
 from erw_hf.pipeline_erw import ERWPipeline
 
 
@@ -191,7 +192,7 @@ def dataset_images(dataset_name: str, split: str = "train", image_size: int | No
     The images of a data set.
 
     Args:
-        dataset_name (`str`): See [`~data.samples.load_source`]; a folder of image files is one too.
+        dataset_name (`str`): See [`~data.source.load_source`]; a folder of image files is one too.
         split (`str`, *optional*, defaults to `"train"`): Split to read.
         image_size (`int`, *optional*):
             Side in pixels of the centred square to take, by ADM's preprocessing. Without it all images must have one

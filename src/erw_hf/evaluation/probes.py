@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from erw_hf.data.latents import pixels_to_latents
-from erw_hf.data.samples import IMAGE_ERRORS, Source, center_crop, decode_image, sample_rng
+from erw_hf.data.samples import IMAGE_ERRORS, decode_image, prepare_image, sample_rng, to_pixels
+from erw_hf.data.source import Source
 from erw_hf.encoders import RepresentationEncoder
 from erw_hf.evaluation.metrics import cknna
 from erw_hf.flow import interpolate
@@ -49,7 +50,7 @@ def load_probe_images(source: Source, count: int, image_size: int, channels: int
     Reads images for probing: of data at hand a random choice, of a stream the first ones.
 
     Args:
-        source ([`~data.samples.Source`]): The data.
+        source ([`~data.source.Source`]): The data.
         count (`int`): How many images, at most.
         image_size (`int`): Side in pixels.
         channels (`int`): 3 for RGB, 1 for grey.
@@ -71,13 +72,10 @@ def load_probe_images(source: Source, count: int, image_size: int, channels: int
     pixels, labels = [], []
     for row in rows:
         try:
-            image = center_crop(
-                decode_image(row[source.image_column])[0].convert({1: "L", 3: "RGB"}[channels]), image_size
-            )
+            image = prepare_image(decode_image(row[source.image_column])[0], image_size, channels)
         except IMAGE_ERRORS:
             continue  # training skips it too
-        array = np.asarray(image).reshape(image_size, image_size, channels)
-        pixels.append(torch.from_numpy(array.transpose(2, 0, 1).copy()))
+        pixels.append(to_pixels(image))
         labels.append(0 if source.label_column is None else row[source.label_column])
     if not pixels:
         raise ValueError("no image to probe with could be read")

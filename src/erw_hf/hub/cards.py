@@ -130,7 +130,7 @@ def preset_card(path: Path) -> ModelCard:
     """
     import torch
 
-    from erw_hf.data.samples import is_local, load_source
+    from erw_hf.data.source import is_local, load_source
     from erw_hf.training.config import parse_config
     from erw_hf.transformer_erw import ERWTransformer2DModel
 

@@ -328,7 +328,7 @@ class TrainingConfig:
     def source_arguments(self) -> dict[str, Any]:
         """
         Returns:
-            `dict[str, Any]`: Arguments of [`~data.samples.load_source`].
+            `dict[str, Any]`: Arguments of [`~data.source.load_source`].
         """
         return {
             "dataset_name": self.dataset_name,

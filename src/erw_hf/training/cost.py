@@ -19,7 +19,7 @@ from diffusers import AutoModel as Autoencoder
 from transformers import AutoConfig, AutoModel
 
 from erw_hf.data.latents import check_autoencoder
-from erw_hf.data.samples import FEATURES_COLUMN, IMAGE_COLUMNS, LABEL_COLUMNS, find_column, is_local, load_source
+from erw_hf.data.source import FEATURES_COLUMN, IMAGE_COLUMNS, LABEL_COLUMNS, find_column, is_local, load_source
 from erw_hf.encoders import VISION_TOWERS, RepresentationEncoder
 from erw_hf.training.config import TrainingConfig
 from erw_hf.training.flops import PEAK_FLOPS, count_step_flops

@@ -23,7 +23,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from erw_hf.data.latents import check_autoencoder, image_channels, pixels_to_latents
-from erw_hf.data.samples import Source
+from erw_hf.data.source import Source
 from erw_hf.encoders import RepresentationEncoder
 from erw_hf.pipeline_erw import ERWPipeline
 from erw_hf.training.config import TrainingConfig
@@ -92,7 +92,7 @@ def check_cache(config: TrainingConfig, source: Source) -> None:
 
     Args:
         config ([`TrainingConfig`]): The run.
-        source ([`~data.samples.Source`]): Its data; nothing is asked of what is no cache.
+        source ([`~data.source.Source`]): Its data; nothing is asked of what is no cache.
 
     Raises:
         ValueError: if the cache is of another autoencoder, size or encoder, has not all of its files, or the run asks

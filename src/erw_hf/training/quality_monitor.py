@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from erw_hf.data.samples import Source, load_source
+from erw_hf.data.source import Source, load_source
 from erw_hf.encoders import RepresentationEncoder
 from erw_hf.evaluation.extractors import load_extractor, weights_hash
 from erw_hf.evaluation.images import dataset_images, generated_images
@@ -54,7 +54,7 @@ class QualityMonitor:
     Args:
         config ([`TrainingConfig`]): The run.
         accelerator (`Accelerator`): The processes.
-        source ([`~data.samples.Source`]): The training data.
+        source ([`~data.source.Source`]): The training data.
         pixels (`tuple[int, int]`): Side and channels of the images.
         vae (a diffusers autoencoder, *optional*): `None` for pixel space.
         encoder ([`RepresentationEncoder`], *optional*): What CKNNA compares with.
