@@ -96,8 +96,8 @@ def measured(tmp_path):
         np.save(tmp_path / f"{name}.npy", samples[batch * 300 : (batch + 1) * 300].numpy())
     np.save(tmp_path / "logits-0000000.npy", logits.numpy())
     np.save(tmp_path / "labels-0000000.npy", np.arange(600) % 10)
-    features = Features(600, {"pool": statistics[0]}, tmp_path, {})
-    reference = Reference(tmp_path / "r.npz", {"pool": statistics[1].mean_and_covariance()}, True)
+    features = Features({"pool": statistics[0]}, tmp_path, {})
+    reference = Reference(tmp_path / "r.npz", {"pool": statistics[1].mean_and_covariance()})
     return samples, real, logits, features, reference
 
 

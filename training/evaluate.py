@@ -115,66 +115,35 @@ def main() -> None:
     if (output_dir / "evaluation.json").exists() and not repeats:
         raise ValueError(f"{output_dir} holds a finished evaluation: choose another --output_dir")
 
-    # What is evaluated, and the networks behind the metrics
-    if args.model is not None:
-        pipe = load_pipeline(args, accelerator)
-        args.num_samples = 50_000 if args.num_samples is None else args.num_samples
-        images = generated_images(
-            pipe, args.num_samples, args.seed, args.labels, args.num_inference_steps, args.guidance_scale,
-            tuple(args.guidance_interval), accelerator.autocast,
-        )  # fmt: skip
-        model = describe_model(args.model, pipe)
-    else:
-        images = open_images(args.images, args.split, args.image_size)
-        images = images if args.num_samples is None else take(images, args.num_samples, args.seed)
-        args.num_samples = images.count
-        model = None
-    with accelerator.main_process_first():  # which downloads
-        extractors = [load_extractor(args.extractor, args.inception_weights)]
-        if args.dinov2 is not None:
-            extractors.append(Dinov2Extractor(args.dinov2))
-    extractors = [extractor.to(accelerator.device) for extractor in extractors]
-    hashes = [weights_hash(extractor) for extractor in extractors]
-    extractor = {"name": args.extractor, "sha256": hashes[0]}
-    if args.dinov2 is not None:
-        extractor |= {"dinov2": args.dinov2, "dinov2_sha256": hashes[1]}
-    available = available_metrics(extractors, images.num_classes)
-    args.metrics = args.metrics or available
-    if unavailable := [metric for metric in args.metrics if metric not in available]:
-        raise ValueError(f"{unavailable} cannot be had of these extractors and labels; {available} can")
+    images, model = open_samples(args, accelerator)
+    args.num_samples = images.count
+    extractors, extractor = load_extractors(args, accelerator)
+    args.metrics = choose_metrics(args.metrics, extractors, images)
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     work = output_dir / "work"
     files = {"save_npz": args.save_npz, "save_png": args.save_png}  # batches that are done are not drawn again
     begin(output_dir, {"settings": settings, "model": model, "extractor": extractor, "files": files}, accelerator)
     seconds = {"load": time.perf_counter() - started}
 
-    # The reference
-    prepare = partial(make_reference, extractors=extractors, accelerator=accelerator, batch_size=args.batch_size)
     if args.save_reference is not None:
-        prepare(Path(args.save_reference), images, folder=work / "save_reference", seed=args.seed)
+        path, folder = Path(args.save_reference), work / "save_reference"
+        make_reference(path, images, extractors, accelerator, folder, args.batch_size, args.seed)
         accelerator.print(f"saved {args.save_reference}")
     if args.reference is None:
         finish(work, accelerator)
         return
-    reference_path = Path(args.reference)
-    if reference_path.suffix != ".npz":
-        part, side = time.perf_counter(), images.size[0]
-        reference_path = reference_file(output_dir, args.reference, args.reference_split, side, extractors, args.seed)
-        if not reference_path.exists():
-            real = open_images(args.reference, args.reference_split, side)
-            prepare(reference_path, real, folder=work / "reference", seed=args.seed)
-        seconds["reference"] = time.perf_counter() - part
-    reference = load_reference(reference_path, args.metrics, hashes[0], images.size)
+    reference_path, stages = find_reference(args, images.size[0], extractors, accelerator)
+    seconds |= stages
+    reference = load_reference(reference_path, args.metrics, extractor["sha256"], images.size)
 
-    # The samples, and the numbers
     writer = NpzWriter(output_dir / "samples.npz", images.count) if args.save_npz else None
     write = partial(write_images, output_dir / "samples" if args.save_png else None, writer)
     metrics, stages = measure(
         images, args.metrics, reference, extractors, accelerator, work, args.batch_size, args.save_steps, write
     )
+    seconds |= stages
     if writer is not None:
         writer.close(accelerator.is_main_process)
-    seconds |= stages
     if accelerator.is_main_process:
         record = {
             "metrics": metrics,
@@ -190,10 +159,20 @@ def main() -> None:
         report(record, output_dir)
     finish(work, accelerator)
     if args.record is not None and accelerator.is_main_process:
-        same, table = compare_records(json.loads(Path(args.record).read_text()), record)
-        print(table)
-        if not same:
-            sys.exit(f"the numbers are not those of {args.record}")
+        compare(args.record, record)
+
+
+def open_samples(args: argparse.Namespace, accelerator: Accelerator) -> tuple[ImageSet, dict[str, object] | None]:
+    """What is evaluated, and the model that draws it."""
+    if args.model is None:
+        images = open_images(args.images, args.split, args.image_size)
+        return images if args.num_samples is None else take(images, args.num_samples, args.seed), None
+    pipe = load_pipeline(args, accelerator)
+    images = generated_images(
+        pipe, 50_000 if args.num_samples is None else args.num_samples, args.seed, args.labels,
+        args.num_inference_steps, args.guidance_scale, tuple(args.guidance_interval), accelerator.autocast,
+    )  # fmt: skip
+    return images, describe_model(args.model, pipe)
 
 
 def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> ERWPipeline:
@@ -229,6 +208,44 @@ def open_images(name: str, split: str, image_size: int | None) -> ImageSet:
     return npz_images(name) if name.endswith(".npz") else dataset_images(name, split, image_size)
 
 
+def load_extractors(
+    args: argparse.Namespace, accelerator: Accelerator
+) -> tuple[list[torch.nn.Module], dict[str, str]]:
+    """The networks behind the metrics, and what the record says of them."""
+    with accelerator.main_process_first():  # which downloads
+        extractors = [load_extractor(args.extractor, args.inception_weights)]
+        if args.dinov2 is not None:
+            extractors.append(Dinov2Extractor(args.dinov2))
+    extractors = [extractor.to(accelerator.device) for extractor in extractors]
+    description = {"name": args.extractor, "sha256": weights_hash(extractors[0])}
+    if args.dinov2 is not None:
+        description |= {"dinov2": args.dinov2, "dinov2_sha256": weights_hash(extractors[1])}
+    return extractors, description
+
+
+def choose_metrics(wanted: list[str] | None, extractors: Sequence[torch.nn.Module], images: ImageSet) -> list[str]:
+    available = available_metrics(extractors, images.num_classes)
+    wanted = wanted or available
+    if unavailable := [metric for metric in wanted if metric not in available]:
+        raise ValueError(f"{unavailable} cannot be had of these extractors and labels; {available} can")
+    return wanted
+
+
+def find_reference(
+    args: argparse.Namespace, side: int, extractors: Sequence[torch.nn.Module], accelerator: Accelerator
+) -> tuple[Path, dict[str, float]]:
+    """The reference file, which is made where a data set is named, and how long that took."""
+    path = Path(args.reference)
+    if path.suffix == ".npz":
+        return path, {}
+    output_dir, started = Path(args.output_dir), time.perf_counter()
+    path = reference_file(output_dir, args.reference, args.reference_split, side, extractors, args.seed)
+    if not path.exists():
+        images, folder = open_images(args.reference, args.reference_split, side), output_dir / "work" / "reference"
+        make_reference(path, images, extractors, accelerator, folder, args.batch_size, args.seed)
+    return path, {"reference": time.perf_counter() - started}
+
+
 def begin(output_dir: Path, settings: dict[str, object], accelerator: Accelerator) -> None:
     """Work that was begun with other settings, or other weights, is not gone on with."""
     path, settings = output_dir / "work" / "settings.json", json.loads(json.dumps(settings))
@@ -260,6 +277,13 @@ def report(record: dict, output_dir: Path) -> None:
     for name, value in record["metrics"].items():
         print(f"{name:22}{value:12.6g}")
     print(f"{output_dir / 'evaluation.json'}, after {record['seconds']} seconds")
+
+
+def compare(path: str, record: dict) -> None:
+    same, table = compare_records(json.loads(Path(path).read_text()), record)
+    print(table)
+    if not same:
+        sys.exit(f"the numbers are not those of {path}")
 
 
 def finish(work: Path, accelerator: Accelerator) -> None:

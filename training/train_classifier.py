@@ -34,6 +34,8 @@ from transformers import BitImageProcessorPil, ResNetConfig, ResNetForImageClass
 from erw_hf.data.digits import load_digits_dataset
 
 
+# Loading, `normalise` and the processor are copied in train_tiny_encoder.py: no script imports another, and the
+# library has no use for them.
 MEAN, STD = 0.3, 0.35  # about those of the digits, and near enough elsewhere
 
 

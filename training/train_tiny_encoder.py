@@ -37,10 +37,10 @@ from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 from erw_hf.data.digits import load_digits_dataset
 
 
-MEAN, STD = (
-    0.3,
-    0.35,
-)  # about those of the digits, and near enough elsewhere, so that the encoder sees unit-scale inputs
+# Loading, `normalise` and the processor are copied in train_classifier.py: no script imports another, and the
+# library has no use for them.
+# About those of the digits, and near enough elsewhere, so that the encoder sees unit-scale inputs.
+MEAN, STD = 0.3, 0.35
 KNN_IMAGES = 4000  # of each split, at most
 
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""From rows to training samples, whose every random draw is a function of (seed, epoch, sample key), and their order."""
+"""From rows to training samples, each random draw a function of (seed, epoch, sample key), and the order of samples."""
 
 import hashlib
 import io

@@ -11,7 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Measures of pictures and of representations, as functions of features."""
+"""Measures of pictures and of representations.
+
+On the way to an FID each file has one part: `images` reads or draws the pictures, `extractors` are the networks,
+`features` runs them and sums up mean and covariance, `metrics` holds the formula, and `quality` says which features a
+metric takes, reads and writes the reference's statistics, and does the whole. `record` keeps what came out. `probes`
+looks into the blocks of a transformer, with the CKNNA of `metrics`.
+"""
 
 from erw_hf.evaluation.metrics import cknna, frechet_distance
 

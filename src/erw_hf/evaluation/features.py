@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Features of many images, by many processes, a little at a time, and again where an earlier run stopped."""
+"""Features of many images and their mean and covariance, by many processes, and again where an earlier run stopped.
+
+What is made of them, FID for one, is in `quality` (against a reference) and `metrics` (the formula).
+"""
 
 import math
 import os
@@ -81,13 +84,11 @@ class Features:
     """What [`extract_features`] found.
 
     Args:
-        count (`int`): Number of images.
         statistics (`dict[str, FeatureStatistics]`): Of each layer but `logits`.
         folder (`Path`): Where the layers that were to be kept lie.
         seconds (`dict[str, float]`): Of each stage, in the process that took longest for it.
     """
 
-    count: int
     statistics: dict[str, FeatureStatistics]
     folder: Path
     seconds: dict[str, float]
@@ -146,9 +147,8 @@ def extract_features(
     accelerator.wait_for_everyone()  # all have read before anyone writes
     done = {batch for part in parts.values() for batch in part["done"]}
     rank, processes = accelerator.process_index, accelerator.num_processes
-    name = f"part-{rank:05d}.pt"
-    part = parts.get(name, {"done": [], "seconds": {"read": 0.0, "extract": 0.0}, "sums": {}})
-    sums: dict[str, FeatureStatistics] = part["sums"]
+    path = folder / f"part-{rank:05d}.pt"
+    part = parts.get(path.name, {"done": [], "seconds": {"read": 0.0, "extract": 0.0}, "sums": {}})
     mine = [b for b in range(math.ceil(images.count / batch_size)) if b % processes == rank and b not in done]
 
     bar = tqdm(
@@ -165,15 +165,10 @@ def extract_features(
         if write is not None:
             write(indices, pixels)
         read = time.perf_counter()
-        layers: dict[str, torch.Tensor] = {}
-        # TF32, cuDNN's default, rounds features to 10 bits. Contiguous: other strides are rounded in another way.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            for extractor in extractors:
-                layers |= extractor(pixels.to(accelerator.device).contiguous())
-        layers = {layer: features.float().cpu() for layer, features in layers.items()}
+        layers = _layers(extractors, pixels.to(accelerator.device))
         for layer, features in layers.items():
             if layer != "logits":
-                sums.setdefault(layer, FeatureStatistics(features.shape[1])).update(features)
+                part["sums"].setdefault(layer, FeatureStatistics(features.shape[1])).update(features)
         kept = {layer: layers[layer] for layer in keep}
         if labels is not None:
             kept["labels"] = labels
@@ -183,17 +178,31 @@ def extract_features(
         part["seconds"]["extract"] += time.perf_counter() - read
         part["done"].append(batch)
         if number % save_steps == 0 or number == len(mine):
-            _save_part(part, folder / name)
+            _save_part(part, path)
         bar.update(min(len(indices) * processes, bar.total - bar.n))
     bar.close()
     accelerator.wait_for_everyone()
-    finished = list(_read_parts(folder).values())
+    return _merge(list(_read_parts(folder).values()), folder)
+
+
+def _layers(extractors: Sequence[torch.nn.Module], pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Features of each layer of all networks, float32 on the CPU."""
+    layers: dict[str, torch.Tensor] = {}
+    # TF32, cuDNN's default, rounds features to 10 bits. Contiguous: other strides are rounded in another way.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for extractor in extractors:
+            layers |= extractor(pixels.contiguous())
+    return {layer: features.float().cpu() for layer, features in layers.items()}
+
+
+def _merge(parts: Sequence[dict[str, Any]], folder: Path) -> Features:
+    """What all processes have done."""
     statistics: dict[str, FeatureStatistics] = {}
-    for part in finished:
-        for layer, other in part["sums"].items():
-            statistics.setdefault(layer, FeatureStatistics(len(other.sum))).merge(other)
-    seconds = {stage: max(part["seconds"][stage] for part in finished) for stage in ("read", "extract")}
-    return Features(images.count, statistics, folder, seconds)
+    for part in parts:
+        for layer, sums in part["sums"].items():
+            statistics.setdefault(layer, FeatureStatistics(len(sums.sum))).merge(sums)
+    seconds = {stage: max(part["seconds"][stage] for part in parts) for stage in ("read", "extract")}
+    return Features(statistics, folder, seconds)
 
 
 def _save_part(part: dict[str, Any], path: Path) -> None:

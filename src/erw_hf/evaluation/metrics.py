@@ -11,7 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The Fréchet distance of Gaussians and the alignment of neighbourhoods, in float64."""
+"""The formulas of our own, in float64: the Fréchet distance, behind FID, sFID and FD-DINOv2, and CKNNA.
+
+The means and covariances that the first takes are summed up in `features`; torch-fidelity's metrics are called in
+`quality`.
+"""
 
 import numpy as np
 

@@ -11,7 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""From features to the numbers that papers report, against statistics in ADM's file format."""
+"""From images to the numbers that papers report: which metric takes which features, and the reference files.
+
+A reference, in ADM's format, holds mean and covariance of real images, which `features` sums up, and some of the images.
+The Fréchet distance is in `metrics`; Inception score, KID, precision and recall are torch-fidelity's, called here.
+"""
 
 import hashlib
 import os
@@ -56,12 +60,10 @@ class Reference:
     Args:
         path (`Path`): The npz file.
         statistics (`dict[str, tuple[numpy.ndarray, numpy.ndarray]]`): Mean and covariance of each layer that it has.
-        has_images (`bool`): Whether it has images, in `arr_0`.
     """
 
     path: Path
     statistics: dict[str, tuple[np.ndarray, np.ndarray]]
-    has_images: bool
 
 
 def save_reference(
@@ -137,7 +139,7 @@ def load_reference(
             f"{path} is of {npz_images(path).size} px images, the samples are {image_size} px: take a reference of their "
             "size, or set --image_size"
         )
-    return Reference(path, statistics, has_images)
+    return Reference(path, statistics)
 
 
 def available_metrics(extractors: Sequence[torch.nn.Module], num_classes: int) -> list[str]:
@@ -277,9 +279,8 @@ def make_reference(
     Returns:
         `dict[str, float]`: Seconds of each stage.
     """
-    path.parent.mkdir(
-        parents=True, exist_ok=True
-    )  # here, so that what cannot be written fails before the images are read
+    # Here, so that what cannot be written fails before the images are read.
+    path.parent.mkdir(parents=True, exist_ok=True)
     features = extract_features(images, extractors, accelerator, folder, batch_size, description="reference")
     if accelerator.is_main_process:
         save_reference(path, features, images, seed, weights_hash(extractors[0]))
