@@ -628,12 +628,12 @@ def make_training_batch(run: Run, batch: Batch, aligned: bool, noised: bool = Tr
             config.timestep_logit_std,
             config.timestep_shift,
         )
-    if "features" in batch:  # of a latent cache, which has no class tokens
+    encoders = encoders_of_step(config, run.encoders, aligned)
+    if encoders and "features" in batch:  # of a latent cache, which has no class tokens
         tokens = [batch["features"].unflatten(1, (config.token_grid**2, -1))]
-    else:
-        tokens = []
-        for encoder in encoders_of_step(config, run.encoders, aligned):
-            images = batch["pixels"].float() / 255
+    elif encoders:
+        tokens, images = [], batch["pixels"].float() / 255
+        for encoder in encoders:
             if config.class_token_weight > 0 and made.class_token is None:
                 patch_tokens, class_token = encoder.patch_and_class_tokens(images)
                 made.class_token = class_token.float()
