@@ -217,6 +217,13 @@ def test_links_and_anchors_resolve(page):
             assert anchor in [slug(heading) for heading in headings], f"{target}#{anchor}"
 
 
+def test_the_rows_of_the_experiment_are_those_of_its_page():
+    readme, results = (REPOSITORY / "README.md").read_text(), REPOSITORY / "benchmarks" / "results"
+    section = readme.split("[start:experiment]")[1].split("[end:experiment]")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) > 6 and set(rows) <= set((results / "convergence-digits.md").read_text().splitlines())
+
+
 def test_included_files_and_sections_exist():
     found = 0
     for page in PAGES:
