@@ -14,7 +14,7 @@ quickstart: $(VENV)/.installed ## train on digits from random weights and show p
 	@echo "Pictures: $(QUICKSTART)/grid.png   Losses: $(QUICKSTART)/loss_curve.png   Pipeline: $(QUICKSTART)/pipeline"
 
 test: $(VENV)/.installed ## all tests, a file at a time on each core
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --durations 15
 
 soak: $(VENV)/.installed ## kill training 30 times and compare with runs that were left alone
 	cd tests && HF_HUB_OFFLINE=1 ../$(BIN)/python soak.py --kills 30
