@@ -339,9 +339,9 @@ def train_phase(
     """The loop, for either phase."""
     config, accelerator, progress = run.config, run.accelerator, run.progress
     encoders = [] if run.source.has_features else run.encoders  # of a latent cache that holds their tokens
-    flops_aligned, flops_unaligned = (
-        count_step_flops(model, encoders_of_step(config, encoders, aligned)) for aligned in (True, False)
-    )
+    flops_aligned = flops_unaligned = count_step_flops(model, encoders_of_step(config, encoders, aligned=False))
+    if encoders:
+        flops_aligned = count_step_flops(model, encoders_of_step(config, encoders, aligned=True))
     model, optimizer = prepare_phase(run, phase, model, end_step - start_step, learning_rate, checkpoint)
     batches = load_batches(run, progress.step, end_step)
     if progress.step < end_step:

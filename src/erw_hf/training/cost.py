@@ -105,6 +105,7 @@ def _check_data(config: TrainingConfig) -> tuple[int, int | None, bool]:
         return source.num_classes, None if config.streaming else len(source.dataset), source.has_features
     info = load_dataset_builder(config.dataset_name, config.dataset_config_name).info
     columns = list(info.features or {})
+    rows_and_features = _rows(info, config), FEATURES_COLUMN in columns
     if columns:
         if find_column(columns, config.image_column, IMAGE_COLUMNS, "image_column") is None:
             raise ValueError(f"no image column among {columns}; name it with --image_column")
@@ -113,12 +114,12 @@ def _check_data(config: TrainingConfig) -> tuple[int, int | None, bool]:
         if names is not None and config.num_classes is not None and len(names) != config.num_classes:
             raise ValueError(f"num_classes={config.num_classes}, the data set has {len(names)} classes")
         if names is not None:
-            return len(names), _rows(info, config), FEATURES_COLUMN in columns
+            return len(names), *rows_and_features
         if label_column is None:
-            return 0, _rows(info, config), FEATURES_COLUMN in columns
+            return 0, *rows_and_features
     if config.num_classes is None:
         raise ValueError("the data set does not say how many classes it has: set num_classes")
-    return config.num_classes, _rows(info, config), FEATURES_COLUMN in columns
+    return config.num_classes, *rows_and_features
 
 
 def _rows(info: DatasetInfo, config: TrainingConfig) -> int | None:

@@ -162,9 +162,7 @@ def describe_environment(device_type: str, processes: int, config: Mapping[str, 
     # Here: it imports torch, which whoever only reads a record does without.
     from erw_hf.machine import device_name, versions
 
-    hardware = (
-        device_name(device_type) if device_type == "cuda" else f"{device_name(device_type)}, {os.cpu_count()} cores"
-    )
+    hardware = device_name(device_type) + ("" if device_type == "cuda" else f", {os.cpu_count()} cores")
     installed = versions()
     local = [part for name in PATH_OR_ID for part in split_names(config.get(name) or "") if Path(part).exists()]
     return {
