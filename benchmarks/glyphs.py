@@ -19,8 +19,12 @@
 The class is the character, which is the only thing that all images of a class share: more to learn than the 8x8 digits
 have, and with an encoder's help easier to learn. The fonts are those that matplotlib's wheel holds (DejaVu, STIX, Computer
 Modern; their licences lie beside them and allow it). Splits: `train`; `validation`, other draws of the same fonts; `test`,
-with fonts that no training image has. Image i of a split depends on (seed, split, i) alone, so any number of workers makes
+with fonts that no training image has. Row i of a split depends on (seed, split, i) alone, so any number of workers makes
 the same ones; a shard that is there already is not made again.
+
+The column `view` has the character and the font of `image`, and all else drawn anew. To an encoder that learns without labels it is
+the other view of the image: cut, turned or recoloured, an image is known again by its stripes and discs, and a ViT that learns from that
+alone knows no character after 750 steps (k-NN accuracy 0.035, chance 0.031).
 """
 
 import argparse
@@ -121,19 +125,20 @@ def check_settings(folder: Path, settings: dict) -> None:
 def write_shard(shard: tuple) -> None:
     disable_progress_bars()
     path, split, first, last, characters, size, seed = shard
-    table: dict[str, list] = {"image": [], "label": []}
+    table: dict[str, list] = {"image": [], "label": [], "view": []}
     for index in range(first, last):
-        buffer = io.BytesIO()
-        draw(split, index, characters, size, seed).save(buffer, "PNG", compress_level=4)
-        table["image"].append({"bytes": buffer.getvalue(), "path": None})
+        for rendering, column in enumerate(("image", "view")):
+            buffer = io.BytesIO()
+            draw(split, index, characters, size, seed, rendering).save(buffer, "PNG", compress_level=4)
+            table[column].append({"bytes": buffer.getvalue(), "path": None})
         table["label"].append(index % len(characters))
-    columns = Features({"image": ImageFeature(), "label": ClassLabel(names=list(characters))})
+    columns = Features({"image": ImageFeature(), "label": ClassLabel(names=list(characters)), "view": ImageFeature()})
     work = path.with_suffix(".tmp")
     Dataset.from_dict(table, features=columns).to_parquet(work)
     work.rename(path)  # whole or absent
 
 
-def draw(split: str, index: int, characters: str, size: int, seed: int) -> Image.Image:
+def draw(split: str, index: int, characters: str, size: int, seed: int, rendering: int = 0) -> Image.Image:
     """
     Draws one image. The classes come in turn, so that any part of the data has all of them.
 
@@ -143,12 +148,14 @@ def draw(split: str, index: int, characters: str, size: int, seed: int) -> Image
         characters (`str`): The classes.
         size (`int`): Side in pixels.
         seed (`int`): Seed of the data set.
+        rendering (`int`, defaults to 0): Another one has the same character and font, and nothing else in common.
 
     Returns:
         `PIL.Image.Image`: RGB, `size` x `size`.
     """
-    rng = sample_rng(seed, 0, f"{split} {index}")
     fonts = FONTS[split]
+    font = fonts[sample_rng(seed, 0, f"{split} {index} font").integers(len(fonts))]
+    rng = sample_rng(seed, 0, f"{split} {index} {rendering}")
     ground, ink = contrasting_colours(rng)
     image = texture(rng, size, *ground)
     image = clutter(rng, image)
@@ -157,7 +164,7 @@ def draw(split: str, index: int, characters: str, size: int, seed: int) -> Image
             rng, characters[rng.integers(len(characters))], fonts[rng.integers(len(fonts))], size, stray=True
         )
         image.paste(texture(rng, size, *rng.random((2, 3))), mask=stray)
-    mask = posed(rng, characters[index % len(characters)], fonts[rng.integers(len(fonts))], size)
+    mask = posed(rng, characters[index % len(characters)], font, size)
     if rng.random() < 0.3:  # a shadow
         left, top = (int(v) for v in rng.integers(-size // 20, size // 20 + 1, 2))
         image.paste((0, 0, 0), (left, top), mask.point(lambda value: value // 2))

@@ -35,11 +35,11 @@ def cells(image) -> np.ndarray:
 def drawn():
     pipe = ERWPipeline.from_pretrained(REPOSITORY / "pipelines" / "erw-digits")
     pipe.set_progress_bar_config(disable=True)
-    labels = np.arange(500) % 10
+    labels = np.arange(250) % 10
     images = []
-    for start in range(0, 500, 100):
+    for start in range(0, 250, 125):
         images += pipe(
-            class_labels=labels[start : start + 100].tolist(),
+            class_labels=labels[start : start + 125].tolist(),
             num_inference_steps=50,
             generator=torch.Generator().manual_seed(start),
         ).images

@@ -20,7 +20,7 @@ import sys
 import time
 
 import pytest
-from helpers import REPOSITORY, launch_command
+from helpers import REPOSITORY, launch_command, short_pauses
 from loopback_hub import LoopbackHub
 from PIL import Image
 from test_streaming import write_shards
@@ -36,9 +36,14 @@ def hub(tmp_path):
         yield hub
 
 
-def launch(hub, tmp_path, flags, processes=2, token="hf_loopback", **variables):
-    command, environment = launch_command(tuple(flags), processes)
-    environment |= hub.environment(tmp_path / "home", token) | variables
+@pytest.fixture
+def environment(hub, tmp_path):
+    return hub.environment(tmp_path / "home") | short_pauses(tmp_path / "site", 10)
+
+
+def launch(environment, flags, **variables):
+    command, own = launch_command(flags, processes=2)
+    environment = own | environment | variables
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
 
 
@@ -46,10 +51,10 @@ def losses(run):
     return [(record["step"], record["loss"]) for record in read_metrics(run / "metrics.jsonl")]
 
 
-def test_two_processes_survive_a_failing_hub_with_the_same_losses(hub, tmp_path, tiny_flags):
+def test_two_processes_survive_a_failing_hub_with_the_same_losses(hub, environment, tmp_path, tiny_flags):
     """429, 500, 503, a hanging and a cut connection: nothing is lost, repeated or in another order."""
     flags = [*tiny_flags, "--dataset_name=user/greys", "--streaming"]
-    calm = launch(hub, tmp_path, [*flags, f"--output_dir={tmp_path}/calm"])
+    calm = launch(environment, [*flags, f"--output_dir={tmp_path}/calm"])
     assert calm.returncode == 0, calm.stderr[-4000:]
     parquet = r"/resolve/.*\.parquet"
     faults = [
@@ -60,19 +65,21 @@ def test_two_processes_survive_a_failing_hub_with_the_same_losses(hub, tmp_path,
         hub.fault(parquet, method="GET", cut_after=200, after=8),
         hub.fault(r"/api/datasets/user/greys", status=502),
     ]
-    stormy = launch(hub, tmp_path, [*flags, f"--output_dir={tmp_path}/stormy"], HF_HUB_DOWNLOAD_TIMEOUT="2")
+    stormy = launch(environment, [*flags, f"--output_dir={tmp_path}/stormy"], HF_HUB_DOWNLOAD_TIMEOUT="2")
     assert stormy.returncode == 0, stormy.stderr[-4000:]
     assert all(fault.fired for fault in faults), [fault.fired for fault in faults]
     assert losses(tmp_path / "stormy") == losses(tmp_path / "calm")
 
 
-def test_a_hub_that_stays_away_ends_all_processes_with_one_message_and_a_checkpoint(hub, tmp_path, tiny_flags):
+def test_a_hub_that_stays_away_ends_all_processes_with_one_message_and_a_checkpoint(
+    hub, environment, tmp_path, tiny_flags
+):
     flags = [*tiny_flags, "--dataset_name=user/greys", "--streaming", "--stream_retry_seconds=3"]
     flags += ["--warmup_steps=1", "--max_train_steps=60", f"--output_dir={tmp_path}/run", "--train_batch_size=8"]
     # From the third file on: some steps are done by then.
     hub.fault(r"/resolve/.*\.parquet", method="GET", status=500, times=None, after=14)
     started = time.monotonic()
-    result = launch(hub, tmp_path, flags)
+    result = launch(environment, flags)
     assert time.monotonic() - started < 150
     assert result.returncode != 0
     messages = re.findall(r"RuntimeError: process \d of 2 could not read its data, so all stop .*", result.stderr)
@@ -82,7 +89,7 @@ def test_a_hub_that_stays_away_ends_all_processes_with_one_message_and_a_checkpo
     assert len(losses(tmp_path / "run")) > 0  # it had begun
 
 
-def test_an_imagefolder_streams_from_the_hub(hub, tmp_path):
+def test_an_imagefolder_streams_from_the_hub(hub, environment, tmp_path):
     for i in range(4):
         (tmp_path / "folder" / "train" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8), i).save(tmp_path / "folder" / "train" / "ab"[i % 2] / f"{i}.png")
@@ -98,15 +105,15 @@ maker = SampleMaker(source, 8, 1, (1, 8, 8), 0, 0.1, False)
 samples = itertools.islice(StreamingSamples(maker, 1, 0), 4)
 print(source.id2label, sorted(int(sample["pixels"][0, 0, 0]) for sample in samples))
 """
-    environment = {**os.environ, **hub.environment(tmp_path / "home")}
+    environment = {**os.environ, **environment}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=180)
     assert result.stdout == "{0: 'a', 1: 'b'} [0, 1, 2, 3]\n", result.stderr[-3000:]
     assert fault.fired == 8
 
 
-def test_gated_data_says_how_to_get_access(hub, tmp_path):
+def test_gated_data_says_how_to_get_access(hub, environment, tmp_path):
     hub.add_repo("datasets", "ILSVRC/imagenet-1k", tmp_path / "shards", gated=True)
     code = "from erw_hf.data.source import load_source; load_source('ILSVRC/imagenet-1k', streaming=True)"
-    environment = {**os.environ, **hub.environment(tmp_path / "home")}
+    environment = {**os.environ, **environment}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert "PermissionError" in result.stderr and "gated" in result.stderr and "hf auth login" in result.stderr

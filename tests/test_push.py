@@ -30,7 +30,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from helpers import REPOSITORY, kill_tree, launch_command, launch_training, run_script, train
+from helpers import REPOSITORY, kill_tree, launch_command, launch_training, run_script, short_pauses, train
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from loopback_hub import READ_TOKEN, LoopbackHub
@@ -65,12 +65,8 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", environment["HF_HUB_CACHE"])
         monkeypatch.setattr(upload, "RETRY_SECONDS", (0.01,) * 6)
-        site = tmp_path / "site"
-        site.mkdir()
-        (site / "sitecustomize.py").write_text(
-            "import time\nsleep = time.sleep\ntime.sleep = lambda s: sleep(s / 100)\n"
-        )
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")]))
+        for name, value in short_pauses(tmp_path / "site", 100).items():
+            monkeypatch.setenv(name, value)
         yield hub
 
 

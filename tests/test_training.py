@@ -166,18 +166,17 @@ def test_no_file_of_a_checkpoint_can_execute_code(tmp_path, uninterrupted, file)
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_twice_and_resumed_is_bitwise_the_uninterrupted_one(tmp_path, tiny_flags, processes):
+@pytest.mark.parametrize(("processes", "kills"), [(1, [215]), (2, [60, 215])])
+def test_killed_and_resumed_is_bitwise_the_uninterrupted_one(tmp_path, tiny_flags, processes, kills):
     """kill -9 to the whole process group, in the warmup and in phase 2, loader workers and all."""
-    flags = [*tiny_flags, "--checkpointing_steps=2", "--dataloader_num_workers=2", "--warmup_steps=300"]
-    flags += ["--max_train_steps=600", "--checkpoints_total_limit=2", "--checkpointing_steps=50"]
-    flags += ["--train_batch_size=2", "--validation_steps=0"]
+    flags = [*tiny_flags, "--dataloader_num_workers=2", "--warmup_steps=150", "--max_train_steps=300"]
+    flags += ["--checkpoints_total_limit=2", "--checkpointing_steps=25", "--train_batch_size=2"]
     launch_training(*flags, f"--output_dir={tmp_path}/whole", processes=processes)
-    for kill_after in (120, 430):
-        kill_training_at(
-            kill_after, *flags, f"--output_dir={tmp_path}/cut", "--resume_from_checkpoint=latest", processes=processes
-        )
-    launch_training(*flags, f"--output_dir={tmp_path}/cut", "--resume_from_checkpoint=latest", processes=processes)
+    resume = [*flags, f"--output_dir={tmp_path}/cut", "--resume_from_checkpoint=latest"]
+    for kill_after in kills:
+        kill_training_at(kill_after, *resume, processes=processes)
+        assert not (tmp_path / "cut" / "pipeline").exists()  # it had not come to its end
+    launch_training(*resume, processes=processes)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(weights(tmp_path / "cut")[name], tensor), name
@@ -213,8 +212,9 @@ def test_sigterm_saves_a_checkpoint_and_exits_with_status_0(tmp_path, tiny_flags
     ]
     step = int(checkpoint.split("-")[1])
     assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(1, step + 1))
+    # Gone on with by one process, whatever their number was: of the same batch
     resumed = [f"--max_train_steps={step + 2}", "--resume_from_checkpoint=latest"]
-    launch_training(*flags, *resumed, processes=processes)
+    train(*flags, *resumed, f"--train_batch_size={4 * processes}")
     assert len(losses(tmp_path / "run")) == step + 2
 
 

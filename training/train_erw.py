@@ -189,6 +189,9 @@ def main() -> None:
         train_full(run, warmup_state, initial_state, checkpoint)
     elif run.push is not None:
         run.push.submit(progress.step, None, None)  # a warmup alone
+    # The main process drew the last pictures alone. A process that leaves while gloo's threads still put away its last
+    # exchange can abort in them.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     if run.push is not None:
         push_at_end(run)

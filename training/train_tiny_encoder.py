@@ -14,7 +14,7 @@
 """Train a tiny DINOv2, self-supervised: the teacher that ERW aligns with, on data anyone has.
 
     python training/train_tiny_encoder.py --output_dir pipelines/dinov2-tiny-digits
-    python training/train_tiny_encoder.py --dataset_name outputs/glyphs --image_size 64 --hidden_size 128 --steps 6000 \\
+    python training/train_tiny_encoder.py --dataset_name outputs/glyphs --view_column view --patch_size 4 --hidden_size 96 \\
         --output_dir outputs/dinov2-tiny-glyphs
 
 It has no use for labels. Two augmented views of each image must find each other in the batch (SimCLR's NT-Xent, arXiv
@@ -22,6 +22,8 @@ It has no use for labels. Two augmented views of each image must find each other
 needs far longer to leave its uniform start on 1 438 digits. A few minutes on 2 CPU cores for those. The result is an ordinary
 transformers folder, which `AutoModel.from_pretrained` and `RepresentationEncoder.from_pretrained` load. The images of the
 split `test` serve for the k-NN accuracy that is printed, and for nothing else.
+
+Data may bring the second view of each image itself (`--view_column`): both are augmented then.
 """
 
 import argparse
@@ -48,6 +50,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default="outputs/dinov2-tiny-digits")
     parser.add_argument("--dataset_name", default="digits", help="or a data set with the splits train and test")
+    parser.add_argument(
+        "--view_column", help="of another image of the same thing; by default an image is its own second view"
+    )
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--patch_size", type=int, default=8)
     parser.add_argument("--hidden_size", type=int, default=64)
@@ -66,6 +71,9 @@ def main() -> None:
     splits = load_digits_dataset() if args.dataset_name == "digits" else load_dataset(args.dataset_name)
     train, train_labels = load_images(splits["train"], args.image_size)
     test, test_labels = load_images(splits["test"], args.image_size)
+    second = train
+    if args.view_column is not None:
+        second, _ = load_images(splits["train"], args.image_size, args.view_column)
 
     config = Dinov2Config(
         hidden_size=args.hidden_size,
@@ -84,8 +92,8 @@ def main() -> None:
 
     bar = tqdm(range(args.steps), mininterval=5)
     for step in bar:
-        images = train[torch.randperm(len(train))[: args.batch_size]].float() / 255
-        views = torch.cat([augment(images), augment(images)])
+        rows = torch.randperm(len(train))[: args.batch_size]
+        views = torch.cat([augment(images[rows].float() / 255) for images in (train, second)])
         tokens = backbone(normalise(views)).last_hidden_state  # (2 B, 1 + N, D)
         loss = sum(
             nt_xent(project(pooled), args.temperature)
@@ -158,9 +166,9 @@ def recolour(images: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.rand(n, 1, 1, 1) < 0.5, images, 1 - images)
 
 
-def load_images(split, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def load_images(split, size: int, column: str = "image") -> tuple[torch.Tensor, torch.Tensor]:
     """Images (N, C, H, W), uint8, and labels."""
-    images = np.stack([np.asarray(image.resize((size, size), resample=3)) for image in split["image"]])
+    images = np.stack([np.asarray(image.resize((size, size), resample=3)) for image in split[column]])
     return torch.from_numpy(images).reshape(len(images), size, size, -1).movedim(-1, 1), torch.tensor(
         list(split["label"])
     )
