@@ -19,6 +19,10 @@ from transformers import (
     BitImageProcessorPil,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ConvNextConfig,
+    DINOv3ConvNextModel,
+    ResNetConfig,
+    ResNetModel,
     Siglip2Config,
     TimmWrapperConfig,
     TimmWrapperModel,
@@ -73,6 +77,23 @@ def _save(folder, model, size: int = 16):
         folder
     )
     return folder
+
+
+@pytest.mark.parametrize("name", ["resnet", "dinov3_convnext"])
+def test_cells_of_a_convolutional_networks_last_map_are_its_tokens(tmp_path, name):
+    if name == "resnet":  # a map (B, D, h, w); two strides in its stem, none in its only stage
+        model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[16], depths=[1], layer_type="basic"))
+    else:  # a row of cells after a class token, at a 32nd of the image's side
+        model = DINOv3ConvNextModel(DINOv3ConvNextConfig(hidden_sizes=[4, 8, 8, 16], depths=[1, 1, 1, 1]))
+    stride, prefix = (4, 0) if name == "resnet" else (32, 1)
+    encoder = RepresentationEncoder.from_pretrained(_save(tmp_path, model), token_grid=4)
+    assert (encoder.image_size, encoder.embed_dim, encoder.num_prefix_tokens) == (4 * stride, 16, prefix)
+    images = torch.rand(2, 3, encoder.image_size, encoder.image_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cells = model.eval()((images - encoder.image_mean) / encoder.image_std).last_hidden_state
+    if name == "resnet":
+        cells = torch.stack([cells[:, :, i // 4, i % 4] for i in range(16)], dim=1)
+    torch.testing.assert_close(encoder(images), cells[:, prefix:])
 
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

@@ -20,6 +20,7 @@ import pytest
 from helpers import REPOSITORY, run_script
 from transformers import AutoConfig
 
+from erw_hf import RepresentationEncoder
 from erw_hf.data.source import load_source
 
 
@@ -43,6 +44,8 @@ def test_an_image_depends_on_seed_split_and_number_alone():
 
     first = pixels("train", 4)
     assert first.shape == (32, 32, 3) and first.std() > 5
+    view = glyphs.draw("train", 4, "AB8", 32, 0, rendering=1)
+    assert not np.array_equal(np.asarray(view), first)
     pixels("test", 1)
     assert np.array_equal(pixels("train", 4), first)
     for other in (pixels("train", 7), pixels("validation", 4), pixels("train", 4, seed=1)):
@@ -81,7 +84,9 @@ def test_encoder_and_metric_network_learn_from_it(folder, tmp_path, capsys):
     shared = ["--dataset_name", folder, "--image_size", "16", "--steps", "20", "--batch_size", "4"]
     sizes = ["--patch_size", "4", "--hidden_size", "32", "--num_layers", "1"]
     run_script("train_tiny_encoder", *shared, *sizes, "--output_dir", tmp_path / "encoder")
+    run_script("train_tiny_encoder", *shared, "--view_column", "view", "--resnet", "--output_dir", tmp_path / "resnet")
     run_script("train_classifier", *shared, "--output_dir", tmp_path / "classifier")
     assert "accuracy on the held-out images" in capsys.readouterr().out
     assert AutoConfig.from_pretrained(tmp_path / "encoder").image_size == 16
+    assert RepresentationEncoder.from_pretrained(tmp_path / "resnet", token_grid=4).image_size == 16
     assert AutoConfig.from_pretrained(tmp_path / "classifier").id2label == {0: "A", 1: "B", 2: "8"}

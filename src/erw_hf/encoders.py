@@ -33,12 +33,15 @@ class RepresentationEncoder(nn.Module):
     (arXiv 2410.06940) and ERW (arXiv 2504.10188).
 
     Args:
-        model (`transformers.PreTrainedModel`): A vision model whose `last_hidden_state` holds prefix and patch tokens.
+        model (`transformers.PreTrainedModel`):
+            A vision model whose `last_hidden_state` holds prefix and patch tokens, or is the last map of a convolutional
+            network, whose cells are taken as patch tokens.
         image_mean (`list[float]`): Mean of each RGB channel that the model was trained with, on images in [0, 1].
         image_std (`list[float]`): Standard deviation of each RGB channel, likewise.
         token_grid (`int`): Side of the grid of patch tokens that is wanted: the transformer's own token grid.
         image_size (`int`, *optional*):
-            Side of the image given to the model, in pixels. Defaults to `token_grid` times the model's patch size.
+            Side of the image given to the model, in pixels. Defaults to `token_grid` times the model's patch size, or
+            stride.
         antialias_positions (`bool`, *optional*, defaults to `False`):
             Resample the model's position table once, with antialias, as REPA-type code does by way of timm. By default
             transformers resamples it in its own way, which gives other tokens where the grid is not the model's own.
@@ -71,7 +74,7 @@ class RepresentationEncoder(nn.Module):
             model.config.mask_ratio = 0.0
         self.token_grid = token_grid
         is_timm = getattr(model.config, "model_type", None) == "timm_wrapper"
-        patch_size = model.timm_model.patch_embed.patch_size[0] if is_timm else model.config.patch_size
+        patch_size = _patch_size(model)
         self.image_size = token_grid * patch_size if image_size is None else image_size
         if is_timm:
             model.timm_model.set_input_size(self.image_size)  # resamples the position table with antialias
@@ -174,7 +177,8 @@ class RepresentationEncoder(nn.Module):
             # MAE orders its tokens by this noise even when it masks none.
             order = torch.arange(self.token_grid**2, device=pixel_values.device, dtype=torch.float32)
             kwargs["noise"] = order.expand(len(pixel_values), -1)
-        return self.model(pixel_values=pixel_values, **kwargs).last_hidden_state
+        hidden_states = self.model(pixel_values=pixel_values, **kwargs).last_hidden_state
+        return hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """
@@ -217,6 +221,20 @@ class RepresentationEncoder(nn.Module):
         if images.shape[-1] != self.image_size:
             images = F.interpolate(images, size=(self.image_size, self.image_size), mode="bicubic")
         return self._hidden_states(images.to(self.dtype))
+
+
+@torch.no_grad()
+def _patch_size(model: PreTrainedModel) -> int:
+    """Of a convolutional network, whose config names none, the stride of its last map."""
+    if getattr(model.config, "model_type", None) == "timm_wrapper":
+        return model.timm_model.patch_embed.patch_size[0]
+    if hasattr(model.config, "patch_size"):
+        return model.config.patch_size
+    side = 256
+    hidden_states = model(pixel_values=torch.zeros(1, 3, side, side, dtype=model.dtype)).last_hidden_state
+    # DINOv3's ConvNeXt puts its map in a row, after a class token.
+    cells = hidden_states.shape[-1] if hidden_states.ndim == 4 else math.isqrt(hidden_states.shape[1])
+    return side // cells
 
 
 @torch.no_grad()
