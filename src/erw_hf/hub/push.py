@@ -288,12 +288,13 @@ def _add_curves(source: Path, snapshot: Path) -> None:
 
 def _evaluation_of(snapshot: Path, records: Iterable[Path]) -> Path | None:
     """The newest record that measured these very weights: a run that goes on leaves the one before behind."""
-    from erw_hf.evaluation.extractors import weights_hash
-    from erw_hf.transformer_erw import ERWTransformer2DModel
-
     found = None
     records = sorted((path for path in records if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
     if records and (snapshot / "model_index.json").is_file():
+        # Seconds of a core that training has a better use for
+        from erw_hf.evaluation.extractors import weights_hash
+        from erw_hf.transformer_erw import ERWTransformer2DModel
+
         transformer = ERWTransformer2DModel.from_pretrained(snapshot, subfolder="transformer")
         sha256 = weights_hash(transformer)
         for path in records:
