@@ -40,7 +40,7 @@ import convergence_report
 import torch
 import yaml
 from accelerate.utils import set_seed
-from convergence_report import FIRST_CHOOSING_SEED
+from convergence_report import FIRST_CHOOSING_SEED, is_choosing
 from transformers import AutoConfig, AutoModel
 
 from erw_hf import ERWTransformer2DModel, RepresentationEncoder
@@ -209,7 +209,7 @@ def run_arm(study: Study, name: str, arm: dict, seed: int) -> None:
     flags, before = prepare(study, arm, seed, folder)
     script = ["training/train_erw.py", "--config", relative(study.base), *flags]
     run_script(study, [*script, f"--output_dir={folder}", "--resume_from_checkpoint=latest"], f"{folder}.log")
-    probes = [] if seed >= FIRST_CHOOSING_SEED else run_probes(study, folder)
+    probes = [] if is_choosing(seed) else run_probes(study, folder)
     write_record(
         record_path,
         {
@@ -221,11 +221,7 @@ def run_arm(study: Study, name: str, arm: dict, seed: int) -> None:
             "base": read_base(study),
             "budget": study.budget,
             "command": f"python benchmarks/convergence.py --data {study.data} --arms {chosen or name} --budget {study.budget:g} "
-            + (
-                f"--choosing {seed - FIRST_CHOOSING_SEED + 1}"
-                if seed >= FIRST_CHOOSING_SEED
-                else f"--seeds {seed + 1}"
-            ),
+            + (f"--choosing {seed - FIRST_CHOOSING_SEED + 1}" if is_choosing(seed) else f"--seeds {seed + 1}"),
             "training_command": "OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true python "
             + " ".join(script).replace(f"{study.runs}/", f"outputs/convergence/{study.data}/"),
             **measurements(folder, before),
@@ -279,7 +275,7 @@ def prepare(study: Study, arm: dict, seed: int, folder: Path) -> tuple[list[str]
         settings["warmup_from"] = str(make_start(config, arm, folder))
         # A projector that was trained goes with the weights that it was trained on.
         settings["hand_over_projector"] = start == "asleep"
-    if seed >= FIRST_CHOOSING_SEED:  # of which the end alone counts
+    if is_choosing(seed):  # of which the end alone counts
         every = config.max_train_steps
     settings |= {"max_train_steps": config.max_train_steps, "evaluation_steps": every}
     return to_flags(settings), before

@@ -26,6 +26,14 @@ FIRST_CHOOSING_SEED = 100  # reported are 0, 1, ...
 Record = dict
 
 
+def is_choosing(seed: int) -> bool:
+    """Whether runs of a seed serve to choose among settings, and are never reported."""
+    return seed >= FIRST_CHOOSING_SEED
+
+
+Record = dict
+
+
 def load_records(folder: Path) -> list[Record]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*.json"))]
 
@@ -37,8 +45,7 @@ def final(record: Record) -> float:
 def choose(records: Sequence[Record], names: Sequence[str]) -> str:
     """The arm with the lowest mean final distance over the choosing seeds, which all must have run alike."""
     chosen_by = {
-        name: {r["seed"]: final(r) for r in records if r["arm"] == name and r["seed"] >= FIRST_CHOOSING_SEED}
-        for name in names
+        name: {r["seed"]: final(r) for r in records if r["arm"] == name and is_choosing(r["seed"])} for name in names
     }
     seeds = set().union(*chosen_by.values())
     lacking = [name for name in names if set(chosen_by[name]) != seeds]
@@ -86,8 +93,7 @@ def speed_up(record: Record, control: Record, axis: str = "flops") -> tuple[floa
 def pairs(records: Sequence[Record], arm: str, control: str) -> list[tuple[Record, Record]]:
     """Runs of two arms with the same reported seed."""
     by_seed = [
-        {r["seed"]: r for r in records if r["arm"] == name and r["seed"] < FIRST_CHOOSING_SEED}
-        for name in (arm, control)
+        {r["seed"]: r for r in records if r["arm"] == name and not is_choosing(r["seed"])} for name in (arm, control)
     ]
     return [(by_seed[0][seed], by_seed[1][seed]) for seed in sorted(by_seed[0].keys() & by_seed[1].keys())]
 
@@ -134,7 +140,7 @@ def answer(records: Sequence[Record], arm: str, control: str) -> tuple[str, str]
 def write_report(results: Path, data: str, table: dict, encoder: dict) -> None:
     """`convergence-<data>.md` and its pictures, of the records in `convergence/<data>/`."""
     records = load_records(results / "convergence" / data)
-    reported = [r for r in records if r["seed"] < FIRST_CHOOSING_SEED]
+    reported = [r for r in records if not is_choosing(r["seed"])]
     page = results / f"convergence-{data}.md"
     if not records:
         return
@@ -243,7 +249,7 @@ def probes_text(records: Sequence[Record], arms: Sequence[str], data: str) -> li
 
 def choosing(records: Sequence[Record], definitions: dict) -> list[str]:
     """What was tried in order to choose, on seeds that nothing else uses."""
-    tried = [r for r in records if r["seed"] >= FIRST_CHOOSING_SEED]
+    tried = [r for r in records if is_choosing(r["seed"])]
     if not tried:
         return []
     lines = [

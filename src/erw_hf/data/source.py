@@ -16,6 +16,7 @@
 import os
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -242,3 +243,16 @@ def find_column(columns: list[str], wanted: str | None, candidates: tuple[str, .
     if wanted not in columns:
         raise ValueError(f"{option}={wanted!r} is no column of the data set; it has {columns}")
     return wanted
+
+
+def check_cache_files(cache: Path) -> None:
+    """
+    Args:
+        cache (`Path`): A folder that `training/cache_latents.py` writes.
+
+    Raises:
+        ValueError: if it is not done.
+    """
+    files = sorted((cache / "data").glob("train-*.parquet"))
+    if not files or len(files) != int(files[0].stem.split("-of-")[1]):
+        raise ValueError(f"{cache} lacks files: run cache_latents.py again to finish it")

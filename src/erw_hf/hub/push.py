@@ -331,9 +331,9 @@ def push_cache(folder: Path, repo_id: str, private: bool = False) -> None:
     Raises:
         ValueError: if the cache is not complete.
     """
-    from erw_hf.training.inputs import check_files
+    from erw_hf.data.source import check_cache_files
 
-    check_files(folder)
+    check_cache_files(folder)
     repo_id = prepare_repo(repo_id, private, repo_type="dataset")
     dataset_card(folder, repo_id).save(folder / "README.md")
     # First what tells whoever goes on with an interrupted push that this is a cache.

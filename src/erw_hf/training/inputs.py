@@ -23,7 +23,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from erw_hf.data.latents import check_autoencoder, image_channels, pixels_to_latents
-from erw_hf.data.source import Source
+from erw_hf.data.source import Source, check_cache_files
 from erw_hf.encoders import RepresentationEncoder
 from erw_hf.pipeline_erw import ERWPipeline
 from erw_hf.training.config import TrainingConfig
@@ -133,17 +133,4 @@ def check_cache(config: TrainingConfig, source: Source) -> None:
         raise ValueError(f"the cache was made with the vae {made['vae']!r}, the config names {config.vae!r}")
     if not folder.exists():  # a push is of whole caches
         return
-    check_files(folder)
-
-
-def check_files(cache: Path) -> None:
-    """
-    Args:
-        cache (`Path`): A folder that `training/cache_latents.py` writes.
-
-    Raises:
-        ValueError: if it is not done.
-    """
-    files = sorted((cache / "data").glob("train-*.parquet"))
-    if not files or len(files) != int(files[0].stem.split("-of-")[1]):
-        raise ValueError(f"{cache} lacks files: run cache_latents.py again to finish it")
+    check_cache_files(folder)
