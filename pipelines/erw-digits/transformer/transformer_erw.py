@@ -202,6 +202,7 @@ class ERWTimeClassEmbedding(nn.Module):
         if force_drop_ids is not None:
             class_labels = torch.where(force_drop_ids.bool(), self.num_classes, class_labels)
         elif self.training and self.class_dropout_prob > 0:
+            # For other training loops: erw_hf's draws it with each sample, to resume exactly, and passes it.
             drop = torch.rand(class_labels.shape, device=class_labels.device) < self.class_dropout_prob
             class_labels = torch.where(drop, self.num_classes, class_labels)
         # The sinusoids need float32: bf16 would round t = 0.043 to 0.04297.

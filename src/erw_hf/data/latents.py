@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Between pixels and the latents that the transformer is trained on."""
+"""Between pixels and the latents that the transformer is trained on.
+
+A latent cache holds the moments as they are made here; its columns are in `data.source`, `training/cache_latents.py` writes it.
+"""
 
 from collections.abc import Mapping
 

@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What to do when data does not come: the one retry policy of reading, from disk or from the Hub."""
+"""What to do when data does not come: the one retry policy of reading, from disk or from the Hub.
+
+Pushing has its own, in `hub.upload`.
+"""
 
 import logging
 import time

@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""From rows to training samples, each random draw a function of (seed, epoch, sample key), and the order of samples."""
+"""From rows to training samples, each random draw a function of (seed, epoch, sample key), and the order of samples.
+
+Seeds of images that are drawn for an evaluation are in `evaluation.images`.
+"""
 
 import hashlib
 import io

@@ -14,6 +14,8 @@
 """Checkpoints of SiT, REPA, REG, ERW and LightningDiT as models of this library.
 
 python -m erw_hf.hub.convert --checkpoint last.pt --output_dir out
+
+How they are read, tensor by tensor, is in `erw_hf.published`.
 """
 
 import argparse

@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The layout of a Hub repo."""
+"""A pipeline's folder that loads with and without this package: another name for its `save_pretrained`.
+
+What the repo of a run holds beside it is in `hub.push`.
+"""
 
 import os
 

@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a run writes about itself: `metrics.jsonl` and `environment.json`, and what it cost by them."""
+"""What a run writes about itself: `metrics.jsonl` and `environment.json`, and what it cost by them.
+
+The fields of a line come from `host_record` and `settle` of `training/train_erw.py`.
+"""
 
 import json
 import math
