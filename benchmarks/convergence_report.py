@@ -31,9 +31,6 @@ def is_choosing(seed: int) -> bool:
     return seed >= FIRST_CHOOSING_SEED
 
 
-Record = dict
-
-
 def load_records(folder: Path) -> list[Record]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*.json"))]
 

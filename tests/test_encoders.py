@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from transformers import (
     AutoModel,
     BitImageProcessorPil,
+    ConvNextConfig,
+    ConvNextModel,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
     DINOv3ConvNextConfig,
@@ -79,19 +81,21 @@ def _save(folder, model, size: int = 16):
     return folder
 
 
-@pytest.mark.parametrize("name", ["resnet", "dinov3_convnext"])
+@pytest.mark.parametrize("name", ["resnet", "convnext", "dinov3_convnext"])
 def test_cells_of_a_convolutional_networks_last_map_are_its_tokens(tmp_path, name):
     if name == "resnet":  # a map (B, D, h, w); two strides in its stem, none in its only stage
         model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[16], depths=[1], layer_type="basic"))
-    else:  # a row of cells after a class token, at a 32nd of the image's side
+    elif name == "convnext":  # a map at a 32nd of the image's side; the patch size of its config is its stem's
+        model = ConvNextModel(ConvNextConfig(hidden_sizes=[4, 8, 8, 16], depths=[1, 1, 1, 1]))
+    else:  # a row of cells after a class token
         model = DINOv3ConvNextModel(DINOv3ConvNextConfig(hidden_sizes=[4, 8, 8, 16], depths=[1, 1, 1, 1]))
-    stride, prefix = (4, 0) if name == "resnet" else (32, 1)
+    stride, prefix = 4 if name == "resnet" else 32, int(name == "dinov3_convnext")
     encoder = RepresentationEncoder.from_pretrained(_save(tmp_path, model), token_grid=4)
     assert (encoder.image_size, encoder.embed_dim, encoder.num_prefix_tokens) == (4 * stride, 16, prefix)
     images = torch.rand(2, 3, encoder.image_size, encoder.image_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         cells = model.eval()((images - encoder.image_mean) / encoder.image_std).last_hidden_state
-    if name == "resnet":
+    if name != "dinov3_convnext":
         cells = torch.stack([cells[:, :, i // 4, i % 4] for i in range(16)], dim=1)
     torch.testing.assert_close(encoder(images), cells[:, prefix:])
 

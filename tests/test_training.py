@@ -168,7 +168,7 @@ def test_no_file_of_a_checkpoint_can_execute_code(tmp_path, uninterrupted, file)
 
 @pytest.mark.parametrize(("processes", "kills"), [(1, [215]), (2, [60, 215])])
 def test_killed_and_resumed_is_bitwise_the_uninterrupted_one(tmp_path, tiny_flags, processes, kills):
-    """kill -9 to the whole process group, in the warmup and in phase 2, loader workers and all."""
+    """kill -9 to the whole process group, in phase 2, of two processes in the warmup too, loader workers and all."""
     flags = [*tiny_flags, "--dataloader_num_workers=2", "--warmup_steps=150", "--max_train_steps=300"]
     flags += ["--checkpoints_total_limit=2", "--checkpointing_steps=25", "--train_batch_size=2"]
     launch_training(*flags, f"--output_dir={tmp_path}/whole", processes=processes)
@@ -212,7 +212,7 @@ def test_sigterm_saves_a_checkpoint_and_exits_with_status_0(tmp_path, tiny_flags
     ]
     step = int(checkpoint.split("-")[1])
     assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(1, step + 1))
-    # Gone on with by one process, whatever their number was: of the same batch
+    # By one process with the same batch in all, whatever their number was; the kill test goes on with two
     resumed = [f"--max_train_steps={step + 2}", "--resume_from_checkpoint=latest"]
     train(*flags, *resumed, f"--train_batch_size={4 * processes}")
     assert len(losses(tmp_path / "run")) == step + 2

@@ -11,11 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Train a tiny DINOv2, self-supervised: the teacher that ERW aligns with, on data anyone has.
+"""Train a tiny DINOv2 or ResNet without labels: the teacher that ERW aligns with, on data anyone has.
 
     python training/train_tiny_encoder.py --output_dir pipelines/dinov2-tiny-digits
-    python training/train_tiny_encoder.py --dataset_name outputs/glyphs --view_column view --resnet --num_layers 3 --steps 3000 \\
-        --output_dir outputs/resnet-tiny-glyphs
+    python training/train_tiny_encoder.py --dataset_name outputs/glyphs --view_column view --resnet --num_layers 3 \\
+        --learning_rate 2e-3 --steps 3000 --output_dir outputs/resnet-tiny-glyphs
 
 It has no use for labels. Two augmented views of each image must find each other in the batch (SimCLR's NT-Xent, arXiv
 2002.05709, Eq. 1), once by their class token and once by the mean of their patch tokens. DINOv2's own self-distillation
@@ -23,9 +23,10 @@ needs far longer to leave its uniform start on 1 438 digits. A few minutes on 2 
 transformers folder, which `AutoModel.from_pretrained` and `RepresentationEncoder.from_pretrained` load. The images of the
 split `test` serve for the k-NN accuracy that is printed, and for nothing else.
 
-Data may bring the second view of each image itself (`--view_column`), in place of augmentation. `--resnet` trains a network of
-convolutions, a map of a cell for 4x4 pixels, in place of a ViT: what a small ViT needs thousands of steps to begin with, it
-does in hundreds.
+Data may bring the second view of each image itself (`--view_column`), which nothing augments then. That of the glyphs has the
+character and font of the first: no label is seen, but the pairs share one, a hint that DINOv2 does not have. `--resnet` trains
+basic blocks of convolutions on cells of 4x4 pixels, by their mean. It knew the glyphs' characters, in fonts that it had not
+seen, after 500 steps (k-NN 0.81; 0.95 after 3000); a ViT with the same views knew none (0.03).
 """
 
 import argparse
@@ -56,7 +57,11 @@ def parse_arguments() -> argparse.Namespace:
         "--view_column",
         help="of another image of the same thing; by default two augmentations of an image are its views",
     )
-    parser.add_argument("--resnet", action="store_true", help="basic ResNet blocks on cells of 4x4 pixels, no ViT")
+    parser.add_argument(
+        "--resnet",
+        action="store_true",
+        help="a ResNet on cells of 4x4 pixels, whatever --patch_size says; by default a ViT",
+    )
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--patch_size", type=int, default=8)
     parser.add_argument("--hidden_size", type=int, default=64)
@@ -81,7 +86,7 @@ def main() -> None:
 
     backbone = build_backbone(args)
     with torch.no_grad():
-        heads = nn.ModuleDict({name: head(x.shape[1]) for name, x in pooled(backbone, train[:1]).items()})
+        heads = nn.ModuleDict({name: head(x.shape[1]) for name, x in pooled(backbone, train[:1] / 255).items()})
     parameters = [*backbone.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.04)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -225,10 +225,10 @@ class RepresentationEncoder(nn.Module):
 
 @torch.no_grad()
 def _patch_size(model: PreTrainedModel) -> int:
-    """Of a convolutional network, whose config names none, the stride of its last map."""
+    """Of a network of stages, whose config names no patch size or only its stem's, the stride of its last map."""
     if getattr(model.config, "model_type", None) == "timm_wrapper":
         return model.timm_model.patch_embed.patch_size[0]
-    if hasattr(model.config, "patch_size"):
+    if hasattr(model.config, "patch_size") and not hasattr(model.config, "depths"):
         return model.config.patch_size
     side = 256
     hidden_states = model(pixel_values=torch.zeros(1, 3, side, side, dtype=model.dtype)).last_hidden_state
