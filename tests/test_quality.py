@@ -33,7 +33,7 @@ from erw_hf.evaluation.extractors import (
     load_extractor,
     weights_hash,
 )
-from erw_hf.evaluation.features import Features, FeatureStatistics, extract_features
+from erw_hf.evaluation.feature_statistics import Features, FeatureStatistics, extract_features
 from erw_hf.evaluation.images import ImageSet, NpzWriter, dataset_images, npz_images, take
 from erw_hf.evaluation.quality import (
     Reference,

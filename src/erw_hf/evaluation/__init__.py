@@ -14,7 +14,7 @@
 """Measures of pictures and of representations.
 
 On the way to an FID each file has one part: `images` reads or draws the pictures, `extractors` are the networks,
-`features` runs them and sums up mean and covariance, `metrics` holds the formula, and `quality` says which features a
+`feature_statistics` runs them and sums up mean and covariance, `metrics` holds the formula, and `quality` says which features a
 metric takes, reads and writes the reference's statistics, and does the whole. `record` keeps what came out. `probes`
 looks into the blocks of a transformer, with the CKNNA of `metrics`.
 """

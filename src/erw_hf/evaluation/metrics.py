@@ -13,7 +13,7 @@
 # limitations under the License.
 """The formulas of our own, in float64: the Fréchet distance, behind FID, sFID and FD-DINOv2, and CKNNA.
 
-The means and covariances that the first takes are summed up in `features`; torch-fidelity's metrics are called in
+The means and covariances that the first takes are summed up in `feature_statistics`; torch-fidelity's metrics are called in
 `quality`.
 """
 

@@ -13,7 +13,7 @@
 # limitations under the License.
 """From images to the numbers that papers report: which metric takes which features, and the reference files.
 
-A reference, in ADM's format, holds mean and covariance of real images, which `features` sums up, and some of the images.
+A reference, in ADM's format, holds mean and covariance of real images, which `feature_statistics` sums up, and some of the images.
 The Fréchet distance is in `metrics`; Inception score, KID, precision and recall are torch-fidelity's, called here.
 """
 
@@ -29,7 +29,7 @@ import torch
 from accelerate import Accelerator
 
 from erw_hf.evaluation.extractors import weights_hash
-from erw_hf.evaluation.features import Features, extract_features
+from erw_hf.evaluation.feature_statistics import Features, extract_features
 from erw_hf.evaluation.images import ImageSet, npz_images, take
 from erw_hf.evaluation.metrics import frechet_distance
 
