@@ -69,6 +69,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--validation", type=int, default=50, help="images of a class")
     parser.add_argument("--test", type=int, default=50, help="images of a class")
     parser.add_argument("--size", type=int, default=64, help="side in pixels")
+    parser.add_argument("--grey", action="store_true", help="one channel: a quarter of the tokens will do, see recipes/glyphs.yaml")
     parser.add_argument("--characters", default=CHARACTERS, help="one class each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard_rows", type=int, default=4000)
@@ -79,9 +80,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    settings = {name: getattr(args, name) for name in ("size", "characters", "seed", "shard_rows")}
+    settings = {name: getattr(args, name) for name in ("size", "grey", "characters", "seed", "shard_rows")}
     settings |= {split: getattr(args, split) for split in ("train", "validation", "test")}
-    settings["version"] = 2  # with the column `view`
+    settings["version"] = 3  # 2: with the column `view`; 3: grey or not
     check_settings(args.output_dir, settings)
     (args.output_dir / "data").mkdir(exist_ok=True)
     shards = []
@@ -91,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         for number, first in enumerate(range(0, rows, args.shard_rows)):
             path = args.output_dir / "data" / f"{split}-{number:05d}-of-{count:05d}.parquet"
             last = min(first + args.shard_rows, rows)
-            shards.append((path, split, first, last, args.characters, args.size, args.seed))
+            shards.append((path, split, first, last, args.characters, args.size, args.seed, args.grey))
     todo = [shard for shard in shards if not shard[0].exists()]
     if args.workers == 1:
         for shard in tqdm(todo, desc="shards"):
@@ -125,12 +126,13 @@ def check_settings(folder: Path, settings: dict) -> None:
 
 def write_shard(shard: tuple) -> None:
     disable_progress_bars()
-    path, split, first, last, characters, size, seed = shard
+    path, split, first, last, characters, size, seed, grey = shard
     table: dict[str, list] = {"image": [], "label": [], "view": []}
     for index in range(first, last):
         for rendering, column in enumerate(("image", "view")):
             buffer = io.BytesIO()
-            draw(split, index, characters, size, seed, rendering).save(buffer, "PNG", compress_level=4)
+            image = draw(split, index, characters, size, seed, rendering)
+            (image.convert("L") if grey else image).save(buffer, "PNG", compress_level=4)
             table[column].append({"bytes": buffer.getvalue(), "path": None})
         table["label"].append(index % len(characters))
     columns = Features({"image": ImageFeature(), "label": ClassLabel(names=list(characters)), "view": ImageFeature()})
