@@ -69,7 +69,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--validation", type=int, default=50, help="images of a class")
     parser.add_argument("--test", type=int, default=50, help="images of a class")
     parser.add_argument("--size", type=int, default=64, help="side in pixels")
-    parser.add_argument("--grey", action="store_true", help="one channel: a quarter of the tokens will do, see recipes/glyphs.yaml")
+    parser.add_argument(
+        "--grey", action="store_true", help="one channel: a quarter of the tokens will do, see recipes/glyphs.yaml"
+    )
     parser.add_argument("--characters", default=CHARACTERS, help="one class each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard_rows", type=int, default=4000)

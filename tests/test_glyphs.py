@@ -17,6 +17,7 @@ import sys
 
 import numpy as np
 import pytest
+from datasets import load_dataset
 from helpers import REPOSITORY, run_script
 from transformers import AutoConfig
 
@@ -78,6 +79,16 @@ def test_the_folder_is_a_data_set_and_is_made_once(folder):
     with pytest.raises(ValueError, match="other settings"):
         glyphs.main([*FLAGS, "--seed", "1", "--output_dir", str(folder)])
     assert (folder.parent / "grid.png").exists()
+
+
+def test_grey_images_have_one_channel_and_a_folder_of_their_own(folder, tmp_path):
+    grey = [*FLAGS, "--grey", "--workers", "1", "--output_dir"]
+    glyphs.main([*grey, str(tmp_path)])
+    dull, bright = (load_dataset(str(data), split="train")[0] for data in (tmp_path, folder))
+    for column in ("image", "view"):
+        assert dull[column] == bright[column].convert("L") and bright[column].mode == "RGB"
+    with pytest.raises(ValueError, match="other settings"):
+        glyphs.main([*grey, str(folder)])
 
 
 def test_encoder_and_metric_network_learn_from_it(folder, tmp_path, capsys):
