@@ -217,11 +217,12 @@ def test_links_and_anchors_resolve(page):
             assert anchor in [slug(heading) for heading in headings], f"{target}#{anchor}"
 
 
-def test_the_rows_of_the_experiment_are_those_of_its_page():
+@pytest.mark.parametrize(("data", "fewest"), [("digits", 7), ("glyphs", 4)])
+def test_the_rows_of_the_experiment_are_those_of_its_page(data, fewest):
     readme, results = (REPOSITORY / "README.md").read_text(), REPOSITORY / "benchmarks" / "results"
-    section = readme.split("[start:experiment]")[1].split("[end:experiment]")[0]
+    section = readme.split(f"[start:{data}]")[1].split(f"[end:{data}]")[0]
     rows = [line for line in section.splitlines() if line.startswith("|")]
-    assert len(rows) > 6 and set(rows) <= set((results / "convergence-digits.md").read_text().splitlines())
+    assert len(rows) >= fewest + 2 and set(rows) <= set((results / f"convergence-{data}.md").read_text().splitlines())
 
 
 def test_included_files_and_sections_exist():
