@@ -15,6 +15,7 @@
 
     python benchmarks/glyphs.py --output_dir outputs/glyphs                       # 32 classes x 1 000 images of 64 px
     python benchmarks/glyphs.py --output_dir outputs/glyphs --grid glyphs.png     # and a picture of some
+    python benchmarks/glyphs.py --size 32 --grey --output_dir outputs/glyphs      # those of recipes/glyphs.yaml
 
 The class is the character, which is the only thing that all images of a class share: more to learn than the 8x8 digits
 have, and with an encoder's help easier to learn. The fonts are those that matplotlib's wheel holds (DejaVu, STIX, Computer
@@ -108,7 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
             pool.join()
     if args.grid is not None:
         columns = len(args.characters)
-        images = [draw("train", i, args.characters, args.size, args.seed) for i in range(6 * columns)]
+        mode = "L" if args.grey else "RGB"
+        images = [draw("train", i, args.characters, args.size, args.seed).convert(mode) for i in range(6 * columns)]
         image_grid(images, columns=columns).save(args.grid)
 
 
