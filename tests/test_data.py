@@ -69,6 +69,16 @@ def test_columns_are_detected_or_named(tmp_path):
         load_source(folder, label_column="y")
 
 
+def test_reading_a_row_decodes_no_other_image(tmp_path):
+    pictures = [picture(i) for i in range(3)]
+    folder = save_parquet(
+        tmp_path / "views",
+        {"image": pictures, "view": pictures, "label": [0, 1, 2]},
+        Features({"image": Image(), "view": Image(), "label": ClassLabel(num_classes=3)}),
+    )
+    assert set(load_source(folder).dataset[0]) == {"image", "label"}
+
+
 def test_names_come_from_the_class_label_or_from_strings(tmp_path):
     features = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog"])})
     folder = save_parquet(tmp_path / "a", {"image": [picture()] * 2, "label": [1, 0]}, features)
