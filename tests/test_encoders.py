@@ -89,15 +89,22 @@ def test_cells_of_a_convolutional_networks_last_map_are_its_tokens(tmp_path, nam
         model = ConvNextModel(ConvNextConfig(hidden_sizes=[4, 8, 8, 16], depths=[1, 1, 1, 1]))
     else:  # a row of cells after a class token
         model = DINOv3ConvNextModel(DINOv3ConvNextConfig(hidden_sizes=[4, 8, 8, 16], depths=[1, 1, 1, 1]))
-    stride, prefix = 4 if name == "resnet" else 32, int(name == "dinov3_convnext")
+    stride = 4 if name == "resnet" else 32
     encoder = RepresentationEncoder.from_pretrained(_save(tmp_path, model), token_grid=4)
-    assert (encoder.image_size, encoder.embed_dim, encoder.num_prefix_tokens) == (4 * stride, 16, prefix)
+    assert (encoder.image_size, encoder.embed_dim, encoder.num_prefix_tokens) == (4 * stride, 16, 1)
     images = torch.rand(2, 3, encoder.image_size, encoder.image_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        cells = model.eval()((images - encoder.image_mean) / encoder.image_std).last_hidden_state
-    if name != "dinov3_convnext":
+        output = model.eval()((images - encoder.image_mean) / encoder.image_std)
+    cells = output.last_hidden_state
+    if name == "dinov3_convnext":
+        cells = cells[:, 1:]
+    else:
         cells = torch.stack([cells[:, :, i // 4, i % 4] for i in range(16)], dim=1)
-    torch.testing.assert_close(encoder(images), cells[:, prefix:])
+    torch.testing.assert_close(encoder(images), cells)
+    # What the network's own head would read is the class token.
+    tokens, class_token = encoder.patch_and_class_tokens(images)
+    torch.testing.assert_close(tokens, cells)
+    torch.testing.assert_close(class_token, output.pooler_output.reshape(2, 16))
 
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

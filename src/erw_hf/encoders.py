@@ -35,7 +35,7 @@ class RepresentationEncoder(nn.Module):
     Args:
         model (`transformers.PreTrainedModel`):
             A vision model whose `last_hidden_state` holds prefix and patch tokens, or is the last map of a convolutional
-            network, whose cells are taken as patch tokens.
+            network, whose cells are taken as patch tokens and whose pooled features as the class token.
         image_mean (`list[float]`): Mean of each RGB channel that the model was trained with, on images in [0, 1].
         image_std (`list[float]`): Standard deviation of each RGB channel, likewise.
         token_grid (`int`): Side of the grid of patch tokens that is wanted: the transformer's own token grid.
@@ -177,8 +177,13 @@ class RepresentationEncoder(nn.Module):
             # MAE orders its tokens by this noise even when it masks none.
             order = torch.arange(self.token_grid**2, device=pixel_values.device, dtype=torch.float32)
             kwargs["noise"] = order.expand(len(pixel_values), -1)
-        hidden_states = self.model(pixel_values=pixel_values, **kwargs).last_hidden_state
-        return hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
+        output = self.model(pixel_values=pixel_values, **kwargs)
+        hidden_states = output.last_hidden_state
+        if hidden_states.ndim == 3:
+            return hidden_states
+        # A map (B, D, h, w) is laid out as DINOv3's ConvNeXt does it itself: what the network's head reads comes first.
+        cells, pooled = hidden_states.flatten(2).transpose(1, 2), getattr(output, "pooler_output", None)
+        return cells if pooled is None else torch.cat([pooled.reshape(len(cells), 1, -1), cells], dim=1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """
