@@ -17,16 +17,17 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import set_seed
-from helpers import PRESET, train
+from diffusers.models.attention_dispatch import AttentionBackendName
+from helpers import PRESET, TINY_MODEL, randomize, train
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
-from erw_hf import RepresentationEncoder
+from erw_hf import ERWTransformer2DModel, RepresentationEncoder
 from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples
 from erw_hf.data.source import load_source
 from erw_hf.training.config import parse_config
 from erw_hf.training.device import LateValues
-from erw_hf.training.models import build_full_model, build_warmup_model
+from erw_hf.training.models import build_full_model, build_warmup_model, choose_attention
 from erw_hf.training.run_record import read_metrics
 
 
@@ -127,3 +128,31 @@ def test_compiled_blocks_change_no_loss(eager, flags, tmp_path):
 def test_values_arrive_late_but_as_they_were():
     values = torch.tensor([1.5, float("nan"), float("inf")])
     np.testing.assert_array_equal(LateValues(values).fetch(), values)
+
+
+def test_short_attention_in_bf16_takes_the_kernel_that_a_cpu_is_fast_at():
+    def backends(device_type: str, mixed_precision: str, **changes) -> set:
+        model = ERWTransformer2DModel(**{**TINY_MODEL, **changes})
+        choose_attention(model, device_type, mixed_precision)
+        return {block.attn.processor._attention_backend for block in model.transformer_blocks}
+
+    assert backends("cpu", "bf16") == {AttentionBackendName._NATIVE_MATH}
+    # A longer one, another precision, another device: as it was. Nor did the model before change others.
+    for left_alone in (
+        backends("cpu", "bf16", sample_size=32), backends("cpu", "no"), backends("cuda", "bf16"),
+    ):  # fmt: skip
+        assert left_alone == {None}
+
+
+def test_both_kernels_attend_alike():
+    model = randomize(ERWTransformer2DModel(**TINY_MODEL)).eval()
+    size = TINY_MODEL["sample_size"]
+    inputs = {
+        "hidden_states": torch.randn(2, TINY_MODEL["in_channels"], size, size, generator=torch.manual_seed(0)),
+        "timestep": torch.tensor([0.2, 0.8]),
+        "class_labels": torch.tensor([1, 2]),
+    }
+    with torch.no_grad():
+        fused = model(**inputs).sample
+        choose_attention(model, "cpu", "bf16")
+        torch.testing.assert_close(model(**inputs).sample, fused)

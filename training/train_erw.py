@@ -88,6 +88,7 @@ from erw_hf.training.inputs import check_cache, load_encoders, load_vae
 from erw_hf.training.models import (
     build_full_model,
     build_warmup_model,
+    choose_attention,
     class_token_dim,
     compile_blocks,
     encoders_of_step,
@@ -402,6 +403,7 @@ def prepare_phase(
 ) -> tuple[torch.nn.Module, AcceleratedOptimizer]:
     """A phase's model and a fresh optimizer, schedule and EMA, or a checkpoint's."""
     config, accelerator = run.config, run.accelerator
+    choose_attention(model.transformer, accelerator.device.type, accelerator.mixed_precision)
     if config.compiles(accelerator.device.type):
         compile_blocks(model.transformer, accelerator.device.type)
     optimizer = build_optimizer(
