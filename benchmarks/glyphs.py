@@ -15,7 +15,7 @@
 
     python benchmarks/glyphs.py --output_dir outputs/glyphs                       # 32 classes x 1 000 images of 64 px
     python benchmarks/glyphs.py --output_dir outputs/glyphs --grid glyphs.png     # and a picture of some
-    python benchmarks/glyphs.py --size 32 --grey --output_dir outputs/glyphs      # those of recipes/glyphs.yaml
+    python benchmarks/glyphs.py --size 32 --grey --output_dir outputs/glyphs      # grey, as recipes/glyphs.yaml has them
 
 The class is the character, which is the only thing that all images of a class share: more to learn than the 8x8 digits
 have, and with an encoder's help easier to learn. The fonts are those that matplotlib's wheel holds (DejaVu, STIX, Computer
@@ -60,6 +60,7 @@ FONTS = {
 }  # fmt: skip
 FONTS["validation"] = FONTS["train"]
 CANVAS = 160  # of a character before it is posed, in pixels
+BRIGHTNESS = np.array([0.3, 0.59, 0.11])  # of red, green and blue
 MESH = 4  # cells of the grid that bends it
 
 
@@ -73,6 +74,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--grey", action="store_true", help="one channel: a quarter of the tokens will do, see recipes/glyphs.yaml"
     )
+    parser.add_argument(
+        "--bright_ink",
+        action="store_true",
+        help="never dark on bright, whose mean with the other is no character at all: easier to learn to draw",
+    )
     parser.add_argument("--characters", default=CHARACTERS, help="one class each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard_rows", type=int, default=4000)
@@ -83,11 +89,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    settings = {name: getattr(args, name) for name in ("size", "grey", "characters", "seed", "shard_rows")}
+    settings = {name: getattr(args, name) for name in ("size", "grey", "bright_ink", "characters", "seed", "shard_rows")}
     settings |= {split: getattr(args, split) for split in ("train", "validation", "test")}
-    settings["version"] = 3  # 2: with the column `view`; 3: grey or not
+    settings["version"] = 4  # 2: with the column `view`; 3: grey or not; 4: bright ink or any
     check_settings(args.output_dir, settings)
     (args.output_dir / "data").mkdir(exist_ok=True)
+    drawing = {name: settings[name] for name in ("characters", "size", "seed", "bright_ink")}
     shards = []
     for split in ("train", "validation", "test"):
         rows = getattr(args, split) * len(args.characters)
@@ -95,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
         for number, first in enumerate(range(0, rows, args.shard_rows)):
             path = args.output_dir / "data" / f"{split}-{number:05d}-of-{count:05d}.parquet"
             last = min(first + args.shard_rows, rows)
-            shards.append((path, split, first, last, args.characters, args.size, args.seed, args.grey))
+            shards.append((path, split, first, last, drawing, args.grey))
     todo = [shard for shard in shards if not shard[0].exists()]
     if args.workers == 1:
         for shard in tqdm(todo, desc="shards"):
@@ -110,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.grid is not None:
         columns = len(args.characters)
         mode = "L" if args.grey else "RGB"
-        images = [draw("train", i, args.characters, args.size, args.seed).convert(mode) for i in range(6 * columns)]
+        images = [draw("train", i, **drawing).convert(mode) for i in range(6 * columns)]
         image_grid(images, columns=columns).save(args.grid)
 
 
@@ -130,12 +137,13 @@ def check_settings(folder: Path, settings: dict) -> None:
 
 def write_shard(shard: tuple) -> None:
     disable_progress_bars()
-    path, split, first, last, characters, size, seed, grey = shard
+    path, split, first, last, drawing, grey = shard
+    characters = drawing["characters"]
     table: dict[str, list] = {"image": [], "label": [], "view": []}
     for index in range(first, last):
         for rendering, column in enumerate(("image", "view")):
             buffer = io.BytesIO()
-            image = draw(split, index, characters, size, seed, rendering)
+            image = draw(split, index, rendering=rendering, **drawing)
             (image.convert("L") if grey else image).save(buffer, "PNG", compress_level=4)
             table[column].append({"bytes": buffer.getvalue(), "path": None})
         table["label"].append(index % len(characters))
@@ -145,7 +153,9 @@ def write_shard(shard: tuple) -> None:
     work.rename(path)  # whole or absent
 
 
-def draw(split: str, index: int, characters: str, size: int, seed: int, rendering: int = 0) -> Image.Image:
+def draw(
+    split: str, index: int, characters: str, size: int, seed: int, bright_ink: bool = False, rendering: int = 0
+) -> Image.Image:
     """
     Draws one image. The classes come in turn, so that any part of the data has all of them.
 
@@ -155,6 +165,7 @@ def draw(split: str, index: int, characters: str, size: int, seed: int, renderin
         characters (`str`): The classes.
         size (`int`): Side in pixels.
         seed (`int`): Seed of the data set.
+        bright_ink (`bool`, defaults to `False`): The ink is brighter than its ground, in place of either.
         rendering (`int`, defaults to 0): Another one has the same character and font, and nothing else in common.
 
     Returns:
@@ -164,6 +175,8 @@ def draw(split: str, index: int, characters: str, size: int, seed: int, renderin
     font = fonts[sample_rng(seed, 0, f"{split} {index} font").integers(len(fonts))]
     rng = sample_rng(seed, 0, f"{split} {index} {rendering}")
     ground, ink = contrasting_colours(rng)
+    if bright_ink and (ground @ BRIGHTNESS).sum() > (ink @ BRIGHTNESS).sum():
+        ground, ink = ink, ground
     image = texture(rng, size, *ground)
     image = clutter(rng, image)
     for _ in range(rng.integers(0, 3)):  # smaller characters at the edges, which are not the class
@@ -184,11 +197,10 @@ def draw(split: str, index: int, characters: str, size: int, seed: int, renderin
 
 def contrasting_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Two colours of the ground and two of the ink, each (2, 3) in [0, 1], of different brightness."""
-    brightness = np.array([0.3, 0.59, 0.11])
     while True:
         ground, ink = rng.random((2, 1, 3))
         ground, ink = (np.clip(c + rng.normal(0, 0.18, (2, 3)), 0, 1) for c in (ground, ink))
-        gap = (ground @ brightness)[:, None] - (ink @ brightness)
+        gap = (ground @ BRIGHTNESS)[:, None] - (ink @ BRIGHTNESS)
         if np.abs(gap).min() > 0.22 and abs(np.sign(gap).sum()) == 4:
             return ground, ink
 

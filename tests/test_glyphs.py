@@ -53,6 +53,20 @@ def test_an_image_depends_on_seed_split_and_number_alone():
         assert not np.array_equal(other, first)
 
 
+def test_bright_ink_is_brighter_than_its_ground():
+    def middle_over_edge(index, **kwargs):
+        pixels = np.asarray(glyphs.draw("train", index, "H8", 32, 0, **kwargs).convert("L"), dtype=float)
+        edge = np.concatenate([pixels[:2].ravel(), pixels[-2:].ravel(), pixels[:, :2].ravel(), pixels[:, -2:].ravel()])
+        return pixels[8:24, 8:24].mean() - edge.mean()
+
+    either = [middle_over_edge(index) for index in range(100)]
+    bright = [middle_over_edge(index, bright_ink=True) for index in range(100)]
+    assert 30 < sum(value > 0 for value in either) < 70
+    assert sum(value > 0 for value in bright) > 90
+    # What was bright already is the same image.
+    assert sum(np.isclose(a, b) for a, b in zip(either, bright, strict=True)) > 30
+
+
 def test_every_font_draws_every_character_and_those_of_the_test_are_its_own():
     assert not set(glyphs.FONTS["train"]) & set(glyphs.FONTS["test"])
     for font in {*glyphs.FONTS["train"], *glyphs.FONTS["test"]}:
@@ -100,5 +114,6 @@ def test_encoder_and_metric_network_learn_from_it(folder, tmp_path, capsys):
     run_script("train_classifier", *shared, "--output_dir", tmp_path / "classifier")
     assert "accuracy on the held-out images" in capsys.readouterr().out
     assert AutoConfig.from_pretrained(tmp_path / "encoder").image_size == 16
-    assert RepresentationEncoder.from_pretrained(tmp_path / "resnet", token_grid=4).image_size == 16
+    # Its cells are those of --patch_size, so that it is given images of the size that it learned from.
+    assert RepresentationEncoder.from_pretrained(tmp_path / "resnet", token_grid=2).image_size == 16
     assert AutoConfig.from_pretrained(tmp_path / "classifier").id2label == {0: "A", 1: "B", 2: "8"}

@@ -14,7 +14,7 @@
 """Train a small classifier, the network behind FID and its kin for small images: an Inception of their size.
 
     python training/train_classifier.py --output_dir pipelines/digits-classifier
-    python training/train_classifier.py --dataset_name outputs/glyphs --steps 6000 --output_dir outputs/glyphs-classifier
+    python training/train_classifier.py --dataset_name outputs/glyphs-ten --steps 6000 --output_dir pipelines/glyphs-classifier
 
 A small ResNet with labels, on the training images alone, moved, turned and with noise; those of the split `test` are for the
 accuracy that is printed. It shares nothing with the encoder that ERW aligns with: a metric by the network that a model
