@@ -89,7 +89,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    settings = {name: getattr(args, name) for name in ("size", "grey", "bright_ink", "characters", "seed", "shard_rows")}
+    settings = {
+        name: getattr(args, name) for name in ("size", "grey", "bright_ink", "characters", "seed", "shard_rows")
+    }
     settings |= {split: getattr(args, split) for split in ("train", "validation", "test")}
     settings["version"] = 4  # 2: with the column `view`; 3: grey or not; 4: bright ink or any
     check_settings(args.output_dir, settings)
