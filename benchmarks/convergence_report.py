@@ -211,7 +211,7 @@ def arms_table(records: Sequence[Record], arms: Sequence[str], definitions: dict
     for arm in arms:
         runs = [r for r in records if r["arm"] == arm]
         ends = [r["points"][-1] for r in runs]
-        changes = f"is {runs[0]['chosen']}" if "chosen" in runs[0] else describe(definitions[arm])
+        changes = f"is {runs[0]['chosen']}" if "chosen" in runs[0] else describe(arm, definitions)
         lines.append(
             f"| {arm} | {changes} | {spread([e['fid'] for e in ends])} | {spread([e['accuracy'] for e in ends], 3)} | "
             f"{ends[0]['step']} | {statistics.mean(e['seconds'] for e in ends):.0f} | {len(runs)} |"
@@ -219,8 +219,13 @@ def arms_table(records: Sequence[Record], arms: Sequence[str], definitions: dict
     return [*lines, "", "`steps` has warmup and full steps, `seconds` are of training alone.", ""]
 
 
-def describe(arm: dict) -> str:
-    return ", ".join(f"{key} {value}" for key, value in arm.items()) or "nothing"
+def describe(name: str, definitions: dict) -> str:
+    """What an arm changes: of the base, or where it is a variant of `modern`, of that."""
+    settings, prefix = definitions[name], ""
+    if name.startswith("modern_"):
+        settings = {k: v for k, v in settings.items() if definitions["modern"].get(k) != v}
+        prefix = "modern, "
+    return prefix + ", ".join(f"{key} {value}" for key, value in settings.items()) or "nothing"
 
 
 def probes_text(records: Sequence[Record], arms: Sequence[str], data: str) -> list[str]:
@@ -257,10 +262,10 @@ def choosing(records: Sequence[Record], definitions: dict) -> list[str]:
         "| candidate | what it changes | distance at the end |",
         "|---|---|---|",
     ]
-    for arm, definition in definitions.items():
+    for arm in definitions:
         ends = [final(r) for r in tried if r["arm"] == arm]
         if ends:
-            lines.append(f"| {arm} | {describe(definition)} | {spread(ends)} |")
+            lines.append(f"| {arm} | {describe(arm, definitions)} | {spread(ends)} |")
     for arm, definition in definitions.items():
         if "best_of" in definition:
             try:
