@@ -17,6 +17,7 @@ import json
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -200,6 +201,17 @@ def test_speed_up_at_equal_quality():
     assert speed_up(record("arm", 0, 16.0, 4.0), record("control", 0, 16.0, 16.0))[0] == 1.0
 
 
+def test_ahead_is_lower_and_sooner():
+    # Two per cent of the budget are left over: a little lower at a later end is no lead.
+    control = record("control", 0, 64.0, 16.0, budget=98.0)
+    assert not convergence_report.is_ahead(record("arm", 0, 64.0, 15.9, budget=100.0), control)
+    assert convergence_report.is_ahead(record("arm", 0, 64.0, 10.0, budget=100.0), control)
+    assert not convergence_report.is_ahead(record("arm", 0, 8.0, 17.0), control)
+    assert convergence_report.distance_at(control, 73.5) == pytest.approx(32.0)  # half way in log
+    assert convergence_report.distance_at(control, 120.0) == 16.0
+    assert np.isnan(convergence_report.distance_at(control, 20.0))
+
+
 def test_choosing_seeds_are_measured_where_the_reported_ones_end(recipes):
     assert convergence.main(command(recipes, "--arms", "sit", "--seeds", 1, "--choosing", 1))
     results = recipes.parent / "results" / "convergence" / "digits"
@@ -245,7 +257,9 @@ def test_the_page_is_made_of_raw_results(tmp_path):
     table = {
         "arms": {"erw": {"warmup_steps": 2}, "repa": {}, "best": {"best_of": ["erw", "repa"]}},
         "questions": [["Is it better?", "erw", "repa"], ["Is it worse?", "repa", "erw"]],
+        "glance": [["Both", "repa", "erw", "noised"], ["None", "noised", "erw"]],
         "figures": {"methods": ["repa", "erw"]},
+        "real_distance": "that of real ones is 1",
     }
     encoder = {"name": "tiny", "flops": 10.0, "steps": 5, "images_per_step": 2}
     folder = tmp_path / "convergence" / "digits"
@@ -256,7 +270,10 @@ def test_the_page_is_made_of_raw_results(tmp_path):
     write_report(tmp_path, "digits", table, encoder)
     page = (tmp_path / "convergence-digits.md").read_text()
     assert "**Yes**: Is it better?\n" in page and "**No**: Is it worse?\n" in page
-    assert "erw ends at 3.00 (2.00 to 4.00), repa at 8.50 (8.00 to 9.00); lower on 2 of 2 seeds, ranges apart" in page
+    assert "erw ends at 3.00 (2.00 to 4.00), repa at 8.50 (8.00 to 9.00); ahead on 2 of 2 seeds, ranges apart" in page
+    assert "| Both | 8.50 (8.00 to 9.00) | 3.00 (2.00 to 4.00), sooner by at least 2.00 (2.00 to 2.00) |  |" in page
+    assert "| erw | repa |  | 2.00 (2.00 to 2.00) | 2.45 (2.12 to 2.83) | 3.00 (2.25 to 4.00) |" in page
+    assert "| None |" not in page
     assert "at least 2.00" in page and "never" in page
     assert "0.10 of a run's budget" in page  # the encoder's own training
     assert "best: erw, of 2" in page and "7.50" in page
@@ -280,5 +297,5 @@ def test_every_arm_of_a_recipe_is_a_run_and_every_name_an_arm(data, length):
         convergence.parse_config(["--config", str(RECIPES / f"{data}.yaml"), *convergence.to_flags(settings)])
     for _, arm, control in table["questions"]:
         assert {arm, control} <= set(arms)
-    for shown in table["figures"].values():
+    for shown in (*table["figures"].values(), *(row[1:] for row in table["glance"])):
         assert set(shown) <= set(arms)
