@@ -312,7 +312,7 @@ def step_flops(config: TrainingConfig) -> tuple[int, int]:
 def random_encoder(study: Study, seed: int) -> Path:
     """The encoder's architecture with weights that learned nothing: another draw for each seed."""
     trained = Path(read_config(study, {}).encoder)
-    folder = study.runs / f"random-encoder-seed{seed}"
+    folder = study.runs / f"random-{trained.name}-seed{seed}"
     if not (folder / "config.json").exists():
         # Two arms may want it at once.
         work = folder.with_name(f"{folder.name}.{threading.get_ident()}")

@@ -299,7 +299,8 @@ def probes_text(records: Sequence[Record], arms: Sequence[str], data: str) -> li
         f"![CKNNA and linear probe of every block](convergence-{data}-probes.png)",
         "",
         "At the end of each run, on held-out images, without a class: CKNNA with the trained encoder, whatever the arm was "
-        "aligned with, and the accuracy of a linear probe, both of the mean token. The best block of each:",
+        "aligned with, and the accuracy of a linear probe, both of the mean token. The `modern` arms are given the encoder's class "
+        "token beside the image, as noised as that, so theirs compare with one another alone. The best block of each:",
         "",
         "| arm | CKNNA, clean | CKNNA, t = 0.5 | probe, clean | probe, t = 0.5 |",
         "|---|---|---|---|---|",
