@@ -229,6 +229,8 @@ def run_arm(study: Study, name: str, arm: dict, seed: int) -> None:
             **{k: v for k, v in json.loads((folder / "environment.json").read_text()).items() if k != "local"},
         },
     )
+    if seed == 0:  # the pictures of one seed tell enough
+        shutil.copyfile(folder / "grid.png", record_path.with_suffix(".png"))
     for checkpoint in folder.rglob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     print(f"{name} seed {seed}: {record_path}", flush=True)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 
 FIRST_CHOOSING_SEED = 100  # reported are 0, 1, ...
@@ -173,6 +174,10 @@ def write_report(results: Path, data: str, table: dict, encoder: dict) -> None:
                 picture = f"convergence-{data}-{name}.png"
                 plot_curves(reported, shown, results / picture)
                 lines += [f"![Distance against steps, FLOPs and seconds: {', '.join(shown)}]({picture})", ""]
+        drawn = [name for name in table["drawn"] if picture_of(results, data, name).exists()]
+        if drawn:
+            plot_pictures(results, data, drawn, results / f"convergence-{data}-pictures.png")
+            lines += ["## What they draw", "", *pictures_text(data, drawn)]
         lines += ["## All arms", "", *arms_table(reported, arms, table["arms"])]
         shown = [arm for arm in next(iter(table["figures"].values())) if arm in arms]
         if shown:
@@ -267,6 +272,32 @@ def show_ratios(ratios: Sequence[float]) -> str:
         return ""
     text = f"{statistics.geometric_mean(ratios):.2f}"
     return text + (f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else "")
+
+
+def picture_of(results: Path, data: str, arm: str) -> Path:
+    """The grid that the first seed's run drew at its end."""
+    return results / "convergence" / data / f"{arm}-seed0.png"
+
+
+def pictures_text(data: str, arms: Sequence[str]) -> list[str]:
+    return [
+        f"![The same noise and classes, drawn by {', '.join(arms)}](convergence-{data}-pictures.png)",
+        "",
+        "Seed 0 at its end, a column for each class, the same noise in the same place, guidance 1.8 in its interval.",
+        "",
+    ]
+
+
+def plot_pictures(results: Path, data: str, arms: Sequence[str], path: Path) -> None:
+    grids = [imread(picture_of(results, data, arm)) for arm in arms]
+    height, width = grids[0].shape[:2]
+    figure = Figure(figsize=(12, (6 * height / width + 0.3) * math.ceil(len(arms) / 2)), layout="constrained")
+    for axes, arm, grid in zip(figure.subplots(-(-len(arms) // 2), 2, squeeze=False).flat, arms, grids, strict=False):
+        axes.imshow(grid, cmap="gray")
+        axes.set_title(arm)
+    for axes in figure.axes:
+        axes.axis("off")
+    figure.savefig(path, dpi=90)
 
 
 def arms_table(records: Sequence[Record], arms: Sequence[str], definitions: dict) -> list[str]:

@@ -118,8 +118,10 @@ def test_runs_are_measured_recorded_skipped_and_gone_on_with(recipes, monkeypatc
     assert convergence.main(command(recipes, *arms))
     assert (recipes.parent / "runs" / "digits" / "sit-seed0" / "metrics.jsonl").read_bytes() == trained  # not again
 
-    records = {path.stem: json.loads(path.read_text()) for path in results.iterdir()}
+    records = {path.stem: json.loads(path.read_text()) for path in results.glob("*.json")}
     assert set(records) == {"sit-seed0", "erw-seed0", "erw_asleep-seed0"}
+    pictures = {path.stem for path in results.glob("*.png")}
+    assert pictures == set(records)
     for record in records.values():
         last = record["points"][-1]
         assert 0.8 * record["budget"] < last["flops"] <= record["budget"]
@@ -133,7 +135,8 @@ def test_runs_are_measured_recorded_skipped_and_gone_on_with(recipes, monkeypatc
     assert erw[-1]["flops"] == read_metrics(metrics)[-1]["flops"]
     page = (recipes.parent / "results" / "convergence-digits.md").read_text()
     assert "Does the warmup pay without any alignment" not in page  # a question whose arms were not run
-    assert (recipes.parent / "results" / "convergence-digits-methods.png").exists()
+    for name in ("methods", "pictures"):
+        assert (recipes.parent / "results" / f"convergence-digits-{name}.png").exists()
 
     before = {path: path.stat().st_mtime_ns for path in results.iterdir()}
     assert convergence.main(command(recipes, *arms))
@@ -260,6 +263,7 @@ def test_the_page_is_made_of_raw_results(tmp_path):
         "glance": [["Both", "repa", "erw", "noised"], ["None", "noised", "erw"]],
         "figures": {"methods": ["repa", "erw"]},
         "real_distance": "that of real ones is 1",
+        "drawn": ["erw"],
     }
     encoder = {"name": "tiny", "flops": 10.0, "steps": 5, "images_per_step": 2}
     folder = tmp_path / "convergence" / "digits"
@@ -297,5 +301,5 @@ def test_every_arm_of_a_recipe_is_a_run_and_every_name_an_arm(data, length):
         convergence.parse_config(["--config", str(RECIPES / f"{data}.yaml"), *convergence.to_flags(settings)])
     for _, arm, control in table["questions"]:
         assert {arm, control} <= set(arms)
-    for shown in (*table["figures"].values(), *(row[1:] for row in table["glance"])):
+    for shown in (*table["figures"].values(), *(row[1:] for row in table["glance"]), table["drawn"]):
         assert set(shown) <= set(arms)
