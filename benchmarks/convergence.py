@@ -210,6 +210,8 @@ def run_arm(study: Study, name: str, arm: dict, seed: int) -> None:
     script = ["training/train_erw.py", "--config", relative(study.base), *flags]
     run_script(study, [*script, f"--output_dir={folder}", "--resume_from_checkpoint=latest"], f"{folder}.log")
     probes = [] if is_choosing(seed) else run_probes(study, folder)
+    if seed == 0:  # the pictures of one seed tell enough
+        shutil.copyfile(folder / "grid.png", record_path.with_suffix(".png"))
     write_record(
         record_path,
         {
@@ -229,8 +231,6 @@ def run_arm(study: Study, name: str, arm: dict, seed: int) -> None:
             **{k: v for k, v in json.loads((folder / "environment.json").read_text()).items() if k != "local"},
         },
     )
-    if seed == 0:  # the pictures of one seed tell enough
-        shutil.copyfile(folder / "grid.png", record_path.with_suffix(".png"))
     for checkpoint in folder.rglob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     print(f"{name} seed {seed}: {record_path}", flush=True)

@@ -199,7 +199,8 @@ def introduction(records: Sequence[Record], table: dict, encoder: dict) -> list[
         "each point of a curve is a run of that length. Runs of one seed see the same images, noise and times in the same "
         "step, and their fresh weights are the same; those of `asleep` and `modulation` begin with the warmup's images again. "
         "Means (of factors geometric ones) and, in brackets, ranges over seeds. Of two equal arms one is the better on all of "
-        "three seeds once in four by luck, so of many questions some. A factor is of FLOPs; below 1 means later.",
+        "three seeds once in four by luck, on two once in two, so of many questions some. A factor is of FLOPs; below 1 means "
+        "later.",
         "",
         f"The encoder {encoder['name']} took {encoder['flops']:.2g} FLOPs to train ({encoder['steps']} steps of "
         f"{encoder['images_per_step']} views), {encoder['flops'] / budgets[0]:.2f} of a run's budget. That is in no arm: one "
@@ -291,9 +292,10 @@ def pictures_text(data: str, arms: Sequence[str]) -> list[str]:
 def plot_pictures(results: Path, data: str, arms: Sequence[str], path: Path) -> None:
     grids = [imread(picture_of(results, data, arm)) for arm in arms]
     height, width = grids[0].shape[:2]
-    figure = Figure(figsize=(12, (6 * height / width + 0.3) * math.ceil(len(arms) / 2)), layout="constrained")
-    for axes, arm, grid in zip(figure.subplots(-(-len(arms) // 2), 2, squeeze=False).flat, arms, grids, strict=False):
-        axes.imshow(grid, cmap="gray")
+    rows = math.ceil(len(arms) / 2)
+    figure = Figure(figsize=(12, (6 * height / width + 0.3) * rows), layout="constrained")
+    for axes, arm, grid in zip(figure.subplots(rows, 2, squeeze=False).flat, arms, grids, strict=False):
+        axes.imshow(grid, cmap="gray", vmin=0, vmax=1)
         axes.set_title(arm)
     for axes in figure.axes:
         axes.axis("off")

@@ -15,7 +15,7 @@
 
     python benchmarks/glyphs.py --output_dir outputs/glyphs                       # 32 classes x 1 000 images of 64 px
     python benchmarks/glyphs.py --output_dir outputs/glyphs --grid glyphs.png     # and a picture of some
-    python benchmarks/glyphs.py --size 32 --grey --output_dir outputs/glyphs      # grey, as recipes/glyphs.yaml has them
+    python benchmarks/glyphs.py --size 32 --grey --bright_ink --output_dir outputs/glyphs     # see recipes/glyphs.yaml
 
 The class is the character, which is the only thing that all images of a class share: more to learn than the 8x8 digits
 have, and with an encoder's help easier to learn. The fonts are those that matplotlib's wheel holds (DejaVu, STIX, Computer

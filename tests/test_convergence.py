@@ -299,6 +299,12 @@ def test_every_arm_of_a_recipe_is_a_run_and_every_name_an_arm(data, length):
             continue
         settings = {k: v for k, v in arm.items() if k not in convergence.NOT_FLAGS and v != "random"}
         convergence.parse_config(["--config", str(RECIPES / f"{data}.yaml"), *convergence.to_flags(settings)])
+    records = convergence_report.load_records(REPOSITORY / "benchmarks" / "results" / "convergence" / "digits")
+    best = {name: choose(records, arms[name]["best_of"]) for name in ("repa_best", "erw_best")}
+    assert best == {
+        "repa_best": "repa_lr4e-3",
+        "erw_best": "erw_constant_lr4e-3",
+    }  # what a row of the glance is named by
     for _, arm, control in table["questions"]:
         assert {arm, control} <= set(arms)
     for shown in (*table["figures"].values(), *(row[1:] for row in table["glance"]), table["drawn"]):

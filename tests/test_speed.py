@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import set_seed
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from helpers import PRESET, TINY_MODEL, randomize, train
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
@@ -136,23 +136,44 @@ def test_short_attention_in_bf16_takes_the_kernel_that_a_cpu_is_fast_at():
         choose_attention(model, device_type, mixed_precision)
         return {block.attn.processor._attention_backend for block in model.transformer_blocks}
 
+    active = _AttentionBackendRegistry.get_active_backend()[0]
     assert backends("cpu", "bf16") == {AttentionBackendName._NATIVE_MATH}
-    # A longer one, another precision, another device: as it was. Nor did the model before change others.
+    assert _AttentionBackendRegistry.get_active_backend()[0] == active  # that of all other models
+    # A longer one, another precision, another device: as it was.
     for left_alone in (
         backends("cpu", "bf16", sample_size=32), backends("cpu", "no"), backends("cuda", "bf16"),
     ):  # fmt: skip
         assert left_alone == {None}
 
 
-def test_both_kernels_attend_alike():
-    model = randomize(ERWTransformer2DModel(**TINY_MODEL)).eval()
+def test_both_kernels_attend_alike_in_bf16():
     size = TINY_MODEL["sample_size"]
-    inputs = {
-        "hidden_states": torch.randn(2, TINY_MODEL["in_channels"], size, size, generator=torch.manual_seed(0)),
-        "timestep": torch.tensor([0.2, 0.8]),
-        "class_labels": torch.tensor([1, 2]),
-    }
-    with torch.no_grad():
-        fused = model(**inputs).sample
-        choose_attention(model, "cpu", "bf16")
-        torch.testing.assert_close(model(**inputs).sample, fused)
+    inputs = torch.randn(2, TINY_MODEL["in_channels"], size, size, generator=torch.manual_seed(0))
+    gradients = []
+    for chosen in (False, True):
+        model = randomize(ERWTransformer2DModel(**TINY_MODEL))
+        if chosen:
+            choose_attention(model, "cpu", "bf16")
+            assert model.transformer_blocks[0].attn.processor._attention_backend is not None
+        with torch.autocast("cpu", torch.bfloat16):
+            sample = model(
+                inputs, torch.tensor([0.2, 0.8]), torch.tensor([1, 2]), force_drop_ids=torch.zeros(2)
+            ).sample
+        sample.float().square().mean().backward()
+        # Together, since a key's bias has no gradient but rounding.
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
+
+
+def test_bf16_runs_choose_it_and_compile(flags, tmp_path, monkeypatch):
+    chosen = []
+
+    def remember(model, *where):
+        choose_attention(model, *where)
+        chosen.append((where, model.transformer_blocks[0].attn.processor._attention_backend))
+
+    monkeypatch.setattr("erw_hf.training.models.choose_attention", remember)
+    torch._dynamo.reset()
+    train(*flags, "--mixed_precision=bf16", "--torch_compile=yes", f"--output_dir={tmp_path}/run")
+    assert chosen == [(("cpu", "bf16"), AttentionBackendName._NATIVE_MATH)] * 2  # in both phases
+    assert np.isfinite(losses_of(tmp_path / "run")).all()

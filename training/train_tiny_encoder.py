@@ -30,7 +30,6 @@ basic blocks of convolutions, by their mean. It knew the glyphs' characters, in 
 """
 
 import argparse
-import math
 
 import numpy as np
 import torch
@@ -125,7 +124,9 @@ def main() -> None:
 
 def build_backbone(args: argparse.Namespace) -> nn.Module:
     if args.resnet:
-        stages = int(math.log2(args.patch_size)) - 1  # the stem's stride is 4, and each stage after the first halves
+        stages = args.patch_size.bit_length() - 2  # the stem's stride is 4, and each stage after the first halves
+        if stages < 1 or args.patch_size != 4 << (stages - 1):
+            raise ValueError(f"--resnet takes a --patch_size of 4, 8, 16 ..., got {args.patch_size}")
         widths = [args.hidden_size >> (stages - 1 - i) for i in range(stages)]
         return ResNetModel(
             ResNetConfig(

@@ -167,7 +167,7 @@ class RepresentationEncoder(nn.Module):
             name = self.model.config.name_or_path or type(self.model).__name__
             raise ValueError(
                 f"the encoder {name} ({type(self.model).__name__}) has no class token, which class_token_weight needs: "
-                "name one that has, such as DINOv2, DINOv3, MAE or CLIP, as the first encoder"
+                "name one that has, such as DINOv2, DINOv3, MAE, CLIP or a ResNet, as the first encoder"
             )
         return self.embed_dim
 
@@ -181,9 +181,11 @@ class RepresentationEncoder(nn.Module):
         hidden_states = output.last_hidden_state
         if hidden_states.ndim == 3:
             return hidden_states
-        # A map (B, D, h, w) is laid out as DINOv3's ConvNeXt does it itself: what the network's head reads comes first.
+        # A map (B, D, h, w) is laid out in the order of DINOv3's ConvNeXt: what the network's head reads comes first.
         cells, pooled = hidden_states.flatten(2).transpose(1, 2), getattr(output, "pooler_output", None)
-        return cells if pooled is None else torch.cat([pooled.reshape(len(cells), 1, -1), cells], dim=1)
+        if pooled is None or pooled[0].numel() != cells.shape[2]:
+            return cells
+        return torch.cat([pooled.reshape(len(cells), 1, -1), cells], dim=1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """
@@ -207,7 +209,8 @@ class RepresentationEncoder(nn.Module):
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Patch tokens `(B, token_grid ** 2, embed_dim)` in row-major order, and the
-            class token `(B, embed_dim)`, after the model's last norm.
+            class token `(B, embed_dim)`, after the model's last norm. Of a network of convolutions what its head reads: a
+            ResNet's is the mean of its patch tokens, without a norm.
 
         Raises:
             ValueError: if the encoder has no class token.

@@ -131,6 +131,9 @@ def load_source(
 
     names = None
     label_column = find_column(columns, label_column, LABEL_COLUMNS, "label_column")
+    if not streaming and not is_latent_cache:
+        # Reading a row decodes all of its columns, other images too.
+        dataset = dataset.select_columns([name for name in (image_column, label_column) if name is not None])
     if label_column is None:
         num_classes = 0
     elif streaming:
@@ -139,9 +142,6 @@ def load_source(
         if dataset.features[label_column].dtype == "string":
             dataset = dataset.class_encode_column(label_column)
         num_classes, names = _classes_of_rows(dataset, dataset_name, label_column, num_classes)
-    if not streaming and not is_latent_cache:
-        # Reading a row decodes all of its columns, other images too.
-        dataset = dataset.select_columns([name for name in (image_column, label_column) if name is not None])
     id2label = dict(enumerate(names)) if names else None
     return Source(dataset, image_column, label_column, num_classes, id2label, is_latent_cache, has_features)
 

@@ -74,7 +74,7 @@ def compile_blocks(transformer: ERWTransformer2DModel, device_type: str) -> None
 def choose_attention(transformer: ERWTransformer2DModel, device_type: str, mixed_precision: str) -> None:
     """
     Lets a CPU in bf16 multiply the matrices of a short attention one by one. torch's fused kernel takes ten times as long there to go
-    back through 16 tokens, twice as long through 64, and a third of the time through 256 (Xeon with AMX, torch 2.14).
+    back through 16 patch tokens, twice as long through 64, and a third of the time through 256 (Xeon with AMX, torch 2.14).
 
     Args:
         transformer ([`ERWTransformer2DModel`]): The model that is trained, changed in place; what samples keeps its kernel.
