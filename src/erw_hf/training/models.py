@@ -83,9 +83,9 @@ def choose_attention(transformer: ERWTransformer2DModel, device_type: str, mixed
     """
     tokens = (transformer.config.sample_size // transformer.config.patch_size) ** 2
     if device_type == "cpu" and mixed_precision == "bf16" and tokens <= 64:
-        for block in transformer.transformer_blocks:
+        for processor in transformer.attn_processors.values():
             # Not `set_attention_backend`, which changes all other models of the process too.
-            block.attn.processor._attention_backend = AttentionBackendName._NATIVE_MATH
+            processor._attention_backend = AttentionBackendName._NATIVE_MATH
 
 
 def class_token_dim(config: TrainingConfig, encoders: Encoders) -> int | None:
