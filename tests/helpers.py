@@ -63,6 +63,9 @@ def run_script(name: str, *flags: str) -> None:
         patch.chdir(REPOSITORY)
         patch.setitem(sys.modules, name, script)
         spec.loader.exec_module(script)
+        AcceleratorState._reset_state(
+            reset_partial_state=True
+        )  # what a test of this process left may be of another precision
         try:
             script.main()
         finally:

@@ -18,6 +18,7 @@ import sys
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from helpers import REPOSITORY
 
 
@@ -113,6 +114,7 @@ def test_data(script, tmp_path):
 
 def test_gpu_suite_in_tiny_sizes_on_a_cpu(script, tmp_path, monkeypatch, capsys):
     suite = script("gpu_suite")
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test of this process may have left float32's
     monkeypatch.setitem(suite.STAGES, "fsdp2", lambda suite: 1 / 0)  # a stage that fails
     flags = ["--device", "cpu", "--quick", "--output_dir", str(tmp_path)]
     with pytest.raises(SystemExit, match="something failed"):
