@@ -249,11 +249,13 @@ def glance(records: Sequence[Record], rows: Sequence[Sequence[str]]) -> list[str
             matched = pairs(records, arm, control)
             if arm != control and matched:
                 cells[-1] += f", sooner by {show_speed_ups([speed_up(a, b) for a, b in matched])}"
-                ratios = [
-                    [distance_at(b, share * b["budget"]) / distance_at(a, share * a["budget"]) for a, b in matched]
-                    for share in COURSE
-                ]
-                course.append(f"| {arm} | {control} | {' | '.join(map(show_ratios, ratios))} |")
+                shown = []
+                for share in COURSE:
+                    ratios = [
+                        distance_at(b, share * b["budget"]) / distance_at(a, share * a["budget"]) for a, b in matched
+                    ]
+                    shown.append("" if any(map(math.isnan, ratios)) else show_speed_ups([(r, "") for r in ratios]))
+                course.append(f"| {arm} | {control} | {' | '.join(shown)} |")
         if cells[0] and any(cells[1:]):
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return [
@@ -266,13 +268,6 @@ def glance(records: Sequence[Record], rows: Sequence[Sequence[str]]) -> list[str
         *course,
         "",
     ]
-
-
-def show_ratios(ratios: Sequence[float]) -> str:
-    if any(map(math.isnan, ratios)):
-        return ""
-    text = f"{statistics.geometric_mean(ratios):.2f}"
-    return text + (f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else "")
 
 
 def picture_of(results: Path, data: str, arm: str) -> Path:
