@@ -25,8 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from erw_hf.evaluation.record import write_record
-from erw_hf.machine import device_name, versions
+from erw_hf.provenance import device_name, versions, write_record
 
 
 NOT_MEASURED = "not measured"

@@ -45,11 +45,11 @@ from transformers import AutoConfig, AutoModel
 
 from erw_hf import ERWTransformer2DModel, RepresentationEncoder
 from erw_hf.data.source import load_source
-from erw_hf.evaluation.record import write_record
-from erw_hf.training.config import TrainingConfig, parse_config
-from erw_hf.training.flops import count_step_flops
-from erw_hf.training.models import build_full_model, build_warmup_model, encoders_of_step
-from erw_hf.training.run_record import read_metrics
+from erw_hf.provenance import write_record
+from erw_hf.trainer.config import TrainingConfig, parse_config
+from erw_hf.trainer.flops import count_step_flops
+from erw_hf.trainer.models import build_full_model, build_warmup_model, encoders_of_step
+from erw_hf.trainer.run_record import read_metrics
 from erw_hf.warmup import build_warmup_transformer
 
 

@@ -45,7 +45,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, features
 from tqdm.auto import tqdm
 
 from erw_hf.data.samples import sample_rng
-from erw_hf.training.plots import image_grid
+from erw_hf.trainer.plots import image_grid
 
 
 # Without those that a turn or a font makes another one: I and 1, O and 0.

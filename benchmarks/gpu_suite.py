@@ -55,8 +55,8 @@ from common import (
     write,
 )
 
-from erw_hf.training.flops import PEAK_FLOPS
-from erw_hf.training.run_record import read_metrics
+from erw_hf.trainer.flops import PEAK_FLOPS
+from erw_hf.trainer.run_record import read_metrics
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -108,8 +108,8 @@ def stage_paths(suite: Suite) -> dict[str, object]:
     from train_step import build_ours, build_plain, draw_batch, model_config, training_batch
 
     from erw_hf.alignment import AlignedTransformer
-    from erw_hf.training.ema import EMA, EMAProfile
-    from erw_hf.training.optimizers import build_optimizer
+    from erw_hf.trainer.ema import EMA, EMAProfile
+    from erw_hf.trainer.optimizers import build_optimizer
     from erw_hf.warmup import full_loss
 
     device = suite.device

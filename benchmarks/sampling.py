@@ -61,7 +61,7 @@ from erw_hf.alignment import AlignedTransformer
 from erw_hf.evaluation.extractors import load_extractor, weights_hash
 from erw_hf.evaluation.images import dataset_images, generated_images
 from erw_hf.evaluation.quality import load_reference, make_reference, measure
-from erw_hf.training.flops import count_step_flops
+from erw_hf.trainer.flops import count_step_flops
 
 
 SECTIONS = ("speed", "caching")

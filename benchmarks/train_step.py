@@ -57,10 +57,10 @@ from transformers import Dinov2Config, Dinov2Model
 from erw_hf import ERWTransformer2DModel, RepresentationEncoder
 from erw_hf.alignment import AlignedTransformer, MLPProjector, cosine_alignment_loss
 from erw_hf.flow import interpolate
-from erw_hf.training.ema import EMA, EMAProfile
-from erw_hf.training.flops import count_step_flops
-from erw_hf.training.models import compile_blocks
-from erw_hf.training.optimizers import build_optimizer
+from erw_hf.trainer.ema import EMA, EMAProfile
+from erw_hf.trainer.flops import count_step_flops
+from erw_hf.trainer.models import compile_blocks
+from erw_hf.trainer.optimizers import build_optimizer
 from erw_hf.warmup import TrainingBatch, build_warmup_transformer, full_loss, warmup_loss
 
 

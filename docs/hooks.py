@@ -60,7 +60,7 @@ def results() -> str:
 
 def configuration() -> str:
     """The keys of a run with the help texts that `--help` shows, by the comments that group them."""
-    source = (ROOT / "src" / "erw_hf" / "training" / "config.py").read_text()
+    source = (ROOT / "src" / "erw_hf" / "trainer" / "config.py").read_text()
     fields = next(n.body for n in ast.parse(source).body if getattr(n, "name", "") == "TrainingConfig")
     lines, rows, last = source.splitlines(), ["## Run"], 0
     header = ["", "| key | values | default | what it is |", "|---|---|---|---|"]

@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers import TINY_MODEL, randomize
 
-from erw_hf.machine import device_name
+from erw_hf.provenance import device_name
 
 
 # No test may reach for a network: what is not local has to fail at once.

@@ -22,9 +22,12 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
 
 
 REPOSITORY = Path(__file__).parent.parent
@@ -146,6 +149,27 @@ def kill_tree(process: subprocess.Popen) -> None:
             member.kill()
     process.wait()
     psutil.wait_procs(tree)
+
+
+SHARD_ROWS = 101
+
+
+def write_shards(folder, rows=SHARD_ROWS, shards=4, bad=()):
+    """Parquet shards of unequal length; the grey of image i says which it is."""
+    folder.mkdir(exist_ok=True)
+    features = Features({"image": Image(), "label": ClassLabel(names=list("abc"))})
+    bounds = np.linspace(0, rows, shards + 1).astype(int)
+    bounds[1:-1] += np.arange(1, shards) % 3
+    for k in range(shards):
+        images, labels = [], []
+        for i in range(bounds[k], bounds[k + 1]):
+            image = PILImage.fromarray(np.full((8, 8), i, dtype=np.uint8))
+            images.append({"bytes": b"no image", "path": f"bad{i}.png"} if i in bad else image)
+            labels.append(i % 3)
+        Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(
+            folder / f"train-{k}.parquet"
+        )
+    return str(folder)
 
 
 def short_pauses(folder: Path, divisor: int) -> dict[str, str]:

@@ -50,11 +50,11 @@ ALIGNMENT = ("tests/test_alignment.py", "tests/test_warmup.py")
 WARMUP = ("tests/test_warmup.py",)
 CLASS_TOKEN = ("tests/test_class_token.py", "-k", "objective or hand_over or warmup_sees or gradients")
 SCHEDULER = ("tests/test_scheduler.py",)
-EMA = ("tests/test_ema.py", "-k", "not chosen_after_training")
-CHECKPOINTS = ("tests/test_checkpoints.py",)
-RESUMING = ("tests/test_training.py", "-k", "resumed_run_is_bitwise")
-SAMPLES = ("tests/test_data.py", "-k", "draws or sampler or every_sample_once")
-STREAMING = ("tests/test_streaming.py", "-k", "not training and not two_processes")
+EMA = ("tests/trainer/test_ema.py", "-k", "not chosen_after_training")
+CHECKPOINTS = ("tests/trainer/test_checkpoints.py",)
+RESUMING = ("tests/trainer/test_training.py", "-k", "resumed_run_is_bitwise")
+SAMPLES = ("tests/data/test_data.py", "-k", "draws or sampler or every_sample_once")
+STREAMING = ("tests/data/test_streaming.py", "-k", "not training and not two_processes")
 
 
 @dataclass(frozen=True)
@@ -120,20 +120,20 @@ MUTANTS = [
     Mutant("scheduling_erw", "(first_velocity + velocity) / 2 * dt", "first_velocity * dt", SCHEDULER),
     Mutant("scheduling_erw", "        self._predictor = None\n        sigmas =", "        sigmas =", SCHEDULER),
     # what is kept and restored on resuming: averages, checkpoints, samples, streams
-    Mutant("training.ema", "(1 - 1 / step)", "(1 - 1 / (step + 1))", EMA),
-    Mutant("training.ema", 'self.step_count = state["step_count"]', "pass", EMA),
-    Mutant("training.ema", "[self.weights(i) for i in", "[self.weights(0) for i in", EMA),
-    Mutant("training.checkpoints", 'self.lr_scheduler.load_state_dict(state["lr_scheduler"])', "pass", RESUMING),
-    Mutant("training.checkpoints", 'self.ema.load_state_dict(state["ema"])', "pass", RESUMING),
+    Mutant("trainer.ema", "(1 - 1 / step)", "(1 - 1 / (step + 1))", EMA),
+    Mutant("trainer.ema", 'self.step_count = state["step_count"]', "pass", EMA),
+    Mutant("trainer.ema", "[self.weights(i) for i in", "[self.weights(0) for i in", EMA),
+    Mutant("trainer.checkpoints", 'self.lr_scheduler.load_state_dict(state["lr_scheduler"])', "pass", RESUMING),
+    Mutant("trainer.checkpoints", 'self.ema.load_state_dict(state["ema"])', "pass", RESUMING),
     Mutant(
-        "training.checkpoints",
+        "trainer.checkpoints",
         'sorted(found, key=lambda path: int(path.name.split("-")[1]))',
         "sorted(found)",
         CHECKPOINTS,
     ),
-    Mutant("training.checkpoints", "[:-total_limit]", "[: 1 - total_limit]", CHECKPOINTS),
+    Mutant("trainer.checkpoints", "[:-total_limit]", "[: 1 - total_limit]", CHECKPOINTS),
     Mutant(
-        "training.checkpoints", "torch.load(checkpoint / _data_file(accelerator),", "torch.load(any_file,", CHECKPOINTS
+        "trainer.checkpoints", "torch.load(checkpoint / _data_file(accelerator),", "torch.load(any_file,", CHECKPOINTS
     ),
     Mutant("data.samples", "range(self.start_step, self.end_step)", "range(self.end_step - self.start_step)", SAMPLES),
     Mutant("data.samples", "step * self.accumulation_steps + micro_step)", "step * self.accumulation_steps)", SAMPLES),

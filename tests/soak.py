@@ -34,7 +34,7 @@ from helpers import REPOSITORY, kill_tree, launch_command, launch_training
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from erw_hf.training.run_record import read_metrics
+from erw_hf.trainer.run_record import read_metrics
 
 
 WARMUP_STEPS, STEPS = 12, 30
@@ -42,7 +42,7 @@ WARMUP_STEPS, STEPS = 12, 30
 
 def make_assets(folder: Path) -> list[str]:
     """A tiny encoder and a set of shards; flags of a run that takes seconds."""
-    from test_streaming import write_shards
+    from helpers import write_shards
     from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from erw_hf import ERWTransformer2DModel
+from erw_hf.conversion import read_checkpoint
 from erw_hf.hub.convert import convert_checkpoint, main
-from erw_hf.published import read_checkpoint
 
 
 DIM, HEADS, LAYERS, PATCH, CHANNELS, GRID, CLASSES = 24, 2, 3, 2, 4, 4, 5

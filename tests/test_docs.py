@@ -29,7 +29,7 @@ import pytest
 import yaml
 from helpers import REPOSITORY, TINY_MODEL, run_script
 
-from erw_hf.training.config import TrainingConfig, parse_config
+from erw_hf.trainer.config import TrainingConfig, parse_config
 
 
 PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
@@ -38,7 +38,7 @@ IDS = [str(page.relative_to(REPOSITORY)) for page in PAGES]
 pages = pytest.mark.parametrize("page", PAGES, ids=IDS)
 
 SCRIPTS = sorted(path for path in (REPOSITORY / "training").glob("*.py") if path.stem != "train_erw")
-MODULES = ["erw_hf.hub.push", "erw_hf.hub.space", "erw_hf.hub.cards", "erw_hf.hub.convert", "erw_hf.training.ema"]
+MODULES = ["erw_hf.hub.push", "erw_hf.hub.space", "erw_hf.hub.cards", "erw_hf.hub.convert", "erw_hf.trainer.ema"]
 # What a reader has and this folder has not.
 CONFIGS = dict.fromkeys(("X.yaml", "mine.yaml", "outputs/mine/config.yaml"), "training/configs/digits.yaml")
 FOREIGN = {"git", "source", "cd"}  # commands of others, whose flags are theirs

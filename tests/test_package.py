@@ -121,7 +121,7 @@ def test_the_maths_knows_no_files(name):
         ("data", set()),
         ("encoders", set()),
         ("warmup", {"alignment", "flow", "transformer_erw"}),
-        ("evaluation", {"data", "encoders", "flow", "pipeline_erw", "transformer_erw"}),
+        ("evaluation", {"data", "encoders", "flow", "pipeline_erw", "provenance", "transformer_erw"}),
     ],
 )
 def test_a_room_imports_from_below_alone(room, below):

@@ -49,8 +49,7 @@ from erw_hf.evaluation.quality import (
     measure,
     reference_file,
 )
-from erw_hf.evaluation.record import compare_records, file_hash, write_record
-from erw_hf.machine import hardware, versions
+from erw_hf.provenance import compare_records, file_hash, hardware, versions, write_record
 
 
 # What does not change the numbers

@@ -66,7 +66,7 @@ from erw_hf.flow import timestep_from_normal
 from erw_hf.hub.cards import write_warmup_record
 from erw_hf.hub.push import BackgroundPush, link_folder
 from erw_hf.hub.upload import prepare_repo
-from erw_hf.training.checkpoints import (
+from erw_hf.trainer.checkpoints import (
     Progress,
     TrainingState,
     check_checkpoint,
@@ -77,15 +77,15 @@ from erw_hf.training.checkpoints import (
     resolve_checkpoint,
     save_checkpoint,
 )
-from erw_hf.training.config import TrainingConfig, parse_config, resolve_mixed_precision
-from erw_hf.training.cost import cost_report
-from erw_hf.training.device import LateValues, peak_memory, to_device
-from erw_hf.training.ema import EMA, remove_later_snapshots, save_snapshots, whole_state_dict, whole_tensor
-from erw_hf.training.engines import check_engine
-from erw_hf.training.flops import count_step_flops, peak_flops
-from erw_hf.training.initialization import find_warmup, load_initial, load_warmup, save_warmup
-from erw_hf.training.inputs import check_cache, load_encoders, load_vae
-from erw_hf.training.models import (
+from erw_hf.trainer.config import TrainingConfig, parse_config, resolve_mixed_precision
+from erw_hf.trainer.cost import cost_report
+from erw_hf.trainer.device import LateValues, peak_memory, to_device
+from erw_hf.trainer.ema import EMA, remove_later_snapshots, save_snapshots, whole_state_dict, whole_tensor
+from erw_hf.trainer.engines import check_engine
+from erw_hf.trainer.flops import count_step_flops, peak_flops
+from erw_hf.trainer.initialization import find_warmup, load_initial, load_warmup, save_warmup
+from erw_hf.trainer.inputs import check_cache, load_encoders, load_vae
+from erw_hf.trainer.models import (
     build_full_model,
     build_warmup_model,
     choose_attention,
@@ -93,10 +93,10 @@ from erw_hf.training.models import (
     compile_blocks,
     encoders_of_step,
 )
-from erw_hf.training.optimizers import build_optimizer
-from erw_hf.training.plots import image_grid, plot_losses
-from erw_hf.training.quality_monitor import QualityMonitor
-from erw_hf.training.run_record import MetricsFile, describe_environment
+from erw_hf.trainer.optimizers import build_optimizer
+from erw_hf.trainer.plots import image_grid, plot_losses
+from erw_hf.trainer.quality_monitor import QualityMonitor
+from erw_hf.trainer.run_record import MetricsFile, describe_environment
 from erw_hf.warmup import (
     AlignmentLoss,
     TrainingBatch,

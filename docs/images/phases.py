@@ -23,7 +23,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from erw_hf.training.run_record import read_metrics
+from erw_hf.trainer.run_record import read_metrics
 
 
 def smooth(values: list[float], width: int = 20) -> np.ndarray:

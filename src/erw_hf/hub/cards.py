@@ -37,7 +37,7 @@ from huggingface_hub import (
 from safetensors import safe_open
 
 from erw_hf.hub.public import is_hub_id, public_name
-from erw_hf.training.run_record import training_cost
+from erw_hf.trainer.run_record import training_cost
 
 
 TEMPLATES = Path(__file__).parent / "model_cards"
@@ -131,7 +131,7 @@ def preset_card(path: Path) -> ModelCard:
     import torch
 
     from erw_hf.data.source import is_local, load_source
-    from erw_hf.training.config import parse_config
+    from erw_hf.trainer.config import parse_config
     from erw_hf.transformer_erw import ERWTransformer2DModel
 
     resolved = parse_config(["--config", str(path)])

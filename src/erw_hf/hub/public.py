@@ -18,7 +18,7 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from erw_hf.training.run_record import split_names
+from erw_hf.trainer.run_record import split_names
 
 
 def public_value(value: object, local: Collection[str] = ()) -> object:

@@ -240,7 +240,7 @@ def complete_snapshot(run_dir: Path, snapshot: Path, repo_id: str) -> None:
         snapshot (`Path`): The snapshot.
         repo_id (`str`): Hub id that it goes to.
     """
-    from erw_hf.training.plots import plot_losses
+    from erw_hf.trainer.plots import plot_losses
 
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     environment = run_dir / "environment.json"
@@ -272,8 +272,8 @@ def complete_snapshot(run_dir: Path, snapshot: Path, repo_id: str) -> None:
 
 def _add_curves(source: Path, snapshot: Path) -> None:
     """What the run measured of itself up to the snapshot's step, and the pictures of that."""
-    from erw_hf.training.plots import plot_probes, plot_quality
-    from erw_hf.training.run_record import read_metrics
+    from erw_hf.trainer.plots import plot_probes, plot_quality
+    from erw_hf.trainer.run_record import read_metrics
 
     records = [record for record in read_metrics(source) if record["step"] <= _step(snapshot)]
     if not records:

@@ -1,0 +1,135 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a figure was made with: versions, hardware, file hashes, and the records that hold them."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+
+PACKAGES = (
+    "erw-hf", "torch", "diffusers", "transformers", "accelerate", "datasets", "numpy", "scikit-learn", "torch-fidelity",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str | None]:
+    """
+    Returns:
+        `dict[str, str | None]`: Versions of Python and of the libraries that the numbers depend on.
+    """
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def hardware(accelerator: Accelerator) -> dict[str, object]:
+    """
+    Args:
+        accelerator (`Accelerator`): The processes.
+
+    Returns:
+        `dict[str, object]`: What the evaluation ran on.
+    """
+    device = accelerator.device
+    return {
+        "device": device_name(device),
+        "device_type": device.type,
+        "processes": accelerator.num_processes,
+        "cpu_threads_per_process": torch.get_num_threads(),
+        "cpu_cores": os.cpu_count(),
+        "mixed_precision": accelerator.mixed_precision,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def device_name(device: str | torch.device) -> str:
+    """
+    Args:
+        device (`str` or `torch.device`): Where something is computed.
+
+    Returns:
+        `str`: Model of the GPU, or of the CPU.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """
+    Args:
+        path (`str` or `os.PathLike`): A file.
+
+    Returns:
+        `str`: Its SHA-256.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_record(path: str | os.PathLike[str], record: dict[str, object]) -> None:
+    """
+    Args:
+        path (`str` or `os.PathLike`): The file, whole or absent.
+        record (`dict[str, object]`): The record.
+    """
+    temporary = Path(path).with_suffix(".writing")
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def compare_records(before: dict[str, Any], now: dict[str, Any], tolerance: float = 1e-6) -> tuple[bool, str]:
+    """
+    Compares an evaluation with its repetition.
+
+    Args:
+        before (`dict`): The record.
+        now (`dict`): The record of the repetition.
+        tolerance (`float`, *optional*, defaults to 1e-6): Relative difference that still counts as the same.
+
+    Returns:
+        `tuple[bool, str]`: Whether all metrics are the same, and a table of them, with what else is different.
+    """
+    lines, same = [f"{'metric':22}{'record':>18}{'now':>18}{'difference':>14}"], True
+    for name, old in before["metrics"].items():
+        new = now["metrics"].get(name)
+        if new is None:
+            lines.append(f"{name:22}{old:18.10g}{'missing':>18}")
+            same = False
+            continue
+        difference = abs(new - old) / max(abs(old), 1e-12)
+        same &= difference <= tolerance
+        lines.append(f"{name:22}{old:18.10g}{new:18.10g}{difference:14.1e}")
+    for part in ("model", "reference", "extractor", "versions", "hardware"):
+        old, new = before.get(part) or {}, now.get(part) or {}
+        for key in sorted({*old, *new}):
+            if old.get(key) != new.get(key):
+                lines.append(f"{part}.{key} was {old.get(key)}, is {new.get(key)}")
+    return bool(same), "\n".join(lines)

@@ -1,0 +1,274 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Exponential moving averages of the weights: of constant decay, or power-function ones chosen after training (EDM2).
+
+    python -m erw_hf.trainer.ema RUN_DIR --sigma_rel 0.08 --output_dir pipeline-0.08
+
+diffusers' `EMAModel` has neither the power function nor sharded weights, which is why this is ours.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm.auto import tqdm
+
+from erw_hf.pipeline_erw import ERWPipeline
+
+
+SNAPSHOT_SIGMA_RELS = (0.05, 0.10)  # the two averages that EDM2 stores, all others are rebuilt from them (§3.2)
+
+
+@dataclass(frozen=True)
+class EMAProfile:
+    """How an average forgets.
+
+    Args:
+        decay (`float`, *optional*): Constant decay, in [0, 1).
+        sigma_rel (`float`, *optional*):
+            In place of it, the relative width of a power-function average: it then looks back over a share of the
+            training so far, where a constant decay looks back over a number of steps.
+    """
+
+    decay: float | None = None
+    sigma_rel: float | None = None
+
+    def decay_at(self, step: int) -> float:
+        """
+        Args:
+            step (`int`): Step of the average, from 1.
+
+        Returns:
+            `float`: Share of the average that stays (EDM2, arXiv 2312.02696, Eq. 127); 0 at the first step of a
+            power-function average, which thus forgets the initial weights.
+        """
+        if self.sigma_rel is None:
+            assert self.decay is not None
+            return self.decay
+        return float((1 - 1 / step) ** (power_of(self.sigma_rel) + 1))
+
+
+class EMA:
+    """
+    Averages of a model's parameters in float32, which follow it step by step.
+
+    The parameters may be sharded by FSDP2: the averages are then sharded alike, and gathered only for checkpoints and
+    pictures.
+
+    Args:
+        model (`nn.Module`): The model as it is trained, after `accelerator.prepare`. The averages start from its weights.
+        profiles (`Sequence[EMAProfile]`): One average for each.
+    """
+
+    def __init__(self, model: nn.Module, profiles: Sequence[EMAProfile]) -> None:
+        self.profiles = tuple(profiles)
+        self.names = [name for name, _ in model.named_parameters()]
+        self.parameters = [parameter.detach() for parameter in model.parameters()]
+        self.averages = [[parameter.float().clone() for parameter in self.parameters] for _ in self.profiles]
+        self.step_count = 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Follows the weights, after an optimizer step."""
+        self.step_count += 1
+        weights = [parameter.float() for parameter in self.parameters]  # themselves, where they are float32
+        for profile, average in zip(self.profiles, self.averages, strict=True):
+            torch._foreach_lerp_(average, weights, 1 - profile.decay_at(self.step_count))
+
+    def weights(self, index: int = 0) -> dict[str, torch.Tensor]:
+        """
+        Whole weights; every process calls it, since sharded ones are gathered.
+
+        Args:
+            index (`int`, *optional*, defaults to 0): Which average.
+
+        Returns:
+            `dict[str, torch.Tensor]`: float32, by the model's parameter names, where the model is.
+        """
+        return {name: whole_tensor(tensor) for name, tensor in zip(self.names, self.averages[index], strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step_count": self.step_count, "averages": [self.weights(i) for i in range(len(self.averages))]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if len(state["averages"]) != len(self.averages):
+            raise ValueError(
+                f"the checkpoint holds {len(state['averages'])} averages of the weights, this run {len(self.averages)}: "
+                "ema_snapshot_steps must be as it was"
+            )
+        self.step_count = state["step_count"]
+        for average, saved in zip(self.averages, state["averages"], strict=True):
+            for name, tensor in zip(self.names, average, strict=True):
+                value = saved[name].to(tensor.device)
+                if isinstance(tensor, DTensor):
+                    value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+                tensor.copy_(value)
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """
+    Args:
+        tensor (`torch.Tensor` of any shape): Sharded over the processes by FSDP2, or not.
+
+    Returns:
+        `torch.Tensor` of the same shape: The whole of it; every process calls this.
+    """
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """
+    Args:
+        model (`nn.Module`): Sharded by FSDP2, or not.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Copy of its state on the CPU, on every process.
+    """
+    return {name: whole_tensor(tensor).cpu().clone() for name, tensor in model.state_dict().items()}
+
+
+def power_of(sigma_rel: float) -> float:
+    """
+    The exponent of a power-function average, whose weight at time t of a training of length T is as `(t / T) ** gamma`.
+
+    Args:
+        sigma_rel (`float`): Its relative width, in (0, 0.28): the standard deviation of that profile over T.
+
+    Returns:
+        `float`: gamma (EDM2, arXiv 2312.02696, Eq. 126: the root of
+        `sigma_rel ** 2 = (gamma + 1) / ((gamma + 2) ** 2 (gamma + 3))`).
+
+    Raises:
+        ValueError: for a width that no such profile has.
+    """
+    if not 0 < sigma_rel < 12**-0.5:
+        raise ValueError(f"sigma_rel must lie in (0, {12**-0.5:.3f}), got {sigma_rel}")
+    precision = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - precision, 12 - precision]).real.max())
+
+
+def post_hoc_coefficients(
+    steps: Sequence[int], sigma_rels: Sequence[float], step: int, sigma_rel: float
+) -> np.ndarray:
+    """
+    How stored averages add up to one that was not stored (EDM2, arXiv 2312.02696, Alg. 3): the least-squares fit of its
+    profile by theirs.
+
+    Args:
+        steps (`Sequence[int]`): Step of the average at which each was stored.
+        sigma_rels (`Sequence[float]`): Relative width of each.
+        step (`int`): Step at which the wanted average ends.
+        sigma_rel (`float`): Its relative width.
+
+    Returns:
+        `numpy.ndarray` of shape `(len(steps),)`: Coefficients, which sum to about 1.
+    """
+    ends = np.array([*steps, step], dtype=np.float64)
+    powers = np.array([power_of(value) for value in [*sigma_rels, sigma_rel]])
+    # Integral of the product of two profiles p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on [0, T].
+    shorter, longer = np.minimum.outer(ends, ends), np.maximum.outer(ends, ends)
+    power_of_longer = np.where(ends[:, None] >= ends[None, :], powers[:, None], powers[None, :])
+    products = np.multiply.outer(powers + 1, powers + 1) / (np.add.outer(powers, powers) + 1)
+    products = products * (shorter / longer) ** power_of_longer / longer
+    return np.linalg.solve(products[:-1, :-1], products[:-1, -1])
+
+
+def save_snapshots(ema: EMA, folder: Path, is_main_process: bool) -> None:
+    """
+    Stores the power-function averages, in float16 as EDM2 does; every process calls it.
+
+    Args:
+        ema ([`EMA`]): The averages.
+        folder (`Path`): Where to write `step-N-sigma-S.safetensors`.
+        is_main_process (`bool`): Whether this process writes.
+    """
+    for index, profile in enumerate(ema.profiles):
+        if profile.sigma_rel is not None:
+            weights = ema.weights(index)
+            if is_main_process:
+                folder.mkdir(exist_ok=True)
+                path = folder / f"step-{ema.step_count:07d}-sigma-{profile.sigma_rel:.3f}.safetensors"
+                temporary = path.with_suffix(".writing")
+                save_file({name: tensor.half().cpu() for name, tensor in weights.items()}, temporary)
+                os.replace(temporary, path)
+
+
+def remove_later_snapshots(folder: Path, step: int) -> None:
+    """
+    Removes what a run that goes on from an earlier checkpoint leaves behind.
+
+    Args:
+        folder (`Path`): Where [`save_snapshots`] wrote.
+        step (`int`): Last step of the average to keep.
+    """
+    for path in folder.glob("step-*-sigma-*.safetensors"):
+        if int(path.stem.split("-")[1]) > step:
+            path.unlink()
+
+
+def rebuild(folder: Path, sigma_rel: float, step: int | None = None) -> dict[str, torch.Tensor]:
+    """
+    The average of another width than those that were stored.
+
+    Args:
+        folder (`Path`): Where [`save_snapshots`] wrote.
+        sigma_rel (`float`): The wanted width.
+        step (`int`, *optional*): Where it ends. Defaults to the last step that was stored.
+
+    Returns:
+        `dict[str, torch.Tensor]`: float32 weights by parameter name.
+
+    Raises:
+        ValueError: if there are no snapshots, or none that late.
+    """
+    files = sorted(folder.glob("step-*-sigma-*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no snapshots: train with ema_snapshot_steps")
+    steps = [int(path.stem.split("-")[1]) for path in files]
+    sigma_rels = [float(path.stem.split("-")[3]) for path in files]
+    step = max(steps) if step is None else step
+    if step > max(steps):
+        raise ValueError(f"the last snapshot is of step {max(steps)}, before {step}")
+    weights: dict[str, torch.Tensor] = {}
+    coefficients = post_hoc_coefficients(steps, sigma_rels, step, sigma_rel)
+    for path, coefficient in tqdm(list(zip(files, coefficients, strict=True)), desc="snapshots"):
+        for name, tensor in load_file(path).items():
+            weights[name] = weights.get(name, 0) + float(coefficient) * tensor.float()
+    return weights
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Choose the width of the weight average after training.")
+    parser.add_argument("run_dir", type=Path, help="a finished run that was trained with ema_snapshot_steps")
+    parser.add_argument("--sigma_rel", type=float, required=True, help="relative width, 0.01 to 0.25")
+    parser.add_argument("--step", type=int, help="step of phase 2 at which the average ends; the last by default")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where to write the pipeline")
+    args = parser.parse_args()
+    weights = rebuild(args.run_dir / "ema_snapshots", args.sigma_rel, args.step)
+    pipeline = ERWPipeline.from_pretrained(args.run_dir / "pipeline")
+    pipeline.transformer.load_state_dict(weights, strict=False)  # buffers are no weights
+    pipeline.save_pretrained(args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The weights that a run starts from: an earlier run's warmup (`--warmup_from`) or its whole pipeline (`--init_from`)."""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save_file
+
+from erw_hf.conversion import read_checkpoint
+from erw_hf.transformer_erw import ERWTransformer2DModel
+from erw_hf.warmup import build_warmup_transformer
+
+
+CLASS_TABLE = "time_class_embed.class_embedder.weight"
+
+
+def save_warmup(
+    state: Mapping[str, torch.Tensor], model_config: Mapping[str, Any], warmup_depth: int, folder: Path
+) -> None:
+    """
+    Writes a finished warmup, which `--warmup_from` takes: one warmup can serve many runs.
+
+    Args:
+        state (`Mapping[str, torch.Tensor]`): State dict of the warmed-up [`AlignedTransformer`].
+        model_config (`Mapping[str, Any]`): Arguments of the full [`ERWTransformer2DModel`].
+        warmup_depth (`int`): Number of blocks.
+        folder (`Path`): Where to write.
+    """
+    transformer = build_warmup_transformer(model_config, warmup_depth)
+    first = "transformer."
+    transformer.load_state_dict({k.removeprefix(first): v for k, v in state.items() if k.startswith(first)})
+    transformer.save_pretrained(folder / "transformer")
+    # The names that converted checkpoints have too; the number is the encoder's.
+    projectors = {name: tensor.contiguous() for name, tensor in state.items() if name.startswith("projectors.")}
+    save_file(projectors, folder / "projectors.safetensors")
+
+
+def find_warmup(path_or_repo_id: str) -> Path:
+    """
+    Args:
+        path_or_repo_id (`str`): A warmup's folder, a run's, or a Hub repo of either.
+
+    Returns:
+        `Path`: The folder of the warmup: what is named, or the folder `warmup` in it.
+    """
+    folder = Path(path_or_repo_id)
+    if not folder.exists():
+        folder = Path(snapshot_download(path_or_repo_id, allow_patterns=["warmup/*", "model_index.json"]))
+        if not (folder / "warmup").is_dir() and not (folder / "model_index.json").exists():
+            folder = Path(
+                snapshot_download(path_or_repo_id, allow_patterns=["transformer/*", "*.safetensors", "*.json"])
+            )
+    return folder / "warmup" if (folder / "warmup" / "transformer").is_dir() else folder
+
+
+def load_warmup(path_or_repo_id: str, model_config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """
+    Args:
+        path_or_repo_id (`str`): A warmup that a run saved, in a folder or on the Hub, or a published `.pt` file of ERW.
+        model_config (`Mapping[str, Any]`): Arguments of the model that it is to start.
+
+    Returns:
+        `dict[str, torch.Tensor]`: State dict of the warmed-up [`AlignedTransformer`], for [`~warmup.hand_over`].
+
+    Raises:
+        ValueError: if it is no warmup, or one of another model.
+    """
+    path = Path(path_or_repo_id)
+    if path.is_file():
+        converted = read_checkpoint(path)
+        if not converted.is_warmup:
+            raise ValueError(f"{path} is a whole model, no warmup: convert it with `python -m erw_hf.hub.convert`")
+        warmup_config, transformer, projectors = converted.config, converted.transformer, converted.projectors
+    else:
+        folder = find_warmup(path_or_repo_id)
+        if not (folder / "transformer").is_dir() or (folder / "model_index.json").exists():
+            raise ValueError(f"warmup_from={path_or_repo_id!r} is no saved warmup: name the `warmup` folder of a run")
+        warmup_config, transformer = _load_transformer(folder / "transformer")
+        file = folder / "projectors.safetensors"
+        projectors = load_file(file) if file.is_file() else {}
+    _check_same_model(warmup_config, model_config, "warmup", may_differ=("num_layers", "class_dropout_prob"))
+    state = {f"transformer.{name}": tensor for name, tensor in transformer.items()}
+    return state | projectors
+
+
+def load_initial(
+    path_or_repo_id: str, model_config: Mapping[str, Any], id2label: Mapping[int, str] | None
+) -> dict[str, torch.Tensor]:
+    """
+    The weights of a trained pipeline, to go on from with other data, other classes or another size of image.
+
+    Args:
+        path_or_repo_id (`str`): A pipeline's folder, a run's, or a Hub repo.
+        model_config (`Mapping[str, Any]`): Arguments of the model that it is to start.
+        id2label (`Mapping[int, str]`, *optional*): Names of the classes of the new data.
+
+    Returns:
+        `dict[str, torch.Tensor]`: State dict of the [`ERWTransformer2DModel`]. A class that the pipeline knows by name
+        keeps its embedding; where either has no names, the number is the name, and only an equal count means the same
+        classes. Any other class starts with the embedding of the null class.
+
+    Raises:
+        ValueError: if it is no pipeline, or one of another model.
+    """
+    folder = Path(path_or_repo_id)
+    if not folder.exists():
+        folder = Path(snapshot_download(path_or_repo_id, allow_patterns=["model_index.json", "transformer/*"]))
+    folder = folder / "pipeline" if (folder / "pipeline" / "model_index.json").is_file() else folder
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"init_from={path_or_repo_id!r} is no pipeline: name the `pipeline` folder of a run, or its repo"
+        )
+    config, state = _load_transformer(folder / "transformer")
+    _check_same_model(
+        config, model_config, "pipeline", may_differ=("sample_size", "num_classes", "class_dropout_prob")
+    )
+    theirs = json.loads((folder / "model_index.json").read_text()).get("id2label") or {}
+    ours = {str(class_id): label for class_id, label in (id2label or {}).items()}
+    count, null_class = model_config["num_classes"], config["num_classes"]
+    if not (theirs and ours):
+        numbers = {str(class_id): str(class_id) for class_id in range(count)}
+        theirs, ours = (numbers, numbers) if count == null_class else ({}, {})
+    if theirs == ours:  # names that occur twice, as ImageNet's "crane", stay where they are
+        theirs = ours = {class_id: class_id for class_id in ours}
+    known = {label: int(class_id) for class_id, label in theirs.items()}
+    rows = [known.get(ours.get(str(class_id)), null_class) for class_id in range(count)]
+    state[CLASS_TABLE] = state[CLASS_TABLE][[*rows, null_class]]
+    return state
+
+
+def _load_transformer(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    model, info = ERWTransformer2DModel.from_pretrained(folder, output_loading_info=True)
+    if info["missing_keys"]:  # from_pretrained only warns, and would leave them random
+        raise ValueError(f"{folder} lacks {info['missing_keys']}")
+    return dict(model.config), model.state_dict()
+
+
+def _check_same_model(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], kind: str, may_differ: Collection[str]
+) -> None:
+    """Tensors of one shape can still mean another model: heads, rotary embeddings, norms."""
+    for name, value in ours.items():
+        if name not in may_differ and theirs.get(name, value) != value:
+            raise ValueError(f"the {kind} was made with {name}={theirs[name]!r}, the config has {value!r}")

@@ -1,0 +1,197 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Quality during training: FID of a few images and probes of every block, by the code that evaluates finished models."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from erw_hf.data.source import Source, load_source
+from erw_hf.encoders import RepresentationEncoder
+from erw_hf.evaluation.extractors import load_extractor, weights_hash
+from erw_hf.evaluation.images import dataset_images, generated_images
+from erw_hf.evaluation.probes import load_probe_images, probe_blocks
+from erw_hf.evaluation.quality import (
+    Reference,
+    available_metrics,
+    load_reference,
+    make_reference,
+    measure,
+    reference_file,
+)
+from erw_hf.pipeline_erw import ERWPipeline
+from erw_hf.trainer.config import TrainingConfig
+from erw_hf.trainer.plots import plot_probes, plot_quality
+from erw_hf.trainer.run_record import MetricsFile, read_metrics
+from erw_hf.transformer_erw import ERWTransformer2DModel
+
+
+BATCH_SIZE = 64  # of real images through the extractor
+
+
+class QualityMonitor:
+    """
+    Measures a model while it is trained, into `evaluations.jsonl`, `quality_curve.png` and `probes.png`. Nothing of it
+    touches the random state of the run.
+
+    All processes make one and call it: they draw the images together. What cannot work (weights that are not at hand, a
+    reference that does not fit) raises here, before the first step.
+
+    Args:
+        config ([`TrainingConfig`]): The run.
+        accelerator (`Accelerator`): The processes.
+        source ([`~data.source.Source`]): The training data.
+        pixels (`tuple[int, int]`): Side and channels of the images.
+        vae (a diffusers autoencoder, *optional*): `None` for pixel space.
+        encoder ([`RepresentationEncoder`], *optional*): What CKNNA compares with.
+        resume_step (`int`): Last step whose measurements are kept.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        source: Source,
+        pixels: tuple[int, int],
+        vae: torch.nn.Module | None,
+        encoder: RepresentationEncoder | None,
+        resume_step: int,
+    ) -> None:
+        self.config, self.accelerator, self.vae, self.encoder = config, accelerator, vae, encoder
+        self.folder = Path(config.output_dir)
+        self.work = self.folder / ".evaluation-work"  # "evaluation" is where users keep their own
+        self.file = None
+        if not (config.evaluation_steps or config.probe_steps):
+            return
+        if accelerator.is_main_process:
+            self.file = MetricsFile(self.folder / "evaluations.jsonl", resume_step)
+        side, channels = pixels
+        if config.evaluation_steps:
+            with accelerator.main_process_first():
+                self.extractor = load_extractor(config.evaluation_extractor).to(accelerator.device)
+            self.metrics = [
+                metric
+                for metric in available_metrics([self.extractor], source.num_classes)
+                if metric in ("fid", "accuracy")
+            ]
+            self.reference = self._reference(side)
+        if config.probe_steps and accelerator.is_main_process:
+            arguments = config.source_arguments() | {"needs_images": True}
+            if config.probe_dataset is not None:
+                arguments["dataset_name"] = config.probe_dataset
+                source = load_source(**arguments)
+            held_out = load_source(**arguments | {"split": config.probe_split})
+            self.fit_images = load_probe_images(source, config.probe_samples, side, channels, config.seed)
+            self.held_out_images = load_probe_images(held_out, config.probe_samples, side, channels, config.seed)
+
+    def _reference(self, side: int) -> Reference:
+        config, name = self.config, str(self.config.evaluation_reference)
+        path, split = Path(name), config.dataset_split
+        if path.suffix != ".npz":
+            path = reference_file(self.folder, name, split, side, [self.extractor], config.seed)
+            if not path.exists():
+                self._remove_work()
+                real = dataset_images(name, split, side)
+                make_reference(path, real, [self.extractor], self.accelerator, self.work, BATCH_SIZE, config.seed)
+                self._remove_work()
+        return load_reference(path, self.metrics, weights_hash(self.extractor), (side, side))
+
+    def _remove_work(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.work, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def is_due(self, phase: str, step: int) -> bool:
+        """
+        Args:
+            phase (`str`): `"warmup"` or `"full"`; the warmup's model is probed, but draws nothing.
+            step (`int`): The step that was just made.
+
+        Returns:
+            `bool`: Whether there is something to measure.
+        """
+        return self._draws(phase, step) or self._probes(step)
+
+    def _draws(self, phase: str, step: int) -> bool:
+        return phase == "full" and self.config.evaluation_steps > 0 and step % self.config.evaluation_steps == 0
+
+    def _probes(self, step: int) -> bool:
+        return self.config.probe_steps > 0 and step % self.config.probe_steps == 0
+
+    def measure(self, phase: str, step: int, images_seen: int, pipe: ERWPipeline) -> None:
+        """
+        Measures what is due, writes it down and hands it to the trackers.
+
+        Args:
+            phase (`str`): `"warmup"` or `"full"`.
+            step (`int`): The step that was just made.
+            images_seen (`int`): Images seen so far.
+            pipe ([`ERWPipeline`]): The model, with the weights to measure, in evaluation mode.
+        """
+        record: dict[str, Any] = {"step": step, "phase": phase, "images_seen": images_seen}
+        if self._draws(phase, step):
+            record |= self._measure_images(pipe)
+        if self._probes(step) and self.accelerator.is_main_process:
+            record["probes"] = self._probe(pipe.transformer)
+        self.accelerator.wait_for_everyone()
+        if self.file is not None:
+            self.file.write(record)
+            self._plot()
+        logged = {name: value for name, value in record.items() if name in ("fid", "accuracy")}
+        for result in record.get("probes", []):
+            for measure_name in ("cknna", "accuracy"):
+                for depth, value in enumerate(result.get(measure_name, []), start=1):
+                    logged[f"{measure_name}_t{result['t']:g}/block_{depth:02d}"] = value
+        self.accelerator.log(logged, step=step)
+
+    def _measure_images(self, pipe: ERWPipeline) -> dict[str, float]:
+        config = self.config
+        images = generated_images(
+            pipe,
+            config.evaluation_samples,
+            config.seed,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.evaluation_guidance_scale,
+            autocast=self.accelerator.autocast,
+        )
+        self._remove_work()  # of a run that was killed here: its weights need not be the same to the last bit
+        results, _ = measure(
+            images,
+            self.metrics,
+            self.reference,
+            [self.extractor],
+            self.accelerator,
+            self.work,
+            config.train_batch_size,
+        )
+        self._remove_work()
+        return results
+
+    def _probe(self, transformer: ERWTransformer2DModel) -> list[dict[str, Any]]:
+        times = sorted({0.0, self.config.probe_time})
+        return probe_blocks(
+            transformer, self.fit_images, self.held_out_images, times, self.vae, self.encoder, self.config.path_type
+        )
+
+    def _plot(self) -> None:
+        records = read_metrics(self.folder / "evaluations.jsonl")
+        if any(record.get("fid") is not None for record in records):
+            plot_quality(records, self.folder / "quality_curve.png")
+        probes = [(f"step {r['step']}", result) for r in records for result in r.get("probes", [])]
+        if probes:
+            plot_probes(probes, self.folder / "probes.png")

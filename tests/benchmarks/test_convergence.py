@@ -1,0 +1,311 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The controlled experiment: what a budget buys, that runs go on, and that its page says what the numbers say."""
+
+import json
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.utils import set_seed
+from helpers import REPOSITORY
+from helpers import run_script as run_in_process
+
+from erw_hf.trainer.models import build_full_model
+from erw_hf.trainer.run_record import read_metrics
+
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+import convergence  # noqa: E402
+import convergence_report  # noqa: E402
+from convergence_report import answer, choose, speed_up, write_report  # noqa: E402
+
+
+RECIPES = REPOSITORY / "benchmarks" / "recipes"
+TINY = {
+    "evaluation_samples": 20, "sample_size": 8, "patch_size": 2, "num_layers": 3, "num_attention_heads": 2,
+    "attention_head_dim": 8, "projector_dim": 16, "warmup_depth": 2, "projector_depth": 2, "train_batch_size": 4,
+    "num_validation_images": 1, "num_inference_steps": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipes(tmp_path, encoder_path, monkeypatch):
+    """The digits' own recipe, made tiny, and its scripts run in this process."""
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    base = yaml.safe_load((RECIPES / "digits.yaml").read_text())
+    classifier = str(REPOSITORY / "pipelines" / "digits-classifier")
+    base |= {**TINY, "encoder": str(encoder_path), "evaluation_extractor": classifier}
+    (folder / "digits.yaml").write_text(yaml.safe_dump(base))
+    table = yaml.safe_load((RECIPES / "arms.yaml").read_text())
+    for arm in table["arms"].values():
+        if "blocks" in arm:
+            arm["blocks"] = 2
+    table |= {"probe_images": 60}
+    table["data"]["digits"] |= {"budget": 6e7, "warmup_steps": 4, "evaluations": 2}
+    (folder / "arms.yaml").write_text(yaml.safe_dump(table))
+
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # which Python allows in the main thread alone
+
+    def run_script(study, command, log):
+        if time.monotonic() > study.stop_at:
+            raise convergence.OutOfTime
+        run_in_process(command[0].removeprefix("training/").removesuffix(".py"), *command[1:])
+
+    monkeypatch.setattr(convergence, "run_script", run_script)
+    return folder
+
+
+def command(recipes, *flags):
+    folders = ["--runs", recipes.parent / "runs", "--results", recipes.parent / "results", "--recipes", recipes]
+    return [str(part) for part in (*flags, "--jobs", 1, *folders)]
+
+
+def study_of(recipes, budget):
+    table = convergence.read_table(recipes, "digits")
+    runs, results = recipes.parent / "runs" / "digits", recipes.parent / "results" / "convergence" / "digits"
+    return convergence.Study(recipes, "digits", runs, results, budget, table)
+
+
+def test_the_budget_buys_whole_evaluations_and_pays_for_the_warmup(recipes):
+    study = study_of(recipes, 0)
+    config = convergence.read_config(study, {"warmup_steps": 4})
+    warmup, full = convergence.step_flops(config)
+    assert 0 < warmup < full
+    assert convergence.plan(config, 4 * warmup + 6.5 * full, 2) == (10, 5)
+    assert convergence.plan(config, 4 * warmup + 7.5 * full, 2) == (10, 5)  # 11 is no multiple of 2
+    config.warmup_steps = 0
+    assert convergence.plan(config, 4 * warmup + 6.5 * full, 2)[0] == 2 * int((4 * warmup + 6.5 * full) / full / 2)
+    config.warmup_steps = 4
+    with pytest.raises(ValueError, match="ends before phase 2"):
+        convergence.plan(config, 4 * warmup + full, 2)
+    # No projector, no encoder: SiT's step is cheaper.
+    assert convergence.step_flops(convergence.read_config(study, {"alignment_weight": 0.0}))[1] < full
+
+
+def test_runs_are_measured_recorded_skipped_and_gone_on_with(recipes, monkeypatch):
+    arms = ["--arms", "sit", "erw", "erw_asleep", "--seeds", 1]
+    assert not convergence.main(command(recipes, *arms, "--max_minutes", 0))  # nothing was begun
+    results = recipes.parent / "results" / "convergence" / "digits"
+    assert not list(results.iterdir())
+
+    run = convergence.run_script
+
+    def without_time_for_probes(study, script, log):
+        if script[0].endswith("probe.py"):
+            raise convergence.OutOfTime
+        run(study, script, log)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convergence, "run_script", without_time_for_probes)
+        assert not convergence.main(command(recipes, "--arms", "sit", "--seeds", 1))
+    trained = (recipes.parent / "runs" / "digits" / "sit-seed0" / "metrics.jsonl").read_bytes()
+    assert convergence.main(command(recipes, *arms))
+    assert (recipes.parent / "runs" / "digits" / "sit-seed0" / "metrics.jsonl").read_bytes() == trained  # not again
+
+    records = {path.stem: json.loads(path.read_text()) for path in results.glob("*.json")}
+    assert set(records) == {"sit-seed0", "erw-seed0", "erw_asleep-seed0"}
+    pictures = {path.stem for path in results.glob("*.png")}
+    assert pictures == set(records)
+    for record in records.values():
+        last = record["points"][-1]
+        assert 0.8 * record["budget"] < last["flops"] <= record["budget"]
+        assert len(record["probes"]) == 2 and "cknna" in record["probes"][0]  # for SiT too
+        assert str(recipes.parent / "runs") not in json.dumps(record)
+        assert len(json.dumps(record)) < 100_000
+    # What the start was made of is paid for, in steps as in FLOPs.
+    asleep, erw = (records[f"{name}-seed0"]["points"] for name in ("erw_asleep", "erw"))
+    assert asleep[-1] | {"seconds": 0, "fid": 0, "accuracy": 0} == erw[-1] | {"seconds": 0, "fid": 0, "accuracy": 0}
+    metrics = recipes.parent / "runs" / "digits" / "erw-seed0" / "metrics.jsonl"
+    assert erw[-1]["flops"] == read_metrics(metrics)[-1]["flops"]
+    page = (recipes.parent / "results" / "convergence-digits.md").read_text()
+    assert "Does the warmup pay without any alignment" not in page  # a question whose arms were not run
+    for name in ("methods", "pictures"):
+        assert (recipes.parent / "results" / f"convergence-digits-{name}.png").exists()
+
+    before = {path: path.stat().st_mtime_ns for path in results.iterdir()}
+    assert convergence.main(command(recipes, *arms))
+    assert before == {path: path.stat().st_mtime_ns for path in results.iterdir()}
+    with pytest.raises(ValueError, match="another budget"):
+        convergence.main(command(recipes, *arms, "--budget", "7e7"))
+
+
+def test_a_running_script_is_stopped_when_the_time_is_over(tmp_path):
+    study = convergence.Study(tmp_path, "digits", tmp_path, tmp_path, 0, {}, stop_at=time.monotonic() + 0.5)
+    started = time.monotonic()
+    with pytest.raises(convergence.OutOfTime):
+        convergence.run_script(study, ["-c", "import time; time.sleep(60)"], str(tmp_path / "log"))
+    assert time.monotonic() - started < 30
+    study.stop_at = float("inf")
+    with pytest.raises(RuntimeError, match="no such thing"):
+        convergence.run_script(study, ["-c", "raise SystemExit('no such thing')"], str(tmp_path / "log"))
+
+
+def test_a_woken_run_differs_from_its_control_in_the_gates_alone(recipes, encoder_path):
+    from erw_hf import ERWTransformer2DModel, RepresentationEncoder
+
+    study = study_of(recipes, 6e7)
+    config = convergence.read_config(study, {"seed": 7})
+    set_seed(7)  # as train_erw.py does
+    encoder = RepresentationEncoder.from_pretrained(encoder_path, config.token_grid)
+    control = build_full_model(config, 10, [encoder]).transformer.state_dict()
+    random_state = torch.get_rng_state()
+    convergence.make_start(config, {"start": "woken", "blocks": 2, "gate": 0.3}, recipes.parent / "run")
+    assert torch.equal(torch.get_rng_state(), random_state)
+    woken = ERWTransformer2DModel.from_pretrained(recipes.parent / "run-start" / "transformer").state_dict()
+    gates = [f"transformer_blocks.{block}.modulation.bias" for block in (0, 1)]
+    assert [name for name, tensor in woken.items() if not torch.equal(tensor, control[name])] == gates
+    for name in gates:
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = woken[name].chunk(6)
+        assert not torch.cat([shift, scale, shift_mlp, scale_mlp]).any()
+        assert torch.equal(torch.cat([gate, gate_mlp]), torch.full((32,), 0.3))
+
+
+def record(arm, seed, *quality, budget=100.0):
+    """A run that was measured at equal distances, the last time at the end of its budget."""
+    places = [budget * (i + 1) / len(quality) for i in range(len(quality))]
+    points = [
+        {"step": int(p), "flops": p, "seconds": p, "fid": q, "accuracy": 0.5}
+        for p, q in zip(places, quality, strict=True)
+    ]
+    probes = [{"t": t, "cknna": [0.1, 0.2], "accuracy": [0.5, 0.6]} for t in (0.0, 0.5)]
+    return {
+        "arm": arm, "seed": seed, "budget": budget, "points": points, "probes": probes, "hardware": "a CPU",
+        "versions": {"torch": "2"}, "base": {"evaluation_samples": 20, "num_inference_steps": 2},
+    }  # fmt: skip
+
+
+def test_speed_up_at_equal_quality():
+    control = record("control", 0, 64.0, 16.0)  # at 50 and 100 FLOPs
+    assert speed_up(record("arm", 0, 16.0, 4.0), control) == (2.0, "at least ")  # at its first measurement, or before
+    assert speed_up(record("arm", 0, 64.0, 4.0), control) == (pytest.approx(100 / 75), "")  # half way in log
+    assert speed_up(record("arm", 0, 64.0, 17.0), control) is None
+    assert speed_up(control, control)[0] == 1.0
+    # Noise is nearer to the data than the first blur: what counts is from where on it is as good for good.
+    assert speed_up(record("arm", 0, 8.0, 64.0, 32.0, 4.0), record("control", 0, 99.0, 32.0))[0] == pytest.approx(
+        100 / 75
+    )
+    # A control at rest does not make the others fast: it was there at 50 itself.
+    assert speed_up(record("arm", 0, 16.0, 4.0), record("control", 0, 16.0, 16.0))[0] == 1.0
+
+
+def test_ahead_is_lower_and_sooner():
+    # Two per cent of the budget are left over: a little lower at a later end is no lead.
+    control = record("control", 0, 64.0, 16.0, budget=98.0)
+    assert not convergence_report.is_ahead(record("arm", 0, 64.0, 15.9, budget=100.0), control)
+    assert convergence_report.is_ahead(record("arm", 0, 64.0, 10.0, budget=100.0), control)
+    assert not convergence_report.is_ahead(record("arm", 0, 8.0, 17.0), control)
+    assert convergence_report.distance_at(control, 73.5) == pytest.approx(32.0)  # half way in log
+    assert convergence_report.distance_at(control, 120.0) == 16.0
+    assert np.isnan(convergence_report.distance_at(control, 20.0))
+
+
+def test_choosing_seeds_are_measured_where_the_reported_ones_end(recipes):
+    assert convergence.main(command(recipes, "--arms", "sit", "--seeds", 1, "--choosing", 1))
+    results = recipes.parent / "results" / "convergence" / "digits"
+    reported, choosing = (json.loads((results / f"sit-seed{seed}.json").read_text()) for seed in (0, 100))
+    assert [point["step"] for point in choosing["points"]] == [reported["points"][-1]["step"]]
+    assert len(reported["points"]) == 2 and reported["probes"] and not choosing["probes"]
+
+
+def test_answers_follow_the_numbers():
+    def runs(arm, *finals):
+        return [record(arm, seed, 100.0, value) for seed, value in enumerate(finals)]
+
+    good, bad, mixed = runs("good", 2.0, 3.0), runs("bad", 20.0, 30.0), runs("mixed", 1.0, 50.0)
+    assert answer(good + bad, "good", "bad")[0] == "yes"
+    assert answer(good + bad, "bad", "good")[0] == "no"
+    assert "never" in answer(good + bad, "bad", "good")[1]
+    assert answer(good + mixed, "good", "mixed")[0] == "undecided"
+    assert answer(good[:1] + bad, "good", "bad")[0] == "one seed only"
+    assert answer(good, "good", "bad")[0] == "not run"
+    # Choosing seeds choose, and are in no answer.
+    chosen_by = [record("good", 100, 5.0), record("bad", 100, 6.0)]
+    assert choose(good + bad + chosen_by, ["bad", "good"]) == "good"
+    assert answer(chosen_by, "good", "bad")[0] == "not run"
+    with pytest.raises(ValueError, match="--choosing first: mixed"):
+        choose(chosen_by + mixed, ["good", "mixed"])
+
+
+def test_a_tuned_arm_is_the_best_of_the_choosing_seeds(recipes):
+    study = study_of(recipes, 6e7)
+    study.results.mkdir(parents=True)
+    with pytest.raises(ValueError, match="--choosing first"):
+        convergence.resolve_arm(study, "sit_best")
+    for number, arm in enumerate(study.table["arms"]["sit_best"]["best_of"]):
+        for seed, distance in ((100, 9.0 - number), (0, 1.0 + number)):  # the reported seed would choose the first
+            (study.results / f"{arm}-seed{seed}.json").write_text(json.dumps(record(arm, seed, distance)))
+    found = convergence.resolve_arm(study, "sit_best")
+    assert found == {**study.table["arms"]["sit_muon_lr2e-3"], "chosen": "sit_muon_lr2e-3"}
+    with pytest.raises(ValueError, match="no arm 'other'"):
+        convergence.resolve_arm(study, "other")
+
+
+def test_the_page_is_made_of_raw_results(tmp_path):
+    table = {
+        "arms": {"erw": {"warmup_steps": 2}, "repa": {}, "best": {"best_of": ["erw", "repa"]}},
+        "questions": [["Is it better?", "erw", "repa"], ["Is it worse?", "repa", "erw"]],
+        "glance": [["Both", "repa", "erw", "noised"], ["None", "noised", "erw"]],
+        "figures": {"methods": ["repa", "erw"]},
+        "real_distance": "that of real ones is 1",
+        "drawn": ["erw"],
+    }
+    encoder = {"name": "tiny", "flops": 10.0, "steps": 5, "images_per_step": 2}
+    folder = tmp_path / "convergence" / "digits"
+    folder.mkdir(parents=True)
+    for r in [record("erw", 0, 8.0, 2.0), record("erw", 1, 8.0, 4.0), record("repa", 0, 16.0, 8.0),
+              record("repa", 1, 16.0, 9.0), record("erw", 100, 7.5), record("repa", 100, 9.5)]:  # fmt: skip
+        (folder / f"{r['arm']}-seed{r['seed']}.json").write_text(json.dumps(r))
+    write_report(tmp_path, "digits", table, encoder)
+    page = (tmp_path / "convergence-digits.md").read_text()
+    assert "**Yes**: Is it better?\n" in page and "**No**: Is it worse?\n" in page
+    assert "erw ends at 3.00 (2.00 to 4.00), repa at 8.50 (8.00 to 9.00); ahead on 2 of 2 seeds, ranges apart" in page
+    assert "| Both | 8.50 (8.00 to 9.00) | 3.00 (2.00 to 4.00), sooner by at least 2.00 (2.00 to 2.00) |  |" in page
+    assert "| erw | repa |  | 2.00 (2.00 to 2.00) | 2.45 (2.12 to 2.83) | 3.00 (2.25 to 4.00) |" in page
+    assert "| None |" not in page
+    assert "at least 2.00" in page and "never" in page
+    assert "0.10 of a run's budget" in page  # the encoder's own training
+    assert "best: erw, of 2" in page and "7.50" in page
+    for picture in ("methods", "probes"):
+        assert (tmp_path / f"convergence-digits-{picture}.png").stat().st_size > 10_000
+    convergence_report.write_report(tmp_path, "digits", table, encoder)
+    assert (tmp_path / "convergence-digits.md").read_text() == page
+
+
+@pytest.mark.parametrize(("data", "length"), [("digits", 200), ("glyphs", 600)])
+def test_every_arm_of_a_recipe_is_a_run_and_every_name_an_arm(data, length):
+    table = convergence.read_table(RECIPES, data)
+    arms = table["arms"]
+    lengths = {name: arms[name]["warmup_steps"] for name in ("erw", "erw_warmup_0.25", "erw_warmup_2")}
+    assert lengths == {"erw": length, "erw_warmup_0.25": length // 4, "erw_warmup_2": 2 * length}
+    for name, arm in arms.items():
+        if "best_of" in arm:
+            assert set(arm["best_of"]) <= set(arms) and list(arm) == ["best_of"], name
+            continue
+        settings = {k: v for k, v in arm.items() if k not in convergence.NOT_FLAGS and v != "random"}
+        convergence.parse_config(["--config", str(RECIPES / f"{data}.yaml"), *convergence.to_flags(settings)])
+    records = convergence_report.load_records(REPOSITORY / "benchmarks" / "results" / "convergence" / "digits")
+    best = {name: choose(records, arms[name]["best_of"]) for name in ("repa_best", "erw_best")}
+    assert best == {
+        "repa_best": "repa_lr4e-3",
+        "erw_best": "erw_constant_lr4e-3",
+    }  # what a row of the glance is named by
+    for _, arm, control in table["questions"]:
+        assert {arm, control} <= set(arms)
+    for shown in (*table["figures"].values(), *(row[1:] for row in table["glance"]), table["drawn"]):
+        assert set(shown) <= set(arms)

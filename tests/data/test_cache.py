@@ -1,0 +1,183 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, load_dataset
+from diffusers import AutoencoderKL
+from helpers import REPOSITORY, train
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+
+from erw_hf import RepresentationEncoder
+from erw_hf.data.digits import load_digits_dataset
+from erw_hf.data.latents import encode_moments
+from erw_hf.data.samples import center_crop
+from erw_hf.trainer.run_record import read_metrics
+
+
+def cache(folder, vae_path, *flags, processes=1, check=True):
+    launch = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else ["--cpu"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "--main_process_port", "0"]
+    command += ["training/cache_latents.py", "--dataset_name=digits", "--dataset_split=test", f"--vae={vae_path}"]
+    command += ["--sample_size=8", "--rows_per_file=100", f"--output_dir={folder}", *flags]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert (result.returncode == 0) == check, result.stderr[-3000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory, vae_path):
+    folder = tmp_path_factory.mktemp("caches") / "digits"
+    cache(folder, vae_path, processes=2)
+    return folder
+
+
+def test_cache_holds_every_row_once_shuffled_with_its_moments(cached, vae_path):
+    assert len(list((cached / "data").glob("*.parquet"))) == 4
+    rows = load_dataset(str(cached), split="train")
+    keys = [int(key) for key in rows["key"]]
+    assert sorted(keys) == list(range(359)) and keys != list(range(359))
+    source, vae = load_digits_dataset()["test"], AutoencoderKL.from_pretrained(vae_path)
+    assert rows.features["label"].names == [str(i) for i in range(10)]
+    for row in rows.select([0, 150, 358]):
+        image = center_crop(source[int(row["key"])]["image"].convert("RGB"), 16)
+        pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())[None]
+        expected = encode_moments(pixels, vae)[0]
+        stored = np.frombuffer(row["moments"], dtype=np.float16).reshape(8, 8, 8).copy()
+        torch.testing.assert_close(torch.from_numpy(stored).float(), expected, atol=2e-3, rtol=2e-3)
+        assert row["label"] == source[int(row["key"])]["label"]
+        assert np.abs(np.asarray(row["image"], dtype=int) - np.asarray(image, dtype=int)).mean() < 3
+
+
+def test_statistics_are_those_of_the_moments(cached):
+    rows = load_dataset(str(cached), split="train")
+    moments = np.stack([np.frombuffer(m, dtype=np.float16).reshape(8, 8, 8) for m in rows["moments"]]).astype(float)
+    mean, std = moments[:, :4], moments[:, 4:]
+    statistics = json.loads((cached / "latent_statistics.json").read_text())
+    np.testing.assert_allclose(statistics["latents_mean"], mean.mean(axis=(0, 2, 3)), atol=1e-3)
+    variance = (mean**2 + std**2).mean(axis=(0, 2, 3)) - mean.mean(axis=(0, 2, 3)) ** 2
+    np.testing.assert_allclose(statistics["latents_std"], np.sqrt(variance), rtol=1e-2)
+
+
+def test_a_stopped_run_goes_on_and_other_settings_are_refused(cached, vae_path, tmp_path):
+
+    folder = tmp_path / "cut"
+    shutil.copytree(cached, folder)
+    first, *others = sorted((folder / "data").glob("*.parquet"))
+    time_of_first, expected = first.stat().st_mtime_ns, others[0].read_bytes()
+    others[0].unlink()
+    cache(folder, vae_path)
+    assert first.stat().st_mtime_ns == time_of_first  # not written again
+    assert others[0].read_bytes() == expected
+    result = cache(folder, vae_path, "--seed=1", check=False)
+    assert "was begun with other settings" in result.stderr
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_training_reads_the_cache_and_never_encodes(cached, vae_path, tmp_path, tiny_flags, monkeypatch, streaming):
+    monkeypatch.setattr("erw_hf.data.latents.encode_moments", _refuse_after_the_check())
+    flags = [*tiny_flags, f"--dataset_name={cached}", f"--vae={vae_path}", "--in_channels=4"]
+    flags += ["--streaming"] if streaming else []
+    train(*flags, f"--output_dir={tmp_path}/run")
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert len(records) == 7 and all(np.isfinite(record["loss"]) for record in records)
+    assert load_file(tmp_path / "run" / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match="name the vae"):
+        train(*tiny_flags, f"--dataset_name={cached}", f"--output_dir={tmp_path}/other")
+    with pytest.raises(ValueError, match="--flipped"):
+        train(*flags, "--random_flip", f"--output_dir={tmp_path}/third")
+
+
+def _refuse_after_the_check():
+    """The one call that training may make is the check of the autoencoder's shape, on one black image."""
+
+    def encode(pixels, vae):
+        assert pixels.shape[0] == 1 and pixels.abs().max() == 0, "training encoded images that are cached"
+        return encode_moments(pixels, vae)
+
+    return encode
+
+
+def test_flipped_twins(vae_path, tmp_path):
+    cache(tmp_path / "cache", vae_path, "--flipped")
+    rows = load_dataset(str(tmp_path / "cache"), split="train")
+    by_key = {key: i for i, key in enumerate(rows["key"])}
+    assert len(by_key) == 2 * 359
+    plain, flipped = rows[by_key["17"]], rows[by_key["17-flipped"]]
+    difference = np.asarray(plain["image"], dtype=int)[:, ::-1] - np.asarray(flipped["image"], dtype=int)
+    assert np.abs(difference).mean() < 3 and plain["label"] == flipped["label"]
+
+
+def test_a_file_of_broken_images_alone_is_no_end(vae_path, tmp_path):
+    features = Features({"image": Image(), "label": ClassLabel(names=["a"])})
+    images = [PILImage.new("RGB", (16, 16))] + [{"bytes": b"no image", "path": "bad.png"}] * 2
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict({"image": images, "label": [0] * 3}, features=features).to_parquet(
+        tmp_path / "data" / "a.parquet"
+    )
+    cache(
+        tmp_path / "cache", vae_path, f"--dataset_name={tmp_path}/data", "--dataset_split=train", "--rows_per_file=1"
+    )
+    assert load_dataset(str(tmp_path / "cache"), split="train")["key"] == ["0"]
+    assert len(json.loads((tmp_path / "cache" / "latent_statistics.json").read_text())["latents_mean"]) == 4
+
+
+def test_cached_features_stand_in_for_the_encoder(vae_path, encoder_path, tmp_path, tiny_flags, monkeypatch):
+    """The same losses as with the encoder running, up to bfloat16, and neither images nor encoder are touched."""
+    cache(tmp_path / "cache", vae_path, f"--encoder={encoder_path}")
+    flags = [*tiny_flags, f"--vae={vae_path}", "--in_channels=4", "--seed=3"]
+    plain = tmp_path / "plain"
+    shutil.copytree(tmp_path / "cache", plain)
+    for path in (plain / "data").glob("*.parquet"):
+        Dataset.from_parquet(str(path)).remove_columns("features").to_parquet(path)
+    train(*flags, f"--dataset_name={plain}", f"--output_dir={tmp_path}/encoded")
+
+    def refuse(*args):
+        raise AssertionError("looked at what is cached")
+
+    monkeypatch.setattr("erw_hf.data.samples.decode_image", refuse)
+    forward = RepresentationEncoder.forward
+    monkeypatch.setattr(
+        RepresentationEncoder, "forward", lambda self, x: refuse() if x.abs().sum() else forward(self, x)
+    )
+    losses = {}
+    for streaming in ([], ["--streaming"]):
+        run = tmp_path / f"cached{len(streaming)}"
+        train(*flags, *streaming, f"--dataset_name={tmp_path}/cache", f"--output_dir={run}")
+        losses[len(streaming)] = [record["loss"] for record in read_metrics(run / "metrics.jsonl")]
+    encoded = [record["loss"] for record in read_metrics(tmp_path / "encoded" / "metrics.jsonl")]
+    # Images are cached as JPEG, tokens come of the images themselves: close, not equal.
+    assert losses[0] == pytest.approx(encoded, rel=2e-2)
+    assert len(losses[1]) == len(encoded)
+    with pytest.raises(ValueError, match="the cache holds tokens of"):
+        train(*flags, "--patch_size=4", f"--dataset_name={tmp_path}/cache", f"--output_dir={tmp_path}/other")
+
+
+def test_without_an_encoder_no_image_is_decoded(cached, vae_path, tmp_path, tiny_flags, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("decoded an image that nobody needs")
+
+    monkeypatch.setattr("erw_hf.data.samples.decode_image", refuse)
+    monkeypatch.setattr("erw_hf.data.streaming.decode_image", refuse)
+    flags = [*tiny_flags, f"--dataset_name={cached}", f"--vae={vae_path}", "--in_channels=4", "--warmup_steps=0"]
+    for streaming in ([], ["--streaming"]):
+        train(*flags, *streaming, "--alignment_weight=0", f"--output_dir={tmp_path}/run{len(streaming)}")

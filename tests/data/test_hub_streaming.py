@@ -1,0 +1,118 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Training on a stream from a Hub that fails: what it survives, and how it ends where it cannot."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import REPOSITORY, launch_command, short_pauses, write_shards
+from loopback_hub import LoopbackHub
+from PIL import Image
+
+from erw_hf.trainer.run_record import read_metrics
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with LoopbackHub() as hub:
+        write_shards(tmp_path / "shards")
+        hub.add_repo("datasets", "user/greys", tmp_path / "shards")
+        yield hub
+
+
+@pytest.fixture
+def environment(hub, tmp_path):
+    return hub.environment(tmp_path / "home") | short_pauses(tmp_path / "site", 10)
+
+
+def launch(environment, flags, **variables):
+    command, own = launch_command(flags, processes=2)
+    environment = own | environment | variables
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def losses(run):
+    return [(record["step"], record["loss"]) for record in read_metrics(run / "metrics.jsonl")]
+
+
+def test_two_processes_survive_a_failing_hub_with_the_same_losses(hub, environment, tmp_path, tiny_flags):
+    """429, 500, 503, a hanging and a cut connection: nothing is lost, repeated or in another order."""
+    flags = [*tiny_flags, "--dataset_name=user/greys", "--streaming"]
+    calm = launch(environment, [*flags, f"--output_dir={tmp_path}/calm"])
+    assert calm.returncode == 0, calm.stderr[-4000:]
+    parquet = r"/resolve/.*\.parquet"
+    faults = [
+        hub.fault(parquet, method="GET", status=429, retry_after=1),
+        hub.fault(parquet, method="GET", status=500, after=2),
+        hub.fault(parquet, method="GET", status=503, after=4, times=2),
+        hub.fault(parquet, method="GET", hang=30, after=6),
+        hub.fault(parquet, method="GET", cut_after=200, after=8),
+        hub.fault(r"/api/datasets/user/greys", status=502),
+    ]
+    stormy = launch(environment, [*flags, f"--output_dir={tmp_path}/stormy"], HF_HUB_DOWNLOAD_TIMEOUT="2")
+    assert stormy.returncode == 0, stormy.stderr[-4000:]
+    assert all(fault.fired for fault in faults), [fault.fired for fault in faults]
+    assert losses(tmp_path / "stormy") == losses(tmp_path / "calm")
+
+
+def test_a_hub_that_stays_away_ends_all_processes_with_one_message_and_a_checkpoint(
+    hub, environment, tmp_path, tiny_flags
+):
+    flags = [*tiny_flags, "--dataset_name=user/greys", "--streaming", "--stream_retry_seconds=3"]
+    flags += ["--warmup_steps=1", "--max_train_steps=60", f"--output_dir={tmp_path}/run", "--train_batch_size=8"]
+    # From the third file on: some steps are done by then.
+    hub.fault(r"/resolve/.*\.parquet", method="GET", status=500, times=None, after=14)
+    started = time.monotonic()
+    result = launch(environment, flags)
+    assert time.monotonic() - started < 150
+    assert result.returncode != 0
+    messages = re.findall(r"RuntimeError: process \d of 2 could not read its data, so all stop .*", result.stderr)
+    assert len(messages) == 2 and len({re.sub(r"^\[rank\d\]: ", "", message) for message in messages}) == 1
+    assert "no data for" in messages[0]
+    assert "--resume_from_checkpoint latest" in result.stderr
+    assert len(losses(tmp_path / "run")) > 0  # it had begun
+
+
+def test_an_imagefolder_streams_from_the_hub(hub, environment, tmp_path):
+    for i in range(4):
+        (tmp_path / "folder" / "train" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), i).save(tmp_path / "folder" / "train" / "ab"[i % 2] / f"{i}.png")
+    hub.add_repo("datasets", "user/folder", tmp_path / "folder")
+    fault = hub.fault(r"/resolve/.*\.png", method="GET", status=503, times=8, after=1)  # more than the client tries
+    code = """
+import itertools
+from erw_hf.data.samples import SampleMaker
+from erw_hf.data.source import load_source
+from erw_hf.data.streaming import StreamingSamples
+source = load_source("user/folder", streaming=True)
+maker = SampleMaker(source, 8, 1, (1, 8, 8), 0, 0.1, False)
+samples = itertools.islice(StreamingSamples(maker, 1, 0), 4)
+print(source.id2label, sorted(int(sample["pixels"][0, 0, 0]) for sample in samples))
+"""
+    environment = {**os.environ, **environment}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=180)
+    assert result.stdout == "{0: 'a', 1: 'b'} [0, 1, 2, 3]\n", result.stderr[-3000:]
+    assert fault.fired == 8
+
+
+def test_gated_data_says_how_to_get_access(hub, environment, tmp_path):
+    hub.add_repo("datasets", "ILSVRC/imagenet-1k", tmp_path / "shards", gated=True)
+    code = "from erw_hf.data.source import load_source; load_source('ILSVRC/imagenet-1k', streaming=True)"
+    environment = {**os.environ, **environment}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert "PermissionError" in result.stderr and "gated" in result.stderr and "hf auth login" in result.stderr

@@ -1,0 +1,305 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""evaluate.py as a user runs it: one process or two, killed and started again, of a model or of images, by its record."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from helpers import REPOSITORY, TINY_MODEL, launch_command, randomize, run_script, train
+
+from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler
+from erw_hf.evaluation.images import dataset_images, generated_images, npz_images, sample_generator, sample_label
+from erw_hf.trainer.config import TrainingConfig
+from erw_hf.trainer.run_record import read_metrics
+
+
+CLASSIFIER = REPOSITORY / "pipelines" / "digits-classifier"
+DIGITS = ["--reference=digits", f"--extractor={CLASSIFIER}", "--reference_split=test"]
+SAMPLES = ["--num_samples=50", "--batch_size=8", "--num_inference_steps=4", "--save_npz"]
+
+
+def evaluate(folder, *flags):
+    run_script("evaluate", f"--output_dir={folder}", *flags)
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def reference_in(folder):
+    """The one that was made of a data set."""
+    (path,) = folder.glob("reference-*.npz")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    transformer = randomize(ERWTransformer2DModel(**TINY_MODEL)).eval()
+    ERWPipeline(transformer, None, FlowMatchEulerMaruyamaScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluations") / "one"
+    return folder, evaluate(folder, f"--model={model}", *DIGITS, *SAMPLES)
+
+
+def test_the_record_holds_the_numbers_and_all_they_depend_on(evaluated):
+    folder, record = evaluated
+    assert {"metrics", "settings", "model", "reference", "extractor", "versions", "hardware", "seconds"} == set(record)
+    assert set(record["metrics"]) == {
+        "fid", "inception_score", "inception_score_std", "precision", "recall", "kid", "kid_std", "accuracy",
+    }  # fmt: skip
+    assert all(np.isfinite(value) for value in record["metrics"].values()) and record["metrics"]["fid"] > 1
+    settings = {"seed": 0, "labels": "random", "num_inference_steps": 4, "guidance_scale": 1.8, "num_samples": 50}
+    assert settings.items() <= record["settings"].items() and record["settings"]["guidance_interval"] == [0.0, 0.7]
+    assert record["model"]["scheduler"]["class"] == "FlowMatchEulerMaruyamaScheduler"
+    assert "round" in record["model"]["rounding"] and "EMA" in record["model"]["weights"]
+    for hashed in (record["model"], record["reference"], record["extractor"]):
+        assert len(hashed["sha256"]) == 64
+    assert record["versions"]["torch-fidelity"] and record["hardware"]["processes"] == 1
+    assert {"load", "reference", "samples", "features", "reference_images", "metrics"} == set(record["seconds"])
+    names = ["evaluation.json", reference_in(folder).name, "samples.npz"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+
+
+def test_two_processes_draw_the_same_images_and_find_the_same_numbers(model, evaluated, tmp_path):
+    folder, record = evaluated
+    flags = [f"--output_dir={tmp_path}/two", f"--model={model}", *DIGITS, *SAMPLES]
+    command, environment = launch_command(flags, 2, ["training/evaluate.py"])
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    both = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    assert both["hardware"]["processes"] == 2
+    images = [npz_images(path / "samples.npz").read(range(50))[0] for path in (folder, tmp_path / "two")]
+    assert torch.equal(*images)
+    with np.load(reference_in(folder)) as one, np.load(reference_in(tmp_path / "two")) as two:
+        for name in ("mu", "sigma"):
+            assert abs(one[name] - two[name]).max() <= 1e-12
+    # 50 samples in 64 dimensions: the square root makes 1e-8 of a last bit in the singular directions.
+    assert both["metrics"] == pytest.approx(record["metrics"], rel=1e-8)
+
+
+# evaluate.py that ends as by the out-of-memory killer when the fourth of its seven batches is drawn
+DYING = """
+import os, runpy, signal
+from erw_hf.evaluation.images import NpzWriter
+
+write = NpzWriter.write
+
+def die(self, indices, images):
+    if indices[0] == 24:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, indices, images)
+
+NpzWriter.write = die
+runpy.run_path("training/evaluate.py", run_name="__main__")
+"""
+
+
+def test_killed_half_way_and_started_again_it_finds_the_very_numbers(model, evaluated, tmp_path):
+    folder, record = evaluated
+    flags = [f"--model={model}", *DIGITS, *SAMPLES, "--save_steps=1"]
+    process = subprocess.run(
+        [sys.executable, "-c", DYING, f"--output_dir={tmp_path}", *flags],
+        cwd=REPOSITORY, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert process.returncode == -signal.SIGKILL, process.stderr[-3000:]
+    assert len(list((tmp_path / "work" / "samples").glob("labels-*.npy"))) == 3
+    for name, flag in (
+        ("settings.seed", "--seed=1"),
+        ("settings.mixed_precision", "--mixed_precision=bf16"),
+        ("files.save_png", "--save_png"),
+    ):
+        with pytest.raises(ValueError, match=f"begun with other {name}"):
+            evaluate(tmp_path, *flags, flag)
+    assert evaluate(tmp_path, *flags)["metrics"] == record["metrics"]
+    images = [npz_images(path / "samples.npz").read(range(50))[0] for path in (folder, tmp_path)]
+    assert torch.equal(*images)
+
+
+def test_the_record_is_made_again_and_compared(evaluated, tmp_path, capsys):
+    folder, record = evaluated
+    copy = tmp_path / "evaluation.json"
+    copy.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="finished evaluation"):
+        run_script("evaluate", f"--record={copy}", f"--output_dir={tmp_path}")
+    run_script("evaluate", f"--record={copy}")
+    assert json.loads((tmp_path / "again" / "evaluation.json").read_text())["metrics"] == record["metrics"]
+    assert "difference" in capsys.readouterr().out
+    copy.write_text(json.dumps(record | {"metrics": record["metrics"] | {"fid": record["metrics"]["fid"] * 1.001}}))
+    with pytest.raises(SystemExit, match="the numbers are not those of"):
+        run_script("evaluate", f"--record={copy}")
+    assert "1.0e-03" in capsys.readouterr().out
+
+
+def test_a_record_in_bfloat16_is_made_again_in_it(model, evaluated, tmp_path):
+    record = evaluate(tmp_path, f"--model={model}", *DIGITS, *SAMPLES[:3], "--mixed_precision=bf16", "--metrics=fid")
+    assert record["hardware"]["mixed_precision"] == record["settings"]["mixed_precision"] == "bf16"
+    assert record["metrics"]["fid"] != evaluated[1]["metrics"]["fid"]
+    run_script("evaluate", f"--record={tmp_path}/evaluation.json")  # which compares
+
+
+def test_images_without_a_model_have_the_numbers_of_their_model(model, evaluated, tmp_path):
+    """The npz that the evaluation wrote, and the same as PNG files, against a stored reference."""
+    folder, record = evaluated
+    reference = f"--reference={reference_in(folder)}"
+    found = evaluate(tmp_path / "npz", f"--images={folder}/samples.npz", reference, DIGITS[1], "--batch_size=8")
+    expected = {name: value for name, value in record["metrics"].items() if name != "accuracy"}  # it has no labels
+    assert found["metrics"] == expected and found["model"] is None
+    evaluate(
+        tmp_path / "png", f"--model={model}", reference, DIGITS[1], *SAMPLES[:3], "--metrics", "fid", "--save_png"
+    )
+    images = dataset_images(str(tmp_path / "png" / "samples"))
+    assert torch.equal(images.read(range(50))[0], npz_images(folder / "samples.npz").read(range(50))[0])
+
+
+def test_a_reference_is_made_of_a_data_set(tmp_path):
+    path = tmp_path / "references" / "digits.npz"  # in a folder that is not there yet
+    arguments = ["--images=digits", "--split=test", DIGITS[1]]
+    run_script("evaluate", f"--output_dir={tmp_path}/make", *arguments, f"--save_reference={path}")
+    assert list((tmp_path / "make").iterdir()) == []
+    found = evaluate(tmp_path / "measure", *arguments, f"--reference={path}")
+    assert found["metrics"]["fid"] == pytest.approx(0, abs=1e-9) and found["metrics"]["precision"] == 1
+    # Real digits that the reference has not seen are near it: the floor for models.
+    assert evaluate(tmp_path / "floor", "--images=digits", f"--reference={path}", DIGITS[1])["metrics"]["fid"] < 5
+
+
+def test_a_reference_of_another_split_is_made_anew(tmp_path):
+    arguments = ["--images=digits", "--split=test", "--metrics=fid", *DIGITS[:2]]
+    assert evaluate(tmp_path, *arguments, "--reference_split=test")["metrics"]["fid"] == pytest.approx(0, abs=1e-9)
+    (tmp_path / "evaluation.json").unlink()
+    assert evaluate(tmp_path, *arguments, "--reference_split=train")["metrics"]["fid"] > 0.1
+
+
+def test_all_metrics_with_inception_and_dinov2(inception_weights, encoder_path, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (2, 6, 16, 16, 3), dtype=torch.uint8, generator=generator).numpy()
+    pixels[1] = pixels[1] // 2
+    for name, images in zip(("a", "b"), pixels, strict=True):
+        np.savez(tmp_path / f"{name}.npz", arr_0=images)
+    networks = [f"--inception_weights={inception_weights}", f"--dinov2={encoder_path}"]
+    path = f"{tmp_path}/reference.npz"
+    run_script(
+        "evaluate",
+        f"--output_dir={tmp_path}/make",
+        f"--images={tmp_path}/b.npz",
+        f"--save_reference={path}",
+        *networks,
+    )
+    with np.load(path) as file:
+        names = {"mu": 2048, "mu_s": 2023, "mu_dinov2": 16}
+        assert {name: file[name].size for name in names} == names
+        assert file["sigma_s"].shape == (2023, 2023) and file["arr_0"].shape == (6, 16, 16, 3)
+    record = evaluate(tmp_path / "a", f"--images={tmp_path}/a.npz", f"--reference={path}", *networks)
+    assert {"fid", "sfid", "inception_score", "precision", "recall", "kid", "fd_dinov2"} <= set(record["metrics"])
+    assert all(np.isfinite(value) for value in record["metrics"].values())
+    assert min(record["metrics"][name] for name in ("fid", "sfid", "fd_dinov2")) > 0
+    with pytest.raises(ValueError, match="'fd_dinov2'.* cannot be had"):
+        evaluate(
+            tmp_path / "c", f"--images={tmp_path}/a.npz", f"--reference={path}", networks[0], "--metrics=fd_dinov2"
+        )
+
+
+def test_what_cannot_be_evaluated(model, tmp_path, capsys):
+    arguments = [f"--model={model}", *DIGITS, "--num_inference_steps=2"]
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        evaluate(tmp_path / "one", *arguments, "--num_samples=1")
+    with pytest.raises(ValueError, match="at least 4 samples"):
+        evaluate(tmp_path / "three", *arguments, "--num_samples=3")
+    with pytest.raises(FileNotFoundError, match="VIRTUAL_imagenet256_labeled.npz"):
+        evaluate(tmp_path / "none", arguments[0], "--reference=nowhere.npz", DIGITS[1], "--num_samples=2")
+    with pytest.raises(SystemExit):
+        evaluate(tmp_path / "none", arguments[0])
+    assert "--reference" in capsys.readouterr().err
+
+
+def test_noise_and_label_of_a_sample_are_functions_of_seed_and_index(model):
+    pipe = ERWPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    images = generated_images(pipe, 60, seed=3, num_inference_steps=4)
+    whole, labels = images.read(range(60))
+    parts = [images.read(range(start, min(start + 7, 60))) for start in range(0, 60, 7)]
+    assert torch.equal(labels, torch.cat([part[1] for part in parts]))
+    difference = (whole.int() - torch.cat([part[0] for part in parts]).int()).abs()
+    # The last bit of a batched product may cross a rounding edge.
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
+    assert not torch.equal(whole, generated_images(pipe, 60, seed=4, num_inference_steps=4).read(range(60))[0])
+    drawn = {tuple(torch.randn(4, generator=sample_generator(0, index)).tolist()) for index in range(2000)}
+    assert len(drawn) == 2000
+    random = np.bincount([sample_label(0, index, 10, "random") for index in range(2000)], minlength=10)
+    assert random.min() > 150 and random.max() < 250 and len(set(random)) > 1
+    assert [sample_label(0, index, 10, "balanced") for index in range(20)] == [*range(10)] * 2
+    assert sample_label(0, 5, 0, "random") == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_sample_that_is_not_finite_is_named(model, value):
+    """Infinity too, which the pipeline would clip to a white pixel."""
+    pipe = ERWPipeline.from_pretrained(model)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    torch.nn.init.constant_(pipe.transformer.proj_out.bias, value)
+    with pytest.raises(ValueError, match="sample 3 holds NaN or infinity"):
+        generated_images(pipe, 8, seed=0, num_inference_steps=1).read([3, 4])
+
+
+def test_evaluating_a_run_does_not_change_it_and_is_what_evaluate_py_finds(tiny_flags, tmp_path):
+    flags = [*tiny_flags, "--probe_samples=60", "--probe_dataset=digits", "--evaluation_samples=40"]
+    monitor = ["--evaluation_steps=5", "--probe_steps=3", f"--evaluation_extractor={CLASSIFIER}"]
+    train(*flags, f"--output_dir={tmp_path}/plain")
+    finished = tmp_path / "run" / "evaluation" / "evaluation.json"  # where evaluate.py's docstring puts it
+    finished.parent.mkdir(parents=True)
+    finished.write_text("{}")
+    train(*flags, f"--output_dir={tmp_path}/run", *monitor, "--max_train_steps=10", "--report_to=tensorboard")
+    plain, run = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", "run"))
+    assert [record["loss"] for record in run[:7]] == [record["loss"] for record in plain]
+
+    records = read_metrics(tmp_path / "run" / "evaluations.jsonl")
+    assert [record["step"] for record in records] == [3, 5, 6, 9, 10]
+    assert ["probes" in record for record in records] == [True, False, True, True, False]
+    for record in records[::2][:2]:
+        for probe in record["probes"]:  # the warmup's model has two blocks
+            assert len(probe["cknna"]) == len(probe["accuracy"]) == (2 if record["phase"] == "warmup" else 3)
+    assert [probe["t"] for probe in records[0]["probes"]] == [0.0, 0.5]
+    for name in ("quality_curve.png", "probes.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 1000
+    assert finished.exists() and not (tmp_path / "run" / ".evaluation-work").exists()
+    assert list((tmp_path / "run").rglob("events.out*"))
+
+    # The weights of the last step are those of the pipeline: the EMA's.
+    found = evaluate(
+        tmp_path / "after", f"--model={tmp_path}/run/pipeline", f"--reference={reference_in(tmp_path / 'run')}",
+        DIGITS[1], "--num_samples=40", "--batch_size=4", "--num_inference_steps=2", "--guidance_scale=1", "--metrics", "fid",
+        "accuracy",
+    )  # fmt: skip
+    assert found["metrics"] == {name: records[-1][name] for name in ("fid", "accuracy")}
+
+
+def test_a_run_that_could_not_evaluate_does_not_start(tiny_flags, tmp_path):
+    with pytest.raises(ValueError, match="evaluation_steps needs evaluation_reference"):
+        TrainingConfig(in_channels=1, evaluation_steps=5)
+    with pytest.raises(ValueError, match="evaluation_samples must be at least 2"):
+        TrainingConfig(in_channels=1, evaluation_samples=1)
+    with pytest.raises(FileNotFoundError, match="VIRTUAL_imagenet256"):
+        train(
+            *tiny_flags, f"--output_dir={tmp_path}/run", "--evaluation_steps=5", "--evaluation_reference=none.npz",
+            f"--evaluation_extractor={CLASSIFIER}",
+        )  # fmt: skip
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl") == []

@@ -1,0 +1,73 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import pytest
+import torch
+
+from erw_hf import ERWTransformer2DModel
+from erw_hf.alignment import AlignedTransformer, MLPProjector
+from erw_hf.trainer.flops import count_step_flops
+from erw_hf.warmup import build_warmup_transformer
+
+
+# Multiply-adds of a forward pass on a 32x32x4 latent in patches of 2, as the DiT and SiT papers give them (in 10^9).
+PUBLISHED = {"S": (12, 6, 64, 6.06), "B": (12, 12, 64, 23.0), "L": (24, 16, 64, 80.7), "XL": (28, 16, 72, 118.6)}
+
+
+def config(size):
+    layers, heads, head_dim, _ = PUBLISHED[size]
+    names = ("num_layers", "num_attention_heads", "attention_head_dim")
+    defaults = dict(ERWTransformer2DModel(num_layers=0, num_attention_heads=1, attention_head_dim=8).config)
+    defaults = {k: v for k, v in defaults.items() if not k.startswith("_") and k != "class_token_dim"}
+    return {**defaults, **dict(zip(names, (layers, heads, head_dim), strict=True))}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_training_costs_three_published_forward_passes(size):
+    with torch.device("meta"):
+        model = AlignedTransformer(ERWTransformer2DModel(**config(size)), [], 1)
+    multiply_adds = count_step_flops(model, []) / 3 / 2
+    assert multiply_adds / 1e9 == pytest.approx(PUBLISHED[size][3], rel=0.02)
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_a_class_token_costs_one_token_of_257(size):
+    """REG (arXiv 2507.01467) says below 0.5 % for XL/2; two thin layers of the encoder's width come on top."""
+    with torch.device("meta"):
+        plain, more = (
+            AlignedTransformer(ERWTransformer2DModel(**config(size), **option), [], 1)
+            for option in ({}, {"class_token_dim": 768})
+        )
+    before, after = count_step_flops(plain, []), count_step_flops(more, [])
+    assert after / 6e9 == pytest.approx(PUBLISHED[size][3], rel=0.03)
+    if size == "XL":
+        assert 1 / 256 < after / before - 1 < 0.005
+
+
+@pytest.mark.parametrize("depth", [4, 5])
+def test_a_warmup_step_costs_a_fifth_of_a_full_one(depth):
+    with torch.device("meta"):
+        full = AlignedTransformer(ERWTransformer2DModel(**config("XL")), [MLPProjector(1152, 768)], 18)
+        warmup = AlignedTransformer(
+            build_warmup_transformer(config("XL"), depth), [MLPProjector(1152, 768)], depth, True
+        )
+    assert count_step_flops(warmup, []) / count_step_flops(full, []) <= 0.22
+
+
+def test_checkpointing_is_left_as_it_was_and_not_counted():
+    with torch.device("meta"):
+        model = AlignedTransformer(ERWTransformer2DModel(**config("S")), [], 1)
+    plain = count_step_flops(model, [])
+    model.transformer.enable_gradient_checkpointing()
+    assert count_step_flops(model, []) == plain
+    assert model.transformer.gradient_checkpointing

@@ -1,0 +1,141 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Every preset is a recipe card that starts and trains, with its dimensions shrunk by flags alone."""
+
+import json
+import re
+
+import pytest
+import yaml
+from helpers import REPOSITORY, train
+
+from erw_hf.trainer import cost
+from erw_hf.trainer.config import TrainingConfig, parse_config
+from erw_hf.trainer.cost import cost_report
+from erw_hf.trainer.run_record import read_metrics
+
+
+CONFIGS = REPOSITORY / "training" / "configs"
+PRESETS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def small(encoder_path, vae_path):
+    """Flags that replace what a preset takes from the Hub, and shrink it."""
+    values = {
+        "dataset_name": "digits", "encoder": encoder_path, "sample_size": 8, "patch_size": 2, "num_layers": 3,
+        "num_attention_heads": 2, "attention_head_dim": 8, "warmup_depth": 2, "projector_depth": 2, "projector_dim": 16,
+        "num_classes": 10, "train_batch_size": 2, "validation_steps": 0, "num_validation_images": 2,
+        "num_inference_steps": 2, "checkpointing_steps": 100, "dataloader_num_workers": 0, "report_to": "none",
+        "mixed_precision": "no",
+    }  # fmt: skip
+    flags = [f"--{name}={value}" for name, value in values.items()]
+    return lambda preset: flags if preset == "digits" else [*flags, f"--vae={vae_path}"]
+
+
+def test_the_presets_that_are_promised_exist():
+    sizes = [f"imagenet256-{size}-{kind}" for size in ("b", "l", "xl") for kind in
+             ("erw-paper", "erw-code", "repa", "sit", "modern")]  # fmt: skip
+    assert {*sizes, "imagenet512-xl-erw", "digits"} == set(PRESETS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_trains_three_steps_of_each_phase(preset, small, tmp_path):
+    config = f"--config={CONFIGS / preset}.yaml"
+    has_warmup = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text()).get("warmup_steps", 0) > 0
+    steps = ["--warmup_steps=3", "--max_train_steps=6"] if has_warmup else ["--warmup_steps=0", "--max_train_steps=3"]
+    train(config, *small(preset), *steps, f"--output_dir={tmp_path}/run")
+    phases = [record["phase"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert phases == ["warmup"] * 3 * has_warmup + ["full"] * 3
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_is_a_recipe_card(preset):
+    text = (CONFIGS / f"{preset}.yaml").read_text()
+    header = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+    assert f"training/configs/{preset}.yaml" in header or preset == "digits" and "make quickstart" in header
+    if preset != "digits":
+        assert "Not run by us" in header and "--dry_run" in header
+        assert re.search(r"Expect|argued guess", header)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_dry_run_costs_every_preset_without_its_data(preset, small, capsys, monkeypatch):
+    """The model's own dimensions, the tiny encoder and the digits in place of what lies on the Hub."""
+    monkeypatch.setattr(cost, "count_step_flops", lambda model, encoders: 10**12)  # counted in the next test
+    own = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text())
+    keep = {"num_layers", "num_attention_heads", "attention_head_dim", "sample_size", "patch_size", "warmup_depth",
+            "projector_depth", "projector_dim"}  # fmt: skip
+    flags = [flag for flag in small(preset) if flag[2:].split("=")[0] not in keep]
+    train(f"--config={CONFIGS / preset}.yaml", *flags, "--dry_run")
+    report = capsys.readouterr().out
+    assert "FLOPs of a full step" in report and "GPU-hours" in report and "Nothing wrong was found" in report
+    if own.get("num_layers") == 28:
+        millions = float(re.search(r"transformer +([\d.]+) M", report)[1])
+        assert 660 < millions < 690
+
+
+def test_dry_run_of_xl_in_numbers(vae_path):
+    flags = [
+        "--dataset_name=digits",
+        f"--vae={vae_path}",
+        "--encoder=none",
+        "--warmup_steps=0",
+        "--max_train_steps=400000",
+    ]
+    report = cost_report(parse_config([f"--config={CONFIGS}/imagenet256-xl-sit.yaml", *flags, "--num_classes=1000"]))
+    # 3 x 2 x 118.6 GMAC x 32 images; 400 000 steps of them at 40 % of 989 TFLOP/s
+    full_step = float(re.search(r"full step +([\d.e+]+)", report)[1])
+    assert full_step == pytest.approx(6 * 118.6e9 * 32, rel=0.02)
+    hours = float(re.search(r"GPU-hours +([\d.]+)", report)[1])
+    assert hours == pytest.approx(6 * 118.6e9 * 32 * 400_000 / (0.4 * 989e12) / 3600, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--encoder_image_size=20"], "encoder tokens, the latent has 4x4"),
+        (["--image_column=photo"], "'photo' is no column"),
+        (["--num_classes=3"], r"is not in \[0, 2\]"),
+    ],
+)
+def test_dry_run_finds_what_is_wrong(small, flags, message):
+    with pytest.raises(ValueError, match=message):
+        train(
+            f"--config={CONFIGS}/imagenet256-b-erw-paper.yaml", *small("imagenet256-b-erw-paper"), *flags, "--dry_run"
+        )
+
+
+def test_dry_run_wants_an_autoencoder_whose_latents_are_scaled(small, vae_path, tmp_path):
+    flags = [
+        f"--config={CONFIGS}/imagenet256-b-erw-paper.yaml",
+        *small("imagenet256-b-erw-paper"),
+        f"--vae={tmp_path}",
+    ]
+    config = json.loads((vae_path / "config.json").read_text())
+    for changes, message in (
+        ({"scaling_factor": 1.0}, "latent_statistics.json"),
+        ({"latent_channels": 16}, "set in_chan"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(ValueError, match=message):
+            train(*flags, "--dry_run")
+    statistics = {"scaling_factor": 1.0, "latents_mean": [0.0] * 4, "latents_std": [2.0] * 4}
+    (tmp_path / "config.json").write_text(json.dumps(config | statistics))
+    train(*flags, "--dry_run")
+
+
+def test_every_key_has_a_help_text():
+    for name, field in TrainingConfig.__dataclass_fields__.items():
+        assert field.metadata["help"].endswith((".", "float32.")), name

@@ -1,0 +1,179 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Speed changes nothing else: the trainer's losses are those of a plain loop, compiled or not."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate.utils import set_seed
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from helpers import PRESET, TINY_MODEL, randomize, train
+from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+
+from erw_hf import ERWTransformer2DModel, RepresentationEncoder
+from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples
+from erw_hf.data.source import load_source
+from erw_hf.trainer.config import parse_config
+from erw_hf.trainer.device import LateValues
+from erw_hf.trainer.models import build_full_model, build_warmup_model, choose_attention
+from erw_hf.trainer.run_record import read_metrics
+
+
+def losses_of(run) -> list[float]:
+    return [record["loss"] for record in read_metrics(run / "metrics.jsonl")]
+
+
+def plain_run(config) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Both phases as one would first write them: a loop over samples, an optimizer without tricks, an EMA tensor by
+    tensor, a hand-over by name. Only the models, the samples' draws and the encoder are the library's."""
+    source = load_source(**config.source_arguments())
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    maker = SampleMaker(
+        source, config.sample_size, config.in_channels, shape, config.seed, config.class_dropout_prob, False
+    )
+    samples = TrainingSamples(maker)
+    encoder = RepresentationEncoder.from_pretrained(config.encoder, config.token_grid)
+    losses, warmup_state, average = [], {}, {}
+    for phase in ("warmup", "full"):
+        set_seed(config.seed)
+        build = build_warmup_model if phase == "warmup" else build_full_model
+        model = build(config, source.num_classes, [encoder]).train()
+        parameters = dict(model.named_parameters())
+        for name, tensor in warmup_state.items():
+            if "norm_out" not in name and "proj_out" not in name:
+                parameters[name].data.copy_(tensor)
+        start, end = (0, config.warmup_steps) if phase == "warmup" else (config.warmup_steps, config.max_train_steps)
+        trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
+        betas = (config.adam_beta1, config.adam_beta2)
+        optimizer = torch.optim.AdamW(
+            trained, lr=0, betas=betas, eps=config.adam_epsilon, weight_decay=config.adam_weight_decay, foreach=False
+        )
+        if phase == "full":
+            average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        sampler = StepSampler(
+            len(source.dataset), config.train_batch_size, 1, num_processes=1, process_index=0,
+            start_step=start, end_step=end, seed=config.seed,
+        )  # fmt: skip
+        for number, indices in enumerate(sampler):
+            optimizer.param_groups[0]["lr"] = config.learning_rate * min(1, number / config.lr_warmup_steps)
+            weight = config.alignment_weight * 0.5 ** (number / config.alignment_half_life)
+            loss = 0
+            for index in indices:
+                sample = {name: torch.as_tensor(value)[None] for name, value in samples[index].items()}
+                image = sample["pixels"].float() / 255
+                x0, noise = image * 2 - 1, sample["noise"]
+                t = torch.special.ndtr(sample["time_normal"])
+                t = config.timestep_shift * t / (1 + (config.timestep_shift - 1) * t)
+                if phase == "warmup":
+                    t, noise = torch.zeros_like(t), torch.zeros_like(noise)
+                velocity, (projected,), _ = model((1 - t) * x0 + t * noise, t, sample["label"], sample["drop"])
+                cosine = torch.nn.functional.cosine_similarity(projected, encoder(image), dim=-1)
+                of_sample = (1 - cosine).mean()
+                if phase == "full":
+                    of_sample = ((velocity - (noise - x0)) ** 2).mean() + weight * of_sample
+                loss = loss + of_sample / len(indices)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm, foreach=False)
+            optimizer.step()
+            for name, tensor in average.items():
+                tensor.mul_(config.ema_decay).add_(parameters[name].detach(), alpha=1 - config.ema_decay)
+            losses.append(loss.item())
+        warmup_state = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    return losses, {name.removeprefix("transformer."): t for name, t in average.items() if "projectors" not in name}
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_flags) -> list[str]:
+    # A schedule that a line of the plain loop states, and a few more steps than elsewhere.
+    return [*tiny_flags, "--lr_scheduler=constant", "--warmup_steps=4", "--max_train_steps=12"]
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory, flags):
+    run = tmp_path_factory.mktemp("eager")
+    train(*flags, f"--output_dir={run}/run")
+    return run / "run"
+
+
+def test_losses_and_average_are_those_of_a_plain_loop(eager, flags):
+    config = parse_config([*PRESET, *flags])
+    losses, average = plain_run(config)
+    np.testing.assert_allclose(losses_of(eager), losses, rtol=1e-5)
+    weights = load_file(eager / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    for name, tensor in average.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_compiled_blocks_change_no_loss(eager, flags, tmp_path):
+    torch._dynamo.reset()
+    counters["stats"].clear()
+    train(*flags, "--torch_compile=yes", f"--output_dir={tmp_path}/run")
+    assert counters["stats"]["unique_graphs"] == 2  # the encoder, and one block for all of both phases
+    np.testing.assert_allclose(losses_of(tmp_path / "run"), losses_of(eager), rtol=1e-3)
+
+
+def test_values_arrive_late_but_as_they_were():
+    values = torch.tensor([1.5, float("nan"), float("inf")])
+    np.testing.assert_array_equal(LateValues(values).fetch(), values)
+
+
+def test_short_attention_in_bf16_takes_the_kernel_that_a_cpu_is_fast_at():
+    def backends(device_type: str, mixed_precision: str, **changes) -> set:
+        model = ERWTransformer2DModel(**{**TINY_MODEL, **changes})
+        choose_attention(model, device_type, mixed_precision)
+        return {block.attn.processor._attention_backend for block in model.transformer_blocks}
+
+    active = _AttentionBackendRegistry.get_active_backend()[0]
+    assert backends("cpu", "bf16") == {AttentionBackendName._NATIVE_MATH}
+    assert _AttentionBackendRegistry.get_active_backend()[0] == active  # that of all other models
+    # A longer one, another precision, another device: as it was.
+    for left_alone in (
+        backends("cpu", "bf16", sample_size=32), backends("cpu", "no"), backends("cuda", "bf16"),
+    ):  # fmt: skip
+        assert left_alone == {None}
+
+
+def test_both_kernels_attend_alike_in_bf16():
+    size = TINY_MODEL["sample_size"]
+    inputs = torch.randn(2, TINY_MODEL["in_channels"], size, size, generator=torch.manual_seed(0))
+    gradients = []
+    for chosen in (False, True):
+        model = randomize(ERWTransformer2DModel(**TINY_MODEL))
+        if chosen:
+            choose_attention(model, "cpu", "bf16")
+            assert model.transformer_blocks[0].attn.processor._attention_backend is not None
+        with torch.autocast("cpu", torch.bfloat16):
+            sample = model(
+                inputs, torch.tensor([0.2, 0.8]), torch.tensor([1, 2]), force_drop_ids=torch.zeros(2)
+            ).sample
+        sample.float().square().mean().backward()
+        # Together, since a key's bias has no gradient but rounding.
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
+
+
+def test_bf16_runs_choose_it_and_compile(flags, tmp_path, monkeypatch):
+    chosen = []
+
+    def remember(model, *where):
+        choose_attention(model, *where)
+        chosen.append((where, model.transformer_blocks[0].attn.processor._attention_backend))
+
+    monkeypatch.setattr("erw_hf.trainer.models.choose_attention", remember)
+    torch._dynamo.reset()
+    train(*flags, "--mixed_precision=bf16", "--torch_compile=yes", f"--output_dir={tmp_path}/run")
+    assert chosen == [(("cpu", "bf16"), AttentionBackendName._NATIVE_MATH)] * 2  # in both phases
+    assert np.isfinite(losses_of(tmp_path / "run")).all()
