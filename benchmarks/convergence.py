@@ -19,8 +19,8 @@
 
 Every run is `training/train_erw.py` with the flags of an arm (`recipes/arms.yaml`) on one base configuration
 (`recipes/<data>.yaml`), measured by the project's own evaluation. Runs of one seed see the same images and noise in the
-same step. What is killed goes on with the same command, what is finished is skipped. Each finished run becomes one small
-file in `results/convergence/<data>/`, from which `results/convergence-<data>.md` and its pictures are made.
+same step. A killed command goes on when it is given again; finished runs are skipped. Each finished run becomes one line of
+`results/convergence-<data>.jsonl`, from which `results/convergence-<data>.md` and its plots are made.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from transformers import AutoConfig, AutoModel
 
 from erw_hf import ERWTransformer2DModel, RepresentationEncoder
 from erw_hf.data.source import load_source
-from erw_hf.provenance import write_record
+from erw_hf.provenance import file_hash
 from erw_hf.trainer.config import TrainingConfig, parse_config
 from erw_hf.trainer.flops import count_step_flops
 from erw_hf.trainer.models import build_full_model, build_warmup_model, encoders_of_step
@@ -61,6 +61,7 @@ FROM_A_WARMUP = ("asleep", "modulation")
 
 # torch's random state, its FLOP counter's hooks and the building of models are one for all threads.
 BUILDING = threading.Lock()
+RECORDING = threading.Lock()
 
 
 class OutOfTime(Exception):
@@ -82,6 +83,10 @@ class Study:
     @property
     def base(self) -> Path:
         return self.recipes / f"{self.data}.yaml"
+
+    @property
+    def records(self) -> Path:
+        return convergence_report.records_path(self.results, self.data)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -116,13 +121,13 @@ def main(arguments: list[str] | None = None) -> bool:
         args.recipes.resolve(),
         args.data,
         (args.runs / args.data).resolve(),
-        (args.results / "convergence" / args.data).resolve(),
+        args.results.resolve(),
         float(args.budget or table["budget"]),
         table,
     )
     finished = True
-    check_recipe(study)
     if not args.report_only:
+        check_recipe(study)
         if args.max_minutes is not None:
             study.stop_at = time.monotonic() + 60 * args.max_minutes
         finished = run_all(study, args)
@@ -185,7 +190,7 @@ def resolve_arm(study: Study, name: str) -> dict:
         raise ValueError(f"no arm {name!r} in arms.yaml; it has {', '.join(arms)}")
     arm = dict(arms[name])
     if "best_of" in arm:
-        records = convergence_report.load_records(study.results)
+        records = convergence_report.load_records(study.records)
         winner = convergence_report.choose(records, arm["best_of"])
         return {**resolve_arm(study, winner), "chosen": winner}
     return arm
@@ -193,27 +198,29 @@ def resolve_arm(study: Study, name: str) -> dict:
 
 def run_arm(study: Study, name: str, arm: dict, seed: int) -> None:
     """One run, from wherever it was left to its record."""
-    record_path = study.results / f"{name}-seed{seed}.json"
     arm = dict(arm)
     chosen = arm.pop("chosen", None)
-    if record_path.exists():
-        record = json.loads(record_path.read_text())
-        now = {"arm_settings": arm, "base": read_base(study), "budget": study.budget}
-        differing = [name for name, value in now.items() if record[name] != value]
-        if differing:
-            raise ValueError(
-                f"{record_path} was made with another {differing[0]}: delete it, or choose another --results"
-            )
-        return
+    for record in convergence_report.load_records(study.records):
+        if (record["arm"], record["seed"]) == (name, seed):
+            now = {"arm_settings": arm, "base": read_base(study), "budget": study.budget}
+            differing = [key for key, value in now.items() if record[key] != value]
+            if differing:
+                raise ValueError(
+                    f"{study.records} holds {name}, seed {seed}, made with another {differing[0]}: delete that line, or "
+                    "choose another --results"
+                )
+            return
     folder = study.runs / f"{name}-seed{seed}"
     flags, before = prepare(study, arm, seed, folder)
     script = ["training/train_erw.py", "--config", relative(study.base), *flags]
     run_script(study, [*script, f"--output_dir={folder}", "--resume_from_checkpoint=latest"], f"{folder}.log")
     probes = [] if is_choosing(seed) else run_probes(study, folder)
     if seed == 0:  # the pictures of one seed tell enough
-        shutil.copyfile(folder / "grid.png", record_path.with_suffix(".png"))
-    write_record(
-        record_path,
+        picture = convergence_report.picture_path(study.results, study.data, name)
+        picture.parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / "grid.png", picture)
+    add_record(
+        study.records,
         {
             "arm": name,
             "arm_settings": arm,
@@ -228,12 +235,41 @@ def run_arm(study: Study, name: str, arm: dict, seed: int) -> None:
             + " ".join(script).replace(f"{study.runs}/", f"outputs/convergence/{study.data}/"),
             **measurements(folder, before),
             "probes": probes,
+            **provenance(study, flags),
             **{k: v for k, v in json.loads((folder / "environment.json").read_text()).items() if k != "local"},
         },
     )
     for checkpoint in folder.rglob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    print(f"{name} seed {seed}: {record_path}", flush=True)
+    print(f"{name}, seed {seed}: a line of {study.records}", flush=True)
+
+
+def add_record(path: Path, record: dict) -> None:
+    """Appends a line; a kill leaves the file with or without it."""
+    with RECORDING:
+        before = path.read_text() if path.exists() else ""
+        temporary = path.with_suffix(".writing")
+        temporary.write_text(before + json.dumps(record) + "\n")
+        os.replace(temporary, path)
+
+
+def provenance(study: Study, flags: list[str]) -> dict:
+    """The commit that a run was made with, and the weights that it was taught and measured by."""
+
+    def git(*words: str) -> str:
+        result = subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True, text=True)
+        return result.stdout.strip()
+
+    config = parse_config(["--config", str(study.base), *flags])
+    weights = {"encoder": config.encoder, "evaluation_extractor": config.evaluation_extractor}
+    return {
+        "commit": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "src", "training") else ""),
+        "weights": {
+            name: file_hash(Path(folder) / "model.safetensors")
+            for name, folder in weights.items()
+            if folder is not None and (Path(folder) / "model.safetensors").is_file()
+        },
+    }
 
 
 def run_probes(study: Study, folder: Path) -> list[dict]:

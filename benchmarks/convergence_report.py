@@ -33,8 +33,14 @@ def is_choosing(seed: int) -> bool:
     return seed >= FIRST_CHOOSING_SEED
 
 
-def load_records(folder: Path) -> list[Record]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*.json"))]
+def records_path(results: Path, data: str) -> Path:
+    return results / f"convergence-{data}.jsonl"
+
+
+def load_records(path: Path) -> list[Record]:
+    """One record per line, in the order of arms and seeds, whatever the order the runs ended in."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return sorted(map(json.loads, lines), key=lambda record: (record["arm"], record["seed"]))
 
 
 def final(record: Record) -> float:
@@ -157,14 +163,14 @@ def answer(records: Sequence[Record], arm: str, control: str) -> tuple[str, str]
 
 
 def write_report(results: Path, data: str, table: dict, encoder: dict) -> None:
-    """`convergence-<data>.md` and its pictures, of the records in `convergence/<data>/`."""
-    records = load_records(results / "convergence" / data)
+    """`convergence-<data>.md` and its plots, made from `convergence-<data>.jsonl`."""
+    records = load_records(records_path(results, data))
     reported = [r for r in records if not is_choosing(r["seed"])]
     page = results / f"convergence-{data}.md"
     if not records:
         return
     arms = [name for name in table["arms"] if any(r["arm"] == name for r in reported)]
-    lines = [f"# Does the warmup pay? {data.capitalize()}", "", *introduction(records, table, encoder)]
+    lines = [f"# Does the warmup pay? {data.capitalize()}", "", *introduction(records, table, encoder, data)]
     if reported:
         lines += ["## Answers", "", *answers(reported, table["questions"])]
         lines += ["## At a glance", "", *glance(reported, table["glance"])]
@@ -174,7 +180,7 @@ def write_report(results: Path, data: str, table: dict, encoder: dict) -> None:
                 picture = f"convergence-{data}-{name}.png"
                 plot_curves(reported, shown, results / picture)
                 lines += [f"![Distance against steps, FLOPs and seconds: {', '.join(shown)}]({picture})", ""]
-        drawn = [name for name in table["drawn"] if picture_of(results, data, name).exists()]
+        drawn = [name for name in table["drawn"] if picture_path(results, data, name).exists()]
         if drawn:
             plot_pictures(results, data, drawn, results / f"convergence-{data}-pictures.png")
             lines += ["## What they draw", "", *pictures_text(data, drawn)]
@@ -187,7 +193,7 @@ def write_report(results: Path, data: str, table: dict, encoder: dict) -> None:
     page.write_text("\n".join(lines).rstrip() + "\n")
 
 
-def introduction(records: Sequence[Record], table: dict, encoder: dict) -> list[str]:
+def introduction(records: Sequence[Record], table: dict, encoder: dict, data: str) -> list[str]:
     budgets = sorted({r["budget"] for r in records})
     versions = {f"{k} {v}" for r in records for k, v in r["versions"].items() if k != "erw-hf"}
     base = records[0]["base"]
@@ -207,7 +213,7 @@ def introduction(records: Sequence[Record], table: dict, encoder: dict) -> list[
         "encoder serves all runs. SiT needs none.",
         "",
         f"{len(records)} runs on {', '.join(sorted({r['hardware'] for r in records}))}, one thread each, several at a time, so "
-        f"seconds are rough; {', '.join(sorted(versions))}. Each file in `convergence/` holds the command that makes it again.",
+        f"seconds are rough; {', '.join(sorted(versions))}. Each line of `convergence-{data}.jsonl` holds the command that makes it again.",
         "",
     ]
 
@@ -270,9 +276,9 @@ def glance(records: Sequence[Record], rows: Sequence[Sequence[str]]) -> list[str
     ]
 
 
-def picture_of(results: Path, data: str, arm: str) -> Path:
+def picture_path(results: Path, data: str, arm: str) -> Path:
     """The grid that the first seed's run drew at its end."""
-    return results / "convergence" / data / f"{arm}-seed0.png"
+    return results / "pictures" / f"{data}-{arm}.png"
 
 
 def pictures_text(data: str, arms: Sequence[str]) -> list[str]:
@@ -285,7 +291,7 @@ def pictures_text(data: str, arms: Sequence[str]) -> list[str]:
 
 
 def plot_pictures(results: Path, data: str, arms: Sequence[str], path: Path) -> None:
-    grids = [imread(picture_of(results, data, arm)) for arm in arms]
+    grids = [imread(picture_path(results, data, arm)) for arm in arms]
     height, width = grids[0].shape[:2]
     rows = math.ceil(len(arms) / 2)
     figure = Figure(figsize=(12, (6 * height / width + 0.3) * rows), layout="constrained")

@@ -14,6 +14,7 @@
 """The controlled experiment: what a budget buys, that runs go on, and that its page says what the numbers say."""
 
 import json
+import re
 import sys
 import time
 
@@ -32,7 +33,7 @@ from erw_hf.trainer.run_record import read_metrics
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import convergence  # noqa: E402
 import convergence_report  # noqa: E402
-from convergence_report import answer, choose, speed_up, write_report  # noqa: E402
+from convergence_report import answer, choose, load_records, records_path, speed_up, write_report  # noqa: E402
 
 
 RECIPES = REPOSITORY / "benchmarks" / "recipes"
@@ -78,7 +79,7 @@ def command(recipes, *flags):
 
 def study_of(recipes, budget):
     table = convergence.read_table(recipes, "digits")
-    runs, results = recipes.parent / "runs" / "digits", recipes.parent / "results" / "convergence" / "digits"
+    runs, results = recipes.parent / "runs" / "digits", recipes.parent / "results"
     return convergence.Study(recipes, "digits", runs, results, budget, table)
 
 
@@ -101,7 +102,7 @@ def test_the_budget_buys_whole_evaluations_and_pays_for_the_warmup(recipes):
 def test_runs_are_measured_recorded_skipped_and_gone_on_with(recipes, monkeypatch):
     arms = ["--arms", "sit", "erw", "erw_asleep", "--seeds", 1]
     assert not convergence.main(command(recipes, *arms, "--max_minutes", 0))  # nothing was begun
-    results = recipes.parent / "results" / "convergence" / "digits"
+    results = recipes.parent / "results"
     assert not list(results.iterdir())
 
     run = convergence.run_script
@@ -118,18 +119,20 @@ def test_runs_are_measured_recorded_skipped_and_gone_on_with(recipes, monkeypatc
     assert convergence.main(command(recipes, *arms))
     assert (recipes.parent / "runs" / "digits" / "sit-seed0" / "metrics.jsonl").read_bytes() == trained  # not again
 
-    records = {path.stem: json.loads(path.read_text()) for path in results.glob("*.json")}
-    assert set(records) == {"sit-seed0", "erw-seed0", "erw_asleep-seed0"}
-    pictures = {path.stem for path in results.glob("*.png")}
-    assert pictures == set(records)
+    records = {r["arm"]: r for r in load_records(records_path(results, "digits"))}
+    assert set(records) == {"sit", "erw", "erw_asleep"} and {r["seed"] for r in records.values()} == {0}
+    assert {path.stem for path in (results / "pictures").iterdir()} == {f"digits-{name}" for name in records}
     for record in records.values():
         last = record["points"][-1]
         assert 0.8 * record["budget"] < last["flops"] <= record["budget"]
         assert len(record["probes"]) == 2 and "cknna" in record["probes"][0]  # for SiT too
         assert str(recipes.parent / "runs") not in json.dumps(record)
         assert len(json.dumps(record)) < 100_000
+        # A point can be run again from its line.
+        assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", record["commit"])
+        assert {len(value) for value in record["weights"].values()} == {64} and len(record["weights"]) == 2
     # What the start was made of is paid for, in steps as in FLOPs.
-    asleep, erw = (records[f"{name}-seed0"]["points"] for name in ("erw_asleep", "erw"))
+    asleep, erw = (records[name]["points"] for name in ("erw_asleep", "erw"))
     assert asleep[-1] | {"seconds": 0, "fid": 0, "accuracy": 0} == erw[-1] | {"seconds": 0, "fid": 0, "accuracy": 0}
     metrics = recipes.parent / "runs" / "digits" / "erw-seed0" / "metrics.jsonl"
     assert erw[-1]["flops"] == read_metrics(metrics)[-1]["flops"]
@@ -138,9 +141,9 @@ def test_runs_are_measured_recorded_skipped_and_gone_on_with(recipes, monkeypatc
     for name in ("methods", "pictures"):
         assert (recipes.parent / "results" / f"convergence-digits-{name}.png").exists()
 
-    before = {path: path.stat().st_mtime_ns for path in results.iterdir()}
+    before = records_path(results, "digits").stat().st_mtime_ns
     assert convergence.main(command(recipes, *arms))
-    assert before == {path: path.stat().st_mtime_ns for path in results.iterdir()}
+    assert before == records_path(results, "digits").stat().st_mtime_ns
     with pytest.raises(ValueError, match="another budget"):
         convergence.main(command(recipes, *arms, "--budget", "7e7"))
 
@@ -217,8 +220,8 @@ def test_ahead_is_lower_and_sooner():
 
 def test_choosing_seeds_are_measured_where_the_reported_ones_end(recipes):
     assert convergence.main(command(recipes, "--arms", "sit", "--seeds", 1, "--choosing", 1))
-    results = recipes.parent / "results" / "convergence" / "digits"
-    reported, choosing = (json.loads((results / f"sit-seed{seed}.json").read_text()) for seed in (0, 100))
+    reported, choosing = load_records(records_path(recipes.parent / "results", "digits"))
+    assert (reported["seed"], choosing["seed"]) == (0, 100)
     assert [point["step"] for point in choosing["points"]] == [reported["points"][-1]["step"]]
     assert len(reported["points"]) == 2 and reported["probes"] and not choosing["probes"]
 
@@ -249,7 +252,7 @@ def test_a_tuned_arm_is_the_best_of_the_choosing_seeds(recipes):
         convergence.resolve_arm(study, "sit_best")
     for number, arm in enumerate(study.table["arms"]["sit_best"]["best_of"]):
         for seed, distance in ((100, 9.0 - number), (0, 1.0 + number)):  # the reported seed would choose the first
-            (study.results / f"{arm}-seed{seed}.json").write_text(json.dumps(record(arm, seed, distance)))
+            convergence.add_record(study.records, record(arm, seed, distance))
     found = convergence.resolve_arm(study, "sit_best")
     assert found == {**study.table["arms"]["sit_muon_lr2e-3"], "chosen": "sit_muon_lr2e-3"}
     with pytest.raises(ValueError, match="no arm 'other'"):
@@ -266,11 +269,9 @@ def test_the_page_is_made_of_raw_results(tmp_path):
         "drawn": ["erw"],
     }
     encoder = {"name": "tiny", "flops": 10.0, "steps": 5, "images_per_step": 2}
-    folder = tmp_path / "convergence" / "digits"
-    folder.mkdir(parents=True)
     for r in [record("erw", 0, 8.0, 2.0), record("erw", 1, 8.0, 4.0), record("repa", 0, 16.0, 8.0),
               record("repa", 1, 16.0, 9.0), record("erw", 100, 7.5), record("repa", 100, 9.5)]:  # fmt: skip
-        (folder / f"{r['arm']}-seed{r['seed']}.json").write_text(json.dumps(r))
+        convergence.add_record(records_path(tmp_path, "digits"), r)
     write_report(tmp_path, "digits", table, encoder)
     page = (tmp_path / "convergence-digits.md").read_text()
     assert "**Yes**: Is it better?\n" in page and "**No**: Is it worse?\n" in page
@@ -299,7 +300,7 @@ def test_every_arm_of_a_recipe_is_a_run_and_every_name_an_arm(data, length):
             continue
         settings = {k: v for k, v in arm.items() if k not in convergence.NOT_FLAGS and v != "random"}
         convergence.parse_config(["--config", str(RECIPES / f"{data}.yaml"), *convergence.to_flags(settings)])
-    records = convergence_report.load_records(REPOSITORY / "benchmarks" / "results" / "convergence" / "digits")
+    records = load_records(records_path(REPOSITORY / "benchmarks" / "results", "digits"))
     best = {name: choose(records, arms[name]["best_of"]) for name in ("repa_best", "erw_best")}
     assert best == {
         "repa_best": "repa_lr4e-3",
