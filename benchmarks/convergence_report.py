@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The page and the pictures of convergence.py: what the raw results say, for or against."""
+"""The page and the plots of convergence.py, made from the raw results."""
 
 import json
 import math
@@ -123,22 +123,24 @@ def pairs(records: Sequence[Record], arm: str, control: str) -> list[tuple[Recor
 
 
 def show_speed_ups(found: Sequence[tuple[float, str] | None]) -> str:
-    """Geometric mean and range over seeds, or how many never arrived."""
+    """Geometric mean and range over seeds, and on how many seeds there is one."""
     values = [value for value in found if value is not None]
     if not values:
         return "never"
     ratios, bounds = [ratio for ratio, _ in values], {bound for _, bound in values if bound}
-    text = f"{bounds.pop() if len(bounds) == 1 else 'about ' if bounds else ''}{statistics.geometric_mean(ratios):.2f}"
+    text = (
+        f"{bounds.pop() if len(bounds) == 1 else 'about ' if bounds else ''}{statistics.geometric_mean(ratios):.2f}×"
+    )
     if len(ratios) > 1:
-        text += f" ({min(ratios):.2f} to {max(ratios):.2f})"
+        text += f" ({min(ratios):.2f}–{max(ratios):.2f})"
     if len(values) < len(found):
-        text += f" on {len(values)} of {len(found)} seeds, never on the others"
+        text += f" on {len(values)} of {len(found)} seeds"
     return text
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
     text = f"{statistics.mean(values):.{digits}f}"
-    return text + (f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else "")
+    return text + (f" ({min(values):.{digits}f}–{max(values):.{digits}f})" if len(values) > 1 else "")
 
 
 def answer(records: Sequence[Record], arm: str, control: str) -> tuple[str, str]:
@@ -159,7 +161,7 @@ def answer(records: Sequence[Record], arm: str, control: str) -> tuple[str, str]
     if len(runs) > 1:
         text += ", ranges overlap" if overlap else ", ranges apart"
     first, back = (show_speed_ups([speed_up(*pair) for pair in side]) for side in (runs, [(b, a) for a, b in runs]))
-    return word, f"{text}. Sooner as good as {control} ends: {first}; {control} as good as {arm} ends: {back}."
+    return word, f"{text}. Speed-up over {control}: {first}; the other way round: {back}."
 
 
 def write_report(results: Path, data: str, table: dict, encoder: dict) -> None:
@@ -198,22 +200,23 @@ def introduction(records: Sequence[Record], table: dict, encoder: dict, data: st
     versions = {f"{k} {v}" for r in records for k, v in r["versions"].items() if k != "erw-hf"}
     base = records[0]["base"]
     return [
-        f"Every run has {' or '.join(f'{b:.3g}' for b in budgets)} FLOPs, warmup and the encoder's forwards counted, and is "
-        "measured by the Frechet distance in the features of a classifier that has nothing to do with the encoder, of "
-        f"{base['evaluation_samples']} images by {base['num_inference_steps']} steps of the SDE, without guidance, with the "
-        f"averaged weights. So few images bias the distance upwards, alike for every arm: {table['real_distance']}. The learning rate is constant, so "
-        "each point of a curve is a run of that length. Runs of one seed see the same images, noise and times in the same "
-        "step, and their fresh weights are the same; those of `asleep` and `modulation` begin with the warmup's images again. "
-        "Means (of factors geometric ones) and, in brackets, ranges over seeds. Of two equal arms one is the better on all of "
-        "three seeds once in four by luck, on two once in two, so of many questions some. A factor is of FLOPs; below 1 means "
-        "later.",
+        f"Every run has the same budget, {' or '.join(f'{b:.3g}' for b in budgets)} FLOPs, which includes the warmup and the encoder's "
+        "forward passes. Quality is a Fréchet distance (lower is better) in the features of a classifier that is independent of the "
+        f"encoder, over {base['evaluation_samples']} images drawn with the EMA weights in {base['num_inference_steps']} SDE steps "
+        f"without guidance. So few images bias it upwards, equally for every arm: {table['real_distance']}. The learning rate is "
+        "constant, so each point of a curve is the end of a run of that length. Runs with the same seed share initial weights, "
+        "images, noise and timesteps (`asleep` and `modulation` repeat the warmup's images).",
         "",
-        f"The encoder {encoder['name']} took {encoder['flops']:.2g} FLOPs to train ({encoder['steps']} steps of "
-        f"{encoder['images_per_step']} views), {encoder['flops'] / budgets[0]:.2f} of a run's budget. That is in no arm: one "
-        "encoder serves all runs. SiT needs none.",
+        "Speed-up means FLOPs to the distance at which the other run ends, theirs over ours. Numbers are means (geometric for "
+        "speed-ups) with the range over seeds. Chance alone makes one of two equal arms win on all of three seeds one time in four.",
         "",
-        f"{len(records)} runs on {', '.join(sorted({r['hardware'] for r in records}))}, one thread each, several at a time, so "
-        f"seconds are rough; {', '.join(sorted(versions))}. Each line of `convergence-{data}.jsonl` holds the command that makes it again.",
+        f"Training the encoder {encoder['name']} took {encoder['flops']:.2g} FLOPs ({encoder['steps']} steps of "
+        f"{encoder['images_per_step']} views), {encoder['flops'] / budgets[0]:.2f} of a run's budget. No arm pays for it: one "
+        "encoder serves all runs.",
+        "",
+        f"{len(records)} runs on {', '.join(sorted({r['hardware'] for r in records}))}, one thread each and several at a time, so "
+        f"seconds are rough; {', '.join(sorted(versions))}. Each line of `convergence-{data}.jsonl` holds the command that repeats "
+        "its run.",
         "",
     ]
 
@@ -254,7 +257,7 @@ def glance(records: Sequence[Record], rows: Sequence[Sequence[str]]) -> list[str
             cells.append(spread([final(r) for r in runs]) if runs else "")
             matched = pairs(records, arm, control)
             if arm != control and matched:
-                cells[-1] += f", sooner by {show_speed_ups([speed_up(a, b) for a, b in matched])}"
+                cells[-1] += f"; {show_speed_ups([speed_up(a, b) for a, b in matched])}"
                 shown = []
                 for share in COURSE:
                     ratios = [
@@ -265,11 +268,12 @@ def glance(records: Sequence[Record], rows: Sequence[Sequence[str]]) -> list[str
         if cells[0] and any(cells[1:]):
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return [
-        "The distance at the end, and how many times fewer FLOPs a warmup takes to what the run without one ends at.",
+        "Distance at the end (mean, range over seeds), and the speed-up over the run of the same row without a warmup: how many "
+        "times fewer FLOPs it needs to reach the distance at which that run ends.",
         "",
         *lines,
         "",
-        "How many times lower the distance is than without a warmup, at shares of the budget:",
+        "Distance without the warmup divided by the distance with it, at four points of the budget:",
         "",
         *course,
         "",
@@ -285,7 +289,7 @@ def pictures_text(data: str, arms: Sequence[str]) -> list[str]:
     return [
         f"![The same noise and classes, drawn by {', '.join(arms)}](convergence-{data}-pictures.png)",
         "",
-        "Seed 0 at its end, a column for each class, the same noise in the same place, guidance 1.8 in its interval.",
+        "Seed 0 at the end of training, one column per class, the same noise in every grid, guidance 1.8 in its interval.",
         "",
     ]
 
@@ -316,7 +320,7 @@ def arms_table(records: Sequence[Record], arms: Sequence[str], definitions: dict
             f"| {arm} | {changes} | {spread([e['fid'] for e in ends])} | {spread([e['accuracy'] for e in ends], 3)} | "
             f"{ends[0]['step']} | {statistics.mean(e['seconds'] for e in ends):.0f} | {len(runs)} |"
         )
-    return [*lines, "", "`steps` has warmup and full steps, `seconds` are of training alone.", ""]
+    return [*lines, "", "`steps` counts warmup and full steps, `seconds` training only.", ""]
 
 
 def describe(name: str, definitions: dict) -> str:
@@ -332,9 +336,9 @@ def probes_text(records: Sequence[Record], arms: Sequence[str], data: str) -> li
     lines = [
         f"![CKNNA and linear probe of every block](convergence-{data}-probes.png)",
         "",
-        "At the end of each run, on held-out images, without a class: CKNNA with the trained encoder, whatever the arm was "
-        "aligned with, and the accuracy of a linear probe, both of the mean token. The `modern` arms are given the encoder's class "
-        "token beside the image, as noised as that, so theirs compare with one another alone. The best block of each:",
+        "Measured at the end of each run on held-out images with the null class: CKNNA with the trained encoder (whatever the arm "
+        "was aligned with) and the accuracy of a linear probe, both of the mean token. The `modern` arms also read the encoder's "
+        "noised class token, so compare them with one another only. The best block of each arm:",
         "",
         "| arm | CKNNA, clean | CKNNA, t = 0.5 | probe, clean | probe, t = 0.5 |",
         "|---|---|---|---|---|",
@@ -358,7 +362,7 @@ def choosing(records: Sequence[Record], definitions: dict) -> list[str]:
     lines = [
         "## How the tuned arms were chosen",
         "",
-        f"On seeds {', '.join(map(str, sorted({r['seed'] for r in tried})))}, which no number above has seen.",
+        f"On seeds {', '.join(map(str, sorted({r['seed'] for r in tried})))}, which appear in no number above.",
         "",
         "| candidate | what it changes | distance at the end |",
         "|---|---|---|",
@@ -398,7 +402,7 @@ def plot_curves(records: Sequence[Record], arms: Sequence[str], path: Path) -> N
             band(axes, runs, lambda point, axis=axis: point[axis], lambda point: point["fid"], arm)
         axes.set(xlabel=label, yscale="log")
         axes.grid(alpha=0.3, which="both")
-    figure.axes[0].set_ylabel("Frechet distance")
+    figure.axes[0].set_ylabel("Fréchet distance")
     figure.axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=90)
 

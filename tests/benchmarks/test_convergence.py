@@ -275,9 +275,9 @@ def test_the_page_is_made_of_raw_results(tmp_path):
     write_report(tmp_path, "digits", table, encoder)
     page = (tmp_path / "convergence-digits.md").read_text()
     assert "**Yes**: Is it better?\n" in page and "**No**: Is it worse?\n" in page
-    assert "erw ends at 3.00 (2.00 to 4.00), repa at 8.50 (8.00 to 9.00); ahead on 2 of 2 seeds, ranges apart" in page
-    assert "| Both | 8.50 (8.00 to 9.00) | 3.00 (2.00 to 4.00), sooner by at least 2.00 (2.00 to 2.00) |  |" in page
-    assert "| erw | repa |  | 2.00 (2.00 to 2.00) | 2.45 (2.12 to 2.83) | 3.00 (2.25 to 4.00) |" in page
+    assert "erw ends at 3.00 (2.00–4.00), repa at 8.50 (8.00–9.00); ahead on 2 of 2 seeds, ranges apart" in page
+    assert "| Both | 8.50 (8.00–9.00) | 3.00 (2.00–4.00); at least 2.00× (2.00–2.00) |  |" in page
+    assert "| erw | repa |  | 2.00× (2.00–2.00) | 2.45× (2.12–2.83) | 3.00× (2.25–4.00) |" in page
     assert "| None |" not in page
     assert "at least 2.00" in page and "never" in page
     assert "0.10 of a run's budget" in page  # the encoder's own training
