@@ -465,18 +465,17 @@ def synthetic_data(suite: Suite) -> Path:
 
 def train_from_cache(suite: Suite, size: str, encoder: bool) -> dict[str, object]:
     """Runs training/train_erw.py for some steps and reads what it says of itself."""
-    from train_step import SIZES
+    from train_step import model_config
 
     data = synthetic_data(suite)
-    layers, heads, head_dim = SIZES[suite.size(size)]
+    model = model_config(suite.size(size))
     batch, steps, skipped = (4, 6, 2) if suite.quick else (256, 30, 10)
     # 80 GB hold the activations of half of XL's batch.
     halves = 2 if suite.device == "cuda" and total_memory() < 100e9 and size == "XL/2" else 1
     folder = suite.output_dir / "work" / f"train-{size.replace('/', '')}{'-encoder' if encoder else ''}"
     flags = {
         "output_dir": folder, "overwrite_output_dir": True, "dataset_name": data / "cache", "vae": data / "vae",
-        "sample_size": 8 if suite.quick else 32, "num_layers": layers, "num_attention_heads": heads,
-        "attention_head_dim": head_dim, "train_batch_size": batch // halves, "gradient_accumulation_steps": halves,
+        **model, "train_batch_size": batch // halves, "gradient_accumulation_steps": halves,
         "dataloader_num_workers": 0 if suite.quick else min(12, os.cpu_count() or 1), "max_train_steps": 10**6,
         "checkpointing_steps": 10**6, "validation_steps": 0, "report_to": "none", "alignment_weight": 0.0,
         "num_inference_steps": 2, "num_validation_images": 4,

@@ -57,6 +57,7 @@ from transformers import Dinov2Config, Dinov2Model
 from erw_hf import ERWTransformer2DModel, RepresentationEncoder
 from erw_hf.alignment import AlignedTransformer, MLPProjector, cosine_alignment_loss
 from erw_hf.flow import interpolate
+from erw_hf.sizes import size_config
 from erw_hf.trainer.ema import EMA, EMAProfile
 from erw_hf.trainer.flops import count_step_flops
 from erw_hf.trainer.models import compile_blocks
@@ -65,9 +66,8 @@ from erw_hf.warmup import TrainingBatch, build_warmup_transformer, full_loss, wa
 
 
 SECTIONS = ("forward", "step", "warmup", "scaling")
-SIZES = {  # num_layers, num_attention_heads, attention_head_dim
-    "tiny": (3, 2, 16), "S/2": (12, 6, 64), "B/2": (12, 12, 64), "L/2": (24, 16, 64), "XL/2": (28, 16, 72),
-}  # fmt: skip
+SIZES = ("tiny", "S/2", "B/2", "L/2", "XL/2")
+TINY = {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 16, "patch_size": 2}
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 WEIGHT = 0.5  # lambda
 DECAY = 0.9999
@@ -93,15 +93,12 @@ class Setting:
 
 
 def model_config(size: str, sample_size: int = 32, num_layers: int | None = None) -> dict[str, int]:
-    layers, heads, head_dim = SIZES[size]
-    return {
-        "sample_size": sample_size if size != "tiny" else sample_size // 4,
-        "patch_size": 2,
-        "in_channels": 4,
-        "num_layers": num_layers or layers,
-        "num_attention_heads": heads,
-        "attention_head_dim": head_dim,
-    }
+    config = {"sample_size": sample_size, "in_channels": 4, **(TINY if size == "tiny" else size_config(f"SiT-{size}"))}
+    if size == "tiny":
+        config["sample_size"] //= 4
+    if num_layers is not None:
+        config["num_layers"] = num_layers
+    return config
 
 
 def width(config: dict[str, int]) -> int:

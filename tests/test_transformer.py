@@ -16,6 +16,7 @@ import torch
 from helpers import TINY_MODEL, randomize
 
 from erw_hf import ERWTransformer2DModel
+from erw_hf.sizes import size_config
 
 
 VARIANTS = {
@@ -180,10 +181,7 @@ SIZES = {"S": (12, 6, 64), "B": (12, 12, 64), "L": (24, 16, 64), "XL": (28, 16, 
 def test_every_published_size_builds_and_maps_its_shapes(size, patch_size, sample_size):
     layers, heads, head_dim = SIZES[size]
     with torch.device("meta"):
-        model = ERWTransformer2DModel(
-            sample_size=sample_size, patch_size=patch_size, num_layers=layers, num_attention_heads=heads,
-            attention_head_dim=head_dim,
-        )  # fmt: skip
+        model = ERWTransformer2DModel(sample_size=sample_size, **size_config(f"SiT-{size}/{patch_size}"))
         output = model(torch.empty(2, 4, sample_size, sample_size), torch.empty(2), hidden_states_depths=(layers,))
     assert output.sample.shape == (2, 4, sample_size, sample_size)
     assert output.hidden_states[0].shape == (2, (sample_size // patch_size) ** 2, heads * head_dim)

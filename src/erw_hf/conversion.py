@@ -33,11 +33,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from erw_hf.sizes import published_heads
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
-
-# Width -> heads of the published sizes: S, B, L, XL.
-_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
 _RENAMED = {
     "x_embedder.proj": "pos_embed.proj",
@@ -230,7 +228,7 @@ def _infer_config(tensors: Mapping[str, torch.Tensor], architecture: Mapping[str
         config["qk_norm"] = "layer_norm" if "blocks.0.attn.q_norm.bias" in tensors else "rms_norm"
         heads = dim // tensors["blocks.0.attn.q_norm.weight"].shape[0]
     else:
-        heads = architecture.get("num_attention_heads", _HEADS.get(dim))
+        heads = architecture.get("num_attention_heads", published_heads(dim))
         if heads is None:
             raise ValueError(
                 f'the width {dim} is of no published size: pass architecture={{"num_attention_heads": ...}}'

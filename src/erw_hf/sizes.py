@@ -1,0 +1,56 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The published sizes, by the names of the papers: what `SiT-XL/2` stands for, in configs, converter and benchmarks."""
+
+SIZES = {  # blocks, heads, channels of a head (DiT, arXiv 2212.09748, table 1; heads of its code)
+    "SiT-S": (12, 6, 64),
+    "SiT-B": (12, 12, 64),
+    "SiT-L": (24, 16, 64),
+    "SiT-XL": (28, 16, 72),
+}
+PATCH_SIZES = (1, 2, 4, 8)
+
+
+def size_config(name: str) -> dict[str, int]:
+    """
+    Args:
+        name (`str`): A size and the side of its patches, as `"SiT-XL/2"`.
+
+    Returns:
+        `dict[str, int]`: `num_layers`, `num_attention_heads`, `attention_head_dim` and `patch_size`.
+
+    Raises:
+        ValueError: for another name.
+    """
+    size, _, patch_size = name.partition("/")
+    if size not in SIZES or patch_size not in map(str, PATCH_SIZES):
+        raise ValueError(f"{name!r} is not a published size: {', '.join(SIZES)}, then /1, /2, /4 or /8, as SiT-XL/2")
+    num_layers, heads, head_dim = SIZES[size]
+    return {
+        "num_layers": num_layers,
+        "num_attention_heads": heads,
+        "attention_head_dim": head_dim,
+        "patch_size": int(patch_size),
+    }
+
+
+def published_heads(width: int) -> int | None:
+    """
+    Args:
+        width (`int`): Channels of a model.
+
+    Returns:
+        `int`, *optional*: Attention heads of the published size of that width; `None` for another width.
+    """
+    return next((heads for _, heads, head_dim in SIZES.values() if heads * head_dim == width), None)
