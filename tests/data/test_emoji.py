@@ -1,0 +1,86 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The emoji of two artists: concepts are split, not pictures. The packages are stand-ins of npm's layout."""
+
+import io
+import json
+import tarfile
+
+import pytest
+from helpers import run_script
+from PIL import Image
+
+
+CONCEPTS = 12
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packages")
+    emojis = [
+        {
+            "unified": f"1F4{i:02}", "image": f"1f4{i:02}.png", "category": "Animals & Nature", "subcategory": f"animal-{i % 3}",
+            "has_img_google": True, "has_img_twitter": i != 5,
+        }
+        for i in range(CONCEPTS + 1)
+    ]  # fmt: skip
+    emojis[0]["skin_variations"] = {"1F3FB": {"image": "1f400-1f3fb.png"}}
+    for company in ("google", "twitter"):
+        files = {"package/emoji.json": json.dumps(emojis).encode()}
+        for i, emoji in enumerate(emojis):
+            for name in (emoji["image"], *(v["image"] for v in emoji.get("skin_variations", {}).values())):
+                buffer = io.BytesIO()
+                Image.new("RGBA", (64, 64), (20 * i, 0, 0, 0 if company == "google" else 255)).save(buffer, "png")
+                files[f"package/img/{company}/64/{name}"] = buffer.getvalue()
+        with tarfile.open(folder / f"emoji-datasource-{company}-16.0.0.tgz", "w:gz") as archive:
+            for name, content in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return folder
+
+
+def pictures(folder, split):
+    return {path.relative_to(folder / split).as_posix() for path in (folder / split).glob("*/*.png")}
+
+
+def test_concepts_that_both_drew_are_split_with_all_their_pictures(tmp_path, packages):
+    run_script("make_emoji", f"--packages={packages}", f"--output_dir={tmp_path}/a", "--skin_tones", "--held_out=0.25")
+    train, validation = pictures(tmp_path / "a", "train"), pictures(tmp_path / "a", "validation")
+    concepts = [{name.split("/")[1].split("-")[0] for name in names} for names in (train, validation)]
+    assert len(concepts[0]) == 9 and len(concepts[1]) == 3 and not concepts[0] & concepts[1]
+    assert "1f405" not in concepts[0] | concepts[1]  # drawn by one artist only
+    both = train | validation
+    assert len(both) == 2 * (CONCEPTS + 1)  # and the skin tone
+    assert {name.replace("-noto", "-twemoji") for name in both if "-noto" in name} == {
+        n for n in both if "-twemoji" in n
+    }
+    assert {name.split("/")[0] for name in both} == {"animal-0", "animal-1", "animal-2"}
+    assert "CC BY 4.0" in (tmp_path / "a" / "ATTRIBUTION.txt").read_text()
+
+    run_script(
+        "make_emoji", f"--packages={packages}", f"--output_dir={tmp_path}/b", "--classes=style", "--held_out=0.25"
+    )
+    assert {path.name for path in (tmp_path / "b" / "train").iterdir()} == {
+        "Animals & Nature, noto",
+        "Animals & Nature, twemoji",
+    }
+    again = {name.split("/")[1] for name in pictures(tmp_path / "b", "validation")}
+    assert again == {name.split("/")[1] for name in validation if "1f3fb" not in name}  # the seed alone decides
+
+
+def test_what_exists_is_not_mixed_with(tmp_path, packages):
+    (tmp_path / "train").mkdir()
+    with pytest.raises(SystemExit, match="exists: delete it"):
+        run_script("make_emoji", f"--packages={packages}", f"--output_dir={tmp_path}")
