@@ -25,7 +25,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from erw_hf.provenance import device_name, versions, write_record
+from erw_hf.files import write_record
+from erw_hf.provenance import device_name, versions
 
 
 NOT_MEASURED = "not measured"

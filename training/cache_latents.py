@@ -27,7 +27,6 @@ import argparse
 import io
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +40,7 @@ from erw_hf import ERWPipeline, RepresentationEncoder
 from erw_hf.data.latents import encode_moments, image_channels
 from erw_hf.data.samples import IMAGE_ERRORS, decode_image, prepare_image, to_pixels
 from erw_hf.data.source import FEATURES_COLUMN, KEY_COLUMN, MOMENTS_COLUMN, Source, load_source
+from erw_hf.files import write_record, written_whole
 from erw_hf.hub.push import push_cache
 from erw_hf.hub.upload import prepare_repo
 
@@ -131,7 +131,7 @@ def check_same_run(args: argparse.Namespace, folder: Path, accelerator: Accelera
         raise ValueError(f"{folder} was begun with other settings ({path}): use those, or another --output_dir")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        path.write_text(json.dumps(settings, indent=2))
+        write_record(path, settings)
 
 
 def write_file(
@@ -183,11 +183,11 @@ def write_file(
             tokens = encoder(batch.float() / 255).bfloat16().cpu().view(torch.int16)  # NumPy has no bfloat16
             columns[FEATURES_COLUMN] += [row.tobytes() for row in tokens.numpy()]
         columns[MOMENTS_COLUMN] += [row.tobytes() for row in moments.half().cpu().numpy()]
-    temporary = path.with_suffix(".writing")
-    Dataset.from_dict(columns, features=Features(features)).to_parquet(temporary)
-    statistics = {"sum": sums.tolist(), "square": squares.tolist(), "count": count}
-    path.with_suffix(".json").write_text(json.dumps(statistics))
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        Dataset.from_dict(columns, features=Features(features)).to_parquet(temporary)
+        statistics = {"sum": sums.tolist(), "square": squares.tolist(), "count": count}
+        with written_whole(path.with_suffix(".json")) as record:
+            record.write_text(json.dumps(statistics))
 
 
 def merge_statistics(folder: Path, output_dir: Path) -> dict[str, list[float]]:
@@ -198,7 +198,7 @@ def merge_statistics(folder: Path, output_dir: Path) -> dict[str, list[float]]:
     mean = np.sum([part["sum"] for part in parts], axis=0) / count
     deviation = np.sqrt(np.sum([part["square"] for part in parts], axis=0) / count - mean**2)
     statistics = {"latents_mean": mean.tolist(), "latents_std": deviation.tolist()}
-    (output_dir / "latent_statistics.json").write_text(json.dumps(statistics, indent=2))
+    write_record(output_dir / "latent_statistics.json", statistics)
     return statistics
 
 

@@ -49,7 +49,8 @@ from erw_hf.evaluation.quality import (
     measure,
     reference_file,
 )
-from erw_hf.provenance import compare_records, file_hash, hardware, versions, write_record
+from erw_hf.files import write_record
+from erw_hf.provenance import compare_records, file_hash, hardware, versions
 
 
 # What does not change the numbers

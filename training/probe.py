@@ -31,7 +31,8 @@ from erw_hf.data.latents import image_channels
 from erw_hf.data.source import load_source
 from erw_hf.evaluation.extractors import weights_hash
 from erw_hf.evaluation.probes import load_probe_images, probe_blocks
-from erw_hf.provenance import hardware, versions, write_record
+from erw_hf.files import write_record
+from erw_hf.provenance import hardware, versions
 from erw_hf.trainer.plots import plot_probes
 
 

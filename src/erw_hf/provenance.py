@@ -11,11 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a figure was made with: versions, hardware, file hashes, and the records that hold them."""
+"""What a figure was made with: versions, hardware, file hashes."""
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import sys
@@ -92,17 +91,6 @@ def file_hash(path: str | os.PathLike[str]) -> str:
     """
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_record(path: str | os.PathLike[str], record: dict[str, object]) -> None:
-    """
-    Args:
-        path (`str` or `os.PathLike`): The file, whole or absent.
-        record (`dict[str, object]`): The record.
-    """
-    temporary = Path(path).with_suffix(".writing")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 def compare_records(before: dict[str, Any], now: dict[str, Any], tolerance: float = 1e-6) -> tuple[bool, str]:

@@ -30,6 +30,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from erw_hf.evaluation.images import ImageSet
+from erw_hf.files import written_whole
 
 
 class FeatureStatistics:
@@ -208,9 +209,8 @@ def _merge(parts: Sequence[dict[str, Any]], folder: Path) -> Features:
 def _save_part(part: dict[str, Any], path: Path) -> None:
     """Whole or absent."""
     state = part | {"sums": {layer: vars(sums) for layer, sums in part["sums"].items()}}
-    temporary = path.with_suffix(".writing")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        torch.save(state, temporary)
 
 
 def _read_parts(folder: Path) -> dict[str, dict[str, Any]]:

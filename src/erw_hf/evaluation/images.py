@@ -25,6 +25,7 @@ import torch
 
 from erw_hf.data.samples import IMAGE_ERRORS, center_crop, decode_image, image_name, sample_rng
 from erw_hf.data.source import load_source
+from erw_hf.files import written_whole
 from erw_hf.pipeline_erw import ERWPipeline
 
 
@@ -293,8 +294,9 @@ class NpzWriter:
             is_main_process (`bool`): Whether this process is the one to do it.
         """
         if is_main_process and self.raw.exists():
-            temporary = self.path.with_suffix(".writing")
-            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            with (
+                written_whole(self.path) as temporary,
+                zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+            ):
                 archive.write(self.raw, "arr_0.npy")
-            temporary.replace(self.path)
             self.raw.unlink()

@@ -32,6 +32,7 @@ from erw_hf.evaluation.extractors import weights_hash
 from erw_hf.evaluation.feature_statistics import Features, extract_features
 from erw_hf.evaluation.images import ImageSet, npz_images, take
 from erw_hf.evaluation.metrics import frechet_distance
+from erw_hf.files import written_whole
 
 
 METRICS = ("fid", "sfid", "inception_score", "precision_recall", "kid", "fd_dinov2", "accuracy")
@@ -88,10 +89,8 @@ def save_reference(
     for start in range(0, some.count, 100):
         indices = range(start, min(start + 100, some.count))
         arrays["arr_0"][list(indices)] = some.read(indices)[0].permute(0, 2, 3, 1).numpy()
-    temporary = Path(path).with_suffix(".writing")
-    with temporary.open("wb") as file:
+    with written_whole(path) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
-    os.replace(temporary, path)
 
 
 def load_reference(

@@ -36,6 +36,7 @@ from huggingface_hub import (
 )
 from safetensors import safe_open
 
+from erw_hf.files import write_record
 from erw_hf.hub.public import is_hub_id, public_name
 from erw_hf.trainer.run_record import training_cost
 
@@ -311,7 +312,7 @@ def write_warmup_record(
         "encoder": public_name(config["encoder"]),
         "dataset": public_name(config["dataset_name"]),
     }
-    (folder / "warmup.json").write_text(json.dumps(record, indent=2))
+    write_record(folder / "warmup.json", record)
     data = str(config["dataset_name"])
     card_data = ModelCardData(
         license=config["hub_license"],

@@ -26,6 +26,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from erw_hf.files import written_whole
 from erw_hf.trainer.ema import SNAPSHOT_SIGMA_RELS, EMAProfile, power_of
 from erw_hf.trainer.run_record import PATH_OR_ID, split_names
 
@@ -354,7 +355,8 @@ class TrainingConfig:
             # Beside this file, a relative path would mean another place.
             if isinstance(value, str) and value.startswith(("./", "../")):
                 values[name] = os.path.abspath(value)
-        Path(path).write_text(yaml.safe_dump(values, sort_keys=False))
+        with written_whole(path) as temporary:
+            temporary.write_text(yaml.safe_dump(values, sort_keys=False))
 
     def check_resumable(self, path: str | os.PathLike[str]) -> None:
         """

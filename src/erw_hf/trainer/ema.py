@@ -19,7 +19,6 @@ diffusers' `EMAModel` has neither the power function nor sharded weights, which 
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 
+from erw_hf.files import written_whole
 from erw_hf.pipeline_erw import ERWPipeline
 
 
@@ -207,9 +207,8 @@ def save_snapshots(ema: EMA, folder: Path, is_main_process: bool) -> None:
             if is_main_process:
                 folder.mkdir(exist_ok=True)
                 path = folder / f"step-{ema.step_count:07d}-sigma-{profile.sigma_rel:.3f}.safetensors"
-                temporary = path.with_suffix(".writing")
-                save_file({name: tensor.half().cpu() for name, tensor in weights.items()}, temporary)
-                os.replace(temporary, path)
+                with written_whole(path) as temporary:
+                    save_file({name: tensor.half().cpu() for name, tensor in weights.items()}, temporary)
 
 
 def remove_later_snapshots(folder: Path, step: int) -> None:

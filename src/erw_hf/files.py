@@ -1,0 +1,82 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Files that are whole or absent, through a kill and through a power cut."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """
+    A name to write to, beside the file. The file appears, synced to disk, when the block ends; not at all if it raises.
+
+    Args:
+        path (`str` or `os.PathLike`): The file.
+
+    Yields:
+        `Path`: Where to write.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_record(path: str | os.PathLike[str], record: dict[str, object]) -> None:
+    """
+    Args:
+        path (`str` or `os.PathLike`): The JSON file, whole or absent.
+        record (`dict[str, object]`): The record.
+    """
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """
+    Waits until a file, or the names in a folder, are on disk.
+
+    Args:
+        path (`str` or `os.PathLike`): The file or folder.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not os.path.isdir(path):  # some network disks have no fsync of folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: str | os.PathLike[str]) -> None:
+    """
+    [`sync`] for all that a folder holds, and for itself.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder.
+    """
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            sync(os.path.join(parent, name))
+        sync(parent)
