@@ -59,8 +59,9 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def state_dict(
-    *, rope=False, qk_norm=None, rms=False, swiglu=False, learn_sigma=False, projectors=0, layers=LAYERS, reg=False
-):
+    *, rope=False, qk_norm=None, rms=False, swiglu=False, learn_sigma=False, trained_variance=False, projectors=0,
+    layers=LAYERS, reg=False,
+):  # fmt: skip
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -96,6 +97,9 @@ def state_dict(
         if rms:
             state[f"blocks.{i}.norm1.weight"] = 1 + random(DIM)
             state[f"blocks.{i}.norm2.weight"] = 1 + random(DIM)
+    if learn_sigma and not trained_variance:  # as nothing in SiT's loss reaches it
+        for kind in ("weight", "bias"):
+            state[f"final_layer.linear.{kind}"].unflatten(0, (PATCH * PATCH, out_channels))[:, CHANNELS:] = 0
     if rms:
         state["final_layer.norm_final.weight"] = 1 + random(DIM)
     if rope:
@@ -293,6 +297,18 @@ def _xl_state():
         ({}, {}, "no published size"),
         ({}, {"num_attention_heads": 5}, "does not divide"),
         ({}, {**HEADS_GIVEN, "patch_size": 4}, "architecture says patch_size=4"),
+        ({}, {"num_atention_heads": 2}, "unknown key 'num_atention_heads', did you mean 'num_attention_heads'?"),
+        ({}, {"num_attention_heads": 0}, "num_attention_heads=0, it must be a whole number of at least 1"),
+        ({}, {"num_attention_heads": "2"}, "num_attention_heads='2', it must be a whole number"),
+        ({}, {**HEADS_GIVEN, "time_reversed": "yes"}, "time_reversed='yes', it must be true or false"),
+        ({}, {**HEADS_GIVEN, "num_classes": 7}, "num_classes=7, the checkpoint's table has 6 rows"),
+        ({}, ["num_attention_heads"], "must be a dict"),
+        ({"y_embedder.embedding_table.weight": None}, HEADS_GIVEN, "no classes, 'y_embedder.*num_classes"),
+        ({"x_embedder.proj.weight": torch.zeros(DIM, 16)}, HEADS_GIVEN, r"'x_embedder.proj.weight' is \(24, 16\)"),
+        ({"blocks.0.mlp.fc2.weight": None}, HEADS_GIVEN, "'blocks.0.mlp.fc2.weight' is missing"),
+        ({"final_layer.linear.bias": None}, HEADS_GIVEN, "missing .*proj_out.bias"),
+        ({"blocks.0.attn.proj.bias": torch.full((DIM,), torch.nan)}, HEADS_GIVEN, "proj.bias' holds NaN or infinity"),
+        ({"blocks.0.attn.proj.weight": torch.zeros(DIM, DIM, dtype=torch.int8)}, HEADS_GIVEN, "quantized"),
     ],
 )
 def test_what_does_not_fit_raises(change, architecture, message):
@@ -314,6 +330,95 @@ def test_a_warmup_is_no_model():
     assert "projectors.0.layers.4.bias" in converted.projectors
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_checkpoints_of_any_precision_are_read(dtype):
+    state = {name: tensor.to(dtype) for name, tensor in state_dict(rope=True, projectors=1).items()}
+    exact = convert_checkpoint({name: tensor.float() for name, tensor in state.items()}, HEADS_GIVEN)  # rounded before
+    converted = read_checkpoint(state, HEADS_GIVEN)
+    assert any(fact.startswith(f"dtype: {str(dtype).removeprefix('torch.')}") for fact in converted.facts)
+    assert all(torch.equal(tensor, converted.transformer[name]) for name, tensor in exact.state_dict().items())
+    state["pos_embed"] = state["pos_embed"].float().flip(1).to(dtype)
+    with pytest.raises(ValueError, match="'pos_embed' is another table"):
+        convert_checkpoint(state, HEADS_GIVEN)
+
+
+def renamed(state, function):
+    return {function(name): tensor for name, tensor in state.items()}
+
+
+def inside_blocks(wrapper):
+    return lambda name: f"module.{name.replace('.attn.', f'.{wrapper}.attn.')}"
+
+
+CONTAINERS = {
+    "compiled blocks": lambda s, o: renamed(s, inside_blocks("_orig_mod")),
+    "fsdp": lambda s, o: {"model": renamed(s, lambda name: f"_fsdp_wrapped_module.{inside_blocks('_fsdp_wrapped_module')(name)}")},
+    "checkpointing": lambda s, o: {"state_dict": renamed(s, inside_blocks("_checkpoint_wrapped_module"))},
+    "lightning": lambda s, o: {
+        "state_dict": renamed(o, lambda n: f"model.{n}") | renamed(s, lambda n: f"ema_model.{n}") | {"vae.x": torch.ones(3)},
+        "callbacks": {"ModelCheckpoint": {"best": torch.zeros(())}}, "epoch": 3,
+    },
+    "ema of a callback": lambda s, o: {"state_dict": renamed(o, lambda n: f"net.{n}"), "callbacks": {"EMA": {"ema_state_dict": s}}},
+    "ema_state_dict": lambda s, o: {"model_state_dict": o, "ema_state_dict": s},
+    "model_ema": lambda s, o: {"model": o, "model_ema": renamed(s, lambda n: f"module.{n}")},
+    "averaged": lambda s, o: {"net": o, "ema": renamed(s, lambda n: f"module.{n}") | {"n_averaged": torch.tensor(7)}},
+    "ema without tables": lambda s, o: {"model": o | {"pos_embed": s["pos_embed"]}, "ema": {n: t for n, t in s.items() if n != "pos_embed"}},
+    "empty ema": lambda s, o: {"ema": {}, "model": s},
+    "partial ema": lambda s, o: {"ema": {n: t for n, t in o.items() if "blocks.2" not in n}, "model": s},
+    "ema as a list": lambda s, o: {"ema": {"shadow_params": list(o.values())}, "model": s},
+    "a module of that name": lambda s, o: {"schema": o | {"x_embedder.proj.weight": None}, "model": s},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_the_weights_are_found_wherever_they_lie(container):
+    """Behind the prefixes of wrappers, under the names of trainers; the average where it is whole."""
+    state = state_dict(projectors=1)
+    other = {name: tensor + 1 for name, tensor in state.items()}
+    converted = read_checkpoint(CONTAINERS[container](state, other), HEADS_GIVEN)
+    expected = read_checkpoint(state, HEADS_GIVEN)
+    assert all(torch.equal(tensor, expected.transformer[name]) for name, tensor in converted.transformer.items())
+    assert converted.transformer.keys() == expected.transformer.keys()
+    assert any("averaged weights: not taken" in fact for fact in converted.facts) == (
+        container in ("empty ema", "partial ema", "ema as a list")
+    )
+
+
+def test_what_was_seen_is_named_where_no_model_is_found():
+    with pytest.raises(ValueError, match=r"It holds 'params' \(with 'down.weight', …\), 'step'"):
+        convert_checkpoint({"params": {"down.weight": torch.zeros(2)}, "step": 7})
+    with pytest.raises(ValueError, match="It holds nothing"):
+        convert_checkpoint({})
+
+
+def test_dit_is_not_taken_for_sit():
+    """Its files have the very tensors; what it trains and SiT does not are the variance channels."""
+    dit = state_dict(learn_sigma=True, trained_variance=True)
+    with pytest.raises(ValueError, match="checkpoint of DiT, as its trained variance.*DiTPipeline.*time_reversed"):
+        convert_checkpoint(dit, HEADS_GIVEN)
+    with pytest.raises(ValueError, match="checkpoint of DiT-XL/2: .*DDPM"):
+        convert_checkpoint({"ema": state_dict(), "args": argparse.Namespace(model="DiT-XL/2")}, HEADS_GIVEN)
+    converted = read_checkpoint(dit, {**HEADS_GIVEN, "time_reversed": True})
+    assert "time: t = 1 is data, turned round (as architecture says)" in converted.facts
+
+
+def test_a_table_without_a_null_class():
+    state = state_dict(projectors=1)
+    state["y_embedder.embedding_table.weight"] = state["y_embedder.embedding_table.weight"][:CLASSES].clone()
+    x, t, labels = inputs()
+    assert "classes: 4, and the null class" in read_checkpoint(state, HEADS_GIVEN).facts
+    converted = read_checkpoint(state, {**HEADS_GIVEN, "num_classes": CLASSES})
+    assert any("no null class" in fact for fact in converted.facts) and converted.config["class_dropout_prob"] == 0
+    model = convert_checkpoint(state, {**HEADS_GIVEN, "num_classes": CLASSES})
+    with torch.no_grad():
+        assert relative_error(model(x, t, labels % CLASSES).sample, reference(state, x, t, labels % CLASSES)) < 1e-5
+    del state["y_embedder.embedding_table.weight"]
+    unconditional = convert_checkpoint(state, {**HEADS_GIVEN, "num_classes": 0})
+    state["y_embedder.embedding_table.weight"] = torch.zeros(1, DIM)
+    with torch.no_grad():
+        assert relative_error(unconditional(x, t).sample, reference(state, x, t, labels * 0)) < 1e-5
+
+
 class Hostile:
     def __reduce__(self):
         return (open, ("hostile-was-here", "w"))
@@ -333,6 +438,59 @@ def test_command_writes_model_and_projectors(tmp_path):
     assert relative_error(sample, reference(state, x, t, labels)) < 1e-5
     projectors = load_file(tmp_path / "out" / "projectors.safetensors")
     assert torch.equal(projectors["projectors.0.layers.0.weight"], state["projectors.0.0.weight"])
+
+
+def convert_into(folder, *flags):
+    main(
+        [
+            "--checkpoint",
+            "last.pt",
+            "--output_dir",
+            str(folder),
+            "--architecture",
+            '{"num_attention_heads": 2}',
+            *flags,
+        ]
+    )
+
+
+def test_command_replaces_an_earlier_conversion_or_leaves_it_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(state_dict(projectors=1), "last.pt")
+    convert_into("out")
+    assert "time: t = 0 is data (inferred" in capsys.readouterr().out
+    with monkeypatch.context() as patch:  # a disk that fills up
+        patch.setattr("erw_hf.hub.convert.save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        for folder in ("out", "new"):
+            with pytest.raises(SystemExit):
+                convert_into(folder)
+            assert "No space left" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "out" / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+    torch.save(state_dict(), "last.pt")
+    convert_into("out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json", "diffusion_pytorch_model.safetensors"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("output_dir", ["last.pt", "last.pt/out"])
+def test_command_says_where_it_cannot_write(tmp_path, monkeypatch, capsys, output_dir):
+    monkeypatch.chdir(tmp_path)
+    torch.save(state_dict(projectors=1), "last.pt")
+    with pytest.raises(SystemExit) as end:
+        convert_into(output_dir)
+    printed = capsys.readouterr()
+    assert end.value.code == 1 and "last.pt" in printed.err and "wrote" not in printed.out
+
+
+def test_command_refuses_an_architecture_that_is_not_json(capsys):
+    for text in ("num_attention_heads=2", "[2]"):
+        with pytest.raises(SystemExit):
+            main(["--checkpoint", "last.pt", "--output_dir", "out", "--architecture", text])
+        assert "is not " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["hostile", "truncated", "text", "legacy-hostile", "list", "safetensors", "absent"])

@@ -18,6 +18,8 @@ Every tensor of a checkpoint is used or named as dropped on purpose; anything el
 """
 
 import argparse
+import difflib
+import inspect
 import math
 import os
 import pickle
@@ -25,7 +27,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,25 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from erw_hf.sizes import published_heads
+from erw_hf.sizes import SIZES, published_heads
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
+
+# What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into a name, wherever they wrap.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+_AVERAGED = re.compile(r"(?<![a-z])(ema|swa|averaged?)(?![a-z])", re.IGNORECASE)
+_FIRST, _CLASSES = "x_embedder.proj.weight", "y_embedder.embedding_table.weight"
+_REQUIRED = (_FIRST, "t_embedder.mlp.0.weight", "blocks.0.attn.qkv.weight")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+_COUNTS = (
+    "sample_size", "patch_size", "in_channels", "num_layers", "num_attention_heads", "attention_head_dim", "num_classes",
+)  # fmt: skip
+_NOT_SERVED = (
+    "DiT's files have the tensors of SiT's and predict the noise and the variance of DDPM, which this library does not "
+    "draw with; diffusers' DiTPipeline does"
+)
 
 _RENAMED = {
     "x_embedder.proj": "pos_embed.proj",
@@ -73,6 +91,7 @@ class Converted:
         dropped (`list[str]`): Tensors left out on purpose: fixed tables that the model computes itself, and for
             SiT the variance channels.
         is_warmup (`bool`): Whether it is a warmup, which is no whole model.
+        facts (`list[str]`): What was inferred, a line each: which weights, dtype, size, classes, direction of time.
     """
 
     config: dict[str, Any]
@@ -80,6 +99,7 @@ class Converted:
     projectors: dict[str, torch.Tensor]
     dropped: list[str]
     is_warmup: bool
+    facts: list[str] = field(default_factory=list)
 
 
 def convert_checkpoint(
@@ -90,16 +110,17 @@ def convert_checkpoint(
 
     The architecture is inferred from the tensors. SiT's and LightningDiT's own files run time the other way (t = 1 is
     data) and predict the opposite velocity: the conversion absorbs both exactly, in the time embedding's first linear
-    layer and the last one. A file counts as theirs if it predicts SiT's variance channels, or has SwiGLU or RMSNorm
-    blocks and no projectors; `architecture={"time_reversed": True}` or `False` says it outright.
+    layer and the last one. A file counts as theirs if it has SiT's unused variance channels, or has SwiGLU or RMSNorm
+    blocks and no projectors; `architecture={"time_reversed": True}` or `False` says it outright. DiT's files have the same
+    tensors; they are refused by their variance channels, which are trained.
 
     Args:
         path_or_state_dict (`str`, `os.PathLike` or `Mapping`):
-            A `.pt` or `.safetensors` file, or what such a file holds: a state dict, or a checkpoint dict with one under
-            `ema` (preferred), `model` or `state_dict`. Entries that are no tensors are ignored.
+            A `.pt` or `.safetensors` file, or what such a file holds: a state dict, or a checkpoint dict with one at any
+            depth and behind any prefix; averaged weights are preferred where they are whole. Other entries are ignored.
         architecture (`Mapping`, *optional*):
-            Configuration values that the tensors do not tell (`num_attention_heads` for an unpublished width), or to
-            be checked against them.
+            Configuration values that the tensors do not tell (`num_attention_heads` for an unpublished width,
+            `num_classes` for a table without a null class, or 0 for a model without one), or to be checked against them.
 
     Returns:
         [`ERWTransformer2DModel`]: The model, float32, in evaluation mode.
@@ -161,11 +182,13 @@ def read_checkpoint(
         loaded = path_or_state_dict
     else:
         loaded = _load(Path(path_or_state_dict))
-    tensors = _state_dict_of(loaded)
-    architecture = dict(architecture or {})
+    architecture = _checked_architecture(architecture)
     time_reversed = architecture.pop("time_reversed", None)
+    if time_reversed is None:
+        _refuse_dit(loaded)
+    tensors, facts = _state_dict_of(loaded)
     config = _infer_config(tensors, architecture)
-    return _convert(tensors, config, time_reversed)
+    return _convert(tensors, config, time_reversed, facts)
 
 
 def _load(path: Path) -> Mapping[str, Any]:
@@ -192,30 +215,105 @@ def _load(path: Path) -> Mapping[str, Any]:
     return loaded
 
 
-def _state_dict_of(loaded: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    for name in ("ema", "model", "state_dict"):
-        if isinstance(loaded.get(name), Mapping):
-            loaded = loaded[name]
-            break
-    tensors = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
-    # What DistributedDataParallel and torch.compile put before a name.
-    tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in tensors.items()}
-    for name in ("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "blocks.0.attn.qkv.weight"):
-        if name not in tensors:
-            raise ValueError(f"this is no SiT, REPA, REG, ERW or LightningDiT checkpoint: it has no tensor {name!r}")
-    return tensors
+def _candidates(loaded: Mapping[str, Any], container: str = "") -> dict[str, dict[str, torch.Tensor]]:
+    """Every model in a checkpoint, by where it lies: in nested dicts, and behind prefixes of the names."""
+    named: dict[str, torch.Tensor] = {}
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in loaded.items():
+        if isinstance(value, Mapping):
+            found |= _candidates(value, f"{container}.{key}" if container else str(key))
+        elif isinstance(value, torch.Tensor):
+            named[_WRAPPERS.sub("", str(key))] = value
+    for name in named:
+        if name == _FIRST or name.endswith(f".{_FIRST}"):
+            root = name.removesuffix(_FIRST)
+            tensors = {other.removeprefix(root): tensor for other, tensor in named.items() if other.startswith(root)}
+            if all(required in tensors for required in _REQUIRED):
+                found[".".join(filter(None, (container, root.rstrip("."))))] = tensors
+    return found
+
+
+def _weights(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Number of tensors that every copy of a model holds: an average need not hold tables and projectors."""
+    return sum(not re.match(r"pos_embed$|feat_rope\.|projectors\.", name) for name in tensors)
+
+
+def _state_dict_of(loaded: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The averaged weights where they are whole, else the others, and what to say of the choice."""
+    found = _candidates(loaded)
+    if not found:
+        seen = ", ".join(_key_names(loaded)[:12]) or "nothing"
+        raise ValueError(
+            f"there is no SiT, REPA, REG, ERW or LightningDiT checkpoint in it: no state dict with the tensors "
+            f"{', '.join(map(repr, _REQUIRED))}. It holds {seen}"
+        )
+    most = max(map(_weights, found.values()))
+    whole = [where for where, tensors in found.items() if _weights(tensors) == most]
+    where = next((name for name in whole if _AVERAGED.search(name)), whole[0])
+    facts = [f"weights: {repr(where) if where else 'the file itself, a state dict'}"]
+    if others := [f"{name or 'the state dict'!r}" for name in found if name != where]:
+        facts[0] += f"; there too and not taken: {', '.join(others)}"
+    averages = [key for key in loaded if _AVERAGED.search(str(key))]
+    if averages and not _AVERAGED.search(where):
+        facts.append(f"averaged weights: not taken, {averages[0]!r} holds no whole model")
+    rest = max((found[name] for name in whole), key=len)
+    if rest.keys() - found[where].keys():
+        facts.append("tables and projectors: of the weights that were not averaged")
+    return {**rest, **found[where]}, facts
+
+
+def _key_names(loaded: Mapping[str, Any]) -> list[str]:
+    names = []
+    for key, value in loaded.items():
+        inner = list(value)[:2] if isinstance(value, Mapping) else []
+        names.append(f"{key!r}" + (f" (with {', '.join(map(repr, inner))}, …)" if inner else ""))
+    return names
+
+
+def _refuse_dit(loaded: Mapping[str, Any]) -> None:
+    """Training checkpoints hold their command line, which names the model."""
+    arguments = loaded.get("args")
+    arguments = arguments if isinstance(arguments, Mapping) else getattr(arguments, "__dict__", {})
+    if str(arguments.get("model", "")).startswith("DiT-"):
+        raise ValueError(f"this is a checkpoint of {arguments['model']}: {_NOT_SERVED}")
+
+
+def _checked_architecture(architecture: Mapping[str, Any] | None) -> dict[str, Any]:
+    if not isinstance(architecture or {}, Mapping):
+        raise ValueError(f"architecture must be a dict of configuration values, got {architecture!r}")
+    architecture = dict(architecture or {})
+    known = [name for name in inspect.signature(ERWTransformer2DModel.__init__).parameters if name != "self"]
+    known.append("time_reversed")
+    for name, value in architecture.items():
+        if name not in known:
+            nearest = difflib.get_close_matches(str(name), known, n=1)
+            meant = f", did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"architecture has the unknown key {name!r}{meant} Known: {', '.join(known)}")
+        lowest = 0 if name == "num_classes" else 1
+        counts = name in _COUNTS and not (isinstance(value, int) and not isinstance(value, bool) and value >= lowest)
+        if counts or (name == "time_reversed" and not isinstance(value, bool)):
+            wanted = "true or false" if name == "time_reversed" else f"a whole number of at least {lowest}"
+            raise ValueError(f"architecture says {name}={value!r}, it must be {wanted}")
+    return architecture
+
+
+def _shape(tensors: Mapping[str, torch.Tensor], name: str, ndim: int) -> torch.Size:
+    if name not in tensors or tensors[name].ndim != ndim:
+        found = f"is {tuple(tensors[name].shape)}" if name in tensors else "is missing"
+        raise ValueError(f"{name!r} {found}, a checkpoint of this family has it with {ndim} dimensions")
+    return tensors[name].shape
 
 
 def _infer_config(tensors: Mapping[str, torch.Tensor], architecture: Mapping[str, Any]) -> dict[str, Any]:
-    dim, in_channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
+    dim, in_channels, patch_size, _ = _shape(tensors, "x_embedder.proj.weight", 4)
     num_layers = 1 + max(int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name)))
     swiglu = "blocks.0.mlp.w12.weight" in tensors
-    inner = tensors["blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight"].shape[1]
+    inner = _shape(tensors, "blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight", 2)[1]
     config = {
         "in_channels": in_channels,
         "patch_size": patch_size,
         "num_layers": num_layers,
-        "num_classes": tensors["y_embedder.embedding_table.weight"].shape[0] - 1,
+        "num_classes": _num_classes(tensors, architecture),
         "activation_fn": "swiglu" if swiglu else "gelu-approximate",
         "norm_type": "rms_norm" if "blocks.0.norm1.weight" in tensors else "layer_norm",
         "use_rope": any(name.startswith("feat_rope.") for name in tensors),
@@ -223,12 +321,14 @@ def _infer_config(tensors: Mapping[str, torch.Tensor], architecture: Mapping[str
         "mlp_ratio": _mlp_ratio(inner, dim, swiglu),
     }
     if "cls_projectors2.weight" in tensors:  # REG
-        config["class_token_dim"] = tensors["cls_projectors2.weight"].shape[1]
+        config["class_token_dim"] = _shape(tensors, "cls_projectors2.weight", 2)[1]
     if "blocks.0.attn.q_norm.weight" in tensors:
         config["qk_norm"] = "layer_norm" if "blocks.0.attn.q_norm.bias" in tensors else "rms_norm"
-        heads = dim // tensors["blocks.0.attn.q_norm.weight"].shape[0]
+        heads = dim // max(1, _shape(tensors, "blocks.0.attn.q_norm.weight", 1)[0])
     else:
         heads = architecture.get("num_attention_heads", published_heads(dim))
+        if "attention_head_dim" in architecture and "num_attention_heads" not in architecture:
+            heads = max(1, dim // architecture["attention_head_dim"])
         if heads is None:
             raise ValueError(
                 f'the width {dim} is of no published size: pass architecture={{"num_attention_heads": ...}}'
@@ -237,13 +337,32 @@ def _infer_config(tensors: Mapping[str, torch.Tensor], architecture: Mapping[str
             raise ValueError(f"num_attention_heads={heads} does not divide the checkpoint's width {dim}")
     config["num_attention_heads"], config["attention_head_dim"] = heads, dim // heads
     if "pos_embed" in tensors:
-        config["sample_size"] = math.isqrt(tensors["pos_embed"].shape[1]) * patch_size
+        config["sample_size"] = math.isqrt(tensors["pos_embed"].numel() // dim) * patch_size
     elif "sample_size" not in architecture:
         raise ValueError('the checkpoint has no position table: pass architecture={"sample_size": ...}')
     for name, value in architecture.items():
         if name in config and config[name] != value:
             raise ValueError(f"architecture says {name}={value!r}, the checkpoint's tensors say {config[name]!r}")
     return {**architecture, **config}
+
+
+def _num_classes(tensors: Mapping[str, torch.Tensor], architecture: Mapping[str, Any]) -> int:
+    """One less than the rows of the table, whose last is the null class, unless `architecture` says that none is."""
+    said = architecture.get("num_classes")
+    if _CLASSES not in tensors:
+        if said == 0:
+            return 0
+        raise ValueError(
+            f"the checkpoint has no classes, {_CLASSES!r} is missing: if the model is unconditional, pass "
+            'architecture={"num_classes": 0}'
+        )
+    rows = _shape(tensors, _CLASSES, 2)[0]
+    if said is not None and said not in (rows - 1, rows):
+        raise ValueError(
+            f"architecture says num_classes={said}, the checkpoint's table has {rows} rows: {rows - 1} classes and the "
+            f"null class, or {rows} classes without one"
+        )
+    return rows - 1 if said is None else said
 
 
 def _mlp_ratio(inner: int, dim: int, swiglu: bool) -> float:
@@ -253,17 +372,25 @@ def _mlp_ratio(inner: int, dim: int, swiglu: bool) -> float:
     return 4.0 if int(dim * 4.0 * 2 / 3) == inner else (inner + 0.5) * 1.5 / dim
 
 
-def _convert(tensors: Mapping[str, torch.Tensor], config: dict[str, Any], time_reversed: bool | None) -> Converted:
+def _convert(
+    tensors: Mapping[str, torch.Tensor], config: dict[str, Any], time_reversed: bool | None, facts: list[str]
+) -> Converted:
     is_warmup = "final_layer.linear.weight" not in tensors
     transformer: dict[str, torch.Tensor] = {}
     projectors: dict[str, torch.Tensor] = {}
     dropped: list[str] = []
     for name, tensor in tensors.items():
+        if not tensor.is_floating_point() and tensor.ndim > 0:
+            raise ValueError(f"{name!r} is {tensor.dtype}: quantized checkpoints are not served")
         tensor = tensor.float()
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name!r} holds NaN or infinity: the checkpoint is broken")
         module, _, kind = name.rpartition(".")
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
         projector = re.fullmatch(r"projectors\.(\d+)\.(\d+)", module)
-        if name in ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"):
+        if tensor.ndim == 0:  # counters, as n_averaged of torch's AveragedModel
+            dropped.append(name)
+        elif name in ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"):
             dropped.append(name)
         elif module in _RENAMED:
             transformer[f"{_RENAMED[module]}.{kind}"] = tensor
@@ -280,21 +407,64 @@ def _convert(tensors: Mapping[str, torch.Tensor], config: dict[str, Any], time_r
         else:
             raise ValueError(f"unknown tensor {name!r} {tuple(tensor.shape)}: this is no checkpoint of this family")
 
+    classes = config["num_classes"]
+    has_null_class = _add_null_class(transformer, config)
     learns_sigma = False
     if not is_warmup:
-        learns_sigma = _keep_velocity_channels(transformer, config, dropped)
+        learns_sigma = _keep_velocity_channels(transformer, config, dropped, time_reversed is None)
+    why = "as architecture says"
     if time_reversed is None:
         is_lightning_dit = config["activation_fn"] == "swiglu" or config["norm_type"] == "rms_norm"
         time_reversed = not projectors and not is_warmup and (learns_sigma or is_lightning_dit)
+        why = 'inferred; architecture={"time_reversed": ...} says it outright'
     if time_reversed:
         _reverse_time(transformer)
-    converted = Converted(config, transformer, projectors, dropped, is_warmup)
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.ndim})
+    null_class = ", and the null class" if classes else ""
+    if classes and not has_null_class:
+        null_class = "; no null class: their mean stands in, untrained, so draw with guidance_scale=1"
+    facts = [
+        *facts,
+        f"dtype: {', '.join(dtypes)}, float32 here",
+        f"size: {_size_name(config)}",
+        f"classes: {classes}{null_class}",
+        f"time: t = {int(time_reversed)} is data{', turned round' if time_reversed else ''} ({why})",
+        f"projectors: {len({name.split('.')[1] for name in projectors})}",
+    ]
+    converted = Converted(config, transformer, projectors, dropped, is_warmup, facts)
     _check_tables(tensors, converted)
     return converted
 
 
-def _keep_velocity_channels(transformer: dict[str, torch.Tensor], config: dict[str, Any], dropped: list[str]) -> bool:
-    """SiT's final layer has as many channels again, left from DiT's variance: they are no part of the velocity."""
+def _add_null_class(transformer: dict[str, torch.Tensor], config: dict[str, Any]) -> bool:
+    """Our table always ends with one. Returns whether the checkpoint has it."""
+    name, classes = "time_class_embed.class_embedder.weight", config["num_classes"]
+    width = transformer["time_class_embed.timestep_embedder.linear_1.weight"].shape[0]
+    table = transformer.get(name, torch.zeros(0, width))
+    if len(table) > classes:
+        return True
+    null = table.mean(dim=0, keepdim=True) if classes else torch.zeros(1, width)
+    transformer[name] = torch.cat([table, null])
+    config.setdefault("class_dropout_prob", 0.0)
+    return False
+
+
+def _size_name(config: Mapping[str, Any]) -> str:
+    size = (config["num_layers"], config["num_attention_heads"], config["attention_head_dim"])
+    name = next((name for name, published in SIZES.items() if published == size), "of no published name")
+    return (
+        f"{name}, {size[0]} blocks of {size[1]} heads of {size[2]} channels, patch size {config['patch_size']}, latents "
+        f"{config['in_channels']}x{config['sample_size']}x{config['sample_size']}"
+    )
+
+
+def _keep_velocity_channels(
+    transformer: dict[str, torch.Tensor], config: dict[str, Any], dropped: list[str], may_be_dit: bool
+) -> bool:
+    """
+    SiT's final layer has as many channels again, left from DiT's variance. No loss of SiT's reaches them, so they are the
+    zeros that they start as; DiT trains them, which tells its files, of the same tensors, from SiT's.
+    """
     patches, channels = config["patch_size"] ** 2, config["in_channels"]
     rows = transformer["proj_out.weight"].shape[0]
     if rows == patches * channels:
@@ -302,9 +472,15 @@ def _keep_velocity_channels(transformer: dict[str, torch.Tensor], config: dict[s
     if rows != 2 * patches * channels:
         raise ValueError(f"the final layer has {rows} outputs, neither {patches * channels} nor twice as many")
     for name in ("proj_out.weight", "proj_out.bias"):
-        tensor = transformer[name]
-        kept = tensor.unflatten(0, (patches, 2 * channels))[:, :channels]
-        transformer[name] = kept.flatten(0, 1).contiguous()
+        if name not in transformer:
+            continue  # named as missing when the model is built
+        outputs = transformer[name].unflatten(0, (patches, 2 * channels))
+        if may_be_dit and outputs[:, channels:].any():
+            raise ValueError(
+                f"this is a checkpoint of DiT, as its trained variance channels tell: {_NOT_SERVED}. If it predicts a "
+                'velocity all the same, pass architecture={"time_reversed": true}, or false if t = 0 is data'
+            )
+        transformer[name] = outputs[:, :channels].flatten(0, 1).contiguous()
     dropped.append(f"final_layer.linear: channels {channels} to {2 * channels - 1} (variance)")
     return True
 
@@ -322,7 +498,7 @@ def _reverse_time(transformer: dict[str, torch.Tensor]) -> None:
     w = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float64) / half)
     rotated = [cosine * w.cos() + sine * w.sin(), cosine * w.sin() - sine * w.cos()]
     transformer[name] = torch.cat(rotated, dim=1).float()
-    for name in ("proj_out.weight", "proj_out.bias"):
+    for name in {"proj_out.weight", "proj_out.bias"} & set(transformer):
         transformer[name] = -transformer[name]
 
 
@@ -339,5 +515,8 @@ def _check_tables(tensors: Mapping[str, torch.Tensor], converted: Converted) -> 
         if name not in tensors:
             continue
         theirs = tensors[name].float().reshape(-1)
-        if theirs.shape != table.reshape(-1).shape or not torch.allclose(theirs, table.reshape(-1), atol=1e-4):
+        # Half a unit in the last place of the narrowest dtype that the values went through, whatever they are stored as.
+        rounded = [dtype for dtype in _DTYPES if torch.equal(theirs.to(dtype).float(), theirs)]
+        tolerance = max([1e-4, *(torch.finfo(dtype).eps / 2 for dtype in rounded)])
+        if theirs.shape != table.reshape(-1).shape or not torch.allclose(theirs, table.reshape(-1), 0, tolerance):
             raise ValueError(f"{name!r} is another table than the fixed one of this family: it would be lost")

@@ -19,12 +19,17 @@ How they are read, tensor by tensor, is in `erw_hf.conversion`.
 """
 
 import argparse
+import contextlib
 import json
+import tempfile
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from erw_hf.conversion import build_model, convert_checkpoint, read_checkpoint
+from erw_hf.conversion import Converted, build_model, convert_checkpoint, read_checkpoint
+from erw_hf.transformer_erw import ERWTransformer2DModel
 
 
 __all__ = ["convert_checkpoint", "main"]
@@ -37,25 +42,51 @@ def main(arguments: list[str] | None = None) -> None:
         arguments (`list[str]`, *optional*): Arguments. Defaults to `sys.argv[1:]`.
 
     Raises:
-        SystemExit: with a message, for a checkpoint that cannot be converted; nothing is written then.
+        SystemExit: with a message, for a checkpoint that cannot be converted or written; nothing is left then.
     """
     parser = argparse.ArgumentParser(prog="python -m erw_hf.hub.convert", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help=".pt or .safetensors file")
     parser.add_argument("--output_dir", required=True, help="folder for the model and projectors.safetensors")
     parser.add_argument(
-        "--architecture", type=json.loads, default={}, help="JSON, for instance '{\"num_attention_heads\": 8}'"
+        "--architecture", type=_json_dict, default={}, help="JSON, for instance '{\"num_attention_heads\": 8}'"
     )
     args = parser.parse_args(arguments)
     try:
+        if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+            raise ValueError(f"--output_dir {args.output_dir} is a file: name a folder")
         converted = read_checkpoint(args.checkpoint, args.architecture)
         model = build_model(converted)
-    except ValueError as error:
+        _write(model, converted, Path(args.output_dir))
+    except (ValueError, OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            Path(args.output_dir).rmdir()  # if empty
         parser.exit(1, f"error: {error}\n")
-    model.save_pretrained(args.output_dir)
-    if converted.projectors:
-        save_file(converted.projectors, Path(args.output_dir) / "projectors.safetensors")
     print(f"wrote {args.output_dir}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    print(*converted.facts, sep="\n")
     print("dropped on purpose:", ", ".join(converted.dropped) or "nothing")
+
+
+def _json_dict(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def _write(model: ERWTransformer2DModel, converted: Converted, output_dir: Path) -> None:
+    """All files or none: an earlier conversion stays whole until this one is, and leaves nothing behind."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=output_dir) as folder:
+        model.save_pretrained(folder)
+        if converted.projectors:
+            save_file(converted.projectors, Path(folder) / "projectors.safetensors")
+        for old in (*output_dir.glob("diffusion_pytorch_model*"), output_dir / "projectors.safetensors"):
+            old.unlink(missing_ok=True)
+        for path in Path(folder).iterdir():
+            path.replace(output_dir / path.name)
 
 
 if __name__ == "__main__":
