@@ -27,7 +27,8 @@ from transformers import BitImageProcessorPil, SiglipVisionConfig, SiglipVisionM
 
 from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler, FlowMatchHeunScheduler
 from erw_hf.alignment import AlignedTransformer, ConvProjector, MLPProjector
-from erw_hf.data.samples import SampleMaker, decode_image
+from erw_hf.data.decoding import decode_image
+from erw_hf.data.samples import SampleMaker
 from erw_hf.data.source import load_source
 from erw_hf.trainer.run_record import read_metrics
 from erw_hf.warmup import TrainingBatch, build_warmup_transformer, full_loss, hand_over, warmup_loss

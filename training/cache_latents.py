@@ -37,8 +37,8 @@ from diffusers import AutoModel
 from tqdm.auto import tqdm
 
 from erw_hf import ERWPipeline, RepresentationEncoder
+from erw_hf.data.decoding import BadImageError, decode_image, prepare_image, to_pixels
 from erw_hf.data.latents import encode_moments, image_channels
-from erw_hf.data.samples import IMAGE_ERRORS, decode_image, prepare_image, to_pixels
 from erw_hf.data.source import FEATURES_COLUMN, KEY_COLUMN, MOMENTS_COLUMN, Source, load_source
 from erw_hf.files import write_record, written_whole
 from erw_hf.hub.push import push_cache
@@ -159,8 +159,8 @@ def write_file(
             record = source.dataset[row]
             try:
                 image, _ = decode_image(record[source.image_column])
-            except IMAGE_ERRORS as error:
-                tqdm.write(f"left out row {row} ({record[source.image_column]['path']}), no readable image: {error}")
+            except BadImageError as error:
+                tqdm.write(f"left out row {row}: {error}")
                 continue
             image = prepare_image(image, side, channels)
             image = image.transpose(0) if flip else image  # 0: left and right exchanged

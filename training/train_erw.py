@@ -612,7 +612,7 @@ def load_batches(run: Run, start_step: int, end_step: int) -> Iterator[Batch]:
         seed=config.seed,
     )
     loader = DataLoader(
-        TrainingSamples(maker),
+        TrainingSamples(maker, config.stream_retry_seconds),
         batch_sampler=sampler,
         num_workers=config.dataloader_num_workers,
         pin_memory=pin_memory,

@@ -27,9 +27,9 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 
 from erw_hf import RepresentationEncoder
+from erw_hf.data.decoding import center_crop
 from erw_hf.data.digits import load_digits_dataset
 from erw_hf.data.latents import encode_moments
-from erw_hf.data.samples import center_crop
 from erw_hf.trainer.run_record import read_metrics
 
 

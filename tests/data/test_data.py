@@ -17,9 +17,10 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
+from erw_hf.data.decoding import center_crop
 from erw_hf.data.digits import load_digits_dataset
 from erw_hf.data.latents import image_channels, pixels_to_latents
-from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples, center_crop, sample_rng
+from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples, sample_rng
 from erw_hf.data.source import load_source
 
 

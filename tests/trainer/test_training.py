@@ -300,7 +300,7 @@ def test_a_broken_image_is_skipped_and_named(tmp_path, tiny_flags, caplog):
     (tmp_path / "images" / "a" / "1.png").write_bytes(b"no image")
     train(*tiny_flags, f"--dataset_name={tmp_path}/images", f"--output_dir={tmp_path}/run")
     assert len(losses(tmp_path / "run")) == 7
-    assert "1.png), which is no readable image" in caplog.text
+    assert "1.png holds no readable image" in caplog.text
 
 
 @pytest.mark.parametrize("streaming", [False, True])

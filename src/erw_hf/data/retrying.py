@@ -53,10 +53,14 @@ class Backoff:
 
     Args:
         seconds (`float`): How long to go on trying after the first failure.
+        listed (`bool`, *optional*, defaults to `False`):
+            What is read was there before: that it is missing or denied (`ENOENT`, `EACCES`) is then a failure of the
+            system, and tried again like any other.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, listed: bool = False) -> None:
         self.seconds = seconds
+        self.listed = listed
         self.succeeded()
         # `datasets` would wait up to half an hour in each read of some kind, and fail at once on most server errors.
         # The six tries that huggingface_hub makes within half a minute stay.
@@ -81,7 +85,8 @@ class Backoff:
             Exception: `error` itself, if waiting does not mend it.
             ConnectionError: if the deadline does not allow another try.
         """
-        if isinstance(error, FATAL):
+        of_the_system = isinstance(error, OSError) and error.errno is not None
+        if isinstance(error, FATAL) and not (self.listed and of_the_system):
             raise error
         now = time.monotonic()
         self._failing_since = now if self._failing_since is None else self._failing_since
@@ -95,13 +100,14 @@ class Backoff:
         self._wait = min(2 * self._wait, 60.0)
 
 
-def retried(seconds: float, call: Callable[[], Result]) -> Result:
+def retried(seconds: float, call: Callable[[], Result], listed: bool = False) -> Result:
     """
     Calls until it succeeds.
 
     Args:
         seconds (`float`): How long to go on trying after the first failure.
         call (`Callable`): What to do.
+        listed (`bool`, *optional*, defaults to `False`): See [`Backoff`].
 
     Returns:
         What `call` returned.
@@ -110,7 +116,7 @@ def retried(seconds: float, call: Callable[[], Result]) -> Result:
         Exception: what `call` raised, if waiting does not mend it.
         ConnectionError: if the deadline does not allow another try.
     """
-    backoff = Backoff(seconds)
+    backoff = Backoff(seconds, listed)
     while True:
         try:
             return call()

@@ -17,111 +17,21 @@ Seeds of images that are drawn for an evaluation are in `evaluation.images`.
 """
 
 import hashlib
-import io
 import logging
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from datasets.utils.file_utils import xopen
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from erw_hf.data.decoding import BadImageError, decode_image, prepare_image, to_pixels
 from erw_hf.data.source import FEATURES_COLUMN, MOMENTS_COLUMN, Source
 
 
 logger = logging.getLogger(__name__)
 
-# What PIL raises for files that are no images, or are broken ones.
-IMAGE_ERRORS = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
-
-
-def read_file(path: str) -> bytes:
-    """
-    Args:
-        path (`str`): A file, also in an archive or on the Hub, as `datasets` names it.
-
-    Returns:
-        `bytes`: Its content.
-    """
-    with xopen(path, "rb") as file:
-        return file.read()
-
-
-def image_name(encoded: dict[str, Any] | None) -> str:
-    """
-    Args:
-        encoded (`dict`, *optional*): What an undecoded image column of `datasets` holds.
-
-    Returns:
-        `str`: Its path, or that it has none.
-    """
-    return (encoded or {}).get("path") or "an image without a name"
-
-
-def decode_image(encoded: dict[str, Any] | None) -> tuple[Image.Image, bytes]:
-    """
-    Args:
-        encoded (`dict`, *optional*):
-            `bytes`, or the `path` to read them from, as an undecoded image column of `datasets` has them.
-
-    Returns:
-        `tuple[PIL.Image.Image, bytes]`: The image, and its file's content.
-
-    Raises:
-        OSError: or another of `IMAGE_ERRORS`, for a file that is no readable image.
-    """
-    if encoded is None:
-        raise OSError("the row holds none")
-    content = read_file(encoded["path"]) if encoded["bytes"] is None else encoded["bytes"]
-    image = Image.open(io.BytesIO(content))
-    image.load()
-    return image, content
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """
-    ADM's preprocessing (arXiv 2105.05233): the largest centred square, resized to `size`.
-
-    Args:
-        image (`PIL.Image.Image`): Any image.
-        size (`int`): Side of the result in pixels.
-
-    Returns:
-        `PIL.Image.Image`: The square image.
-    """
-    # Box-halving down to less than twice the size, then bicubic: what the reference statistics of FID were made with.
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def prepare_image(image: Image.Image, size: int, channels: int) -> Image.Image:
-    """
-    Args:
-        image (`PIL.Image.Image`): Any image.
-        size (`int`): Side of the result in pixels.
-        channels (`int`): 3 for RGB, 1 for grey.
-
-    Returns:
-        `PIL.Image.Image`: Its [`center_crop`], in these colours.
-    """
-    return center_crop(image.convert({1: "L", 3: "RGB"}[channels]), size)
-
-
-def to_pixels(image: Image.Image) -> torch.Tensor:
-    """
-    Args:
-        image (`PIL.Image.Image`): What [`prepare_image`] gave.
-
-    Returns:
-        `torch.Tensor` of shape `(C, H, W)`, uint8: Its pixels.
-    """
-    pixels = np.asarray(image).reshape(image.height, image.width, -1)
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+IN_A_ROW = 10_000  # broken images after which the data, not a file of it, is at fault
 
 
 def sample_rng(seed: int, epoch: int, key: str | int) -> np.random.Generator:
@@ -229,16 +139,57 @@ class SampleMaker:
         return sample
 
 
+def read_row(
+    source: Source, index: int, retry_seconds: float = 300, skipped: int = 0
+) -> tuple[int, dict[str, Any], Image.Image | None, int]:
+    """
+    A row and its image; the next readable one's for a broken one, so that batches keep their size and a resumed run its
+    order. Each broken one is named in the log.
+
+    Args:
+        source ([`~data.source.Source`]): Data that is at hand.
+        index (`int`): Which row.
+        retry_seconds (`float`, *optional*, defaults to 300): How long to go on trying while the system fails.
+        skipped (`int`, *optional*, defaults to 0): Rows skipped before.
+
+    Returns:
+        `tuple[int, dict, PIL.Image.Image | None, int]`: Number of the row, the row, its image, rows skipped by now.
+
+    Raises:
+        ValueError: if no row is readable, or none of `IN_A_ROW` in a row.
+        OSError: naming the file, if the system cannot read it.
+    """
+    rows = len(source.dataset)
+    for candidate in range(index, index + min(rows, IN_A_ROW)):
+        number = candidate % rows
+        row = source.dataset[number]
+        if source.image_column is None:
+            return number, row, None, skipped
+        try:
+            image, _ = decode_image(row[source.image_column], retry_seconds)
+            return number, row, image, skipped
+        except BadImageError as bad:
+            error = bad
+            skipped += 1
+            logger.warning(f"skipped row {number}: {error}; {skipped} skipped so far")
+    raise ValueError(
+        f"none of {min(rows, IN_A_ROW)} rows in a row holds a readable image: column {source.image_column!r} is of another "
+        f"kind, or its files are damaged; the last one: {error}"
+    )
+
+
 class TrainingSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """
-    Training samples of a data set that is at hand, read in any order.
+    Training samples of a dataset that is at hand, read in any order.
 
     Args:
         maker ([`SampleMaker`]): Makes samples of rows.
+        retry_seconds (`float`, *optional*, defaults to 300): How long to go on trying while the system fails.
     """
 
-    def __init__(self, maker: SampleMaker) -> None:
+    def __init__(self, maker: SampleMaker, retry_seconds: float = 300) -> None:
         self.maker = maker
+        self.retry_seconds = retry_seconds
         self.skipped = 0
 
     def __len__(self) -> int:
@@ -246,30 +197,10 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, position: tuple[int, int]) -> dict[str, torch.Tensor]:
         epoch, index = position
-        number, row, image = self._readable(index)
-        label_column = self.maker.source.label_column
-        label = None if label_column is None else row[label_column]
-        return self.maker(image, label, epoch, number, row.get(MOMENTS_COLUMN), row.get(FEATURES_COLUMN))
-
-    def _readable(self, index: int) -> tuple[int, dict[str, Any], Image.Image | None]:
-        """Number, row and image; the next readable one's for a broken one, so that batches keep their size and a
-        resumed run its order."""
         source = self.maker.source
-        for candidate in range(index, index + len(self)):
-            number = candidate % len(self)
-            row = source.dataset[number]
-            if source.image_column is None:
-                return number, row, None
-            try:
-                image, _ = decode_image(row[source.image_column])
-                return number, row, image
-            except IMAGE_ERRORS as error:
-                self.skipped += 1
-                name = image_name(row[source.image_column])
-                logger.warning(
-                    f"skipped row {number} ({name}), which is no readable image ({error}); {self.skipped} skipped so far"
-                )
-        raise ValueError("the data set holds no readable image")
+        number, row, image, self.skipped = read_row(source, index, self.retry_seconds, self.skipped)
+        label = None if source.label_column is None else row[source.label_column]
+        return self.maker(image, label, epoch, number, row.get(MOMENTS_COLUMN), row.get(FEATURES_COLUMN))
 
 
 class StepSampler(torch.utils.data.Sampler[list[tuple[int, int]]]):

@@ -105,7 +105,7 @@ def load_source(
     if streaming:
         first = retried(retry_seconds, lambda: next(iter(dataset.decode(False).take(1)), None))
     else:
-        first = dataset[0] if len(dataset) > 0 else None
+        first = dict.fromkeys(dataset.column_names) if len(dataset) > 0 else None  # its image may be broken
     if first is None:
         raise ValueError(f"the data set {dataset_name!r} (split {split!r}) is empty")
     columns = list(first)

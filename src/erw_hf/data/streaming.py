@@ -33,8 +33,9 @@ import pyarrow
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from erw_hf.data.decoding import BadImageError, decode_image, image_name, read_file
 from erw_hf.data.retrying import Backoff, retried
-from erw_hf.data.samples import IMAGE_ERRORS, SampleMaker, decode_image, image_name, read_file
+from erw_hf.data.samples import IN_A_ROW, SampleMaker
 from erw_hf.data.source import FEATURES_COLUMN, KEY_COLUMN, MOMENTS_COLUMN
 
 
@@ -118,7 +119,7 @@ class RowReader:
             ConnectionError: if no row came for `retry_seconds`.
         """
         rows: list[dict[str, Any]] = []
-        backoff = Backoff(self.retry_seconds)
+        backoff = Backoff(self.retry_seconds, listed=True)
         while True:
             try:
                 while len(rows) < count:
@@ -144,9 +145,9 @@ class RowReader:
         if self.image_column is None or not (image := row[self.image_column]) or image["bytes"] is not None:
             return row
         try:
-            content = retried(self.retry_seconds, lambda: read_file(image["path"]))
-        except FileNotFoundError:
-            content = b""  # which is skipped and named as no image
+            content = retried(self.retry_seconds, lambda: read_file(image["path"]), listed=True)
+        except BadImageError:
+            content = b""  # which is skipped and named
         return row | {self.image_column: {"bytes": content, "path": image["path"]}}
 
     def _skip_shard(self, error: Exception) -> None:
@@ -235,7 +236,7 @@ class StreamingSamples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]
         for epoch in itertools.count(state["epoch"]):
             dataset.set_epoch(epoch)  # before the state, which is ignored otherwise
             reader = RowReader(dataset, state["reader"], self.retry_seconds, self.stride, first, image_column)
-            whole_epoch, samples = state["block"] == state["offset"] == 0, 0
+            whole_epoch, samples, in_a_row = state["block"] == state["offset"] == 0, 0, 0
             for block in itertools.count(state["block"]):
                 position = reader.state_dict() if block > 0 else None
                 buffer = reader.read(self.block)
@@ -245,10 +246,21 @@ class StreamingSamples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]
                 order = rng.permutation(len(buffer))
                 for offset in range(state["offset"], len(buffer)):
                     self._state = {"epoch": epoch, "block": block, "offset": offset + 1, "reader": position}
-                    sample = self._sample(buffer[order[offset]], epoch)
-                    if sample is not None:
-                        samples += 1
-                        yield sample
+                    try:
+                        sample = self._sample(buffer[order[offset]], epoch)
+                    except BadImageError as error:
+                        self.skipped += 1
+                        in_a_row += 1
+                        logger.warning(f"skipped {error}; {self.skipped} skipped so far")
+                        if in_a_row == IN_A_ROW:
+                            raise ValueError(
+                                f"process {self.process_index}, worker {worker_id}: none of {IN_A_ROW} images in a row is "
+                                f"readable: column {image_column!r} is of another kind, or its files are damaged; the "
+                                f"last one: {error}"
+                            ) from error
+                        continue
+                    samples, in_a_row = samples + 1, 0
+                    yield sample
                 state = {"offset": 0}
             if whole_epoch and samples == 0:
                 raise ValueError(
@@ -256,7 +268,7 @@ class StreamingSamples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]
                 )
             state = {"block": 0, "offset": 0, "reader": None}
 
-    def _sample(self, row: dict[str, Any], epoch: int) -> dict[str, torch.Tensor] | None:
+    def _sample(self, row: dict[str, Any], epoch: int) -> dict[str, torch.Tensor]:
         source = self.maker.source
         key: Any = row.get("__key__") or row.get(KEY_COLUMN)
         name = key or image_name(row.get(source.image_column or ""))  # a latent cache without images has keys
@@ -268,11 +280,9 @@ class StreamingSamples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]
         if source.image_column is None:
             return self.maker(None, label, epoch, key, row[MOMENTS_COLUMN], row.get(FEATURES_COLUMN))
         try:
-            image, encoded = decode_image(row[source.image_column])
-        except IMAGE_ERRORS as error:
-            self.skipped += 1
-            logger.warning(f"skipped {name}, which is no readable image ({error}); {self.skipped} skipped so far")
-            return None
+            image, encoded = decode_image(row[source.image_column], self.retry_seconds)
+        except BadImageError as error:
+            raise BadImageError(f"sample {key}: {error}" if key else str(error)) from error
         if source.is_latent_cache:  # drawn alike whether its images are read or not
             return self.maker(image, label, epoch, key, row[MOMENTS_COLUMN])
         return self.maker(image, label, epoch, hashlib.blake2b(encoded, digest_size=16).hexdigest())

@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from erw_hf.data.samples import IMAGE_ERRORS, center_crop, decode_image, image_name, sample_rng
+from erw_hf.data.decoding import BadImageError, center_crop, decode_image
+from erw_hf.data.samples import sample_rng
 from erw_hf.data.source import load_source
 from erw_hf.files import written_whole
 from erw_hf.pipeline_erw import ERWPipeline
@@ -216,9 +217,8 @@ def dataset_images(dataset_name: str, split: str = "train", image_size: int | No
             row = source.dataset[int(index)]
             try:
                 image = decode_image(row[source.image_column])[0].convert("RGB")
-            except IMAGE_ERRORS as error:
-                name = image_name(row[source.image_column])
-                raise ValueError(f"row {index} of {dataset_name} ({name}) is no readable image: {error}") from error
+            except BadImageError as error:
+                raise ValueError(f"row {index} of {dataset_name}: {error}") from error
             images.append(np.asarray(image if image_size is None else center_crop(image, image_size)))
             labels.append(0 if source.label_column is None else row[source.label_column])
         for index, array in zip(indices, images, strict=True):

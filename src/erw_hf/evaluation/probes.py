@@ -21,8 +21,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from erw_hf.data.decoding import BadImageError, decode_image, prepare_image, to_pixels
 from erw_hf.data.latents import pixels_to_latents
-from erw_hf.data.samples import IMAGE_ERRORS, decode_image, prepare_image, sample_rng, to_pixels
+from erw_hf.data.samples import sample_rng
 from erw_hf.data.source import Source
 from erw_hf.encoders import RepresentationEncoder
 from erw_hf.evaluation.metrics import cknna
@@ -73,7 +74,7 @@ def load_probe_images(source: Source, count: int, image_size: int, channels: int
     for row in rows:
         try:
             image = prepare_image(decode_image(row[source.image_column])[0], image_size, channels)
-        except IMAGE_ERRORS:
+        except BadImageError:
             continue  # training skips it too
         pixels.append(to_pixels(image))
         labels.append(0 if source.label_column is None else row[source.label_column])

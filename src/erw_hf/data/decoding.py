@@ -1,0 +1,208 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""From a row's image to 8-bit pixels: one way for training, caches, evaluation and probes.
+
+What cannot be decoded is a [`BadImageError`], whatever PIL raised; what the system refuses is tried again, then raised.
+"""
+
+import io
+import zipfile
+import zlib
+from typing import Any
+
+import numpy as np
+import torch
+from datasets.utils.file_utils import xopen
+from PIL import Image, UnidentifiedImageError
+
+from erw_hf.data.retrying import retried
+
+
+# EXIF's eight orientations (CIPA DC-008, tag 0x0112), as what makes them upright; 1 is.
+ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+THIN = 16  # long side over short side, from which on an image is cropped before it is enlarged
+
+
+class BadImageError(ValueError):
+    """An image that cannot be decoded; the message names it."""
+
+
+def read_file(path: str) -> bytes:
+    """
+    Args:
+        path (`str`): A file, also in an archive or on the Hub, as `datasets` names it.
+
+    Returns:
+        `bytes`: Its content.
+
+    Raises:
+        BadImageError: if it lies in an archive that is damaged there.
+        OSError: naming the file, if the system cannot read it.
+    """
+    try:
+        with xopen(path, "rb") as file:
+            return file.read()
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise BadImageError(f"{path} holds no readable image ({type(error).__name__}: {error})") from error
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = path  # which opening sets, and reading does not
+        raise
+
+
+def image_name(encoded: dict[str, Any] | None) -> str:
+    """
+    Args:
+        encoded (`dict`, *optional*): What an undecoded image column of `datasets` holds.
+
+    Returns:
+        `str`: Its path, or that it has none.
+    """
+    return (encoded or {}).get("path") or "an image without a name"
+
+
+def decode_image(encoded: dict[str, Any] | None, retry_seconds: float = 300) -> tuple[Image.Image, bytes]:
+    """
+    The first frame, upright by EXIF, scaled to 8 bit, transparency on white.
+
+    Args:
+        encoded (`dict`, *optional*):
+            `bytes`, or the `path` to read them from, as an undecoded image column of `datasets` has them.
+        retry_seconds (`float`, *optional*, defaults to 300):
+            How long to go on trying while the system or the Hub cannot read it.
+
+    Returns:
+        `tuple[PIL.Image.Image, bytes]`: The image, in mode L or RGB, and its file's content.
+
+    Raises:
+        BadImageError: if there is no image, or none that can be decoded.
+        OSError: naming the file, if the system cannot read it.
+    """
+    if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
+        raise BadImageError(f"{image_name(encoded)} holds no readable image (the row holds none)")
+    content = encoded["bytes"]
+    if content is None:
+        content = retried(retry_seconds, lambda: read_file(encoded["path"]), listed=True)
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
+        return _to_8_bit(_upright(image)), content
+    except MemoryError:
+        raise
+    except Exception as error:  # plug-ins raise what they like: struct.error, KeyError, RuntimeError, ...
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the system, not of the content, which is in memory
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it is of no format that Pillow reads" if content else "it is empty"
+        raise BadImageError(f"{image_name(encoded)} holds no readable image ({reason})") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation: Any = image.getexif().get(ORIENTATION)
+        transpose = UPRIGHT.get(orientation)
+    except Exception:  # the pixels are whole, whatever is broken beside them
+        return image
+    return image if transpose is None else image.transpose(transpose)
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """To mode L or RGB."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        return Image.fromarray(_levels(np.asarray(image)))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode in ("L", "RGB"):
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _levels(values: np.ndarray) -> np.ndarray:
+    """Grey values of 16 bit, 32 bit or float, as uint8."""
+    low, high = values.min(), values.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError("it holds NaN or infinity")
+    if values.dtype.kind == "f":
+        if low >= 0 and high <= 1:
+            return np.round(values * 255).astype(np.uint8)
+        if low >= 0 and 2 <= high <= 255:  # below 2: of the range [0, 1], and resampled beyond it
+            return np.round(values).astype(np.uint8)
+    elif values.itemsize > 2 and low >= 0 and high <= 255:  # 8 bit in 32
+        return values.astype(np.uint8)
+    elif low >= 0 and high <= 65535:
+        return (values >> 8).astype(np.uint8)  # as PIL reads 16-bit RGB
+    low, high = float(low), float(high)
+    return np.round((values.astype(np.float64) - low) * (255 / ((high - low) or 1))).astype(np.uint8)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """
+    ADM's preprocessing (arXiv 2105.05233): the largest centred square, resized to `size`.
+
+    Args:
+        image (`PIL.Image.Image`): Any image.
+        size (`int`): Side of the result in pixels.
+
+    Returns:
+        `PIL.Image.Image`: The square image.
+    """
+    # Box-halving down to less than twice the size, then bicubic: what the reference statistics of FID were made with.
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    left, top = (width - size) // 2, (height - size) // 2
+    if scale > 1 and max(image.size) > THIN * min(image.size):
+        # The same square, without the whole image enlarged: 5 GB for 20000 x 1 pixels.
+        across, down = image.width / width, image.height / height
+        box = (left * across, top * down, (left + size) * across, (top + size) * down)
+        return image.resize((size, size), resample=Image.Resampling.BICUBIC, box=box)
+    image = image.resize((width, height), resample=Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + size, top + size))
+
+
+def prepare_image(image: Image.Image, size: int, channels: int) -> Image.Image:
+    """
+    Args:
+        image (`PIL.Image.Image`): What [`decode_image`] gave.
+        size (`int`): Side of the result in pixels.
+        channels (`int`): 3 for RGB, 1 for grey.
+
+    Returns:
+        `PIL.Image.Image`: Its [`center_crop`], in these colours.
+    """
+    return center_crop(image.convert({1: "L", 3: "RGB"}[channels]), size)
+
+
+def to_pixels(image: Image.Image) -> torch.Tensor:
+    """
+    Args:
+        image (`PIL.Image.Image`): What [`prepare_image`] gave.
+
+    Returns:
+        `torch.Tensor` of shape `(C, H, W)`, uint8: Its pixels.
+    """
+    pixels = np.asarray(image).reshape(image.height, image.width, -1)
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
