@@ -48,8 +48,8 @@ from erw_hf.data.source import load_source
 from erw_hf.provenance import file_hash
 from erw_hf.trainer.config import TrainingConfig, parse_config
 from erw_hf.trainer.flops import count_step_flops
-from erw_hf.trainer.models import build_full_model, build_warmup_model, encoders_of_step
 from erw_hf.trainer.run_record import read_metrics
+from erw_hf.trainer.setup import build_full_model, build_warmup_model, encoders_of_step
 from erw_hf.warmup import build_warmup_transformer
 
 

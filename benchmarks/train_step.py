@@ -60,8 +60,8 @@ from erw_hf.flow import interpolate
 from erw_hf.sizes import size_config
 from erw_hf.trainer.ema import EMA, EMAProfile
 from erw_hf.trainer.flops import count_step_flops
-from erw_hf.trainer.models import compile_blocks
 from erw_hf.trainer.optimizers import build_optimizer
+from erw_hf.trainer.setup import compile_blocks
 from erw_hf.warmup import TrainingBatch, build_warmup_transformer, full_loss, warmup_loss
 
 

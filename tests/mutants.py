@@ -123,8 +123,8 @@ MUTANTS = [
     Mutant("trainer.ema", "(1 - 1 / step)", "(1 - 1 / (step + 1))", EMA),
     Mutant("trainer.ema", 'self.step_count = state["step_count"]', "pass", EMA),
     Mutant("trainer.ema", "[self.weights(i) for i in", "[self.weights(0) for i in", EMA),
-    Mutant("trainer.checkpoints", 'self.lr_scheduler.load_state_dict(state["lr_scheduler"])', "pass", RESUMING),
-    Mutant("trainer.checkpoints", 'self.ema.load_state_dict(state["ema"])', "pass", RESUMING),
+    Mutant("trainer.phase", 'self.lr_scheduler.load_state_dict(state["lr_scheduler"])', "pass", RESUMING),
+    Mutant("trainer.phase", 'self.ema.load_state_dict(state["ema"])', "pass", RESUMING),
     Mutant(
         "trainer.checkpoints",
         'sorted(found, key=lambda path: int(path.name.split("-")[1]))',

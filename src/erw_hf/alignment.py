@@ -20,6 +20,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from erw_hf.transformer_erw import ERWTransformer2DModel
+
 
 class MLPProjector(nn.Module):
     """
@@ -78,7 +80,7 @@ class AlignedTransformer(nn.Module):
     """
 
     def __init__(
-        self, transformer: nn.Module, projectors: Sequence[nn.Module], depth: int, warmup: bool = False
+        self, transformer: ERWTransformer2DModel, projectors: Sequence[nn.Module], depth: int, warmup: bool = False
     ) -> None:
         super().__init__()
         self.transformer = transformer

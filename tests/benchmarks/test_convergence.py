@@ -26,8 +26,8 @@ from accelerate.utils import set_seed
 from helpers import REPOSITORY
 from helpers import run_script as run_in_process
 
-from erw_hf.trainer.models import build_full_model
 from erw_hf.trainer.run_record import read_metrics
+from erw_hf.trainer.setup import build_full_model
 
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))

@@ -41,8 +41,8 @@ from erw_hf.data.source import load_source
 from erw_hf.hub import push, upload
 from erw_hf.hub.space import publish_space
 from erw_hf.trainer.config import TrainingConfig
-from erw_hf.trainer.inputs import check_cache
 from erw_hf.trainer.run_record import read_metrics
+from erw_hf.trainer.setup import check_cache
 
 
 TEXT = {".md", ".json", ".jsonl", ".yaml", ".txt", ".py"}

@@ -72,6 +72,6 @@ def test_each_process_gets_its_own_stream_back(tmp_path):
         list(pool.map(lambda process, state: save(process, tmp_path, 5, data_state=state), both, states))
     (checkpoint,) = list_checkpoints(tmp_path)
     for process in both:
-        assert load_data_state(process, checkpoint, 2) == {"position": process.process_index}
+        assert load_data_state(process, checkpoint, 2)["stream"] == {"position": process.process_index}
     with pytest.raises(ValueError, match="streamed with 2 processes and dataloader_num_workers=2"):
         load_data_state(both[1], checkpoint, 1)

@@ -27,8 +27,8 @@ from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples
 from erw_hf.data.source import load_source
 from erw_hf.trainer.config import parse_config
 from erw_hf.trainer.device import LateValues
-from erw_hf.trainer.models import build_full_model, build_warmup_model, choose_attention
 from erw_hf.trainer.run_record import read_metrics
+from erw_hf.trainer.setup import build_full_model, build_warmup_model, choose_attention
 
 
 def losses_of(run) -> list[float]:
@@ -172,7 +172,7 @@ def test_bf16_runs_choose_it_and_compile(flags, tmp_path, monkeypatch):
         choose_attention(model, *where)
         chosen.append((where, model.transformer_blocks[0].attn.processor._attention_backend))
 
-    monkeypatch.setattr("erw_hf.trainer.models.choose_attention", remember)
+    monkeypatch.setattr("erw_hf.trainer.phase.choose_attention", remember)
     torch._dynamo.reset()
     train(*flags, "--mixed_precision=bf16", "--torch_compile=yes", f"--output_dir={tmp_path}/run")
     assert chosen == [(("cpu", "bf16"), AttentionBackendName._NATIVE_MATH)] * 2  # in both phases

@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from erw_hf.trainer.ema import EMA
+from erw_hf.trainer.phase import Phase
 
 
 logger = get_logger(__name__)
@@ -53,32 +53,6 @@ class Progress:
     nonfinite_steps: int = 0
     nonfinite_in_a_row: int = 0
     step_batch_size: int = 0
-
-
-class TrainingState:
-    """What accelerate's own checkpoint lacks.
-
-    It is not registered with accelerate, which would open it as a pickle that may execute code.
-
-    Args:
-        lr_scheduler (`torch.optim.lr_scheduler.LRScheduler`, *optional*): Schedule of the running phase.
-        ema ([`~trainer.ema.EMA`], *optional*): EMA of the running phase; phase 1 has none.
-    """
-
-    def __init__(self, lr_scheduler: Any = None, ema: EMA | None = None) -> None:
-        self.lr_scheduler = lr_scheduler
-        self.ema = ema
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
 
 
 def prepare_output_dir(output_dir: str | os.PathLike[str], resuming: bool, overwrite: bool = False) -> None:
@@ -201,7 +175,7 @@ def save_checkpoint(
     output_dir: str | os.PathLike[str],
     progress: Progress,
     total_limit: int | None,
-    state: TrainingState,
+    phase: Phase,
     data_state: dict[str, Any] | None = None,
 ) -> None:
     """
@@ -213,7 +187,7 @@ def save_checkpoint(
         output_dir (`str` or `os.PathLike`): Folder of the run.
         progress ([`Progress`]): How far the run is.
         total_limit (`int`, *optional*): Checkpoints to keep, this one included.
-        state ([`TrainingState`]): What to save beside it.
+        phase ([`~trainer.phase.Phase`]): The phase that runs.
         data_state (`dict`, *optional*): State of this process's stream of data. accelerate keeps one for all processes.
 
     Raises:
@@ -227,7 +201,7 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(temporary))
-        training_state = state.state_dict()  # of all processes together, whose weights may be sharded
+        training_state = phase.state_dict()  # of all processes together, whose weights may be sharded
         if data_state is not None:
             torch.save({"processes": accelerator.num_processes, **data_state}, temporary / _data_file(accelerator))
         if accelerator.is_main_process:
@@ -250,17 +224,17 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingState) -> None:
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, phase: Phase) -> None:
     """
-    Puts everything that was prepared, and the training's state, where a checkpoint was.
+    Puts everything that was prepared, and the phase, where a checkpoint was.
 
     Args:
         accelerator (`Accelerator`): Holds what to load.
         checkpoint (`Path`): A checkpoint.
-        state ([`TrainingState`]): What was saved beside it.
+        phase ([`~trainer.phase.Phase`]): The phase that the checkpoint is of.
     """
     accelerator.load_state(str(checkpoint))
-    state.load_state_dict(torch.load(checkpoint / _STATE_FILE, map_location="cpu", weights_only=True))
+    phase.load_state_dict(torch.load(checkpoint / _STATE_FILE, map_location="cpu", weights_only=True))
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -302,7 +276,7 @@ def load_data_state(accelerator: Accelerator, checkpoint: Path, num_workers: int
         num_workers (`int`): Loader processes of each training process.
 
     Returns:
-        `dict`: The state of this process's stream.
+        `dict`: What [`~trainer.batches.Batches.state_dict`] gave on this process.
 
     Raises:
         ValueError: if the run had another number of processes or workers, whose states cannot be divided anew.
@@ -317,7 +291,7 @@ def load_data_state(accelerator: Accelerator, checkpoint: Path, num_workers: int
             f"this run has {accelerator.num_processes} and {num_workers}. A stream goes on exactly only with as many: "
             "resume with those"
         )
-    return torch.load(checkpoint / _data_file(accelerator), weights_only=True)["stream"]
+    return torch.load(checkpoint / _data_file(accelerator), weights_only=True)
 
 
 def _data_file(accelerator: Accelerator) -> str:

@@ -23,8 +23,7 @@ from erw_hf.data.source import FEATURES_COLUMN, IMAGE_COLUMNS, LABEL_COLUMNS, fi
 from erw_hf.encoders import VISION_TOWERS, RepresentationEncoder
 from erw_hf.trainer.config import TrainingConfig
 from erw_hf.trainer.flops import PEAK_FLOPS, count_step_flops
-from erw_hf.trainer.inputs import check_cache
-from erw_hf.trainer.models import build_full_model, build_warmup_model, encoders_of_step
+from erw_hf.trainer.setup import build_full_model, build_warmup_model, check_cache, encoders_of_step
 
 
 GIB = 2**30

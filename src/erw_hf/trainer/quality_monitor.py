@@ -17,11 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-
-from erw_hf.data.source import Source, load_source
-from erw_hf.encoders import RepresentationEncoder
+from erw_hf.data.source import load_source
 from erw_hf.evaluation.extractors import load_extractor, weights_hash
 from erw_hf.evaluation.images import dataset_images, generated_images
 from erw_hf.evaluation.probes import load_probe_images, probe_blocks
@@ -34,9 +30,10 @@ from erw_hf.evaluation.quality import (
     reference_file,
 )
 from erw_hf.pipeline_erw import ERWPipeline
-from erw_hf.trainer.config import TrainingConfig
+from erw_hf.trainer.phase import Phase
 from erw_hf.trainer.plots import plot_probes, plot_quality
 from erw_hf.trainer.run_record import MetricsFile, read_metrics
+from erw_hf.trainer.setup import Inputs
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
 
@@ -52,26 +49,14 @@ class QualityMonitor:
     reference that does not fit) raises here, before the first step.
 
     Args:
-        config ([`TrainingConfig`]): The run.
-        accelerator (`Accelerator`): The processes.
-        source ([`~data.source.Source`]): The training data.
-        pixels (`tuple[int, int]`): Side and channels of the images.
-        vae (a diffusers autoencoder, *optional*): `None` for pixel space.
-        encoder ([`RepresentationEncoder`], *optional*): What CKNNA compares with.
+        inputs ([`~trainer.setup.Inputs`]): The run. CKNNA compares with its first encoder.
         resume_step (`int`): Last step whose measurements are kept.
     """
 
-    def __init__(
-        self,
-        config: TrainingConfig,
-        accelerator: Accelerator,
-        source: Source,
-        pixels: tuple[int, int],
-        vae: torch.nn.Module | None,
-        encoder: RepresentationEncoder | None,
-        resume_step: int,
-    ) -> None:
-        self.config, self.accelerator, self.vae, self.encoder = config, accelerator, vae, encoder
+    def __init__(self, inputs: Inputs, resume_step: int) -> None:
+        config, accelerator, source = inputs.config, inputs.accelerator, inputs.source
+        self.config, self.accelerator, self.vae = config, accelerator, inputs.vae
+        self.encoder = inputs.encoders[0] if inputs.encoders else None
         self.folder = Path(config.output_dir)
         self.work = self.folder / ".evaluation-work"  # "evaluation" is where users keep their own
         self.file = None
@@ -79,7 +64,7 @@ class QualityMonitor:
             return
         if accelerator.is_main_process:
             self.file = MetricsFile(self.folder / "evaluations.jsonl", resume_step)
-        side, channels = pixels
+        side, channels = inputs.image_size, inputs.image_channels
         if config.evaluation_steps:
             with accelerator.main_process_first():
                 self.extractor = load_extractor(config.evaluation_extractor).to(accelerator.device)
@@ -116,10 +101,10 @@ class QualityMonitor:
             shutil.rmtree(self.work, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
-    def is_due(self, phase: str, step: int) -> bool:
+    def is_due(self, phase: Phase, step: int) -> bool:
         """
         Args:
-            phase (`str`): `"warmup"` or `"full"`; the warmup's model is probed, but draws nothing.
+            phase ([`~trainer.phase.Phase`]): The phase; the warmup's model is probed, but draws nothing.
             step (`int`): The step that was just made.
 
         Returns:
@@ -127,23 +112,23 @@ class QualityMonitor:
         """
         return self._draws(phase, step) or self._probes(step)
 
-    def _draws(self, phase: str, step: int) -> bool:
-        return phase == "full" and self.config.evaluation_steps > 0 and step % self.config.evaluation_steps == 0
+    def _draws(self, phase: Phase, step: int) -> bool:
+        return not phase.warmup and self.config.evaluation_steps > 0 and step % self.config.evaluation_steps == 0
 
     def _probes(self, step: int) -> bool:
         return self.config.probe_steps > 0 and step % self.config.probe_steps == 0
 
-    def measure(self, phase: str, step: int, images_seen: int, pipe: ERWPipeline) -> None:
+    def measure(self, phase: Phase, step: int, images_seen: int, pipe: ERWPipeline) -> None:
         """
         Measures what is due, writes it down and hands it to the trackers.
 
         Args:
-            phase (`str`): `"warmup"` or `"full"`.
+            phase ([`~trainer.phase.Phase`]): The phase.
             step (`int`): The step that was just made.
             images_seen (`int`): Images seen so far.
             pipe ([`ERWPipeline`]): The model, with the weights to measure, in evaluation mode.
         """
-        record: dict[str, Any] = {"step": step, "phase": phase, "images_seen": images_seen}
+        record: dict[str, Any] = {"step": step, "phase": phase.name, "images_seen": images_seen}
         if self._draws(phase, step):
             record |= self._measure_images(pipe)
         if self._probes(step) and self.accelerator.is_main_process:

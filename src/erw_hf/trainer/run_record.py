@@ -13,7 +13,7 @@
 # limitations under the License.
 """What a run writes about itself: `metrics.jsonl` and `environment.json`, and what it cost by them.
 
-The fields of a line come from `host_record` and `settle` of `training/train_erw.py`.
+The fields of a line come from `trainer.step_log`.
 """
 
 import json

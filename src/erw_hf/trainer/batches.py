@@ -1,0 +1,155 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The samples that a run reads, batch by batch, and its place in them."""
+
+import itertools
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples
+from erw_hf.data.streaming import StreamingSamples, stream_loader
+from erw_hf.trainer.setup import Inputs
+
+
+logger = logging.getLogger(__name__)
+
+Samples = dict[str, torch.Tensor]
+
+
+class Batches:
+    """
+    This process's samples in both phases. Of data at hand the step alone decides what is read; a stream has a state, which
+    checkpoints keep and phase 2 goes on from.
+
+    Args:
+        inputs ([`~trainer.setup.Inputs`]): The run.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        config = inputs.config
+        self.inputs = inputs
+        self.maker = SampleMaker(
+            inputs.source,
+            image_size=inputs.image_size,
+            channels=inputs.image_channels,
+            latent_shape=(config.in_channels, config.sample_size, config.sample_size),
+            seed=config.seed,
+            class_dropout_prob=config.class_dropout_prob,
+            random_flip=config.random_flip,
+            class_token_dim=inputs.model_config["class_token_dim"],
+        )
+        self.waited = 0.0  # seconds, for data
+        self.error: str | None = None  # why there is no next batch
+        self._stream: StatefulDataLoader | None = None
+        self._stream_state: dict[str, Any] | None = None
+        self._batches: Iterator[Samples] = iter(())
+        self._last: Samples | None = None
+
+    def start(self, steps: range) -> None:
+        """
+        Reads the first batch of a phase, whose failure ends the run before a step.
+
+        Args:
+            steps (`range`): The steps that are left of it.
+
+        Raises:
+            RuntimeError: on all processes, if one of them cannot read.
+        """
+        self._batches = iter(self._loader(steps))
+        if steps:
+            first = self.next()
+            self.check(steps.start + 1)
+            assert first is not None
+            self._batches = itertools.chain([first], self._batches)
+
+    def next(self) -> Samples | None:
+        """
+        Returns:
+            `dict[str, torch.Tensor]`: The next batch, as [`~data.samples.SampleMaker`] makes its samples; after a failure
+            the last one again, so that no other process waits for this one's share of a step for ever. [`check`] then ends
+            the run on all of them, and nothing of that step is kept.
+        """
+        started = time.perf_counter()
+        if self.error is None:
+            try:
+                self._last = next(self._batches)
+            except Exception as error:
+                logger.debug("reading failed", exc_info=True)
+                self.error = f"{type(error).__name__}: {error}"
+        self.waited += time.perf_counter() - started
+        return self._last
+
+    def check(self, step: int) -> None:
+        """
+        Ends the run, with one message, if any process has no data. All of them call it.
+
+        Args:
+            step (`int`): The step that cannot be made, from 1.
+
+        Raises:
+            RuntimeError: if so.
+        """
+        errors = gather_object([(self.inputs.accelerator.process_index, self.error)])
+        for process, error in errors:
+            if error is not None:
+                raise RuntimeError(
+                    f"process {process} of {len(errors)} could not read its data, so all stop before step {step}: "
+                    f"{error}\nGo on from the last checkpoint with --resume_from_checkpoint latest"
+                )
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Where the stream is; `None` of data at hand."""
+        if self._stream is None:
+            return None
+        self._stream_state = self._stream.state_dict()
+        return {"workers": self.inputs.config.dataloader_num_workers, "stream": self._stream_state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._stream_state = state["stream"]
+
+    def _loader(self, steps: range) -> DataLoader[Any]:
+        config, accelerator = self.inputs.config, self.inputs.accelerator
+        workers, pin_memory = config.dataloader_num_workers, accelerator.device.type == "cuda"
+        if config.streaming:
+            samples = StreamingSamples(
+                self.maker,
+                accelerator.num_processes,
+                accelerator.process_index,
+                retry_seconds=config.stream_retry_seconds,
+            )
+            self._stream = stream_loader(samples, config.train_batch_size, workers, pin_memory, self._stream_state)
+            return self._stream
+        sampler = StepSampler(
+            num_samples=len(self.inputs.source.dataset),
+            batch_size=config.train_batch_size,
+            accumulation_steps=config.gradient_accumulation_steps,
+            num_processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+            start_step=steps.start,
+            end_step=steps.stop,
+            seed=config.seed,
+        )
+        return DataLoader(
+            TrainingSamples(self.maker, config.stream_retry_seconds),
+            batch_sampler=sampler,
+            num_workers=workers,
+            pin_memory=pin_memory,
+        )

@@ -1,0 +1,116 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""One of the two trainings of a run, as an object that saves itself."""
+
+from typing import Any
+
+from diffusers.optimization import get_scheduler
+
+from erw_hf.alignment import AlignedTransformer, alignment_weight
+from erw_hf.trainer.ema import EMA
+from erw_hf.trainer.flops import count_step_flops
+from erw_hf.trainer.optimizers import build_optimizer
+from erw_hf.trainer.setup import Inputs, choose_attention, compile_blocks, encoders_of_step
+from erw_hf.transformer_erw import ERWTransformer2DModel
+
+
+class Phase:
+    """
+    A model with a fresh optimizer, learning-rate schedule and EMA, and the steps of the run that train it.
+
+    It saves what accelerate's own checkpoint lacks. It is not registered with accelerate, which would open it as a pickle
+    that may execute code.
+
+    Args:
+        inputs ([`~trainer.setup.Inputs`]): The run.
+        model ([`AlignedTransformer`]): What to train; its `warmup` says which phase this is. Phase 1 has no EMA.
+        steps (`range`): The steps, counted over both phases from 0.
+        learning_rate (`float`): Peak learning rate.
+    """
+
+    def __init__(self, inputs: Inputs, model: AlignedTransformer, steps: range, learning_rate: float) -> None:
+        config, accelerator = inputs.config, inputs.accelerator
+        self.inputs, self.steps = inputs, steps
+        self.warmup = model.warmup
+        self.name = "warmup" if model.warmup else "full"
+        encoders = [] if inputs.source.has_features else inputs.encoders  # a latent cache can hold their tokens
+        self.flops = {  # of an image, by whether the step aligns
+            aligned: count_step_flops(model, encoders_of_step(config, encoders, aligned)) for aligned in (False, True)
+        }
+        choose_attention(model.transformer, accelerator.device.type, accelerator.mixed_precision)
+        if config.compiles(accelerator.device.type):
+            compile_blocks(model.transformer, accelerator.device.type)
+        optimizer = build_optimizer(
+            model,
+            config.optimizer,
+            learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.adam_weight_decay,
+        )
+        self.lr_scheduler = get_scheduler(
+            "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler,
+            optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=len(steps),
+        )
+        self.peak_learning_rate = learning_rate
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.ema = None if self.warmup else EMA(self.transformer, config.ema_profiles())
+
+    @property
+    def transformer(self) -> ERWTransformer2DModel:
+        """The transformer as it is trained: its weights may be sharded."""
+        return self.inputs.accelerator.unwrap_model(self.model).transformer
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def weight_at(self, step: int) -> float:
+        """
+        Args:
+            step (`int`): Step of the run, from 0.
+
+        Returns:
+            `float`: Weight of the alignment: 1 in the warmup, which has no other loss; then lambda, whose schedule starts
+            with phase 2.
+        """
+        config = self.inputs.config
+        if self.warmup:
+            return 1.0
+        return alignment_weight(
+            step - self.steps.start,
+            config.alignment_schedule,
+            config.alignment_weight if config.encoder is not None else 0.0,
+            config.alignment_half_life,
+            config.alignment_stop_step,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        # The config's rate holds, not the checkpoint's: a run that diverged goes on with a lower one.
+        self.lr_scheduler.base_lrs = [self.peak_learning_rate] * len(self.lr_scheduler.base_lrs)
+        for group, factor in zip(self.optimizer.param_groups, self.lr_scheduler.lr_lambdas, strict=True):
+            group["initial_lr"] = self.peak_learning_rate
+            group["lr"] = self.peak_learning_rate * factor(self.lr_scheduler.last_epoch)

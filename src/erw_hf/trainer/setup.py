@@ -1,0 +1,292 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a run is made of, from its configuration: data, autoencoder, encoders, the models of the two phases."""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoModel, ModelMixin
+from diffusers.models.attention_dispatch import AttentionBackendName
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from erw_hf.alignment import AlignedTransformer, ConvProjector, MLPProjector
+from erw_hf.data.latents import check_autoencoder, image_channels, pixels_to_latents
+from erw_hf.data.source import Source, check_cache_files, load_source
+from erw_hf.encoders import RepresentationEncoder
+from erw_hf.pipeline_erw import ERWPipeline
+from erw_hf.trainer.config import TrainingConfig
+from erw_hf.transformer_erw import ERWTransformer2DModel
+from erw_hf.warmup import build_warmup_transformer
+
+
+Encoders = Sequence[RepresentationEncoder]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """
+    What is known before the first step.
+
+    Args:
+        config ([`TrainingConfig`]): The run.
+        accelerator (`Accelerator`): The processes.
+        source ([`~data.source.Source`]): The data.
+        vae (a diffusers autoencoder, *optional*): `None` for a run on pixels.
+        encoders (`Sequence[RepresentationEncoder]`): What is aligned with; may be empty.
+        model_config (`dict`): Arguments of the full [`ERWTransformer2DModel`].
+        image_size (`int`): Side of the images, in pixels.
+        image_channels (`int`): 3 for RGB, 1 for grey.
+    """
+
+    config: TrainingConfig
+    accelerator: Accelerator
+    source: Source
+    vae: ModelMixin | None
+    encoders: Encoders
+    model_config: dict[str, Any]
+    image_size: int
+    image_channels: int
+
+    @property
+    def step_batch_size(self) -> int:
+        """Images of a step, over all processes."""
+        return self.config.step_batch_size(self.accelerator.num_processes)
+
+
+def open_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
+    """
+    Args:
+        config ([`TrainingConfig`]): The run.
+        accelerator (`Accelerator`): The processes.
+
+    Returns:
+        [`Inputs`]: Everything loaded, and found to fit together.
+    """
+    source = load_source(**config.source_arguments())
+    check_cache(config, source)
+    vae, image_size, channels = load_vae(config, accelerator.device)
+    encoders = load_encoders(config, accelerator.device, accelerator.mixed_precision)
+    model_config = config.model_config(source.num_classes, class_token_dim(config, encoders))
+    return Inputs(config, accelerator, source, vae, encoders, model_config, image_size, channels)
+
+
+def load_vae(config: TrainingConfig, device: torch.device) -> tuple[ModelMixin | None, int, int]:
+    """
+    Loads the autoencoder, if the run has one.
+
+    Args:
+        config ([`TrainingConfig`]): The run.
+        device (`torch.device`): Where to put it.
+
+    Returns:
+        `tuple[ModelMixin | None, int, int]`: The autoencoder, and the side and channels of the images that make latents
+        of the configured size; without one, those of the images that are trained on.
+
+    Raises:
+        ValueError: if its latents are of another shape than the model's.
+    """
+    if config.vae is None:
+        return None, config.sample_size, config.in_channels
+    check_autoencoder(AutoModel.load_config(config.vae), config.vae, config.in_channels)
+    # float32: the latents are the data, and bf16 would round them.
+    vae = AutoModel.from_pretrained(config.vae).to(device).eval().requires_grad_(False)
+    factor = ERWPipeline.vae_scale_factor_of(vae)
+    channels = image_channels(vae)
+    side = config.sample_size * factor
+    with torch.no_grad():
+        shape = tuple(pixels_to_latents(torch.zeros(1, channels, side, side, device=device), vae).shape[1:])
+    if shape != (config.in_channels, config.sample_size, config.sample_size):
+        raise ValueError(
+            f"the vae makes latents (C, H, W) = {shape} of {side} px images, the config has in_channels="
+            f"{config.in_channels} and sample_size={config.sample_size}"
+        )
+    return vae, side, channels
+
+
+def load_encoders(config: TrainingConfig, device: torch.device, mixed_precision: str) -> list[RepresentationEncoder]:
+    """
+    Loads the teachers, if the run aligns at all.
+
+    Args:
+        config ([`TrainingConfig`]): The run.
+        device (`torch.device`): Where to put them.
+        mixed_precision (`str`): `"no"`, `"fp16"` or `"bf16"`: in what they run.
+
+    Returns:
+        `list[RepresentationEncoder]`: The encoders, compiled if the run compiles.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
+    encoders = []
+    for name in config.encoders:
+        encoder = RepresentationEncoder.from_pretrained(
+            name, config.token_grid, config.encoder_image_size, dtype, config.encoder_antialias
+        ).to(device)
+        if config.compiles(device.type):
+            encoder.model.compile()
+        encoders.append(encoder)
+    return encoders
+
+
+def check_cache(config: TrainingConfig, source: Source) -> None:
+    """
+    Sees to it that a latent cache is read as what it was written as.
+
+    Args:
+        config ([`TrainingConfig`]): The run.
+        source ([`~data.source.Source`]): Its data; nothing is asked of what is no cache.
+
+    Raises:
+        ValueError: if the cache is of another autoencoder, size or encoder, has not all of its files, or the run asks
+            for what a cache cannot give.
+    """
+    if not source.is_latent_cache:
+        return
+    if source.has_features and len(config.encoders) > 1:
+        raise ValueError(
+            "a latent cache holds the tokens of one encoder: leave its column `features` out to align with several"
+        )
+    if source.has_features and config.class_token_weight > 0:
+        raise ValueError(
+            "a latent cache with the column `features` holds no class tokens, which class_token_weight needs: make "
+            "it by cache_latents.py without --encoder (the run then encodes its images), or set class_token_weight "
+            "to 0"
+        )
+    if config.vae is None:
+        raise ValueError(f"{config.dataset_name} is a latent cache: name the vae that it was made with")
+    if config.random_flip:
+        raise ValueError("random_flip does not work on a latent cache: cache the flipped images too (--flipped)")
+    folder = Path(config.dataset_name)
+    record = folder / "cache.json"
+    if not folder.exists():
+        with contextlib.suppress(EntryNotFoundError):
+            record = Path(hf_hub_download(config.dataset_name, "cache.json", repo_type="dataset"))
+    if not record.is_file():  # moved without its record
+        return
+    made = json.loads(record.read_text())
+    if made.get("encoder") is not None and config.encoders:
+        for name in ("encoder", "patch_size", "encoder_image_size", "encoder_antialias"):
+            value = getattr(config, name)
+            if Path(str(made[name])).name != Path(str(value)).name:
+                raise ValueError(f"the cache holds tokens of {name}={made[name]!r}, the config has {value!r}")
+    if made["sample_size"] != config.sample_size:
+        raise ValueError(f"the cache has sample_size {made['sample_size']}, the config {config.sample_size}")
+    if Path(made["vae"]).name != Path(config.vae).name:
+        raise ValueError(f"the cache was made with the vae {made['vae']!r}, the config names {config.vae!r}")
+    if not folder.exists():  # a push is of whole caches
+        return
+    check_cache_files(folder)
+
+
+def build_warmup_model(config: TrainingConfig, num_classes: int, encoders: Encoders) -> AlignedTransformer:
+    """
+    Args:
+        config ([`TrainingConfig`]): The run.
+        num_classes (`int`): Number of classes of the data.
+        encoders (`Sequence[RepresentationEncoder]`): The encoders to align with.
+
+    Returns:
+        [`AlignedTransformer`]: The model of phase 1.
+    """
+    model_config = config.model_config(num_classes, class_token_dim(config, encoders))
+    transformer = build_warmup_transformer(model_config, config.warmup_depth)
+    return AlignedTransformer(transformer, _projectors(config, encoders), config.warmup_depth, warmup=True)
+
+
+def build_full_model(config: TrainingConfig, num_classes: int, encoders: Encoders) -> AlignedTransformer:
+    """
+    Args:
+        config ([`TrainingConfig`]): The run.
+        num_classes (`int`): Number of classes of the data.
+        encoders (`Sequence[RepresentationEncoder]`): The encoders to align with; may be empty.
+
+    Returns:
+        [`AlignedTransformer`]: The model of phase 2, without projectors where nothing is aligned.
+    """
+    transformer = ERWTransformer2DModel(**config.model_config(num_classes, class_token_dim(config, encoders)))
+    projectors = _projectors(config, encoders) if config.alignment_weight > 0 else []
+    return AlignedTransformer(transformer, projectors, config.projector_depth)
+
+
+def compile_blocks(transformer: ERWTransformer2DModel, device_type: str) -> None:
+    """
+    Compiles the blocks in place; one compilation serves them all.
+
+    Args:
+        transformer ([`ERWTransformer2DModel`]): The model.
+        device_type (`str`): Where it is to run: `"cuda"`, `"cpu"` ...
+    """
+    # Without this Inductor's tanh, of GELU, takes a CPU three times as long as its exponential does.
+    options = {"cpp.use_decompose_tanh": True} if device_type == "cpu" else None
+    transformer.compile_repeated_blocks(fullgraph=True, options=options)
+
+
+def choose_attention(transformer: ERWTransformer2DModel, device_type: str, mixed_precision: str) -> None:
+    """
+    Lets a CPU in bf16 multiply the matrices of a short attention one by one. torch's fused kernel takes ten times as long there to go
+    back through 16 patch tokens, twice as long through 64, and a third of the time through 256 (Xeon with AMX, torch 2.14).
+
+    Args:
+        transformer ([`ERWTransformer2DModel`]): The model that is trained, changed in place; what samples keeps its kernel.
+        device_type (`str`): Where it is to run: `"cuda"`, `"cpu"` ...
+        mixed_precision (`str`): `"no"`, `"fp16"` or `"bf16"`.
+    """
+    tokens = (transformer.config.sample_size // transformer.config.patch_size) ** 2
+    if device_type == "cpu" and mixed_precision == "bf16" and tokens <= 64:
+        for processor in transformer.attn_processors.values():
+            # Not `set_attention_backend`, which changes all other models of the process too.
+            processor._attention_backend = AttentionBackendName._NATIVE_MATH
+
+
+def class_token_dim(config: TrainingConfig, encoders: Encoders) -> int | None:
+    """
+    Args:
+        config ([`TrainingConfig`]): The run.
+        encoders (`Sequence[RepresentationEncoder]`): Its encoders.
+
+    Returns:
+        `int`, *optional*: Width of the first encoder's class token, `None` for a run without one.
+
+    Raises:
+        ValueError: if that encoder has none.
+    """
+    return encoders[0].class_token_dim if config.class_token_weight > 0 else None
+
+
+def encoders_of_step(config: TrainingConfig, encoders: Encoders, aligned: bool) -> list[RepresentationEncoder]:
+    """
+    Args:
+        config ([`TrainingConfig`]): The run.
+        encoders (`Sequence[RepresentationEncoder]`): Its encoders.
+        aligned (`bool`): Whether the step aligns: one of the warmup, or one with a lambda above 0.
+
+    Returns:
+        `list[RepresentationEncoder]`: The encoders that the step runs: all of them, or for a class token alone the first.
+    """
+    if aligned:
+        return list(encoders)
+    return list(encoders[:1]) if config.class_token_weight > 0 else []
+
+
+def _projectors(config: TrainingConfig, encoders: Encoders) -> list[torch.nn.Module]:
+    width = config.num_attention_heads * config.attention_head_dim
+    if config.projector == "conv":
+        return [ConvProjector(width, encoder.embed_dim) for encoder in encoders]
+    return [MLPProjector(width, encoder.embed_dim, config.projector_dim) for encoder in encoders]

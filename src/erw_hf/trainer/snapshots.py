@@ -1,0 +1,187 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a run shows of itself, made with the averaged weights: pictures, measurements, pushes, and its pipeline at the end."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from PIL import Image
+
+from erw_hf.hub.push import BackgroundPush, link_folder
+from erw_hf.pipeline_erw import ERWPipeline
+from erw_hf.scheduling_erw import FlowMatchEulerMaruyamaScheduler
+from erw_hf.trainer.checkpoints import Progress
+from erw_hf.trainer.ema import whole_state_dict
+from erw_hf.trainer.phase import Phase
+from erw_hf.trainer.plots import image_grid, plot_losses
+from erw_hf.trainer.quality_monitor import QualityMonitor
+from erw_hf.trainer.setup import Inputs
+from erw_hf.transformer_erw import ERWTransformer2DModel
+
+
+logger = get_logger(__name__)
+
+
+class Snapshots:
+    """
+    All processes make one and call it, since weights may be sharded and images are measured together.
+
+    Args:
+        inputs ([`~trainer.setup.Inputs`]): The run.
+        progress ([`~trainer.checkpoints.Progress`]): How far it is.
+    """
+
+    def __init__(self, inputs: Inputs, progress: Progress) -> None:
+        config = inputs.config
+        self.inputs, self.progress, self.folder = inputs, progress, Path(config.output_dir)
+        self.push = None
+        if config.push_to_hub and inputs.accelerator.is_main_process:
+            self.push = BackgroundPush(self.folder, progress.step)
+        self.quality = QualityMonitor(inputs, progress.step)
+
+    def is_due(self, phase: Phase) -> bool:
+        """
+        Args:
+            phase ([`~trainer.phase.Phase`]): The phase that runs.
+
+        Returns:
+            `bool`: Whether the last step is one after which the run shows something.
+        """
+        return self._draws(phase) or self.quality.is_due(phase, self.progress.step)
+
+    def take(self, phase: Phase) -> None:
+        """
+        Draws and measures what is due.
+
+        Args:
+            phase ([`~trainer.phase.Phase`]): The phase that runs.
+        """
+        if self._draws(phase):
+            self._draw(phase)
+        if self.quality.is_due(phase, self.progress.step):
+            pipeline = self._pipeline(phase, everywhere=True)
+            assert pipeline is not None
+            self.quality.measure(phase, self.progress.step, self.progress.images_seen, pipeline)
+
+    def push_checkpoint(self, phase: Phase) -> None:
+        """
+        Hands the pipeline of phase 2 and, by strategy, the checkpoint of this step to the process that pushes.
+
+        Args:
+            phase ([`~trainer.phase.Phase`]): The phase that runs.
+        """
+        pipeline = None if phase.warmup else self._pipeline(phase)
+        checkpoint = self._checkpoint()
+        if self.push is not None and (pipeline is not None or checkpoint is not None):
+            self.push.submit(self.progress.step, pipeline and pipeline.save_pretrained, checkpoint)
+
+    def finish(self, phase: Phase | None) -> None:
+        """
+        Leaves the pipeline, a grid of its pictures and the loss curve, and has them pushed.
+
+        Args:
+            phase ([`~trainer.phase.Phase`], *optional*): Phase 2; `None` of a run that was a warmup alone.
+        """
+        folder, pipeline = self.folder, None if phase is None else self._pipeline(phase)
+        if pipeline is not None:
+            self._grid(pipeline).save(folder / "grid.png")
+            pipeline.save_pretrained(folder / "pipeline")
+            plot_losses(folder / "metrics.jsonl", folder / "loss_curve.png")
+            logger.info(f"done: {folder}/pipeline, {folder}/grid.png, {folder}/loss_curve.png")
+        if self.push is not None and phase is None:
+            self.push.submit(self.progress.step, None, None)
+        elif self.push is not None:
+            self.push.submit(self.progress.step, partial(link_folder, folder / "pipeline"), self._checkpoint())
+
+    def wait_for_push(self) -> None:
+        """Waits for the push of the finished run, whose failure costs nothing but a command."""
+        if self.push is None:
+            return
+        repo_id = self.inputs.config.hub_model_id
+        logger.info(f"pushing to {repo_id}, log: {self.folder}/push.log")
+        if self.push.wait():
+            logger.info(f"pushed to {repo_id}")
+        else:
+            logger.warning(
+                f"the push to {repo_id} failed (see {self.folder}/push.log). Everything is in {self.folder}; to finish "
+                f"the push: {self.push.command}"
+            )
+
+    def _draws(self, phase: Phase) -> bool:
+        every = self.inputs.config.validation_steps
+        return not phase.warmup and every > 0 and self.progress.step % every == 0
+
+    def _checkpoint(self) -> Path | None:
+        if self.inputs.config.hub_strategy != "checkpoint":
+            return None
+        return self.folder / f"checkpoint-{self.progress.step}"
+
+    def _pipeline(self, phase: Phase, everywhere: bool = False) -> ERWPipeline | None:
+        """The pipeline with the EMA weights, those of the warmup, which has no EMA, as they are; on the main process alone
+        unless it is wanted everywhere."""
+        inputs = self.inputs
+        weights = whole_state_dict(phase.transformer) if phase.ema is None else phase.ema.weights()
+        if not (everywhere or inputs.accelerator.is_main_process):
+            return None
+        # In the warmup it is a model of fewer blocks.
+        num_layers = phase.transformer.config.num_layers
+        transformer = ERWTransformer2DModel(**inputs.model_config | {"num_layers": num_layers})
+        transformer.load_state_dict(weights, strict=False)  # buffers are no weights
+        pipeline = ERWPipeline(
+            transformer=transformer.to(inputs.accelerator.device).eval(),
+            vae=inputs.vae,
+            scheduler=FlowMatchEulerMaruyamaScheduler(path_type=inputs.config.path_type),
+            id2label=inputs.source.id2label,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _grid(self, pipeline: ERWPipeline) -> Image.Image:
+        """The same labels and the same noise at every step of the run."""
+        config, num_classes = self.inputs.config, self.inputs.source.num_classes
+        count = config.num_validation_images
+        if num_classes == 0:
+            labels = [0] * count  # the null class of an unconditional model
+        elif num_classes <= count:
+            labels = [i % num_classes for i in range(count)]  # all of them, in turn
+        else:
+            labels = [i * num_classes // count for i in range(count)]  # evenly spaced ones
+        with self.inputs.accelerator.autocast():
+            images = pipeline(
+                class_labels=labels,
+                num_inference_steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale,
+                generator=[torch.Generator().manual_seed(config.seed + i) for i in range(count)],
+            ).images
+        columns = num_classes if 4 <= num_classes <= count else math.ceil(math.sqrt(count))
+        return image_grid(images, columns=columns)
+
+    def _draw(self, phase: Phase) -> None:
+        """Writes `samples/step-N.png` and hands it to the trackers."""
+        accelerator, step = self.inputs.accelerator, self.progress.step
+        pipeline = self._pipeline(phase)
+        if pipeline is not None:
+            grid = self._grid(pipeline)
+            path = self.folder / "samples" / f"step-{step:07d}.png"
+            path.parent.mkdir(exist_ok=True)
+            grid.save(path)
+            for tracker in accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=step, **layout)
+        accelerator.wait_for_everyone()
