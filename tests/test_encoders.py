@@ -53,6 +53,63 @@ def test_models_of_timm(tmp_path):
     assert other(images).shape == (2, 36, 16) and other.image_size == 24
 
 
+TIMM_MAPS = {
+    "resnet10t": ({"channels": [4, 4, 4, 16], "stem_width": 4}, 32),
+    "resnet10t with a stride of 8": ({"channels": [4, 4, 4, 16], "stem_width": 4, "output_stride": 8}, 8),
+    "convnext_atto": ({"dims": [4, 4, 4, 16], "depths": [1, 1, 1, 1]}, 32),
+    "swin_tiny_patch4_window7_224": ({"embed_dim": 2, "depths": [1] * 4, "num_heads": [1] * 4}, 32),  # NHWC
+}
+
+
+@pytest.mark.parametrize("name", TIMM_MAPS)
+def test_cells_of_timms_maps_are_tokens(name, tmp_path):
+    arguments, stride = TIMM_MAPS[name]
+    settings = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 64, 64]}
+    config = TimmWrapperConfig(architecture=name.split()[0], model_args=arguments, pretrained_cfg=settings)
+    TimmWrapperModel(config).save_pretrained(tmp_path)
+    encoder = RepresentationEncoder.from_pretrained(tmp_path, token_grid=2)
+    assert (encoder.image_size, encoder.embed_dim, encoder.num_prefix_tokens) == (2 * stride, 16, 1)
+    images = torch.rand(2, 3, 2 * stride, 2 * stride, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cells = encoder.model.timm_model.forward_features(2 * images - 1)
+        pooled = encoder.model.timm_model.forward_head(cells)
+    if cells.shape[1] == 16:
+        cells = cells.permute(0, 2, 3, 1)
+    tokens, class_token = encoder.patch_and_class_tokens(images)
+    torch.testing.assert_close(tokens, torch.stack([cells[:, i // 2, i % 2] for i in range(4)], dim=1))
+    torch.testing.assert_close(class_token, pooled)
+
+
+def test_timm_models_of_one_size_say_so(tmp_path):
+    arguments = {"img_size": 64}
+    settings = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 64, 64]}
+    config = TimmWrapperConfig(architecture="mixer_s32_224", model_args=arguments, pretrained_cfg=settings)
+    TimmWrapperModel(config).save_pretrained(tmp_path)
+    assert RepresentationEncoder.from_pretrained(tmp_path, token_grid=2).embed_dim == 512
+    with pytest.raises(ValueError, match="does not take images of 96 px, which 3x3 tokens need"):
+        RepresentationEncoder.from_pretrained(tmp_path, token_grid=3)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.rand(2, 3, 16, 32), r"must be square, .* got \(2, 3, 16, 32\)"),
+        (torch.rand(2, 3, 32, 16), "must be square"),
+        (torch.rand(3, 16, 16), "must be square"),
+        (torch.rand(2, 4, 16, 16), r"\(B, 3, side, side\) or \(B, 1, side, side\)"),
+        (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "floats in .* got torch.uint8: divide"),
+        (torch.zeros(2, 3, 16, 16, dtype=torch.int64), "got torch.int64"),
+        (255 * torch.rand(2, 3, 16, 16), "must lie in .*divide by 255"),
+        (2 * torch.rand(2, 3, 16, 16) - 1, "must lie in .*x / 2"),
+    ],
+)
+def test_images_of_another_form_are_refused(encoder_path, images, message):
+    encoder = RepresentationEncoder.from_pretrained(encoder_path, token_grid=4)
+    for encode in (encoder, encoder.patch_and_class_tokens):
+        with pytest.raises(ValueError, match=message):
+            encode(images)
+
+
 def test_naflex_variants_are_refused_with_what_to_take(tmp_path):
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = Siglip2Config(vision_config=vision, text_config={**vision, "vocab_size": 50})

@@ -76,7 +76,7 @@ class RepresentationEncoder(nn.Module):
         is_timm = getattr(model.config, "model_type", None) == "timm_wrapper"
         patch_size = _patch_size(model)
         self.image_size = token_grid * patch_size if image_size is None else image_size
-        if is_timm:
+        if is_timm and hasattr(model.timm_model, "set_input_size"):
             model.timm_model.set_input_size(self.image_size)  # resamples the position table with antialias
         self.register_buffer("image_mean", torch.tensor(image_mean).reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(image_std).reshape(1, -1, 1, 1), persistent=False)
@@ -88,8 +88,16 @@ class RepresentationEncoder(nn.Module):
                 f"{patch_size} px give {grid:g}x{grid:g} encoder tokens, the latent has {token_grid}x{token_grid}. "
                 f"Leave encoder_image_size out, or set it to {token_grid * patch_size}"
             )
-        with torch.no_grad():
-            tokens = self._hidden_states(torch.zeros(1, 3, self.image_size, self.image_size, dtype=self.dtype))
+        self._seen_range = False
+        zeros = torch.zeros(1, 3, self.image_size, self.image_size, dtype=self.dtype)
+        try:
+            with torch.no_grad():
+                tokens = self._hidden_states(zeros)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"{type(model).__name__} does not take images of {self.image_size} px, which {token_grid}x{token_grid} "
+                f"tokens need: {error}"
+            ) from error
         # Class and register tokens come first in every encoder that has them; how many is worked out, not assumed.
         self.num_prefix_tokens = tokens.shape[1] - token_grid**2
         if not 0 <= self.num_prefix_tokens < 32:
@@ -100,9 +108,9 @@ class RepresentationEncoder(nn.Module):
                 f"{token_grid}x{token_grid}"
             )
         self.embed_dim = tokens.shape[2]
-        # Of prefix tokens the first is the class token; only timm has models with register tokens alone.
+        # Of prefix tokens the first is the class token; only timm has transformers with register tokens alone.
         self.has_class_token = self.num_prefix_tokens > 0
-        if is_timm and getattr(model.timm_model, "cls_token", None) is None:
+        if is_timm and hasattr(model.timm_model, "num_prefix_tokens") and model.timm_model.cls_token is None:
             self.has_class_token = False
 
     @classmethod
@@ -179,8 +187,20 @@ class RepresentationEncoder(nn.Module):
             kwargs["noise"] = order.expand(len(pixel_values), -1)
         output = self.model(pixel_values=pixel_values, **kwargs)
         hidden_states = output.last_hidden_state
+        if not isinstance(hidden_states, torch.Tensor) or hidden_states.ndim not in (3, 4):
+            raise ValueError(
+                f"{type(self.model).__name__} gives neither tokens nor a map: its features cannot be aligned"
+            )
         if hidden_states.ndim == 3:
             return hidden_states
+        if getattr(getattr(self.model, "timm_model", None), "output_fmt", None) == "NHWC":  # Swin
+            hidden_states = hidden_states.permute(0, 3, 1, 2)
+        if hidden_states.shape[2:] != (self.token_grid, self.token_grid):
+            height, width = hidden_states.shape[2:]
+            raise ValueError(
+                f"the encoder's token grid does not match the latent's: {type(self.model).__name__} gives a map of "
+                f"{height}x{width} cells for a {self.image_size} px image, the latent has {self.token_grid}x{self.token_grid}"
+            )
         # A map (B, D, h, w) is laid out in the order of DINOv3's ConvNeXt: what the network's head reads comes first.
         cells, pooled = hidden_states.flatten(2).transpose(1, 2), getattr(output, "pooler_output", None)
         if pooled is None or pooled[0].numel() != cells.shape[2]:
@@ -196,6 +216,9 @@ class RepresentationEncoder(nn.Module):
 
         Returns:
             `torch.Tensor` of shape `(B, token_grid ** 2, embed_dim)`: Patch tokens in row-major order.
+
+        Raises:
+            ValueError: for images that are not square, not floats, or not in [0, 1].
         """
         return self._encode(images)[:, self.num_prefix_tokens :]
 
@@ -213,7 +236,7 @@ class RepresentationEncoder(nn.Module):
             ResNet's is the mean of its patch tokens, without a norm.
 
         Raises:
-            ValueError: if the encoder has no class token.
+            ValueError: if the encoder has no class token, and for images as in [`forward`].
         """
         hidden_states = self._encode(images)
         class_token = hidden_states[:, 0, : self.class_token_dim]  # (B, D)
@@ -221,8 +244,27 @@ class RepresentationEncoder(nn.Module):
             class_token = self.model.post_layernorm(class_token)
         return hidden_states[:, self.num_prefix_tokens :], class_token
 
+    def _check_images(self, images: torch.Tensor) -> None:
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[2] != images.shape[3]:
+            raise ValueError(
+                f"images must be square, (B, 3, side, side) or (B, 1, side, side), got {tuple(images.shape)}"
+            )
+        if not images.is_floating_point():
+            raise ValueError(f"images must be floats in [0, 1], got {images.dtype}: divide images of 8 bits by 255")
+        # On a GPU the first batch tells, since each look waits for the device.
+        if len(images) == 0 or (self._seen_range and images.device.type != "cpu"):
+            return
+        low, high = (value.item() for value in images.aminmax())
+        if low < -0.25 or high > 1.25:  # a resize may overshoot
+            raise ValueError(
+                f"images must lie in [0, 1], got values from {low:.3g} to {high:.3g}: divide by 255, or take x / 2 + 0.5 of "
+                "images in [-1, 1]"
+            )
+        self._seen_range = True
+
     @torch.no_grad()
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
+        self._check_images(images)
         images = images.expand(-1, 3, -1, -1)
         # Normalised, then resized without antialias: what REPA and ERW feed their encoders.
         images = (images.float() - self.image_mean) / self.image_std
@@ -235,7 +277,7 @@ class RepresentationEncoder(nn.Module):
 def _patch_size(model: PreTrainedModel) -> int:
     """Of a network of stages, whose config names no patch size or only its stem's, the stride of its last map."""
     if getattr(model.config, "model_type", None) == "timm_wrapper":
-        return model.timm_model.patch_embed.patch_size[0]
+        return model.timm_model.feature_info[-1]["reduction"]
     if hasattr(model.config, "patch_size") and not hasattr(model.config, "depths"):
         return model.config.patch_size
     side = 256
