@@ -23,7 +23,6 @@ a pipeline. It can be stopped anywhere and started again with `--resume_from_che
         train_step                  samples, latents and tokens, losses, backward, clip, optimizer, EMA
 """
 
-import json
 import logging
 import os
 import shutil
@@ -45,27 +44,27 @@ from erw_hf.alignment import (
     structural_alignment_loss,
 )
 from erw_hf.data.latents import moments_to_latents, pixels_to_latents
+from erw_hf.files import write_record
 from erw_hf.flow import timestep_from_normal
 from erw_hf.hub.cards import write_warmup_record
 from erw_hf.hub.upload import prepare_repo
 from erw_hf.trainer.batches import Batches, Samples
 from erw_hf.trainer.checkpoints import (
     Progress,
+    agree_on_checkpoint,
     check_checkpoint,
     load_checkpoint,
     load_data_state,
-    prepare_output_dir,
-    remove_later_checkpoints,
-    resolve_checkpoint,
     save_checkpoint,
 )
 from erw_hf.trainer.config import TrainingConfig, parse_config, resolve_mixed_precision
 from erw_hf.trainer.cost import cost_report
 from erw_hf.trainer.device import to_device
-from erw_hf.trainer.ema import remove_later_snapshots, save_snapshots, whole_state_dict, whole_tensor
+from erw_hf.trainer.ema import save_snapshots, whole_state_dict, whole_tensor
 from erw_hf.trainer.engines import check_engine
 from erw_hf.trainer.initialization import find_warmup, load_initial, load_warmup, save_warmup
 from erw_hf.trainer.phase import Phase
+from erw_hf.trainer.run_folder import RunFolder, check_vacant
 from erw_hf.trainer.run_record import describe_environment
 from erw_hf.trainer.setup import Inputs, build_full_model, build_warmup_model, encoders_of_step, open_inputs
 from erw_hf.trainer.snapshots import Snapshots
@@ -96,6 +95,12 @@ def main() -> None:
     if config.report_to != "none" and not accelerator.log_with:
         raise ValueError(f"report_to={config.report_to!r} is not installed: pip install it, or --report_to none")
     check_engine(config, accelerator)
+    with RunFolder(config.output_dir, accelerator) as folder:
+        train(config, accelerator, folder)
+
+
+def train(config: TrainingConfig, accelerator: Accelerator, folder: RunFolder) -> None:
+    """A run, by the owner of its folder."""
     checkpoint, progress = find_checkpoint(config, accelerator)
     if config.push_to_hub and accelerator.is_main_process:
         config.hub_model_id = prepare_repo(
@@ -104,10 +109,10 @@ def main() -> None:
     inputs = open_inputs(config, accelerator)
     start = load_start(inputs, checkpoint)
     stop_requested = stop_on_sigterm()
-    begin_folder(inputs, progress)
+    begin_folder(inputs, folder, checkpoint, progress)
 
     batches, snapshots = Batches(inputs), Snapshots(inputs, progress)
-    log = StepLog(inputs, progress, batches, stop_requested)
+    log = StepLog(inputs, folder, progress, batches, stop_requested)
     phase = None
     # A run that stopped at the last step of its warmup ends it once more, to hand it over.
     if config.warmup_steps > 0 and progress.step <= config.warmup_steps:
@@ -275,8 +280,9 @@ def choose_alignment_loss(config: TrainingConfig) -> AlignmentLoss:
 
 def find_checkpoint(config: TrainingConfig, accelerator: Accelerator) -> tuple[Path | None, Progress]:
     """The checkpoint to go on from and what its run has done; none, and nothing, for a new run."""
-    checkpoint = resolve_checkpoint(config.output_dir, config.resume_from_checkpoint)
+    checkpoint = agree_on_checkpoint(accelerator, config.output_dir, config.resume_from_checkpoint)
     if checkpoint is None:
+        check_vacant(Path(config.output_dir), may_replace(config))
         return None, Progress()
     if (checkpoint.parent / "config.yaml").exists():
         config.check_resumable(checkpoint.parent / "config.yaml")
@@ -284,6 +290,11 @@ def find_checkpoint(config: TrainingConfig, accelerator: Accelerator) -> tuple[P
     if config.streaming:
         load_data_state(accelerator, checkpoint, config.dataloader_num_workers)
     return checkpoint, progress
+
+
+def may_replace(config: TrainingConfig) -> bool:
+    """Whether a new run may take the place of another: if told so, or of one that was killed before its first checkpoint."""
+    return config.overwrite_output_dir or config.resume_from_checkpoint is not None
 
 
 def load_start(inputs: Inputs, checkpoint: Path | None) -> State | None:
@@ -313,18 +324,16 @@ def stop_on_sigterm() -> Callable[[], bool]:
     return lambda: bool(received)
 
 
-def begin_folder(inputs: Inputs, progress: Progress) -> None:
+def begin_folder(inputs: Inputs, folder: RunFolder, checkpoint: Path | None, progress: Progress) -> None:
     """Makes the run's folder, or takes away what an earlier process wrote after the checkpoint; writes what the run is."""
     config, accelerator = inputs.config, inputs.accelerator
     output_dir = Path(config.output_dir)
+    resume_step = None if checkpoint is None else progress.step
+    folder.begin(resume_step, progress.step - config.warmup_steps, may_replace(config))
     if accelerator.is_main_process:
-        resuming = config.resume_from_checkpoint is not None
-        prepare_output_dir(output_dir, resuming, config.overwrite_output_dir)
-        remove_later_checkpoints(output_dir, progress.step)
-        remove_later_snapshots(output_dir / "ema_snapshots", progress.step - config.warmup_steps)
         config.save(output_dir / "config.yaml")
         environment = describe_environment(accelerator.device.type, accelerator.num_processes, vars(config))
-        (output_dir / "environment.json").write_text(json.dumps(environment, indent=2))
+        write_record(output_dir / "environment.json", environment)
         if config.warmup_from is not None and (record := find_warmup(config.warmup_from) / "warmup.json").is_file():
             shutil.copyfile(record, output_dir / "warmup_from.json")
     accelerator.wait_for_everyone()

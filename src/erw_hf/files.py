@@ -28,8 +28,8 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     Args:
         path (`str` or `os.PathLike`): The file.
 
-    Yields:
-        `Path`: Where to write.
+    Returns:
+        `Iterator[Path]`: Of a context manager: where to write.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.writing")
@@ -58,6 +58,9 @@ def sync(path: str | os.PathLike[str]) -> None:
 
     Args:
         path (`str` or `os.PathLike`): The file or folder.
+
+    Raises:
+        OSError: if the disk cannot write the file.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -14,24 +14,31 @@
 """Checkpoints that are whole or absent, and where a run resumes."""
 
 import json
+import logging
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
-from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 
+from erw_hf.files import sync, sync_tree
 from erw_hf.trainer.phase import Phase
+from erw_hf.trainer.processes import decided_by_main
+from erw_hf.trainer.run_record import read_metrics
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STATE_FILE = "training_state.pt"
+# What a run writes at the end of a phase, and so after a checkpoint.
+_RESULTS = ("pipeline/model_index.json", "warmup/warmup.json", "loss_curve.png")
 
 
 @dataclass
@@ -55,35 +62,6 @@ class Progress:
     step_batch_size: int = 0
 
 
-def prepare_output_dir(output_dir: str | os.PathLike[str], resuming: bool, overwrite: bool = False) -> None:
-    """
-    Makes a run's folder, proves that it can be written, and never mixes two runs in it.
-
-    Args:
-        output_dir (`str` or `os.PathLike`): The folder.
-        resuming (`bool`): Go on with the run that it holds.
-        overwrite (`bool`, *optional*, defaults to `False`): Delete the run that it holds, unless that goes on.
-
-    Raises:
-        ValueError: if it holds a run that is neither to go on nor to be deleted, or if it cannot be written.
-    """
-    folder = Path(output_dir)
-    if (folder / "metrics.jsonl").exists() and not resuming:
-        if not overwrite:
-            raise ValueError(
-                f"{folder} holds a run already: continue it with --resume_from_checkpoint latest, choose another "
-                "--output_dir, or delete it with --overwrite_output_dir"
-            )
-        shutil.rmtree(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write to output_dir {folder}: {error}") from error
-
-
 def check_checkpoint(checkpoint: Path, output_dir: str | os.PathLike[str], step_batch_size: int) -> Progress:
     """
     A run goes on exactly, or not at all.
@@ -99,7 +77,7 @@ def check_checkpoint(checkpoint: Path, output_dir: str | os.PathLike[str], step_
     Raises:
         ValueError: if the folder holds another run, or a step had another number of images.
     """
-    if checkpoint.resolve().parent != Path(output_dir).resolve() and (Path(output_dir) / "metrics.jsonl").exists():
+    if checkpoint.resolve().parent != Path(output_dir).resolve() and holds_run(output_dir):
         raise ValueError(
             f"{output_dir} holds another run than {checkpoint}: choose another --output_dir to branch off from it"
         )
@@ -112,6 +90,29 @@ def check_checkpoint(checkpoint: Path, output_dir: str | os.PathLike[str], step_
     return progress
 
 
+def step_of(checkpoint: Path) -> int:
+    """
+    Args:
+        checkpoint (`Path`): A folder `checkpoint-STEP`.
+
+    Returns:
+        `int`: Its step.
+    """
+    return int(checkpoint.name.split("-")[1])
+
+
+def named_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """
+    Args:
+        output_dir (`str` or `os.PathLike`): Folder of a run.
+
+    Returns:
+        `list[Path]`: What is named as a checkpoint, whole or not, the oldest first.
+    """
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of)
+
+
 def list_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     """
     Args:
@@ -120,10 +121,59 @@ def list_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     Returns:
         `list[Path]`: Its whole checkpoints, the oldest first.
     """
+    return [path for path in named_checkpoints(output_dir) if find_damage(path) is None]
+
+
+def holds_run(output_dir: str | os.PathLike[str]) -> bool:
+    """
+    Args:
+        output_dir (`str` or `os.PathLike`): A folder.
+
+    Returns:
+        `bool`: Whether it holds work of a run: a checkpoint, a step's line, a warmup or a pipeline. A start that failed before
+        its first step leaves none.
+    """
     folder = Path(output_dir)
-    found = [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
-    found = [path for path in found if (path / "progress.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    metrics = folder / "metrics.jsonl"
+    return bool(
+        named_checkpoints(folder)
+        or (metrics.is_file() and metrics.stat().st_size > 0)
+        or any((folder / name).exists() for name in _RESULTS)
+    )
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """
+    Looks for what a power cut or a copy that was cut off leaves, by names, sizes and the first bytes of files.
+
+    Args:
+        checkpoint (`Path`): A checkpoint.
+
+    Returns:
+        `str`, *optional*: What is missing, shorter than it was written, or zeros; `None` for a whole checkpoint.
+    """
+    try:
+        record = json.loads((checkpoint / "progress.json").read_text())
+        int(record["step"])
+    except FileNotFoundError:
+        return "progress.json is missing"
+    except (ValueError, KeyError, TypeError):  # a UnicodeDecodeError is a ValueError
+        return "progress.json cannot be read"
+    sizes = record.get("files")
+    if sizes is None:  # of a checkpoint from before sizes were recorded
+        files = [path for path in checkpoint.rglob("*") if path.is_file()]
+        sizes = dict.fromkeys([_STATE_FILE, *(str(path.relative_to(checkpoint)) for path in files)])
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        actual = path.stat().st_size
+        if size not in (None, actual):
+            return f"{name} has {actual} bytes of {size}"
+        with path.open("rb") as file:
+            if size != 0 and not any(file.read(64)):  # no format that is written here begins so
+                return f"{name} is empty" if actual == 0 else f"{name} holds zeros"
+    return None
 
 
 def resolve_checkpoint(output_dir: str | os.PathLike[str], value: str | None) -> Path | None:
@@ -132,29 +182,94 @@ def resolve_checkpoint(output_dir: str | os.PathLike[str], value: str | None) ->
 
     Args:
         output_dir (`str` or `os.PathLike`): Folder of the run.
-        value (`str`, *optional*): `"latest"`, a checkpoint's name in `output_dir`, or a path. `None` starts anew.
+        value (`str`, *optional*):
+            `"latest"`, a checkpoint's name in `output_dir`, or a path. `None` starts anew. `"latest"` passes over, with a
+            warning, what is damaged and what was saved within a streak of non-finite steps that no finite one ended.
 
     Returns:
         `Path`, *optional*: The checkpoint; `None` for a new run, which `"latest"` means where there is none yet.
 
     Raises:
-        ValueError: if another value names no checkpoint.
+        ValueError: if another value names no checkpoint or a damaged one, or `"latest"` a run that has lost its own.
     """
     if value is None:
         return None
     if value == "latest":
-        checkpoints = list_checkpoints(output_dir)
-        if not checkpoints:
-            logger.warning(f"no checkpoint in {output_dir}: starting a new run", main_process_only=True)
-            return None
-        return checkpoints[-1]
+        return _latest(Path(output_dir))
     for path in (Path(output_dir) / value, Path(value)):
         if (path / "progress.json").is_file():
+            damage = find_damage(path)
+            if damage is not None:
+                raise ValueError(f"resume_from_checkpoint={value!r} is damaged: {damage}. {_others(output_dir)}")
             return path
-    raise ValueError(
-        f"resume_from_checkpoint={value!r} is no checkpoint; {output_dir} has "
-        f"{[path.name for path in list_checkpoints(output_dir)] or 'none'}"
+    raise ValueError(f"resume_from_checkpoint={value!r} is no checkpoint; {_others(output_dir)}")
+
+
+def _others(output_dir: str | os.PathLike[str]) -> str:
+    return f"{output_dir} has {[path.name for path in list_checkpoints(output_dir)] or 'none'}"
+
+
+def _latest(folder: Path) -> Path | None:
+    found = named_checkpoints(folder)
+    if not found:
+        if _lost_its_checkpoints(folder):
+            raise ValueError(
+                f"{folder} holds a run without its checkpoints, and `latest` would begin it anew over what is there. To go on, put "
+                "one back or name one with --resume_from_checkpoint; to begin anew, choose another --output_dir, or "
+                "--overwrite_output_dir in place of --resume_from_checkpoint"
+            )
+        logger.warning(f"no checkpoint in {folder}: starting a new run")
+        return None
+    within_streak = None
+    for path in reversed(found):
+        damage = find_damage(path)
+        if damage is not None:
+            logger.warning(f"passing over {path}, which is damaged: {damage}")
+        elif is_within_streak(path):
+            logger.warning(f"passing over {path}, saved within a streak of non-finite steps")
+            within_streak = within_streak or path
+        else:
+            return path
+    if within_streak is None:
+        raise ValueError(
+            f"all checkpoints in {folder} are damaged: {[path.name for path in found]}. To begin anew, choose another "
+            "--output_dir, or --overwrite_output_dir in place of --resume_from_checkpoint"
+        )
+    logger.warning(f"there is no better one: going on from {within_streak}")  # its weights are of before the streak
+    return within_streak
+
+
+def is_within_streak(checkpoint: Path) -> bool:
+    """
+    Args:
+        checkpoint (`Path`): A whole checkpoint.
+
+    Returns:
+        `bool`: Whether non-finite steps led up to it, and no finite one followed as far as the run's lines say.
+    """
+    if not json.loads((checkpoint / "progress.json").read_text()).get("nonfinite_in_a_row"):
+        return False
+    metrics = checkpoint.parent / "metrics.jsonl"
+    return not any(
+        record["step"] > step_of(checkpoint) and record.get("grad_norm") is not None and record["loss"] is not None
+        for record in (read_metrics(metrics) if metrics.is_file() else [])
     )
+
+
+def _lost_its_checkpoints(folder: Path) -> bool:
+    """A run that was killed before its first checkpoint begins anew; any other had one."""
+    metrics, config = folder / "metrics.jsonl", folder / "config.yaml"
+    if any((folder / name).exists() for name in _RESULTS):
+        return True
+    records = read_metrics(metrics) if metrics.is_file() else []
+    if not records:
+        return False
+    try:
+        values = yaml.safe_load(config.read_text())
+        saves = [values[name] for name in ("checkpointing_steps", "warmup_steps", "max_train_steps") if values[name]]
+    except (OSError, yaml.YAMLError, TypeError, KeyError):
+        return True  # it says nothing of when it saves
+    return bool(records[-1]["step"] > min(saves))  # at that very step it may have been killed while saving
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -165,9 +280,39 @@ def read_progress(checkpoint: Path) -> Progress:
     Returns:
         [`Progress`]: How far it is.
     """
-    progress = Progress(**json.loads((checkpoint / "progress.json").read_text()))
+    record = json.loads((checkpoint / "progress.json").read_text())
+    progress = Progress(**{field.name: record[field.name] for field in fields(Progress) if field.name in record})
     progress.nonfinite_in_a_row = 0  # whoever goes on may try as often as before
     return progress
+
+
+def agree_on_checkpoint(
+    accelerator: Accelerator, output_dir: str | os.PathLike[str], value: str | None
+) -> Path | None:
+    """
+    [`resolve_checkpoint`] by the main process, for all: two that resume from different ones would train on in silence.
+
+    Args:
+        accelerator (`Accelerator`): The processes.
+        output_dir (`str` or `os.PathLike`): Folder of the run.
+        value (`str`, *optional*): What to resume from.
+
+    Returns:
+        `Path`, *optional*: The checkpoint.
+
+    Raises:
+        ValueError: if it names none, or a process does not see it.
+    """
+    checkpoint = decided_by_main(accelerator, lambda: resolve_checkpoint(output_dir, value))
+    if checkpoint is not None:
+        seen = gather_object([(checkpoint / "progress.json").is_file()])
+        blind = [process for process, sees in enumerate(seen) if not sees]
+        if blind:
+            raise ValueError(
+                f"the processes {blind} do not see {checkpoint.absolute()}, which the main process resumes from: output_dir has to "
+                "be on a disk that all processes share"
+            )
+    return checkpoint
 
 
 def save_checkpoint(
@@ -179,14 +324,16 @@ def save_checkpoint(
     data_state: dict[str, Any] | None = None,
 ) -> None:
     """
-    Writes `checkpoint-STEP`. All processes call it. A kill at any moment leaves the earlier checkpoints whole: this one
-    is written under another name, renamed when it is complete, and only then are the oldest removed.
+    Writes `checkpoint-STEP`. All processes call it. A kill or a power cut at any moment leaves the earlier checkpoints
+    whole: this one is written under another name, synced to disk and renamed when it is complete.
 
     Args:
         accelerator (`Accelerator`): Holds what to save.
         output_dir (`str` or `os.PathLike`): Folder of the run.
         progress ([`Progress`]): How far the run is.
-        total_limit (`int`, *optional*): Checkpoints to keep, this one included.
+        total_limit (`int`, *optional*):
+            Newest checkpoints to keep, this one included. Beside them stays the newest that is known to be good: a finite
+            step came after it. This one may turn out not to be, so that a limit of 1 keeps two.
         phase ([`~trainer.phase.Phase`]): The phase that runs.
         data_state (`dict`, *optional*): State of this process's stream of data. accelerate keeps one for all processes.
 
@@ -196,6 +343,7 @@ def save_checkpoint(
     final = Path(output_dir) / f"checkpoint-{progress.step}"
     temporary = Path(output_dir) / f".writing-{final.name}"
     if accelerator.is_main_process:
+        _rotate(output_dir, progress, total_limit)  # so that never more than one is there beside those to keep
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
     accelerator.wait_for_everyone()
@@ -206,7 +354,14 @@ def save_checkpoint(
             torch.save({"processes": accelerator.num_processes, **data_state}, temporary / _data_file(accelerator))
         if accelerator.is_main_process:
             torch.save(training_state, temporary / _STATE_FILE)
-            (temporary / "progress.json").write_text(json.dumps(asdict(progress)))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            files = [path for path in temporary.rglob("*") if path.is_file()]
+            sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in files}
+            (temporary / "progress.json").write_text(json.dumps({**asdict(progress), "files": sizes}))
+        sync_tree(temporary)  # by all: each host has its own files in memory
+        if accelerator.is_main_process and (Path(output_dir) / "metrics.jsonl").exists():
+            sync(Path(output_dir) / "metrics.jsonl")  # the lines up to here
     except Exception as error:  # OSError, and what safetensors and torch make of one
         shutil.rmtree(temporary, ignore_errors=True)
         raise RuntimeError(
@@ -218,10 +373,20 @@ def save_checkpoint(
     if accelerator.is_main_process:
         remove_checkpoint(final)
         os.replace(temporary, final)
-        if total_limit is not None:
-            for old in list_checkpoints(output_dir)[:-total_limit]:
-                remove_checkpoint(old)
+        sync(output_dir)
+        _rotate(output_dir, progress, total_limit)
     accelerator.wait_for_everyone()
+
+
+def _rotate(output_dir: str | os.PathLike[str], progress: Progress, total_limit: int | None) -> None:
+    if total_limit is None:
+        return
+    checkpoints = list_checkpoints(output_dir)
+    last_finite_step = progress.step - progress.nonfinite_in_a_row
+    good = [path for path in checkpoints if step_of(path) < last_finite_step]
+    for path in checkpoints[: -max(total_limit, 1)]:
+        if path not in good[-1:]:
+            remove_checkpoint(path)
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, phase: Phase) -> None:
@@ -244,28 +409,13 @@ def remove_checkpoint(path: Path) -> None:
     Args:
         path (`Path`): The checkpoint; it need not exist.
     """
-    if path.exists():
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
         doomed = path.with_name(f".removing-{path.name}")
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(path, doomed)
         shutil.rmtree(doomed)
-
-
-def remove_later_checkpoints(output_dir: str | os.PathLike[str], step: int) -> None:
-    """
-    Removes what a run that goes on from an earlier checkpoint leaves behind ("latest" must mean its own), and what kills
-    have left half written or half removed.
-
-    Args:
-        output_dir (`str` or `os.PathLike`): Folder of the run.
-        step (`int`): Last step to keep.
-    """
-    for pattern in (".writing-checkpoint-*", ".removing-checkpoint-*"):
-        for path in Path(output_dir).glob(pattern):
-            shutil.rmtree(path)
-    for path in list_checkpoints(output_dir):
-        if int(path.name.split("-")[1]) > step:
-            remove_checkpoint(path)
 
 
 def load_data_state(accelerator: Accelerator, checkpoint: Path, num_workers: int) -> dict[str, Any]:

@@ -211,17 +211,16 @@ def save_snapshots(ema: EMA, folder: Path, is_main_process: bool) -> None:
                     save_file({name: tensor.half().cpu() for name, tensor in weights.items()}, temporary)
 
 
-def remove_later_snapshots(folder: Path, step: int) -> None:
+def later_snapshots(folder: Path, step: int) -> list[Path]:
     """
-    Removes what a run that goes on from an earlier checkpoint leaves behind.
-
     Args:
         folder (`Path`): Where [`save_snapshots`] wrote.
-        step (`int`): Last step of the average to keep.
+        step (`int`): A step of the average.
+
+    Returns:
+        `list[Path]`: The snapshots of later steps.
     """
-    for path in folder.glob("step-*-sigma-*.safetensors"):
-        if int(path.stem.split("-")[1]) > step:
-            path.unlink()
+    return [path for path in folder.glob("step-*-sigma-*.safetensors") if int(path.stem.split("-")[1]) > step]
 
 
 def rebuild(folder: Path, sigma_rel: float, step: int | None = None) -> dict[str, torch.Tensor]:

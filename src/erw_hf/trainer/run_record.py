@@ -17,12 +17,17 @@ The fields of a line come from `trainer.step_log`.
 """
 
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from erw_hf.files import written_whole
+
+
+logger = logging.getLogger(__name__)
 
 STATED_PACKAGES = ("torch", "diffusers", "accelerate", "erw-hf")  # whose versions a card names
 # Keys of a run that name a thing by its Hub id or its path; the path means nothing elsewhere.
@@ -50,7 +55,8 @@ class MetricsFile:
     Args:
         path (`str` or `os.PathLike`): The file.
         resume_step (`int`):
-            Last step to keep. Lines up to it stay byte for byte; later ones and a torn last one are dropped.
+            Last step to keep. Lines up to it stay byte for byte; later ones go, and with a warning what a power cut has made
+            unreadable.
     """
 
     def __init__(self, path: str | os.PathLike[str], resume_step: int) -> None:
@@ -61,12 +67,13 @@ class MetricsFile:
     def _keep_until(self, step: int) -> None:
         if not self.path.exists():
             return
-        kept = 0
-        for line in self.path.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-            kept += len(line)
-        os.truncate(self.path, kept)
+        before = self.path.read_bytes()
+        kept = b"".join(line + b"\n" for line, record in _readable(before, self.path) if record["step"] <= step)
+        if before.startswith(kept):
+            os.truncate(self.path, len(kept))
+        else:
+            with written_whole(self.path) as temporary:
+                temporary.write_bytes(kept)
 
     def write(self, record: dict[str, object]) -> None:
         """
@@ -86,9 +93,29 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         path (`str` or `os.PathLike`): A `metrics.jsonl`.
 
     Returns:
-        `list[dict]`: Its records.
+        `list[dict]`: Its records. What cannot be read, as after a power cut, is left out with a warning.
     """
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [record for _, record in _readable(Path(path).read_bytes(), Path(path))]
+
+
+def _readable(text: bytes, path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines of a record of steps, which rise, and what each says."""
+    *lines, torn = text.split(b"\n")
+    unreadable, last_step = torn.strip(b"\0") != torn, -1
+    for line in lines:
+        line = line.strip(b"\0")  # blocks of a file that were not on disk yet
+        try:
+            record = json.loads(line)
+            rises = record["step"] > last_step
+        except (ValueError, TypeError, KeyError):
+            rises = False
+        if rises:
+            last_step = record["step"]
+            yield line, record
+        else:
+            unreadable = True
+    if unreadable:
+        logger.warning(f"{path}: unreadable lines, as a power cut leaves them, are left out")
 
 
 def training_cost(metrics: Path, environment: dict[str, Any] | None) -> dict[str, Any]:

@@ -28,8 +28,10 @@ from erw_hf.trainer.checkpoints import Progress
 from erw_hf.trainer.device import LateValues, peak_memory
 from erw_hf.trainer.flops import peak_flops
 from erw_hf.trainer.phase import Phase
+from erw_hf.trainer.run_folder import RunFolder
 from erw_hf.trainer.run_record import MetricsFile
 from erw_hf.trainer.setup import Inputs
+from erw_hf.trainer.trackers import ForgivingTracker
 
 
 @dataclass
@@ -65,16 +67,23 @@ class StepLog:
 
     Args:
         inputs ([`~trainer.setup.Inputs`]): The run.
+        folder ([`~trainer.run_folder.RunFolder`]): Its folder.
         progress ([`~trainer.checkpoints.Progress`]): How far it is, which is counted here.
         batches ([`~trainer.batches.Batches`]): What it reads.
         stop_requested (`Callable[[], bool]`): Whether this process got SIGTERM.
     """
 
     def __init__(
-        self, inputs: Inputs, progress: Progress, batches: Batches, stop_requested: Callable[[], bool]
+        self,
+        inputs: Inputs,
+        folder: RunFolder,
+        progress: Progress,
+        batches: Batches,
+        stop_requested: Callable[[], bool],
     ) -> None:
         config, accelerator = inputs.config, inputs.accelerator
-        self.inputs, self.progress, self.batches, self.stop_requested = inputs, progress, batches, stop_requested
+        self.inputs, self.folder, self.progress = inputs, folder, progress
+        self.batches, self.stop_requested = batches, stop_requested
         self._file = None
         if accelerator.is_main_process:
             self._file = MetricsFile(Path(config.output_dir) / "metrics.jsonl", resume_step=progress.step)
@@ -82,6 +91,7 @@ class StepLog:
             # What trackers take as numbers stays one, so that runs can be sorted by it.
             hyperparameters = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in vars(config).items()}
             accelerator.init_trackers(config.tracker_project_name, config=hyperparameters)
+            accelerator.trackers = [ForgivingTracker(tracker) for tracker in accelerator.trackers]
         self._late: _LateStep | None = None
         self._last_arrival = 0.0  # when the device was done with the last step that was written
 
@@ -169,6 +179,7 @@ class StepLog:
         }
         if self._file is not None:
             self._file.write(record)
+            self.folder.step_made()
         accelerator.log({k: v for k, v in record.items() if k not in ("step", "phase")}, step=record["step"])
         shown = {name: f"{loss:.4f}" for name, loss in losses.items()}
         self._bar.set_postfix({"img/s": f"{record['images_per_second']:.0f}", **shown}, refresh=False)
