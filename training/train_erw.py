@@ -80,7 +80,10 @@ State = dict[str, torch.Tensor]
 def main() -> None:
     config = parse_config()
     if config.dry_run:
-        print(cost_report(config))
+        try:
+            print(cost_report(config))
+        except ConnectionError as error:  # the Hub is away: an answer, not a fault of the code
+            raise SystemExit(str(error)) from None
         return
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger(__name__).setLevel(logging.INFO)

@@ -191,9 +191,15 @@ def test_other_ways_in_which_a_shard_breaks(tmp_path, broken, caplog, capfd):
 
 
 def test_a_share_without_a_readable_image_ends_the_run(tmp_path):
+    path = write_shards(tmp_path / "bad", rows=12, shards=2, bad=range(6, 12))
+    with pytest.raises(ValueError, match="process 1, worker 0: its share of the data holds no readable image"):
+        read(loader(path, processes=2, rank=1), 1)
+
+
+def test_a_stream_without_a_readable_image_is_refused_when_it_is_opened(tmp_path):
     path = write_shards(tmp_path / "bad", rows=12, shards=2, bad=range(12))
-    with pytest.raises(ValueError, match="process 0, worker 0: its share of the data holds no readable image"):
-        read(loader(path), 1)
+    with pytest.raises(ValueError, match=r"none of 12 rows .* holds a readable image.*row 0 \(bad0.png\)"):
+        load_source(path, streaming=True)
 
 
 def test_files_that_lie_on_their_own_are_fetched_by_what_tries_again(tmp_path, monkeypatch):

@@ -106,7 +106,7 @@ def test_dry_run_of_xl_in_numbers(vae_path):
     ("flags", "message"),
     [
         (["--encoder_image_size=20"], "encoder tokens, the latent has 4x4"),
-        (["--image_column=photo"], "'photo' is no column"),
+        (["--image_column=photo"], "'photo' is not a column"),
         (["--num_classes=3"], r"is not in \[0, 2\]"),
     ],
 )

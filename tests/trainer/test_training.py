@@ -437,7 +437,7 @@ def test_several_encoders_at_once(tmp_path, tiny_flags, encoder_path):
     ("flags", "message"),
     [
         (["--warmup_stepss=3"], "did you mean --warmup_steps?"),
-        (["--image_column=picture"], "'picture' is no column of the data set"),
+        (["--image_column=picture"], "'picture' is not a column of the dataset"),
         (["--num_classes=5"], "is not in [0, 4]"),
         (["--encoder_image_size=24"], "6x6 encoder tokens, the latent has 4x4"),
         (["--warmup_depth=4"], "warmup_depth=4 must lie in [1, num_layers=3]"),

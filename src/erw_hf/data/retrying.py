@@ -13,17 +13,24 @@
 # limitations under the License.
 """What to do when data does not come: the one retry policy of reading, from disk or from the Hub.
 
-Pushing has its own, in `hub.upload`.
+A run waits for a Hub that is away; what only looks, as a dry run does, asks once whether it is there.
+
+Pushing has its own, in `hub.upload`. A run waits for a Hub that is away; a dry run asks once whether it is there.
 """
 
+import contextlib
+import functools
 import logging
+import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import datasets
+import huggingface_hub
 from datasets.exceptions import DatasetGenerationError
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 
 logger = logging.getLogger(__name__)
@@ -41,6 +48,7 @@ FATAL = (
     PermissionError,
     RepositoryNotFoundError,
     EntryNotFoundError,
+    OfflineModeIsEnabled,
     DatasetGenerationError,
     NotImplementedError,
 )
@@ -122,3 +130,60 @@ def retried(seconds: float, call: Callable[[], Result], listed: bool = False) ->
             return call()
         except Exception as error:
             backoff.failed(error)
+
+
+def may_be_hub_id(name: str) -> bool:
+    """
+    Args:
+        name (`str`): A Hub id or a path.
+
+    Returns:
+        `bool`: Whether it is no more than one or two words, the first of which is not a folder here.
+    """
+    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) is not None
+    return is_id and not os.path.isdir(name.split("/")[0])
+
+
+@contextlib.contextmanager
+def hub_or_cache(name: str, what: str) -> Iterator[None]:
+    """
+    Makes what reads from the Hub answer within seconds: while the Hub is away, only this machine's cache is read.
+
+    Args:
+        name (`str`): Hub id or folder of what is read; a folder asks no Hub.
+        what (`str`): Name for the message, as "encoder".
+
+    Raises:
+        FileNotFoundError: for what can only be a local folder, and does not exist.
+        ConnectionError: if the Hub does not answer and the cache does not have it.
+    """
+    if os.path.isdir(name):
+        yield
+        return
+    if not may_be_hub_id(name):
+        raise FileNotFoundError(f"{what}={name!r}: there is no folder {os.path.abspath(name)}")
+    constants = huggingface_hub.constants
+    absence, was_offline = _why_hub_is_away(constants.ENDPOINT), constants.HF_HUB_OFFLINE
+    if absence is None:
+        yield
+        return
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except OSError as error:  # diffusers, transformers and datasets say it in three ways
+        raise ConnectionError(
+            f"{what}={name!r} is not in the cache of this machine, and {absence}. Connect, or name a local folder"
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
+
+
+@functools.cache
+def _why_hub_is_away(endpoint: str) -> str | None:
+    if huggingface_hub.constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    try:
+        huggingface_hub.get_session().head(endpoint, timeout=5)
+    except Exception as error:  # of the client, whose kinds depend on its version
+        return f"the Hub ({endpoint}) does not answer ({error})"
+    return None

@@ -11,9 +11,14 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Opening a data set: which columns it has, which classes, and whether it is a latent cache."""
+"""Opening a dataset: which columns it has, which classes, and whether it is a latent cache."""
 
+import difflib
+import errno
+import io
+import logging
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,17 +26,31 @@ from typing import Any
 
 import numpy as np
 import pyarrow
-from datasets import ClassLabel, Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    Features,
+    IterableDataset,
+    ReadInstruction,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 from datasets import Image as ImageFeature
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DatasetNotFoundError
+from datasets.utils.file_utils import xopen
+from PIL import Image, UnidentifiedImageError
 
 from erw_hf.data.digits import load_digits_dataset
-from erw_hf.data.retrying import retried
+from erw_hf.data.folder import LABEL_WORDS, find_label_column, nfc, read_image_folder, say
+from erw_hf.data.retrying import may_be_hub_id, retried
 
+
+logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
-LABEL_COLUMNS = ("label", "cls", "labels", "class")
 # Columns of a latent cache, beside the image and the label.
 MOMENTS_COLUMN = "moments"  # float16 bytes of (2 c, h, w), in C order
 FEATURES_COLUMN = "features"  # bfloat16 bytes of (N, D), in C order
@@ -83,8 +102,9 @@ def load_source(
         dataset_config_name (`str`, *optional*): Configuration of the Hub data set.
         image_column (`str`, *optional*): Column of images. By default the first of `IMAGE_COLUMNS` that exists.
         label_column (`str`, *optional*):
-            Column of labels. By default the first of `LABEL_COLUMNS` that exists; without any the data has no labels.
-        num_classes (`int`, *optional*): Number of classes. By default the data set's own, else the largest label + 1.
+            Column of labels. By default the one that [`~data.folder.find_label_column`] finds.
+        num_classes (`int`, *optional*):
+            Number of classes. By default the dataset's own, else the largest label + 1; 0 reads it without labels.
         streaming (`bool`, *optional*, defaults to `False`):
             Read rows as they come, without downloading the data set first. Labels can then not be looked through
             beforehand: they must be a ClassLabel, or come with `num_classes`.
@@ -97,17 +117,20 @@ def load_source(
         [`Source`]: The data set and what is known of it.
 
     Raises:
-        ValueError: for a missing column, an empty data set, labels that are no classes.
+        ValueError: for a missing column or split, an empty dataset, labels that are not classes, no readable image, or a
+            folder that can be read in two ways.
+        FileNotFoundError: for a folder that does not exist.
         PermissionError: for a gated data set that this account may not read; the message says how to get access.
     """
-    load = partial(_load, dataset_name, split, dataset_config_name, streaming)
+    dataset_name = resolve_dataset_name(dataset_name)
+    load = partial(_load, dataset_name, split, dataset_config_name, streaming, label_column, num_classes != 0)
     dataset = retried(retry_seconds, load)
     if streaming:
         first = retried(retry_seconds, lambda: next(iter(dataset.decode(False).take(1)), None))
     else:
         first = dict.fromkeys(dataset.column_names) if len(dataset) > 0 else None  # its image may be broken
     if first is None:
-        raise ValueError(f"the data set {dataset_name!r} (split {split!r}) is empty")
+        raise ValueError(f"the dataset {dataset_name!r} (split {split!r}) is empty")
     columns = list(first)
     is_latent_cache, has_features = MOMENTS_COLUMN in columns, FEATURES_COLUMN in columns
     if is_latent_cache and (has_features or not needs_images):
@@ -123,14 +146,21 @@ def load_source(
         # Encoded bytes: a stream's shuffle holds many of them, and the key of a sample is their hash.
         if streaming:
             dataset = dataset.decode(False)  # streams of the Hub are decoded in threads, which a cast leaves on
-        dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
+        try:
+            dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
+        except (TypeError, ValueError, NotImplementedError, pyarrow.ArrowInvalid) as error:
+            raise ValueError(
+                f"the column {image_column!r} of {dataset_name!r} holds {(dataset.features or {}).get(image_column)}, not "
+                "images: name another one with --image_column"
+            ) from error
+        retried(retry_seconds, partial(_check_images, dataset, image_column, dataset_name))
     if is_latent_cache and KEY_COLUMN not in columns:
         raise ValueError(
             f"the latent cache {dataset_name!r} lacks the column {KEY_COLUMN!r}: make it with cache_latents.py"
         )
 
     names = None
-    label_column = find_column(columns, label_column, LABEL_COLUMNS, "label_column")
+    label_column = _find_label_column(dataset.features, columns, label_column, num_classes)
     if not streaming and not is_latent_cache:
         # Reading a row decodes all of its columns, other images too.
         dataset = dataset.select_columns([name for name in (image_column, label_column) if name is not None])
@@ -139,10 +169,9 @@ def load_source(
     elif streaming:
         num_classes, names = _classes_of_stream(dataset, first, label_column, num_classes)
     else:
-        if dataset.features[label_column].dtype == "string":
-            dataset = dataset.class_encode_column(label_column)
+        dataset = _encode_names(dataset, dataset_name, label_column)
         num_classes, names = _classes_of_rows(dataset, dataset_name, label_column, num_classes)
-    id2label = dict(enumerate(names)) if names else None
+    id2label = {number: nfc(name) for number, name in enumerate(names)} if names else None
     return Source(dataset, image_column, label_column, num_classes, id2label, is_latent_cache, has_features)
 
 
@@ -153,13 +182,105 @@ def _find_image_column(columns: list[str], wanted: str | None) -> str:
     return found
 
 
+def _find_label_column(
+    features: Features | None, columns: list[str], wanted: str | None, num_classes: int | None
+) -> str | None:
+    if num_classes == 0:
+        return None
+    found = find_label_column(columns, wanted, class_columns(features))
+    if found is not None or MOMENTS_COLUMN in columns:
+        return found
+    for name, feature in (features or {}).items():
+        if isinstance(feature, dict) and LABEL_WORDS & set(feature):
+            raise ValueError(
+                f"the column {name!r} holds {sorted(feature)}: labels inside of a column are not read. Store them in a "
+                "column of their own (in a webdataset, a file .cls), or train without labels with --num_classes 0"
+            )
+    others = [name for name in columns if name not in IMAGE_COLUMNS and not name.startswith("__")]
+    if others:
+        say(logger, f"read without labels: none of the columns {others} looks like labels; --label_column names one")
+    return None
+
+
+def _check_images(dataset: Dataset | IterableDataset, image_column: str, dataset_name: str) -> None:
+    """Refuses what would be skipped row by row: at least one of some rows must begin like an image."""
+    rows: Iterable[tuple[int, dict[str, Any]]]
+    if isinstance(dataset, IterableDataset):
+        rows = enumerate(dataset.take(16))
+    else:
+        chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), 16)).astype(int).tolist()
+        images = dataset.select_columns([image_column])
+        rows = ((number, images[number]) for number in chosen)
+    reasons = []
+    for number, row in rows:
+        reason = _why_unreadable(row[image_column])
+        if reason is None:
+            return
+        reasons.append(f"row {number} {reason}")
+    raise ValueError(
+        f"none of {len(reasons)} rows of {dataset_name!r} holds a readable image in the column {image_column!r}: "
+        f"{reasons[0]}"
+    )
+
+
+def _why_unreadable(encoded: dict[str, Any] | None) -> str | None:
+    """Why a value of an undecoded image column cannot be an image, from its first bytes; `None` if it can."""
+    if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
+        return "holds none"
+    # What JPEG, PNG, GIF, WebP and BMP files, and data URIs, begin with in Base64.
+    head = bytes(encoded["bytes"][:11]) if encoded["bytes"] is not None else encoded["path"][:11].encode()
+    if head.startswith((b"/9j/", b"iVBORw0KGgo", b"R0lGOD", b"UklGR", b"Qk", b"data:image/")) and (
+        encoded["bytes"] is not None or not os.path.exists(encoded["path"])
+    ):
+        return "holds text in Base64: store the decoded bytes"
+    try:
+        with io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else xopen(encoded["path"], "rb") as file:
+            Image.open(file)
+    except FileNotFoundError:
+        return f"names {encoded['path']!r}, which does not exist (paths are relative to {os.getcwd()})"
+    except Exception as error:  # plug-ins of Pillow raise anything
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENAMETOOLONG):
+            raise
+        known = (
+            f"{type(error).__name__}: {error}" if not isinstance(error, UnidentifiedImageError) else "unknown format"
+        )
+        return f"({encoded['path'] or 'an image without a name'}) is not an image ({known})"
+    return None
+
+
+def _encode_names(dataset: Dataset, dataset_name: str, label_column: str) -> Dataset:
+    """Checks that every row has one label; names become a ClassLabel, in the order of their composed characters."""
+    labels = dataset[label_column][:]
+    missing = [row for row, label in enumerate(labels) if label is None or label == "" or label != label]
+    if missing:
+        raise ValueError(
+            f"row {missing[0]} of {dataset_name!r} has no label: the column {label_column!r} holds "
+            f"{labels[missing[0]]!r}; {len(missing)} of {len(labels)} rows have none"
+        )
+    several = next((row for row, label in enumerate(labels) if isinstance(label, (list, dict))), None)
+    if several is not None:
+        raise ValueError(
+            f"row {several} of {dataset_name!r} holds {labels[several]!r} in the column {label_column!r}: a label is one "
+            "class id or name"
+        )
+    if not isinstance(labels[0], str):
+        return dataset
+    labels = [nfc(label) for label in labels]
+    names = sorted(set(labels))
+    index = {name: number for number, name in enumerate(names)}
+    encoded = dataset.remove_columns(label_column)
+    return encoded.add_column(label_column, [index[label] for label in labels], feature=ClassLabel(names=names))
+
+
 def _classes_of_rows(
     dataset: Dataset, dataset_name: str, label_column: str, num_classes: int | None
 ) -> tuple[int, list[str] | None]:
     feature = dataset.features[label_column]
     labels = np.asarray(dataset[label_column])
     if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels must be class ids or names, column {label_column!r} holds {feature}")
+        raise ValueError(
+            f"labels must be class ids or names, column {label_column!r} holds {feature} (row 0: {labels[0]!r})"
+        )
     names = feature.names if isinstance(feature, ClassLabel) else None
     if num_classes is None:
         num_classes = len(names) if names is not None else int(labels.max()) + 1
@@ -178,42 +299,162 @@ def _classes_of_stream(
 ) -> tuple[int, list[str] | None]:
     names: list[str] | None = getattr((dataset.features or {}).get(label_column), "names", None)
     if names is None and num_classes is None:
-        raise ValueError(f"column {label_column!r} is no ClassLabel: a stream needs num_classes")
+        raise ValueError(f"column {label_column!r} is not a ClassLabel: a stream needs num_classes")
     if not isinstance(first[label_column], int):
-        raise ValueError(f"labels must be class ids, column {label_column!r} holds {first[label_column]!r}")
+        raise ValueError(
+            f"labels of a stream must be class ids, row 0 holds {first[label_column]!r} in the column {label_column!r}; "
+            "names become ids where the dataset is read without --streaming"
+        )
     return (num_classes if num_classes is not None else len(names or ())), names
 
 
 def _load(
-    dataset_name: str, split: str, dataset_config_name: str | None, streaming: bool, **options: object
+    dataset_name: str,
+    split: str,
+    dataset_config_name: str | None,
+    streaming: bool,
+    label_column: str | None,
+    labelled: bool,
+    **options: object,
 ) -> Dataset | IterableDataset:
-    dataset = None
+    splits: Mapping[str, Dataset] | None = None
+    shards = 8
     if dataset_name == "digits":
-        dataset = load_digits_dataset()[split]
+        splits = load_digits_dataset()
     elif os.path.isfile(os.path.join(dataset_name, "dataset_dict.json")):
-        dataset = load_from_disk(dataset_name)[split]
+        splits = load_from_disk(dataset_name)
     elif os.path.isfile(os.path.join(dataset_name, "state.json")):
         dataset = load_from_disk(dataset_name)
-    if dataset is not None:
-        return dataset.to_iterable_dataset(num_shards=min(len(dataset), 8)) if streaming else dataset
+        splits = {"train": dataset, str(dataset.split or "train"): dataset}  # a single one, whatever it was called
+    elif dataset_config_name is None and os.path.isdir(dataset_name):
+        splits, shards = read_image_folder(dataset_name, label_column, labelled), 1
+    if splits is not None:
+        dataset = _take_split(splits, split, dataset_name)
+        return dataset.to_iterable_dataset(num_shards=min(len(dataset), shards)) if streaming else dataset
     try:
-        return load_dataset(dataset_name, dataset_config_name, split=split, streaming=streaming, **options)
+        dataset = load_dataset(dataset_name, dataset_config_name, split=split, streaming=streaming, **options)
     except DatasetNotFoundError as error:
         if "gated" not in str(error):
-            raise
+            raise FileNotFoundError(
+                f"{dataset_name!r} is neither a dataset on the Hub that this account can read nor a folder in "
+                f"{os.getcwd()}{_alike(dataset_name)}: {error}"
+            ) from error
         raise PermissionError(
             f"{error} Accept the terms there with your account, then `hf auth login` (or set HF_TOKEN) on this machine. "
             "Copies of ImageNet at 256 px that ask for no terms exist too: see the README"
         ) from error
+    except ConnectionError as error:
+        if "OfflineModeIsEnabled" in str(error):
+            raise FileNotFoundError(
+                f"{dataset_name!r} is neither a folder in {os.getcwd()}{_alike(dataset_name)} nor in the cache, and "
+                "HF_HUB_OFFLINE is set"
+            ) from error
+        if _alike(dataset_name):
+            raise FileNotFoundError(
+                f"there is no folder {dataset_name!r} in {os.getcwd()}{_alike(dataset_name)}; and the Hub, which may have "
+                f"a dataset of this name, does not answer ({error})"
+            ) from error
+        raise
     except pyarrow.ArrowInvalid:
         # The schema is read from the first file, which is broken: only the reader of parquet passes over it.
-        return load_dataset(
+        dataset = load_dataset(
             dataset_name, dataset_config_name, split=split, streaming=streaming, on_bad_files="warn", **options
         )
     except (EmptyDatasetError, ValueError) as error:
         if isinstance(error, EmptyDatasetError) or "no data" in str(error):
-            raise ValueError(f"the data set {dataset_name!r} (split {split!r}) is empty: {error}") from error
+            raise ValueError(f"the dataset {dataset_name!r} (split {split!r}) is empty: {error}") from error
+        if "Unknown split" in str(error) or "Bad split" in str(error):
+            raise ValueError(f"the dataset {dataset_name!r} has no split {split!r}: {error}") from error
         raise
+    if dataset_config_name is None and os.path.isdir(dataset_name):
+        _say_what_no_split_has(dataset_name)
+    return dataset
+
+
+def _take_split(splits: Mapping[str, Dataset], split: str, dataset_name: str) -> Dataset:
+    """The rows of a split, or of what `datasets` writes as `train[:10%]` or `train+test`."""
+    check_split({name: len(rows) for name, rows in splits.items()}, split, dataset_name)
+    parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
+    taken = [
+        rows if part.to - part.from_ == len(rows) else rows.select(range(part.from_, part.to))
+        for part in parts
+        for rows in (splits[part.splitname],)
+    ]
+    return taken[0] if len(taken) == 1 else concatenate_datasets(taken)
+
+
+def check_split(rows: Mapping[str, int], split: str, dataset_name: str) -> None:
+    """
+    Args:
+        rows (`Mapping[str, int]`): Number of rows of each split that exists.
+        split (`str`): The split to read, as `load_dataset` takes it.
+        dataset_name (`str`): Name for the message.
+
+    Raises:
+        ValueError: if it does not exist.
+    """
+    try:
+        ReadInstruction.from_spec(split).to_absolute(dict(rows))
+    except (ValueError, AssertionError) as error:
+        raise ValueError(
+            f"the dataset {dataset_name!r} has no split {split!r}; --dataset_split may be {' or '.join(rows)}"
+        ) from error
+
+
+def _say_what_no_split_has(folder: str) -> None:
+    """`datasets` makes splits by the names of files: what is in none of them is not read."""
+    files = load_dataset_builder(folder).config.data_files or {}
+    used = {os.path.realpath(path) for paths in files.values() for path in paths if "://" not in path}
+    kinds = {os.path.splitext(path)[1] for path in used}
+    there = [path for path in Path(folder).rglob("*") if path.suffix in kinds and path.is_file()]
+    left = sorted(str(path.relative_to(folder)) for path in there if os.path.realpath(path) not in used)
+    if left and used:
+        say(
+            logger,
+            f"{len(left)} files of {folder} are in no split and are not read ({', '.join(left[:3])}): the splits "
+            f"{list(files)} were made of those that are named so. Rename them to be one split, or list them in README.md",
+        )
+
+
+def resolve_dataset_name(dataset_name: str) -> str:
+    """
+    Args:
+        dataset_name (`str`): See [`load_source`].
+
+    Returns:
+        `str`: The same, with `~` and variables of the environment filled in.
+
+    Raises:
+        ValueError: for a file.
+        FileNotFoundError: for what can only be a local folder, and does not exist.
+    """
+    name = os.path.expanduser(os.path.expandvars(dataset_name))
+    if name == "digits" or os.path.isdir(name):
+        return name
+    if os.path.isfile(name):
+        folder = os.path.dirname(name) or "."
+        if name.lower().endswith((".zip", ".tgz", ".tar.gz", ".7z", ".rar")):
+            advice = "unpack it, and name the folder"
+        elif name.lower().endswith((".parquet", ".arrow", ".csv", ".json", ".jsonl", ".tar")):
+            advice = f"name its folder, {folder}, or move it to a folder of its own"
+        else:
+            advice = "name a folder of images, of parquet files or of tars, a Hub id, or digits"
+        raise ValueError(f"dataset_name={dataset_name!r} is a file: {advice}")
+    if os.path.lexists(name) or not (may_be_hub_id(name) or "://" in name):
+        raise FileNotFoundError(
+            f"dataset_name={dataset_name!r}: there is no folder {os.path.abspath(name)}{_alike(name)}"
+        )
+    return name
+
+
+def _alike(path: str) -> str:
+    """A folder beside the one that does not exist, as advice."""
+    parent, name = os.path.split(path.rstrip("/"))
+    folders = (
+        [entry.name for entry in os.scandir(parent or ".") if entry.is_dir()] if os.path.isdir(parent or ".") else []
+    )
+    close = difflib.get_close_matches(name, folders, n=1)
+    return f" (did you mean {os.path.join(parent or '.', close[0])}?)" if close else ""
 
 
 def is_local(dataset_name: str) -> bool:
@@ -223,8 +464,24 @@ def is_local(dataset_name: str) -> bool:
 
     Returns:
         `bool`: Whether reading it needs no Hub.
+
+    Raises:
+        ValueError: for a file.
+        FileNotFoundError: for what can only be a local folder, and does not exist.
     """
-    return dataset_name == "digits" or os.path.isdir(dataset_name)
+    name = resolve_dataset_name(dataset_name)
+    return name == "digits" or os.path.isdir(name)
+
+
+def class_columns(features: Features | None) -> list[str]:
+    """
+    Args:
+        features (`datasets.Features`, *optional*): Types of the columns, where they are known.
+
+    Returns:
+        `list[str]`: Those that hold classes.
+    """
+    return [name for name, feature in (features or {}).items() if isinstance(feature, ClassLabel)]
 
 
 def find_column(columns: list[str], wanted: str | None, candidates: tuple[str, ...], option: str) -> str | None:
@@ -244,7 +501,7 @@ def find_column(columns: list[str], wanted: str | None, candidates: tuple[str, .
     if wanted is None:
         return next((name for name in candidates if name in columns), None)
     if wanted not in columns:
-        raise ValueError(f"{option}={wanted!r} is no column of the data set; it has {columns}")
+        raise ValueError(f"{option}={wanted!r} is not a column of the dataset; it has {columns}")
     return wanted
 
 

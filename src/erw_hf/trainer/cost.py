@@ -18,8 +18,18 @@ from datasets import DatasetInfo, load_dataset_builder
 from diffusers import AutoModel as Autoencoder
 from transformers import AutoConfig, AutoModel
 
+from erw_hf.data.folder import find_label_column
 from erw_hf.data.latents import check_autoencoder
-from erw_hf.data.source import FEATURES_COLUMN, IMAGE_COLUMNS, LABEL_COLUMNS, find_column, is_local, load_source
+from erw_hf.data.retrying import hub_or_cache
+from erw_hf.data.source import (
+    FEATURES_COLUMN,
+    IMAGE_COLUMNS,
+    check_split,
+    class_columns,
+    find_column,
+    is_local,
+    load_source,
+)
 from erw_hf.encoders import VISION_TOWERS, RepresentationEncoder
 from erw_hf.trainer.config import TrainingConfig
 from erw_hf.trainer.flops import PEAK_FLOPS, count_step_flops
@@ -45,7 +55,9 @@ def cost_report(config: TrainingConfig) -> str:
     """
     num_classes, num_images, has_features = _check_data(config)
     if config.vae is not None:
-        check_autoencoder(Autoencoder.load_config(config.vae), config.vae, config.in_channels)
+        with hub_or_cache(config.vae, "vae"):
+            vae_config = Autoencoder.load_config(config.vae)
+        check_autoencoder(vae_config, config.vae, config.in_channels)
     with torch.device("meta"):
         encoders = _encoders_on_meta(config)
         full = build_full_model(config, num_classes, encoders)
@@ -102,13 +114,19 @@ def _check_data(config: TrainingConfig) -> tuple[int, int | None, bool]:
         source = load_source(**config.source_arguments())
         check_cache(config, source)
         return source.num_classes, None if config.streaming else len(source.dataset), source.has_features
-    info = load_dataset_builder(config.dataset_name, config.dataset_config_name).info
+    with hub_or_cache(config.dataset_name, "dataset_name"):
+        info = load_dataset_builder(config.dataset_name, config.dataset_config_name).info
+    if info.splits:
+        sizes = {name: split.num_examples for name, split in info.splits.items()}
+        check_split(sizes, config.dataset_split, config.dataset_name)
     columns = list(info.features or {})
     rows_and_features = _rows(info, config), FEATURES_COLUMN in columns
     if columns:
         if find_column(columns, config.image_column, IMAGE_COLUMNS, "image_column") is None:
             raise ValueError(f"no image column among {columns}; name it with --image_column")
-        label_column = find_column(columns, config.label_column, LABEL_COLUMNS, "label_column")
+        if config.num_classes == 0:
+            return 0, *rows_and_features
+        label_column = find_label_column(columns, config.label_column, class_columns(info.features))
         names = getattr(info.features.get(label_column), "names", None)
         if names is not None and config.num_classes is not None and len(names) != config.num_classes:
             raise ValueError(f"num_classes={config.num_classes}, the data set has {len(names)} classes")
@@ -129,7 +147,8 @@ def _rows(info: DatasetInfo, config: TrainingConfig) -> int | None:
 def _encoders_on_meta(config: TrainingConfig) -> list[RepresentationEncoder]:
     encoders = []
     for name in config.encoders:
-        encoder_config = AutoConfig.from_pretrained(name)
+        with hub_or_cache(name, "encoder"):
+            encoder_config = AutoConfig.from_pretrained(name)
         tower = VISION_TOWERS.get(encoder_config.model_type)
         if tower is not None:
             model = tower(encoder_config.vision_config)
