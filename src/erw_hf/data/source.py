@@ -39,7 +39,7 @@ from datasets import (
 )
 from datasets import Image as ImageFeature
 from datasets.data_files import EmptyDatasetError
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 from datasets.utils.file_utils import xopen
 from PIL import Image, UnidentifiedImageError
 
@@ -360,8 +360,8 @@ def _load(
         dataset = load_dataset(
             dataset_name, dataset_config_name, split=split, streaming=streaming, on_bad_files="warn", **options
         )
-    except (EmptyDatasetError, ValueError) as error:
-        if isinstance(error, EmptyDatasetError) or "no data" in str(error):
+    except (EmptyDatasetError, DataFilesNotFoundError, ValueError) as error:
+        if isinstance(error, FileNotFoundError) or "no data" in str(error):
             raise ValueError(f"the dataset {dataset_name!r} (split {split!r}) is empty: {error}") from error
         if "Unknown split" in str(error) or "Bad split" in str(error):
             raise ValueError(f"the dataset {dataset_name!r} has no split {split!r}: {error}") from error
