@@ -83,7 +83,7 @@ def find_label_column(columns: Iterable[str], wanted: str | None, class_columns:
     Args:
         columns (`Iterable[str]`): Columns of a dataset.
         wanted (`str`, *optional*): The one that the user named.
-        class_columns (`Iterable[str]`, *optional*): Those of them whose type says that they hold classes.
+        class_columns (`Iterable[str]`, *optional*, defaults to `()`): Those of them whose type says that they hold classes.
 
     Returns:
         `str`, *optional*: The column of labels, `None` if nothing looks like one.

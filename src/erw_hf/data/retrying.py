@@ -153,6 +153,9 @@ def hub_or_cache(name: str, what: str) -> Iterator[None]:
         name (`str`): Hub id or folder of what is read; a folder asks no Hub.
         what (`str`): Name for the message, as "encoder".
 
+    Returns:
+        `contextlib.AbstractContextManager`: The block to read in.
+
     Raises:
         FileNotFoundError: for what can only be a local folder, and does not exist.
         ConnectionError: if the Hub does not answer and the cache does not have it.
