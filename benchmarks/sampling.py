@@ -94,10 +94,12 @@ def quiet(pipe):
     return pipe
 
 
-def guided_steps(pipe: ERWPipeline) -> int:
-    """Of its last draw."""
-    times = pipe.scheduler.timesteps.double() / pipe.scheduler.config.num_train_timesteps
-    return int(((times >= INTERVAL[0] - 1e-6) & (times <= INTERVAL[1] + 1e-6)).sum())
+def guided_steps(pipe: ERWPipeline, steps: int) -> int:
+    """Of a draw of so many steps."""
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(steps)
+    times = [t / scheduler.config.num_train_timesteps for t in scheduler.timesteps.tolist()]
+    return sum(INTERVAL[0] - 1e-6 <= time <= INTERVAL[1] + 1e-6 for time in times)
 
 
 # Speed
@@ -133,7 +135,7 @@ def measure_speed(
     if difference > (1e-3 if dtype == torch.float32 else 0.1):
         raise AssertionError(f"compiled and eager pictures differ by {difference}")
     seconds = in_turns({name: lambda n=name: draw(n, steps) for name in pipes}, repeats, 0, device, f"sampling {size}")
-    guided = guided_steps(pipes["ours"])
+    guided = guided_steps(pipes["ours"], steps)
     return {
         "steps": steps,
         "guided_steps": guided,
@@ -174,7 +176,7 @@ def count_work(pipe: ERWPipeline, batch: int, steps: int) -> dict[str, float]:
     draw_digits(pipe, range(batch), steps)
     for handle in handles:
         handle.remove()
-    guided = guided_steps(pipe)
+    guided = guided_steps(pipe, steps)
     layers = len(pipe.transformer.transformer_blocks)
     return {
         f"{part}, {'guided' if inside else 'not guided'}": number / (layers * (guided if inside else steps - guided))

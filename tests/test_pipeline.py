@@ -13,21 +13,30 @@
 # limitations under the License.
 import copy
 import json
+import threading
+import types
 
 import numpy as np
 import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    LCMScheduler,
     MagCacheConfig,
     TaylorSeerCacheConfig,
+    UniPCMultistepScheduler,
 )
 from helpers import TINY_MODEL, randomize
 from test_scheduler import reference_sde
 
-from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler
+from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler, FlowMatchHeunScheduler
 
 
 CACHES = [
@@ -54,7 +63,16 @@ def draw(pipe, labels, **kwargs):
 
 def test_labels_of_every_form_mean_the_same(pipe):
     expected = draw(pipe, [5, 3])
-    for labels in (["cat", "white shark"], ["cat", 3], torch.tensor([5, 3]), (5, np.int64(3)), np.array([5, 3])):
+    for labels in (
+        ["cat", "white shark"],
+        ["cat", 3],
+        torch.tensor([5, 3]),
+        (5, np.int64(3)),
+        np.array([5, 3]),
+        [torch.tensor(5), torch.tensor(3)],
+        np.array(["cat", "white shark"]),
+        range(5, 2, -2),
+    ):
         np.testing.assert_array_equal(draw(pipe, labels), expected)
     np.testing.assert_array_equal(draw(pipe, "cat"), draw(pipe, 5))
     assert pipe.get_label_ids("white shark") == [3]
@@ -70,7 +88,14 @@ def test_labels_of_every_form_mean_the_same(pipe):
         (-1, r"not in \[0, 9\]"),
         ([], "empty"),
         (1.5, "names or ids"),
-        ([True], "a name or an id"),
+        ([True], "a name or an id.*bool"),
+        (True, "names or ids, got bool"),
+        ([torch.tensor(1.0)], "a name or an id.*Tensor"),
+        ([torch.tensor(True)], "a name or an id.*Tensor"),
+        ([None], "a name or an id.*NoneType"),
+        ({5: 3}, "names or ids, got dict"),
+        (b"cat", "names or ids, got bytes"),
+        (np.array([True]), "LongTensor"),
         ([1.5], "a name or an id"),
         (torch.tensor([0.5]), "LongTensor"),
     ],
@@ -322,9 +347,30 @@ def test_a_model_left_in_training_mode_draws_the_same(pipe, transformer):
         ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
         ({"guidance_interval": (0.7, 0.2)}, "guidance_interval"),
         ({"output_type": "jpg"}, "output_type"),
+        ({"num_inference_steps": 2.0}, "num_inference_steps.*float"),
+        ({"num_inference_steps": True}, "num_inference_steps.*bool"),
+        ({"num_inference_steps": "4"}, "num_inference_steps.*str"),
+        ({"guidance_interval": (0.0, 0.5, 1.0)}, "guidance_interval"),
+        ({"guidance_interval": 0.5}, "guidance_interval.*float"),
+        ({"guidance_interval": ("0", "1")}, "guidance_interval.*str"),
+        ({"guidance_interval": (0.0, float("nan"))}, "guidance_interval"),
+        ({"guidance_scale": "3"}, "guidance_scale.*str"),
+        ({"guidance_scale": None}, "guidance_scale.*None"),
+        ({"guidance_scale": float("nan")}, "guidance_scale.*nan"),
+        ({"guidance_scale": torch.tensor([1.0, 2.0])}, "guidance_scale.*Tensor"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, "shape"),
+        ({"latents": [[0.0]]}, "latents.*list"),
+        ({"latents": np.zeros((1, 1, 8, 8))}, "latents.*ndarray"),
+        ({"latents": torch.full((1, 1, 8, 8), float("nan"))}, "latents.*NaN"),
         ({"generator": [torch.Generator()] * 3}, "3 generators for 1 images"),
+        ({"generator": 0}, "generator.*int"),
+        ({"generator": ["0"]}, "generator.*str"),
+        ({"callback_on_step_end": "print"}, "callback_on_step_end.*str"),
+        ({"callback_on_step_end": lambda *_: torch.zeros(1)}, "a dict or None, got Tensor"),
+        ({"callback_on_step_end": lambda *_: {"latents": torch.zeros(2, 1, 8, 8)}}, "shape"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, "list of names, got str"),
+        ({"attention_kwargs": 0.5}, "attention_kwargs.*float"),
     ],
 )
 def test_arguments_that_do_not_fit_raise(pipe, kwargs, message):
@@ -339,3 +385,346 @@ def test_unconditional_model():
     np.testing.assert_array_equal(draw(pipe, None), draw(pipe, 0))
     with pytest.raises(ValueError, match="no class names"):
         draw(pipe, "cat")
+
+
+def test_whole_numbers_and_sequences_of_every_library_are_taken(pipe):
+    expected = draw(pipe, [5, 5], generator=[torch.Generator().manual_seed(i) for i in (0, 1)])
+    images = draw(
+        pipe,
+        np.int64(5),
+        num_inference_steps=np.int64(4),
+        num_images_per_prompt=torch.tensor(2),
+        generator=tuple(torch.Generator().manual_seed(i) for i in (0, 1)),
+        guidance_scale=np.float64(1.8),
+        guidance_interval=[0, np.float64(0.7)],
+        callback_on_step_end=lambda *_: None,
+        callback_on_step_end_tensor_inputs=("latents",),
+    )
+    np.testing.assert_array_equal(images, expected)
+
+
+# A call keeps its state to itself
+
+
+SETTINGS = [(1, 4, 1.8), (2, 7, 3.0), (3, 4, 1.0), (4, 9, 5.0)]
+
+
+def draw_in_threads(pipe, settings, seen=None):
+    """One thread per (label, steps, scale), all at the same step together."""
+    images, barrier = {}, threading.Barrier(len(settings))
+
+    def work(label, steps, scale):
+        def callback(_, step, timestep, kwargs):
+            if step == 0:
+                barrier.wait(timeout=60)
+            if seen is not None:
+                seen[label].add((pipe.guidance_scale, pipe.num_timesteps, len(pipe.scheduler.timesteps)))
+
+        generator = torch.Generator().manual_seed(label)
+        images[label] = draw(
+            pipe, label, num_inference_steps=steps, guidance_scale=scale, generator=generator,
+            callback_on_step_end=callback,
+        )  # fmt: skip
+
+    threads = [threading.Thread(target=work, args=one) for one in settings]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return images
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerMaruyamaScheduler,
+        FlowMatchHeunScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        lambda: UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+    ],
+)
+def test_threads_get_what_they_get_alone(pipe, scheduler):
+    pipe.scheduler = scheduler()
+    alone = {
+        label: draw(
+            pipe,
+            label,
+            num_inference_steps=steps,
+            guidance_scale=scale,
+            generator=torch.Generator().manual_seed(label),
+        )
+        for label, steps, scale in SETTINGS
+    }
+    seen = {label: set() for label, _, _ in SETTINGS}
+    images = draw_in_threads(pipe, SETTINGS, seen)
+    calls = 2 if scheduler is FlowMatchHeunScheduler else 1
+    for label, steps, scale in SETTINGS:
+        np.testing.assert_array_equal(images[label], alone[label])
+        times = calls * steps - calls + 1
+        assert seen[label] == {(scale, times, times)}
+    assert len(pipe.__dict__["scheduler"].timesteps) != 9  # the pipeline's own is not stepped
+
+
+def test_step_caches_serve_one_call_at_a_time(pipe):
+    pipe.transformer.enable_cache(CACHES[0])
+    settings = [(label, 6, 3.0) for label in (1, 2, 3)]
+    alone = {
+        label: draw(
+            pipe, label, num_inference_steps=6, guidance_scale=3.0, generator=torch.Generator().manual_seed(label)
+        )
+        for label, *_ in settings
+    }
+    images = {}
+
+    def work(label):
+        generator = torch.Generator().manual_seed(label)
+        images[label] = draw(pipe, label, num_inference_steps=6, guidance_scale=3.0, generator=generator)
+
+    threads = [threading.Thread(target=work, args=(label,)) for label, *_ in settings]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for label, expected in alone.items():
+        np.testing.assert_array_equal(images[label], expected)
+
+
+@pytest.mark.parametrize("through", ["argument", "closure"])
+def test_interrupt_from_a_callback_ends_its_own_call_alone(pipe, through):
+    steps, barrier = {1: [], 2: []}, threading.Barrier(2)
+
+    def work(label):
+        def callback(given, step, timestep, kwargs):
+            barrier.wait(timeout=60) if step < 2 else None
+            steps[label].append(step)
+            if label == 1 and step == 1:
+                (given if through == "argument" else pipe)._interrupt = True
+
+        draw(pipe, label, num_inference_steps=5, callback_on_step_end=callback)
+
+    threads = [threading.Thread(target=work, args=(label,)) for label in steps]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert steps == {1: [0, 1], 2: [0, 1, 2, 3, 4]}
+
+
+def test_interrupt_from_another_thread_ends_the_calls_that_run_and_no_later_one(pipe):
+    steps = []
+
+    def callback(_, step, timestep, kwargs):
+        steps.append(step)
+        if step == 1:
+            stopper = threading.Thread(target=lambda: setattr(pipe, "_interrupt", True))
+            stopper.start()
+            stopper.join()
+
+    draw(pipe, 1, num_inference_steps=5, callback_on_step_end=callback)
+    assert steps == [0, 1]
+    draw(pipe, 1, num_inference_steps=5, callback_on_step_end=lambda _, step, *__: steps.append(step))
+    assert steps == [0, 1, 0, 1, 2, 3, 4]
+
+
+def test_a_callback_may_change_the_guidance_and_draw_with_the_same_pipeline(pipe):
+    preview, rows, scales = draw(pipe, 3), [], []
+
+    def callback(given, step, timestep, kwargs):
+        if step == 1:
+            np.testing.assert_array_equal(draw(given, 3), preview)
+            given._guidance_scale = 1.0
+            given.transformer.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+        scales.append(given.guidance_scale)
+
+    draw(pipe, 5, guidance_scale=3.0, guidance_interval=(0.0, 1.0), callback_on_step_end=callback)
+    assert scales == [3.0, 1.0, 1.0, 1.0] and rows == [1, 1]
+
+
+def test_a_method_put_into_the_scheduler_goes_along_with_its_copy(pipe):
+    """As a demo watches the steps."""
+    expected, times = draw(pipe, 3), []
+
+    def step(scheduler, output, timestep, sample, generator=None, return_dict=True):
+        times.append(float(timestep) / float(scheduler.timesteps[0]))
+        return type(scheduler).step(scheduler, output, timestep, sample, generator, return_dict)
+
+    pipe.scheduler.step = types.MethodType(step, pipe.scheduler)
+    np.testing.assert_array_equal(draw(pipe, 3), expected)
+    assert times == pytest.approx([1.0, 0.68, 0.36, 0.04])
+
+
+# Components
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler,
+        DDPMScheduler,
+        EulerDiscreteScheduler,
+        LCMScheduler,
+        FlowMatchLCMScheduler,
+        DPMSolverMultistepScheduler,
+        UniPCMultistepScheduler,
+        type("Mine", (DDIMScheduler,), {}),
+    ],
+)
+def test_schedulers_that_step_another_prediction_are_refused(pipe, scheduler):
+    wrong = scheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="use_flow_sigmas=True.*flow_prediction"):
+        ERWPipeline(pipe.transformer, None, wrong)
+    pipe.scheduler = wrong
+    with pytest.raises(ValueError, match="FlowMatchEulerMaruyamaScheduler"):
+        draw(pipe, 1)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options", "message"),
+    [
+        (FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}, "stochastic_sampling=True"),
+        (FlowMatchEulerDiscreteScheduler, {"invert_sigmas": True}, "invert_sigmas=True"),
+        (FlowMatchEulerDiscreteScheduler, {"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
+        (UniPCMultistepScheduler, {"use_flow_sigmas": True}, 'prediction_type="flow_prediction"'),
+        (UniPCMultistepScheduler, {"prediction_type": "flow_prediction"}, "use_flow_sigmas=True"),
+        (
+            DPMSolverMultistepScheduler,
+            {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "use_karras_sigmas": True},
+            "use_karras_sigmas=True",
+        ),
+    ],
+)
+def test_options_that_step_wrong_are_refused(pipe, scheduler, options, message):
+    with pytest.raises(ValueError, match=message):
+        ERWPipeline(pipe.transformer, None, scheduler.from_config(pipe.scheduler.config, **options))
+
+
+def test_solvers_of_the_linear_path_are_refused_for_another(pipe):
+    config = FlowMatchEulerMaruyamaScheduler(path_type="cosine").config
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    with pytest.raises(ValueError, match="the model's is cosine"):
+        ERWPipeline(pipe.transformer, None, UniPCMultistepScheduler.from_config(config, **flow))
+    ERWPipeline(pipe.transformer, None, FlowMatchEulerDiscreteScheduler.from_config(config))
+
+
+@pytest.mark.parametrize(
+    ("id2label", "message"),
+    [
+        (["cat", "dog"], r"list; of a list, dict\(enumerate\(names\)\)"),
+        (dict(enumerate("abcdefghijk")), "class 10.*num_classes=10"),
+        ({i + 1: name for i, name in enumerate("abcdefghij")}, "class 10.*0 to 9"),
+        ({-1: "cat"}, "class -1"),
+        ({"one": "cat"}, "'one'"),
+        ({1.5: "cat"}, "1.5"),
+        ({True: "cat"}, "True"),
+        ({1: 5}, "1: 5"),
+        ({1: "cat", "1": "dog"}, "'1': 'dog'"),
+    ],
+)
+def test_class_names_that_do_not_fit_are_refused(transformer, id2label, message):
+    with pytest.raises(ValueError, match=message):
+        ERWPipeline(transformer, None, FlowMatchEulerMaruyamaScheduler(), id2label=id2label)
+
+
+def test_keys_of_json_and_numpy_are_class_ids(transformer):
+    pipe = ERWPipeline(transformer, None, FlowMatchEulerMaruyamaScheduler(), id2label={"9": "hen", np.int64(3): "ox"})
+    assert pipe.labels == {"hen": 9, "ox": 3}
+    pipe.transformer = ERWTransformer2DModel(**{**TINY_MODEL, "num_classes": 5})
+    with pytest.raises(ValueError, match="class 9"):
+        draw(pipe, "hen")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_classes": 9}, "num_classes=9, the transformer 10"),
+        ({"sample_size": 16}, "sample_size=16"),
+        ({"in_channels": 4}, "in_channels=4"),
+        ({"class_token_dim": 4}, "class_token_dim=4"),
+    ],
+)
+def test_a_guidance_model_of_other_pictures_is_refused(transformer, change, message):
+    worse = ERWTransformer2DModel(**{**TINY_MODEL, **change})
+    with pytest.raises(ValueError, match=message):
+        ERWPipeline(transformer, None, FlowMatchEulerMaruyamaScheduler(), guidance_transformer=worse)
+
+
+def tiny_vae(**config):
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, **{"latent_channels": 1, **config},
+    ).eval()  # fmt: skip
+
+
+def test_a_vae_of_other_channels_and_models_of_other_kinds_are_refused(transformer):
+    scheduler = FlowMatchEulerMaruyamaScheduler()
+    with pytest.raises(ValueError, match="latents of 4 channels, and the transformer has in_channels=1"):
+        ERWPipeline(transformer, tiny_vae(latent_channels=4), scheduler)
+    with pytest.raises(ValueError, match="AutoencoderKL, not an ERWTransformer2DModel"):
+        ERWPipeline(tiny_vae(), None, scheduler)
+    with pytest.raises(ValueError, match="DataParallel.*pass its `.module`"):
+        ERWPipeline(torch.nn.DataParallel(transformer), None, scheduler)
+    pipe = ERWPipeline(None, None, scheduler)  # as from_pretrained(..., transformer=None) builds it
+    with pytest.raises(ValueError, match="without a transformer"):
+        draw(pipe, 1)
+
+
+# From another pipeline
+
+
+def test_from_pipe_keeps_components_names_and_dtypes(transformer):
+    worse = ERWTransformer2DModel(**{**TINY_MODEL, "num_layers": 1})
+    for vae, guidance in ((None, None), (tiny_vae().bfloat16(), worse)):
+        pipe = ERWPipeline(transformer, vae, FlowMatchEulerMaruyamaScheduler(), NAMES, guidance)
+        new = ERWPipeline.from_pipe(pipe)
+        assert new is not pipe and new.labels == pipe.labels and new.config.id2label == pipe.config.id2label
+        assert all(new.components[name] is part for name, part in pipe.components.items())
+        assert vae is None or vae.dtype == torch.bfloat16
+    heun = FlowMatchHeunScheduler()
+    changed = ERWPipeline.from_pipe(pipe, scheduler=heun, id2label={0: "a"}, dtype=torch.float64)
+    assert changed.scheduler is heun and changed.labels == {"a": 0} and transformer.dtype == torch.float64
+
+
+def test_components_alone_lack_the_names_and_the_error_says_so(pipe):
+    with pytest.raises(ValueError, match=r"no class names.*from_pipe\(pipe\)` keeps it"):
+        draw(ERWPipeline(**pipe.components), "cat")
+
+
+# Broken numbers
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+def test_nan_is_an_error_and_no_black_picture(pipe, output_type):
+    pipe.transformer.proj_out.bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match="image 0 of 2 holds NaN or infinity.*float32"):
+        draw(pipe, [1, 2], output_type=output_type)
+
+
+def test_an_overflowing_vae_is_upcast_where_it_says_so(transformer):
+    """Its second convolution overflows float16 and not float32, as SDXL's does."""
+
+    def pipeline(force_upcast):
+        vae = tiny_vae(force_upcast=force_upcast)
+        vae.decoder.conv_in.weight.data *= 3e4
+        pipe = ERWPipeline(transformer, vae.half(), FlowMatchEulerMaruyamaScheduler())
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    upcast = pipeline(True)
+    assert np.isfinite(draw(upcast, 1)).all() and upcast.vae.dtype == torch.float16
+    with pytest.raises(ValueError, match="float16"):
+        draw(pipeline(False), 1)
+
+
+def test_threads_decode_with_one_upcast_vae(transformer):
+    pipe = ERWPipeline(transformer, tiny_vae().half(), FlowMatchEulerMaruyamaScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    settings = [(label, 2, 1.0) for label in range(1, 5)]
+    alone = {
+        label: draw(
+            pipe, label, num_inference_steps=2, guidance_scale=1.0, generator=torch.Generator().manual_seed(label)
+        )
+        for label, *_ in settings
+    }
+    for label, images in draw_in_threads(pipe, settings).items():
+        np.testing.assert_array_equal(images, alone[label])

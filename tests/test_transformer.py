@@ -152,7 +152,7 @@ def test_blocks_compile_without_a_recompile_between_steps(transformer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sample_size": 9}, "no multiple of patch_size"),
+        ({"sample_size": 9}, "not a multiple of patch_size"),
         ({"norm_type": "batch_norm"}, "batch_norm"),
         ({"qk_norm": "l2"}, "l2"),
         ({"activation_fn": "relu"}, "relu"),

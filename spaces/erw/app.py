@@ -34,6 +34,7 @@ import re
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -185,8 +186,8 @@ def clean_prediction(path_type: str, velocity: torch.Tensor, latents: torch.Tens
 
 def watch(pipe: DiffusionPipeline, frames: queue.Queue, stopped: threading.Event) -> None:
     """Makes the scheduler's step put what it sees into `frames`, images a few times a run, and raise once `stopped` is set."""
-    scheduler, path_type = pipe.scheduler, getattr(pipe.scheduler.config, "path_type", "linear")
-    step, made = scheduler.step, itertools.count()
+    path_type, made = getattr(pipe.scheduler.config, "path_type", "linear"), itertools.count()
+    step = type(pipe.scheduler).step
 
     def images_of(latents):
         if latents.ndim == 2:  # a row of latents and class token
@@ -194,7 +195,7 @@ def watch(pipe: DiffusionPipeline, frames: queue.Queue, stopped: threading.Event
         return pipe.image_processor.postprocess(pipe.decode_latents(latents).float(), output_type="pil")
 
     @functools.wraps(step)  # the pipeline reads the arguments off it
-    def watched(velocity, timestep, latents, **kwargs):
+    def watched(scheduler, velocity, timestep, latents, **kwargs):
         if stopped.is_set():
             raise InterruptedError
         call, calls = next(made), len(scheduler.timesteps)
@@ -203,9 +204,10 @@ def watch(pipe: DiffusionPipeline, frames: queue.Queue, stopped: threading.Event
         if call in {round(i * (calls - 1) / (FRAMES - 1)) for i in range(FRAMES)}:
             images = images_of(latents), images_of(clean_prediction(path_type, velocity, latents, t))
         frames.put(Frame(call, calls, t, *images))
-        return step(velocity, timestep, latents, **kwargs)
+        return step(scheduler, velocity, timestep, latents, **kwargs)
 
-    scheduler.step = watched
+    # A method, which the copy that a call steps takes with it.
+    pipe.scheduler.step = types.MethodType(watched, pipe.scheduler)
 
 
 @(GPU or (lambda function: function))

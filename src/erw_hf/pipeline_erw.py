@@ -13,21 +13,32 @@
 # limitations under the License.
 """The class-conditional pipeline, in one file with absolute diffusers imports, so that it can travel in a Hub repo."""
 
+import contextlib
+import copy
 import difflib
 import inspect
 import json
+import math
+import operator
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import init_empty_weights
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import is_torch_xla_available, logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -56,6 +67,43 @@ EXAMPLE_DOC_STRING = """
         ```
 """
 
+# The classes of diffusers that step a velocity right, with the options that make them step wrong.
+FLOW_MATCHING_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+FLOW_MATCHING_SPOILT_BY = ("invert_sigmas", "stochastic_sampling", "use_dynamic_shifting")
+# These need `use_flow_sigmas` and `prediction_type="flow_prediction"`, and then step along the linear path.
+FLOW_SIGMA_SCHEDULERS = (
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
+FLOW_SIGMAS_SPOILT_BY = (
+    "thresholding",
+    "use_beta_sigmas",
+    "use_dynamic_shifting",
+    "use_exponential_sigmas",
+    "use_karras_sigmas",
+    "use_lu_lambdas",
+)
+
+
+@dataclass(eq=False)
+class _Call:
+    """What one call keeps to itself."""
+
+    guidance_scale: float = 1.0
+    num_timesteps: int = 0
+    interrupt: bool = False
+    scheduler: Any = None
+
+
+# The calls that run in this thread or task, the innermost last: a callback may draw with another pipeline.
+_CALLS: ContextVar[tuple[tuple["ERWPipeline", _Call], ...]] = ContextVar("erw_calls", default=())
+
+# Held while a call needs a model as no other call may see it: step caches, offloading, LoRA scales, an upcast decoder.
+_ONE_AT_A_TIME = threading.RLock()
+
 
 class ERWPipeline(DiffusionPipeline):
     r"""
@@ -65,13 +113,17 @@ class ERWPipeline(DiffusionPipeline):
         transformer ([`ERWTransformer2DModel`]): Predicts the velocity of the path from data (t = 0) to noise (t = 1).
         vae ([`AutoencoderKL`] or another diffusers autoencoder, *optional*):
             Decodes the latents. `None` for a model that works on pixels in [-1, 1].
-        scheduler ([`FlowMatchEulerMaruyamaScheduler`], or any flow-matching scheduler of diffusers):
-            Turns velocities into steps.
+        scheduler ([`FlowMatchEulerMaruyamaScheduler`], or another flow-matching scheduler):
+            Turns velocities into steps. Each call steps a copy of it, so that one pipeline serves many threads.
         id2label (`dict[int, str]`, *optional*):
-            Names of the classes; several names of one class are separated by commas, as in ImageNet.
+            Names of the classes 0 to `num_classes - 1`; several names of one class are separated by commas, as in
+            ImageNet.
         guidance_transformer ([`ERWTransformer2DModel`], *optional*):
             A worse model of the same latents, smaller or trained for less time, that guides in place of the null class
             (autoguidance, arXiv 2406.02507).
+
+    Raises:
+        ValueError: if the parts do not fit together, or the scheduler would not step a velocity.
     """
 
     model_cpu_offload_seq = "transformer->guidance_transformer->vae"
@@ -81,15 +133,81 @@ class ERWPipeline(DiffusionPipeline):
     # diffusers compares annotations with the loaded config, where the keys of `id2label` are strings: no annotation.
     def __init__(self, transformer, vae, scheduler, id2label=None, guidance_transformer=None) -> None:
         super().__init__()
+        self._running: list[_Call] = []
+        self._last_call = _Call()
+        id2label = _checked_id2label(id2label)
         self.register_modules(
             transformer=transformer, vae=vae, scheduler=scheduler, guidance_transformer=guidance_transformer
         )
         # JSON turns the keys into strings, here as in a loaded config.
-        id2label = {int(key): value for key, value in (id2label or {}).items()}
         self.register_to_config(id2label={str(key): value for key, value in id2label.items()} or None)
+        self.check_components()
         self.labels, self._ambiguous_labels = _label_table(id2label)
         self.vae_scale_factor = self.vae_scale_factor_of(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "ERWPipeline":
+        """
+        Another pipeline of the same components, class names included. Nothing is copied or cast.
+
+        Args:
+            pipeline ([`ERWPipeline`]): Where the components come from.
+            kwargs: Components and `id2label` to take in their place; `dtype` casts the components, shared ones too.
+
+        Returns:
+            [`ERWPipeline`]: The new pipeline.
+        """
+        # diffusers' own passes on no component that `__init__` leaves unannotated, and casts shared ones to float32.
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        new = cls(**{**pipeline.components, "id2label": pipeline.config.get("id2label"), **kwargs})
+        if pipeline.config.get("_name_or_path"):
+            new.register_to_config(_name_or_path=pipeline.config._name_or_path)
+        return new if dtype is None else new.to(dtype=dtype)
+
+    def check_components(self) -> None:
+        """
+        Checks that the parts fit together. A pipeline does when it is built, and again at each call.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        for name in ("transformer", "guidance_transformer", "vae"):
+            component = getattr(self, name)
+            if component is not None and not hasattr(component, "config"):
+                raise ValueError(
+                    f"the {name} is a {type(component).__name__}, not a diffusers model"
+                    + ("; pass its `.module`" if hasattr(component, "module") else "")
+                )
+        if self.scheduler is not None:
+            _check_scheduler(self.scheduler)
+        if self.transformer is None:
+            return
+        config = self.transformer.config
+        if "num_classes" not in config or "sample_size" not in config:
+            raise ValueError(f"the transformer is a {_kind(self.transformer)}, not an ERWTransformer2DModel")
+        ids = [int(key) for key in self.config.get("id2label") or {}]
+        beyond = [class_id for class_id in ids if not 0 <= class_id < config.num_classes]
+        if beyond:
+            raise ValueError(
+                f"id2label names the class {beyond[0]}, but the transformer has num_classes={config.num_classes}: ids "
+                f"run from 0 to {config.num_classes - 1}"
+            )
+        if self.vae is not None:
+            channels = self.vae.config.get("latent_channels") or self.vae.config.get("encoder_hidden_size")
+            if channels is not None and channels != config.in_channels:
+                raise ValueError(
+                    f"the vae decodes latents of {channels} channels, and the transformer has "
+                    f"in_channels={config.in_channels}"
+                )
+        if self.guidance_transformer is not None:
+            for key in ("num_classes", "sample_size", "in_channels", "class_token_dim"):
+                worse = self.guidance_transformer.config.get(key)
+                if worse != config.get(key):
+                    raise ValueError(
+                        f"the guidance_transformer has {key}={worse}, the transformer {config.get(key)}: it must predict "
+                        "the same latents of the same classes"
+                    )
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -110,36 +228,78 @@ class ERWPipeline(DiffusionPipeline):
         """
         Saves the pipeline so that it loads three ways, from a folder and from the Hub: by `ERWPipeline`; by
         `DiffusionPipeline` with `custom_pipeline` and `trust_remote_code=True` where erw_hf is not installed; and the
-        transformer alone. The module files of our own classes travel with their weights.
+        transformer alone. The module files of our own classes travel with their weights. Of an earlier pipeline in the
+        folder only the weights of other variants stay, and those only if this one is saved as a `variant`.
 
         Args:
             save_directory (`str` or `os.PathLike`): Folder to write.
             push_to_hub (`bool`, *optional*, defaults to `False`):
                 Upload it too, as `push_to_hub` does, to the repo `repo_id`, by default the folder's name.
             kwargs: Arguments of [`~DiffusionPipeline.save_pretrained`], or of `push_to_hub` where that is asked for.
+
+        Raises:
+            ValueError: before anything is written, for what would not load again (adapters, wrapped models), and for
+                classes of your own, whose file would be published.
         """
+        self._check_saveable()
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
             kwargs = {}
-        super().save_pretrained(save_directory, **kwargs)
-        index_path = Path(save_directory) / self.config_name
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Written beside, then moved: what is in the folder stays whole until then, and may be what the weights are
+        # mapped from.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
+            written = Path(name)
+            super().save_pretrained(written, **kwargs)
+            self._make_portable(written)
+            _replace(folder, written, kwargs.get("variant"))
+
+    def _check_saveable(self) -> None:
+        if not _may_be_copied(type(self)):
+            raise ValueError(
+                f"{_described(type(self))} is your own pipeline: saving it would publish that file. Save the components "
+                "by `ERWPipeline.from_pipe(pipe).save_pretrained(...)`"
+            )
+        for name, component in self.components.items():
+            if component is None:
+                continue
+            component = getattr(component, "_orig_mod", component)  # compiled models are wrapped
+            if not isinstance(component, (ModelMixin, SchedulerMixin)):
+                wrapped = (
+                    ": it wraps the model that loads again, so unwrap it first" if hasattr(component, "module") else ""
+                )
+                if hasattr(component, "merge_and_unload"):
+                    wrapped = f": merge it first, `pipe.{name} = pipe.{name}.merge_and_unload()`"
+                raise ValueError(f"the {name} is a {type(component).__name__}, which does not load again{wrapped}")
+            if type(component).__module__.split(".")[0] != "diffusers" and not _may_be_copied(type(component)):
+                raise ValueError(
+                    f"the {name} is of {_described(type(component))}: saving it would publish that file, and run it "
+                    "where the pipeline is loaded. Use a class of erw_hf or of diffusers before saving"
+                )
+            if isinstance(component, ModelMixin) and getattr(component, "hf_quantizer", None) is None:
+                _check_loads_again(name, component)
+
+    def _make_portable(self, folder: Path) -> None:
+        """Adds the module files of our own classes to a folder that diffusers wrote, and drops paths of this machine."""
+        index_path = folder / self.config_name
         index = json.loads(index_path.read_text(encoding="utf-8"))
         for name, component in self.components.items():
-            own_class = type(getattr(component, "_orig_mod", component))  # compiled models are wrapped
-            if component is None or own_class.__module__.split(".")[0] in ("diffusers", "transformers"):
+            own_class = type(getattr(component, "_orig_mod", component))
+            if component is None or own_class.__module__.split(".")[0] == "diffusers":
                 continue
             source = Path(str(inspect.getsourcefile(own_class)))
-            shutil.copyfile(source, Path(save_directory) / name / source.name)
+            shutil.copyfile(source, folder / name / source.name)
             index[name] = [source.stem, own_class.__name__]
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for path in (index_path, *Path(save_directory).glob("*/*config.json")):
+        for path in (index_path, *folder.glob("*/*config.json")):
             config = json.loads(path.read_text(encoding="utf-8"))
             # A Hub id tells others where it came from; a path means nothing to them and names our folders.
             name = config.get("_name_or_path") or ""
             if name and (os.path.exists(name) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)):
                 del config["_name_or_path"]
                 path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        shutil.copyfile(str(inspect.getsourcefile(type(self))), Path(save_directory) / "pipeline.py")
+        shutil.copyfile(str(inspect.getsourcefile(type(self))), folder / "pipeline.py")
 
     @staticmethod
     def vae_scale_factor_of(vae) -> int:
@@ -166,10 +326,10 @@ class ERWPipeline(DiffusionPipeline):
             label (`str` or `list[str]`): One or several names.
 
         Returns:
-            `list[int]`: One id a name.
+            `list[int]`: One id per name.
 
         Raises:
-            ValueError: for a name that the model has not, with the nearest ones offered, or that two classes share.
+            ValueError: for an unknown name, with the nearest ones offered, or that two classes share.
         """
         names = [label] if isinstance(label, str) else list(label)
         ids = []
@@ -178,7 +338,10 @@ class ERWPipeline(DiffusionPipeline):
                 raise ValueError(f"{name!r} names the classes {self._ambiguous_labels[name]}: pass one of these ids")
             if name not in self.labels:
                 if not self.labels:
-                    raise ValueError(f"unknown class {name!r}: this pipeline has no class names, pass ids")
+                    raise ValueError(
+                        f"unknown class {name!r}: this pipeline has no class names. Pass ids, or build it with id2label; "
+                        "`pipe.components` lacks that, `ERWPipeline.from_pipe(pipe)` keeps it"
+                    )
                 lowered = {known.lower(): known for known in self.labels}
                 nearest = [lowered[key] for key in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)]
                 nearest = nearest or sorted(self.labels)[:3]
@@ -188,49 +351,55 @@ class ERWPipeline(DiffusionPipeline):
 
     def check_inputs(
         self,
-        class_labels,
+        class_labels: list[int],
         num_images_per_prompt: int,
-        num_inference_steps: int,
         guidance_interval: tuple[float, float],
         generator,
         latents: torch.Tensor | None,
         output_type: str,
-        callback_on_step_end_tensor_inputs: list[str],
+        callback_on_step_end,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        attention_kwargs: dict[str, Any] | None,
     ) -> None:
         """Raises on inputs that `__call__` cannot serve, before anything is computed."""
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end` must be a function, got {_kind(callback_on_step_end)}")
+        names = callback_on_step_end_tensor_inputs
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` must be a list of names, got {_kind(names)}")
+        unknown = [name for name in names if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, but found {unknown}"
             )
-        for name, value in (
-            ("num_images_per_prompt", num_images_per_prompt),
-            ("num_inference_steps", num_inference_steps),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}")
-        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+        low, high = guidance_interval
+        if not 0 <= low <= high <= 1:
             raise ValueError(
                 f"`guidance_interval` must be (low, high) with 0 <= low <= high <= 1, got {guidance_interval!r}"
             )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}')
+        if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
+            raise ValueError(f"`attention_kwargs` must be a dict, got {_kind(attention_kwargs)}")
 
         batch_size = len(class_labels) * num_images_per_prompt
+        for one in generator if isinstance(generator, list) else [generator]:
+            if one is not None and not isinstance(one, torch.Generator):
+                raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {_kind(one)}")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"got {len(generator)} generators for {batch_size} images "
                 f"({len(class_labels)} labels x {num_images_per_prompt} each)"
             )
-        worse = self.guidance_transformer
-        if worse is not None and worse.config.class_token_dim != self.transformer.config.class_token_dim:
-            raise ValueError(
-                f"the guidance_transformer has class_token_dim={worse.config.class_token_dim}, the transformer "
-                f"{self.transformer.config.class_token_dim}: it must denoise the same class token"
-            )
+        if latents is None:
+            return
+        if not isinstance(latents, torch.Tensor):
+            raise ValueError(f"`latents` must be a torch.Tensor, got {_kind(latents)}")
         shape = self._latents_shape(batch_size)
-        if latents is not None and tuple(latents.shape) != shape:
+        if tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}")
+        if not torch.isfinite(latents).all():
+            raise ValueError("`latents` holds NaN or infinity")
 
     def _latents_shape(self, batch_size: int) -> tuple[int, int, int, int]:
         config = self.transformer.config
@@ -241,26 +410,26 @@ class ERWPipeline(DiffusionPipeline):
         if class_labels is None:
             return [num_classes]
         if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-            if class_labels.ndim > 1 or not _is_integral(class_labels):
+            if class_labels.ndim > 1 or not _is_ids_or_names(class_labels):
                 raise ValueError("`class_labels` as a tensor must be a LongTensor of one dimension")
             class_labels = class_labels.reshape(-1).tolist()
-        if isinstance(class_labels, (str, int, np.integer)):
+        if isinstance(class_labels, str) or _as_integer(class_labels) is not None:
             class_labels = [class_labels]
-        if not isinstance(class_labels, (list, tuple)):
-            raise ValueError(f"`class_labels` must be names or ids, got {type(class_labels).__name__}")
+        if not isinstance(class_labels, Sequence) or isinstance(class_labels, bytes):
+            raise ValueError(f"`class_labels` must be names or ids, got {_kind(class_labels)}")
         if len(class_labels) == 0:
             raise ValueError("`class_labels` is empty")
         ids = []
         for label in class_labels:
+            class_id = _as_integer(label)
             if isinstance(label, str):
                 ids.extend(self.get_label_ids(label))
-            elif isinstance(label, (int, np.integer)) and not isinstance(label, bool):
-                # num_classes itself is the null class: unconditional samples.
-                if not 0 <= label <= num_classes:
-                    raise ValueError(f"class id {label} is not in [0, {num_classes - 1}] ({num_classes}: no class)")
-                ids.append(int(label))
+            elif class_id is None:
+                raise ValueError(f"a class label must be a name or an id, got {label!r} ({_kind(label)})")
+            elif not 0 <= class_id <= num_classes:  # num_classes itself is the null class: unconditional samples
+                raise ValueError(f"class id {class_id} is not in [0, {num_classes - 1}] ({num_classes}: no class)")
             else:
-                raise ValueError(f"a class label must be a name or an id, got {label!r}")
+                ids.append(class_id)
         return ids
 
     def prepare_latents(
@@ -276,7 +445,7 @@ class ERWPipeline(DiffusionPipeline):
         Args:
             batch_size (`int`): Number of images.
             device (`torch.device`): Where the noise goes.
-            generator (`torch.Generator` or a list of them, *optional*): Source of the noise; a list has one an image.
+            generator (`torch.Generator` or a list of them, *optional*): Source of the noise; a list has one per image.
             latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): Noise to use in place of a draw.
 
         Returns:
@@ -298,6 +467,10 @@ class ERWPipeline(DiffusionPipeline):
         """
         if self.vae is None:
             return latents
+        with _upcast(self.vae, latents.device):
+            return self._decode(latents)
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         if type(self.vae).__name__ == "AutoencoderRAE":  # which scales latents itself, and has images in [0, 1]
             return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0] * 2 - 1
         config = self.vae.config
@@ -334,7 +507,13 @@ class ERWPipeline(DiffusionPipeline):
         return latents.reshape(self._latents_shape(len(state))), class_token
 
     def _velocity(
-        self, transformer, cache_context: str, state: torch.Tensor, time: float, labels: torch.Tensor
+        self,
+        transformer,
+        cache_context: str,
+        state: torch.Tensor,
+        time: float,
+        labels: torch.Tensor,
+        attention_kwargs: dict[str, Any] | None,
     ) -> torch.Tensor:
         """One model call in the model's dtype, with the time and the result, the state's velocity, in float32."""
         latents, class_token = self.split_state(state)
@@ -345,10 +524,33 @@ class ERWPipeline(DiffusionPipeline):
                 class_labels=labels,
                 force_drop_ids=torch.zeros_like(labels),  # a model left in training mode must not drop labels here
                 class_token=None if class_token is None else class_token.to(transformer.dtype),
-                attention_kwargs=self._attention_kwargs,
+                attention_kwargs=attention_kwargs,
                 return_dict=False,
             )
         return self._join(*(velocity.float() for velocity in velocities))
+
+    # What follows is of the call that runs in this thread, so that callbacks read and change their own call's. Outside of a
+    # call it is what the last one left.
+
+    @property
+    def _call(self) -> _Call:
+        return next((call for pipe, call in reversed(_CALLS.get()) if pipe is self), self._last_call)
+
+    def _get_scheduler(self):
+        return self._call.scheduler or self.__dict__["scheduler"]
+
+    def _set_scheduler(self, scheduler) -> None:
+        self.__dict__["scheduler"] = scheduler
+
+    scheduler = property(_get_scheduler, _set_scheduler, doc="To a callback, the copy that its call steps.")
+
+    @property
+    def _guidance_scale(self) -> float:
+        return self._call.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, guidance_scale: float) -> None:
+        self._call.guidance_scale = guidance_scale
 
     @property
     def guidance_scale(self) -> float:
@@ -358,11 +560,21 @@ class ERWPipeline(DiffusionPipeline):
     @property
     def num_timesteps(self) -> int:
         """Number of scheduler times in the running call."""
-        return self._num_timesteps
+        return self._call.num_timesteps
+
+    @property
+    def _interrupt(self) -> bool:
+        return self._call.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, interrupt: bool) -> None:
+        call = self._call
+        for one in list(self._running) if call is self._last_call else [call]:
+            one.interrupt = interrupt
 
     @property
     def interrupt(self) -> bool:
-        """Set `_interrupt` from a callback to end the running call early."""
+        """Set `_interrupt` from a callback to end its call early, or from another thread to end all that run."""
         return self._interrupt
 
     @torch.no_grad()
@@ -397,7 +609,7 @@ class ERWPipeline(DiffusionPipeline):
                 Flow times `low <= t <= high` at which guidance applies (arXiv 2404.07724). Outside of it only the
                 conditional prediction is computed.
             generator (`torch.Generator` or a list of them, *optional*):
-                Makes the result reproducible. A list holds one generator an image, and then an image does not depend
+                Makes the result reproducible. A list holds one generator per image, and then an image does not depend
                 on the batch that it is made in.
             latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): Starting noise to use in place of a draw.
             output_type (`str`, *optional*, defaults to `"pil"`):
@@ -405,8 +617,9 @@ class ERWPipeline(DiffusionPipeline):
             return_dict (`bool`, *optional*, defaults to `True`):
                 Return an [`~pipelines.ImagePipelineOutput`] in place of a tuple.
             callback_on_step_end (`Callable`, *optional*):
-                Called after each step as `callback(pipe, step, timestep, callback_kwargs)`; what it returns replaces
-                the tensors of these names.
+                Called after each step as `callback(pipe, step, timestep, callback_kwargs)`; the dict that it may return
+                replaces the tensors of these names. `pipe.guidance_scale`, `pipe.num_timesteps` and `pipe.scheduler`
+                are those of this call, and `pipe._interrupt = True` ends it.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
                 Names of the tensors that the callback gets.
             attention_kwargs (`dict`, *optional*): Passed to the transformer; `{"scale": s}` scales LoRA layers.
@@ -415,111 +628,348 @@ class ERWPipeline(DiffusionPipeline):
             [`~pipelines.ImagePipelineOutput`] or `tuple`: the images, `num_images_per_prompt` of each label in turn.
 
         Raises:
-            ValueError: for unknown names, ids out of range, and arguments that do not fit together.
+            ValueError: for unknown names, ids out of range, arguments and components that do not fit together, and
+                images with NaN or infinity.
 
         Examples:
         """
         # 1. Check what was asked for
+        for name in ("transformer", "scheduler"):
+            if self.components[name] is None:
+                raise ValueError(f"this pipeline was built without a {name}: set `pipe.{name}`")
+        self.check_components()
         class_ids = self._class_ids(class_labels)
+        num_images_per_prompt = _positive("num_images_per_prompt", num_images_per_prompt)
+        num_inference_steps = _positive("num_inference_steps", num_inference_steps)
+        guidance_scale = _number("guidance_scale", guidance_scale)
+        guidance_interval = _interval(guidance_interval)
+        generator = list(generator) if isinstance(generator, tuple) else generator
         self.check_inputs(
             class_ids,
             num_images_per_prompt,
-            num_inference_steps,
             guidance_interval,
             generator,
             latents,
             output_type,
+            callback_on_step_end,
             callback_on_step_end_tensor_inputs,
-        )
-        self._guidance_scale = guidance_scale
-        self._interrupt = False
-        self._attention_kwargs = attention_kwargs
-        device = self._execution_device
-
-        # 2. Labels and noise
-        labels = torch.tensor(class_ids, device=device).repeat_interleave(num_images_per_prompt)  # (B,)
-        null_labels = torch.full_like(labels, self.transformer.config.num_classes)
-        state = self.prepare_latents(len(labels), device, generator, latents)
-        if self.transformer.config.class_token_dim is not None:
-            shape = (len(labels), self.transformer.config.class_token_dim)
-            state = self._join(state, randn_tensor(shape, generator=generator, device=device, dtype=torch.float32))
-
-        # 3. Times
-        set_timesteps_arguments = inspect.signature(self.scheduler.set_timesteps).parameters
-        if "sigmas" in set_timesteps_arguments:
-            # diffusers' flow-matching schedulers would end their grid at 1 / num_train_timesteps. SiT's goes evenly
-            # from 1 to 0.
-            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
-        else:
-            self.scheduler.set_timesteps(num_inference_steps, device=device)
-        timesteps = self.scheduler.timesteps
-        flow_times = (timesteps.double() / self.scheduler.config.num_train_timesteps).tolist()
-        self._num_timesteps = len(timesteps)
-        step_kwargs = (
-            {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+            attention_kwargs,
         )
 
-        # 4. Denoise
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(0)
-        low, high = guidance_interval
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                # The grid holds 0.7 as 0.69999998: a bound that names a grid point includes it.
-                guide = self.guidance_scale != 1 and low - 1e-6 <= flow_times[i] <= high + 1e-6
-                time = flow_times[i]
-                if not guide:
-                    velocity = self._velocity(self.transformer, "cond", state, time, labels)
-                else:
-                    if self.guidance_transformer is not None:
-                        velocity = self._velocity(self.transformer, "cond", state, time, labels)
-                        worse = self._velocity(self.guidance_transformer, "cond", state, time, labels)
+        call = _Call(guidance_scale, scheduler=copy.deepcopy(self.__dict__["scheduler"]))
+        with self._running_call(call):
+            device = self._execution_device
+
+            # 2. Labels and noise
+            labels = torch.tensor(class_ids, device=device).repeat_interleave(num_images_per_prompt)  # (B,)
+            null_labels = torch.full_like(labels, self.transformer.config.num_classes)
+            state = self.prepare_latents(len(labels), device, generator, latents)
+            if self.transformer.config.class_token_dim is not None:
+                shape = (len(labels), self.transformer.config.class_token_dim)
+                state = self._join(state, randn_tensor(shape, generator=generator, device=device, dtype=torch.float32))
+
+            # 3. Times
+            scheduler = call.scheduler
+            if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+                # diffusers' flow-matching schedulers would end their grid at 1 / num_train_timesteps. SiT's goes evenly
+                # from 1 to 0.
+                sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+                scheduler.set_timesteps(sigmas=sigmas, device=device)
+            else:
+                scheduler.set_timesteps(num_inference_steps, device=device)
+            timesteps = scheduler.timesteps
+            flow_times = _flow_times(scheduler)
+            call.num_timesteps = len(timesteps)
+            step_kwargs = (
+                {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+            )
+
+            # 4. Denoise
+            if hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(0)
+            low, high = guidance_interval
+            with self.progress_bar(total=len(timesteps)) as progress_bar:
+                for i, t in enumerate(timesteps):
+                    if call.interrupt:
+                        break
+                    # The grid holds 0.7 as 0.69999998: a bound that names a grid point includes it.
+                    guide = call.guidance_scale != 1 and low - 1e-6 <= flow_times[i] <= high + 1e-6
+                    time = flow_times[i]
+                    if not guide:
+                        velocity = self._velocity(self.transformer, "cond", state, time, labels, attention_kwargs)
                     else:
-                        # Both predictions in one batch, for these models faster than two calls. The cache context is
-                        # another than without guidance, since step caches hold tensors of the batch's size.
-                        velocity, worse = self._velocity(
-                            self.transformer,
-                            "cond_uncond",
-                            torch.cat([state, state]),
-                            time,
-                            torch.cat([labels, null_labels]),
-                        ).chunk(2)
-                    velocity = worse + self.guidance_scale * (velocity - worse)
+                        if self.guidance_transformer is not None:
+                            velocity = self._velocity(self.transformer, "cond", state, time, labels, attention_kwargs)
+                            worse = self._velocity(
+                                self.guidance_transformer, "cond", state, time, labels, attention_kwargs
+                            )
+                        else:
+                            # Both predictions in one batch, for these models faster than two calls. The cache context
+                            # is another than without guidance, since step caches hold tensors of the batch's size.
+                            velocity, worse = self._velocity(
+                                self.transformer,
+                                "cond_uncond",
+                                torch.cat([state, state]),
+                                time,
+                                torch.cat([labels, null_labels]),
+                                attention_kwargs,
+                            ).chunk(2)
+                        velocity = worse + call.guidance_scale * (velocity - worse)
 
-                state = self.scheduler.step(velocity, t, state, **step_kwargs, return_dict=False)[0]
+                    state = scheduler.step(velocity, t, state, **step_kwargs, return_dict=False)[0]
 
-                if callback_on_step_end is not None:
-                    latents, class_token = self.split_state(state)
-                    callback_kwargs = {}
-                    for name in callback_on_step_end_tensor_inputs:
-                        callback_kwargs[name] = locals()[name]
-                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
-                    state = self._join(callback_outputs.pop("latents", latents), class_token)
+                    if callback_on_step_end is not None:
+                        latents, class_token = self.split_state(state)
+                        callback_kwargs = {}
+                        for name in callback_on_step_end_tensor_inputs:
+                            callback_kwargs[name] = locals()[name]
+                        changed = callback_on_step_end(self, i, t, callback_kwargs)
+                        state = self._join(_changed_latents(changed, latents), class_token)
 
-                progress_bar.update()
-                if XLA_AVAILABLE:
-                    xm.mark_step()
+                    progress_bar.update()
+                    if XLA_AVAILABLE:
+                        xm.mark_step()
 
-        # 5. Decode; the class token has done its work
-        latents, _ = self.split_state(state)
-        if output_type == "latent":
-            images = latents
-        else:
-            images = self.image_processor.postprocess(self.decode_latents(latents).float(), output_type=output_type)
+            # 5. Decode; the class token has done its work
+            latents, _ = self.split_state(state)
+            images = latents if output_type == "latent" else self.decode_latents(latents).float()
+            self._check_finite(images)
+            if output_type != "latent":
+                images = self.image_processor.postprocess(images, output_type=output_type)
 
-        self.maybe_free_model_hooks()
+            self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)
         return ImagePipelineOutput(images=images)
 
+    @contextlib.contextmanager
+    def _running_call(self, call: _Call) -> Iterator[None]:
+        """Makes the call the one that callbacks of this thread see. Calls take turns where a model holds state of one."""
+        models = [model for model in (self.transformer, self.vae, self.guidance_transformer) if model is not None]
+        with _ONE_AT_A_TIME if any(map(_holds_state, models)) else contextlib.nullcontext():
+            token = _CALLS.set((*_CALLS.get(), (self, call)))
+            self._running.append(call)
+            try:
+                yield
+            finally:
+                call.scheduler = None  # it may hold tensors
+                self._running.remove(call)
+                self._last_call = call
+                _CALLS.reset(token)
 
-def _is_integral(values: torch.Tensor | np.ndarray) -> bool:
+    def _check_finite(self, images: torch.Tensor) -> None:
+        broken = ~torch.isfinite(images).flatten(1).all(dim=1)
+        if broken.any():  # 8 bits would show it as black or white
+            dtypes = {model.dtype for model in (self.transformer, self.vae) if model is not None}
+            raise ValueError(
+                f"image {int(broken.int().argmax())} of {len(images)} holds NaN or infinity: the weights are broken, or "
+                f"{' and '.join(sorted(map(str, dtypes)))} is too low a precision (try float32)"
+            )
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def _as_integer(value: object) -> int | None:
+    """A whole number of Python, NumPy or torch (a tensor of no dimension) as an `int`; `None` for anything else."""
+    if isinstance(value, (bool, np.ndarray)) or (isinstance(value, torch.Tensor) and not _is_scalar_id(value)):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _is_scalar_id(value: torch.Tensor) -> bool:
+    return value.ndim == 0 and not value.is_floating_point() and value.dtype != torch.bool
+
+
+def _is_ids_or_names(values: torch.Tensor | np.ndarray) -> bool:
     if isinstance(values, np.ndarray):
-        return np.issubdtype(values.dtype, np.integer)
-    return not values.is_floating_point() and values.dtype != torch.bool
+        return values.dtype.kind in "iuU"
+    return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+
+
+def _positive(name: str, value: object) -> int:
+    number = _as_integer(value)
+    if number is None or number < 1:
+        raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r} ({_kind(value)})")
+    return number
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, (str, bytes, bool)) else float(value)
+    except (TypeError, ValueError, RuntimeError):  # a tensor of several numbers
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"`{name}` must be a finite number, got {value!r} ({_kind(value)})")
+    return number
+
+
+def _interval(value: Any) -> tuple[float, float]:
+    if isinstance(value, str) or not isinstance(value, (Sequence, np.ndarray, torch.Tensor)) or len(value) != 2:
+        raise ValueError(f"`guidance_interval` must be two numbers (low, high), got {value!r} ({_kind(value)})")
+    return _number("guidance_interval", value[0]), _number("guidance_interval", value[1])
+
+
+def _changed_latents(changed: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The latents that a callback leaves: its own, or those that it got."""
+    if changed is None:
+        return latents
+    if not isinstance(changed, dict):
+        raise ValueError(f"`callback_on_step_end` must return a dict or None, got {_kind(changed)}")
+    changed = changed.get("latents", latents)
+    if not isinstance(changed, torch.Tensor) or changed.shape != latents.shape:
+        got = tuple(changed.shape) if isinstance(changed, torch.Tensor) else _kind(changed)
+        raise ValueError(f"`callback_on_step_end` must return latents of the shape {tuple(latents.shape)}, got {got}")
+    return changed
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    """Raises ValueError for a scheduler that would not take the model's output as the velocity that it is."""
+    bases = [base.__name__ for base in type(scheduler).__mro__ if base.__module__.split(".")[0] == "diffusers"]
+    if "SchedulerMixin" not in bases:
+        raise ValueError(f"the scheduler is a {_kind(scheduler)}, not a diffusers scheduler")
+    kind, config = bases[0], scheduler.config
+    if kind == "SchedulerMixin":  # ours, or somebody's own
+        return
+    advice = (
+        "Use FlowMatchEulerMaruyamaScheduler, FlowMatchHeunScheduler, "
+        f'{", ".join(FLOW_MATCHING_SCHEDULERS)}, or, with use_flow_sigmas=True and prediction_type="flow_prediction", '
+        f"{', '.join(FLOW_SIGMA_SCHEDULERS)}"
+    )
+    if kind not in FLOW_MATCHING_SCHEDULERS + FLOW_SIGMA_SCHEDULERS:
+        raise ValueError(f"{kind} does not step the velocity of a flow-matching model. {advice}")
+    spoilt_by: tuple[str, ...] = FLOW_MATCHING_SPOILT_BY
+    if kind in FLOW_SIGMA_SCHEDULERS:
+        spoilt_by = FLOW_SIGMAS_SPOILT_BY
+        if not config.get("use_flow_sigmas") or config.get("prediction_type") != "flow_prediction":
+            raise ValueError(
+                f"this {kind} reads the velocity as another prediction: make it by {kind}.from_config(config, "
+                f'use_flow_sigmas=True, prediction_type="flow_prediction"). {advice}'
+            )
+        if config.get("path_type", "linear") != "linear":  # kept from the config that it was made from
+            raise ValueError(f"{kind} steps along the linear path, and the model's is {config['path_type']}. {advice}")
+    options = [f"{option}=True" for option in spoilt_by if config.get(option)]
+    if options:
+        raise ValueError(
+            f"{kind} with {' and '.join(options)} does not step a flow-matching model right: leave it out"
+        )
+
+
+def _flow_times(scheduler: Any) -> list[float]:
+    """The times of the model calls in [0, 1]. In Python's floats: not every device has float64."""
+    if not scheduler.timesteps.is_floating_point():  # rounded from these
+        return scheduler.sigmas[: len(scheduler.timesteps)].tolist()
+    return [t / scheduler.config.num_train_timesteps for t in scheduler.timesteps.tolist()]
+
+
+def _holds_state(model: Any) -> bool:
+    """Whether a model works by hooks of diffusers or accelerate (caches, offloading, casting), or has LoRA layers."""
+    return bool(getattr(model, "peft_config", None)) or any(
+        hasattr(module, "_hf_hook") or getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
+        for module in model.modules()
+    )
+
+
+@contextlib.contextmanager
+def _upcast(vae: Any, device: torch.device) -> Iterator[None]:
+    """float32 for an autoencoder that asks for it by `force_upcast`: in float16 its activations overflow."""
+    if not vae.config.get("force_upcast"):
+        yield
+        return
+    with _ONE_AT_A_TIME:
+        dtype = vae.dtype
+        half = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+        half = half and torch.get_autocast_dtype(device.type) == torch.float16
+        if dtype == torch.float16:
+            vae.to(torch.float32)
+        try:
+            with torch.autocast(device.type, enabled=False) if half else contextlib.nullcontext():
+                yield
+        finally:
+            if dtype == torch.float16:
+                vae.to(dtype)
+
+
+def _described(own_class: type) -> str:
+    return f"{own_class.__module__}.{own_class.__qualname__}"
+
+
+def _may_be_copied(own_class: type) -> bool:
+    """Whether the file of a class is one of this package, or came with a repo as remote code."""
+    return own_class.__module__.split(".")[0] in (__name__.split(".")[0], "diffusers_modules")
+
+
+def _check_loads_again(name: str, model: ModelMixin) -> None:
+    """Raises ValueError where the tensors of a model are not those that its config makes."""
+    with init_empty_weights():
+        expected = type(model).from_config(model.config).state_dict()
+    state = model.state_dict()
+    wrong = [key for key in state if key not in expected or state[key].shape != expected[key].shape]
+    wrong += [key for key in expected if key not in state] + [key for key, value in state.items() if value.is_meta]
+    if not wrong:
+        return
+    remedies = {
+        "lora_": f"merge the adapter (`pipe.{name}.fuse_lora(); pipe.{name}.unload_lora()`), or save it by "
+        f"`pipe.{name}.save_lora_adapter(...)` and unload it",
+        "_orig_mod.": "compile in place, by `module.compile()` or `compile_repeated_blocks()`",
+        "to_qkv": f"undo the fusion by `pipe.{name}.unfuse_qkv_projections()`",
+        "module.": "unwrap the modules that hold another as `.module`",
+    }
+    remedy = next((text for mark, text in remedies.items() if any(mark in key for key in wrong)), None)
+    raise ValueError(
+        f"the {name} would not load again: {wrong[0]} and {len(wrong) - 1} more tensors are not as its config makes them"
+        + (f". Before saving, {remedy}" if remedy else "")
+    )
+
+
+def _replace(folder: Path, written: Path, variant: str | None) -> None:
+    """Puts a written pipeline in the place of the one in a folder. Other files of the folder stay."""
+    index_path = folder / DiffusionPipeline.config_name
+    old = {}
+    if index_path.is_file():
+        with contextlib.suppress(ValueError):  # no JSON: not written by a pipeline
+            old = json.loads(index_path.read_text(encoding="utf-8"))
+    components = {path.name for path in written.iterdir() if path.is_dir()}
+    for name, value in old.items():
+        is_component = isinstance(value, list) and len(value) == 2 and value[0] is not None
+        if is_component and name not in components and name.isidentifier():
+            _remove(folder / name)
+    for path in written.iterdir():
+        target = folder / path.name
+        if variant is not None and path.is_dir() and target.is_dir():
+            for weights in target.iterdir():
+                of_another = f".{variant}." not in weights.name and f".{variant}-" not in weights.name
+                if of_another and re.search(r"\.(safetensors|bin)(\.index\.|$)", weights.name):
+                    weights.replace(path / weights.name)
+        _remove(target)
+        path.replace(target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _checked_id2label(id2label: Any) -> dict[int, str]:
+    if id2label is None:
+        return {}
+    if not isinstance(id2label, dict):
+        raise ValueError(
+            f"`id2label` must be a dict from class ids to names, got {_kind(id2label)}; of a list, dict(enumerate(names))"
+        )
+    checked: dict[int, str] = {}
+    for key, name in id2label.items():
+        class_id = int(key) if isinstance(key, str) and key.isdecimal() else _as_integer(key)
+        if class_id is None or not isinstance(name, str) or class_id in checked:
+            raise ValueError(f"`id2label` must map each class id to one name, got {key!r}: {name!r}")
+        checked[class_id] = name
+    return checked
 
 
 def _label_table(id2label: dict[int, str]) -> tuple[dict[str, int], dict[str, list[int]]]:

@@ -14,6 +14,7 @@
 """The SDE and ODE samplers of SiT, REPA and ERW, in one file with absolute diffusers imports, so that it can travel in a repo."""
 
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,8 @@ class FlowMatchSchedulerOutput(BaseOutput):
 class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
     """What both samplers share: a row of model calls, each with its time, and the count of those made."""
 
-    _compatibles: list[str] = []
+    # What makes the same pictures of the same config: `scheduler.compatibles`, `X.from_config(scheduler.config)`.
+    _compatibles = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
 
     def _reset(self) -> None:
         self.num_inference_steps: int | None = None
@@ -132,9 +134,13 @@ def _check_path_type(path_type: str) -> None:
         raise ValueError(f'path_type must be "linear" or "cosine", got {path_type!r}')
 
 
-def _check_steps(num_inference_steps: int) -> None:
+def _checked_steps(num_inference_steps: int) -> int:
+    if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, numbers.Integral):
+        kind = type(num_inference_steps).__name__
+        raise ValueError(f"num_inference_steps must be an integer, got {num_inference_steps!r} ({kind})")
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+    return int(num_inference_steps)
 
 
 class FlowMatchEulerMaruyamaScheduler(_FlowMatchScheduler):
@@ -172,10 +178,9 @@ class FlowMatchEulerMaruyamaScheduler(_FlowMatchScheduler):
             device (`str` or `torch.device`, *optional*): Where `timesteps` goes.
 
         Raises:
-            ValueError: if `num_inference_steps` is below 1.
+            ValueError: if `num_inference_steps` is not an integer of at least 1.
         """
-        _check_steps(num_inference_steps)
-        self.num_inference_steps = num_inference_steps
+        self.num_inference_steps = num_inference_steps = _checked_steps(num_inference_steps)
         sigmas = torch.linspace(1.0, self.config.sigma_last, num_inference_steps, dtype=torch.float64)
         self._set_grid(torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)]), sigmas, device)
 
@@ -268,10 +273,9 @@ class FlowMatchHeunScheduler(_FlowMatchScheduler):
             device (`str` or `torch.device`, *optional*): Where `timesteps` goes.
 
         Raises:
-            ValueError: if `num_inference_steps` is below 1.
+            ValueError: if `num_inference_steps` is not an integer of at least 1.
         """
-        _check_steps(num_inference_steps)
-        self.num_inference_steps = num_inference_steps
+        self.num_inference_steps = num_inference_steps = _checked_steps(num_inference_steps)
         self._predictor = None
         sigmas = torch.linspace(1.0, 0.0, num_inference_steps + 1, dtype=torch.float64)
         # The calls: predict from sigma_0, correct at sigma_1, predict from sigma_1, correct at sigma_2, ...

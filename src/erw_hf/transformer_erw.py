@@ -39,6 +39,7 @@ from diffusers.models.embeddings import (
     Timesteps,
     apply_rotary_emb,
     get_1d_rotary_pos_embed,
+    get_2d_sincos_pos_embed,
 )
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput, apply_lora_scale, logging
@@ -269,6 +270,19 @@ def _norm(norm_type: str, dim: int, affine: bool) -> nn.Module:
     raise ValueError(f'a norm must be "layer_norm" or "rms_norm", got {norm_type!r}')
 
 
+def _patch_embed(sample_size: int, patch_size: int, in_channels: int, dim: int) -> PatchEmbed:
+    """Its table of positions is computed on the CPU, in float64, which not every device has."""
+    arguments = {"patch_size": patch_size, "in_channels": in_channels, "embed_dim": dim}
+    embed = PatchEmbed(height=sample_size, width=sample_size, pos_embed_type=None, **arguments)
+    del embed.pos_embed
+    grid = sample_size // patch_size
+    table = (
+        get_2d_sincos_pos_embed(dim, grid, base_size=grid, device="cpu", output_type="pt").float().unsqueeze(0)
+    )  # (1, N, D)
+    embed.register_buffer("pos_embed", table.to(torch.get_default_device()), persistent=False)
+    return embed
+
+
 class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
     r"""
     A class-conditional flow-matching transformer: the SiT architecture (arXiv 2401.08740) that REPA (arXiv 2410.06940)
@@ -302,7 +316,7 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             `ContextParallelConfig(ulysses_anything=True)` and NCCL.
 
     Raises:
-        ValueError: if `sample_size` is no multiple of `patch_size`, or an option is none of its values.
+        ValueError: if `sample_size` is not a multiple of `patch_size`, or an option is none of its values.
     """
 
     _supports_gradient_checkpointing = True
@@ -348,14 +362,12 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
     ) -> None:
         super().__init__()
         if sample_size % patch_size != 0:
-            raise ValueError(f"sample_size={sample_size} is no multiple of patch_size={patch_size}")
+            raise ValueError(f"sample_size={sample_size} is not a multiple of patch_size={patch_size}")
         if activation_fn not in ("gelu-approximate", "swiglu"):
             raise ValueError(f'activation_fn must be "gelu-approximate" or "swiglu", got {activation_fn!r}')
         dim = num_attention_heads * attention_head_dim
 
-        self.pos_embed = PatchEmbed(
-            height=sample_size, width=sample_size, patch_size=patch_size, in_channels=in_channels, embed_dim=dim
-        )
+        self.pos_embed = _patch_embed(sample_size, patch_size, in_channels, dim)
         self.time_class_embed = ERWTimeClassEmbedding(dim, num_classes, class_dropout_prob)
         self.class_token_embed = None
         if class_token_dim is not None:

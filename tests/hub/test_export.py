@@ -106,10 +106,12 @@ def test_loads_and_saves_again_where_the_package_cannot_be_imported(exported, tm
     np.testing.assert_array_equal(draw(ERWPipeline.from_pretrained(tmp_path / "again")), expected)
 
 
-def test_no_saved_file_names_the_folder_it_was_loaded_from(exported, vae_path, tmp_path):
+def test_no_saved_file_names_the_folder_it_was_loaded_from(vae_path, tmp_path):
     from diffusers import AutoencoderKL
 
-    pipe = ERWPipeline.from_pretrained(exported[0], vae=AutoencoderKL.from_pretrained(vae_path))
+    transformer = ERWTransformer2DModel(**{**TINY_MODEL, "in_channels": 4})
+    ERWPipeline(transformer, None, FlowMatchEulerMaruyamaScheduler()).save_pretrained(tmp_path / "source")
+    pipe = ERWPipeline.from_pretrained(tmp_path / "source", vae=AutoencoderKL.from_pretrained(vae_path))
     pipe.transformer.register_to_config(_name_or_path="user/digits")
     pipe.save_pretrained(tmp_path / "repo")
     configs = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "repo").rglob("*.json")}

@@ -305,7 +305,8 @@ def _classes_of_stream(
             f"labels of a stream must be class ids, row 0 holds {first[label_column]!r} in the column {label_column!r}; "
             "names become ids where the dataset is read without --streaming"
         )
-    return (num_classes if num_classes is not None else len(names or ())), names
+    num_classes = num_classes if num_classes is not None else len(names or ())
+    return num_classes, names[:num_classes] if names is not None else None
 
 
 def _load(

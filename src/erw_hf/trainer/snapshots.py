@@ -99,7 +99,9 @@ class Snapshots:
         """
         folder, pipeline = self.folder, None if phase is None else self._pipeline(phase)
         if pipeline is not None:
-            self._grid(pipeline).save(folder / "grid.png")
+            grid = self._grid(pipeline)
+            if grid is not None:
+                grid.save(folder / "grid.png")
             pipeline.save_pretrained(folder / "pipeline")
             plot_losses(folder / "metrics.jsonl", folder / "loss_curve.png")
             logger.info(f"done: {folder}/pipeline, {folder}/grid.png, {folder}/loss_curve.png")
@@ -151,8 +153,9 @@ class Snapshots:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _grid(self, pipeline: ERWPipeline) -> Image.Image:
-        """The same labels and the same noise at every step of the run."""
+    def _grid(self, pipeline: ERWPipeline) -> Image.Image | None:
+        """The same labels and the same noise at every step of the run; `None` where the model gives NaN, which a run may
+        outlive."""
         config, num_classes = self.inputs.config, self.inputs.source.num_classes
         count = config.num_validation_images
         if num_classes == 0:
@@ -161,13 +164,17 @@ class Snapshots:
             labels = [i % num_classes for i in range(count)]  # all of them, in turn
         else:
             labels = [i * num_classes // count for i in range(count)]  # evenly spaced ones
-        with self.inputs.accelerator.autocast():
-            images = pipeline(
-                class_labels=labels,
-                num_inference_steps=config.num_inference_steps,
-                guidance_scale=config.guidance_scale,
-                generator=[torch.Generator().manual_seed(config.seed + i) for i in range(count)],
-            ).images
+        try:
+            with self.inputs.accelerator.autocast():
+                images = pipeline(
+                    class_labels=labels,
+                    num_inference_steps=config.num_inference_steps,
+                    guidance_scale=config.guidance_scale,
+                    generator=[torch.Generator().manual_seed(config.seed + i) for i in range(count)],
+                ).images
+        except ValueError as error:
+            logger.warning(f"step {self.progress.step} has no pictures: {error}")
+            return None
         columns = num_classes if 4 <= num_classes <= count else math.ceil(math.sqrt(count))
         return image_grid(images, columns=columns)
 
@@ -175,8 +182,8 @@ class Snapshots:
         """Writes `samples/step-N.png` and hands it to the trackers."""
         accelerator, step = self.inputs.accelerator, self.progress.step
         pipeline = self._pipeline(phase)
-        if pipeline is not None:
-            grid = self._grid(pipeline)
+        grid = None if pipeline is None else self._grid(pipeline)
+        if grid is not None:
             path = self.folder / "samples" / f"step-{step:07d}.png"
             path.parent.mkdir(exist_ok=True)
             grid.save(path)
