@@ -49,7 +49,7 @@ from erw_hf.provenance import file_hash
 from erw_hf.trainer.config import TrainingConfig, parse_config
 from erw_hf.trainer.flops import count_step_flops
 from erw_hf.trainer.run_record import read_metrics
-from erw_hf.trainer.setup import build_full_model, build_warmup_model, encoders_of_step
+from erw_hf.trainer.setup import build_full_model, build_teacher, build_warmup_model
 from erw_hf.warmup import build_warmup_transformer
 
 
@@ -341,7 +341,8 @@ def step_flops(config: TrainingConfig) -> tuple[int, int]:
     batch = config.step_batch_size(processes=1)
     with BUILDING, torch.device("meta"):
         full = build_full_model(config, num_classes, encoders)
-        full_flops = count_step_flops(full, encoders_of_step(config, encoders, bool(full.projectors))) * batch
+        teacher = build_teacher(config, encoders, cached=False)
+        full_flops = count_step_flops(full, teacher.running(aligned=bool(full.projectors))) * batch
         if config.warmup_steps == 0:
             return 0, full_flops
         return count_step_flops(build_warmup_model(config, num_classes, encoders), encoders) * batch, full_flops

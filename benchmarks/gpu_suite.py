@@ -107,10 +107,9 @@ def stage_paths(suite: Suite) -> dict[str, object]:
     """Each path of the model and the optimizers, against a plainer one."""
     from train_step import build_ours, build_plain, draw_batch, model_config, training_batch
 
-    from erw_hf.alignment import AlignedTransformer
+    from erw_hf.objective import AlignedTransformer, Objective
     from erw_hf.trainer.ema import EMA, EMAProfile
     from erw_hf.trainer.optimizers import build_optimizer
-    from erw_hf.warmup import full_loss
 
     device = suite.device
     config = model_config("tiny") if suite.quick else model_config("B/2", num_layers=4)
@@ -120,7 +119,7 @@ def stage_paths(suite: Suite) -> dict[str, object]:
         where = next(model.parameters()).device.type
         data = {name: tensor.to(where) for name, tensor in batch.items()}
         with torch.autocast(where, dtype, enabled=dtype != torch.float32):
-            return full_loss(AlignedTransformer(model, [], 1), training_batch(data, None), 0.0)["loss"]
+            return Objective().full_loss(AlignedTransformer(model, [], 1), training_batch(data, None), 0.0).loss
 
     def gradient_of(model, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         model.zero_grad(set_to_none=True)

@@ -57,10 +57,10 @@ from matplotlib.figure import Figure
 from train_step import build_dit, build_ours, model_config
 
 from erw_hf import ERWPipeline, FlowMatchEulerMaruyamaScheduler
-from erw_hf.alignment import AlignedTransformer
 from erw_hf.evaluation.extractors import load_extractor, weights_hash
 from erw_hf.evaluation.images import dataset_images, generated_images
 from erw_hf.evaluation.quality import load_reference, make_reference, measure
+from erw_hf.objective import AlignedTransformer
 from erw_hf.trainer.flops import count_step_flops
 
 

@@ -55,14 +55,15 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import Dinov2Config, Dinov2Model
 
 from erw_hf import ERWTransformer2DModel, RepresentationEncoder
-from erw_hf.alignment import AlignedTransformer, MLPProjector, cosine_alignment_loss
+from erw_hf.alignment import MLPProjector, cosine_alignment_loss
 from erw_hf.flow import interpolate
+from erw_hf.objective import AlignedTransformer, Batch, Objective
 from erw_hf.sizes import size_config
 from erw_hf.trainer.ema import EMA, EMAProfile
 from erw_hf.trainer.flops import count_step_flops
 from erw_hf.trainer.optimizers import build_optimizer
 from erw_hf.trainer.setup import compile_blocks
-from erw_hf.warmup import TrainingBatch, build_warmup_transformer, full_loss, warmup_loss
+from erw_hf.warmup import build_warmup_transformer
 
 
 SECTIONS = ("forward", "step", "warmup", "scaling")
@@ -153,8 +154,9 @@ def draw_batch(config: dict[str, int], batch: int, device: str, image_side: int 
     return {name: tensor.to(device) for name, tensor in drawn.items()}
 
 
-def training_batch(drawn: dict[str, torch.Tensor], targets: list[torch.Tensor] | None) -> TrainingBatch:
-    return TrainingBatch(drawn["x0"], drawn["label"], drawn["drop"], targets, drawn["noise"], drawn["t"])
+def training_batch(drawn: dict[str, torch.Tensor], targets: list[torch.Tensor] | None, noised: bool = True) -> Batch:
+    t = drawn["t"] if noised else torch.zeros_like(drawn["t"])
+    return Batch(drawn["x0"], drawn["noise"], t, drawn["label"], drawn["drop"], targets)
 
 
 # Forward and backward of the model
@@ -336,7 +338,7 @@ class Ours(Step):
         batch = self.batch
         with self.setting.autocast():
             targets = [self.encoder(batch["pixels"].float() / 255)]
-            return full_loss(self.model, training_batch(batch, targets), WEIGHT)["loss"]
+            return Objective().full_loss(self.model, training_batch(batch, targets), WEIGHT).loss
 
     def update(self) -> None:
         self.optimizer.found_inf = (~self.grad_norm.isfinite()).float()
@@ -458,9 +460,9 @@ def step_of(
     def step() -> None:
         with setting.autocast():
             if model.warmup:
-                loss = warmup_loss(model, TrainingBatch(batch["x0"], batch["label"], batch["drop"], targets))["loss"]
+                loss = Objective().warmup_loss(model, training_batch(batch, targets, noised=False)).loss
             else:
-                loss = full_loss(model, training_batch(batch, targets), WEIGHT)["loss"]
+                loss = Objective().full_loss(model, training_batch(batch, targets), WEIGHT).loss
         loss.backward()
         float(nn.utils.clip_grad_norm_(trained, 1.0))
         optimizer.step()

@@ -19,12 +19,12 @@ import torch
 from erw_hf.alignment import (
     ConvProjector,
     MLPProjector,
-    alignment_weight,
     cosine_alignment_loss,
     nt_xent_alignment_loss,
     spatial_normalize,
     structural_alignment_loss,
 )
+from erw_hf.objective import alignment_weight
 
 
 def test_loss_by_hand():

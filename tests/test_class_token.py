@@ -16,6 +16,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,12 +27,13 @@ from safetensors.torch import load_file
 from transformers import BitImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler, FlowMatchHeunScheduler
-from erw_hf.alignment import AlignedTransformer, ConvProjector, MLPProjector
+from erw_hf.alignment import ConvProjector, MLPProjector, spatial_normalize
 from erw_hf.data.decoding import decode_image
 from erw_hf.data.samples import SampleMaker
 from erw_hf.data.source import load_source
+from erw_hf.objective import AlignedTransformer, Batch, Objective, Teacher
 from erw_hf.trainer.run_record import read_metrics
-from erw_hf.warmup import TrainingBatch, build_warmup_transformer, full_loss, hand_over, warmup_loss
+from erw_hf.warmup import build_warmup_transformer, hand_over
 
 
 WIDTH, CLASS_WIDTH = 16, 12
@@ -151,13 +153,16 @@ def test_checkpointing_compilation_and_half_precision(tmp_path):
 
 # The losses
 
+OBJECTIVE = Objective(class_token_weight=0.03)
+
 
 def aligned(depth: int = 3, warmup: bool = False, projector: type = MLPProjector) -> AlignedTransformer:
     torch.manual_seed(3)
     hidden = (16,) if projector is MLPProjector else ()
     transformer = build_warmup_transformer(MODEL, depth) if warmup else ERWTransformer2DModel(**MODEL)
     projectors = [projector(WIDTH, CLASS_WIDTH, *hidden), MLPProjector(WIDTH, 20, 16)]
-    return randomize(AlignedTransformer(transformer, projectors, depth, warmup), seed=7)
+    net = AlignedTransformer(transformer, projectors, depth, warmup, aligns_class_token=projector is MLPProjector)
+    return randomize(net, seed=7)
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -172,6 +177,14 @@ def batch() -> dict[str, torch.Tensor]:
     return {**data, "targets": [random(4, 16, CLASS_WIDTH), random(4, 16, 20)]}
 
 
+def as_batch(data: dict, aligns_class_token: bool = True) -> Batch:
+    """With the first encoder's class token before its tokens, as the teacher gives them to an MLP."""
+    targets = data["targets"]
+    if targets is not None and aligns_class_token:
+        targets = [torch.cat([data["class_token"][:, None], targets[0]], dim=1), *targets[1:]]
+    return Batch(**{**data, "targets": targets})
+
+
 def cosine_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (1 - (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean()
 
@@ -180,7 +193,8 @@ def cosine_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])
 def test_objective_against_its_statement(path_type, projector):
     net, data = aligned(projector=projector), batch()
-    losses = full_loss(net, TrainingBatch(**data), weight=0.5, path_type=path_type, class_token_weight=0.03)
+    objective = Objective(path_type=path_type, class_token_weight=0.03)
+    losses = objective.full_loss(net, as_batch(data, projector is MLPProjector), 0.5).values
     velocity, class_velocity, alignment = [], [], []
     for i in range(4):  # one sample after the other, straight from the equations
         s = data["t"][i]
@@ -216,7 +230,7 @@ def test_the_loss_does_not_depend_on_the_order_of_the_batch():
     order = torch.tensor([2, 0, 3, 1])
     shuffled = {name: tensor[order] for name, tensor in data.items() if name != "targets"}
     shuffled["targets"] = [target[order] for target in data["targets"]]
-    losses, again = (full_loss(net, TrainingBatch(**d), weight=0.5, class_token_weight=0.03) for d in (data, shuffled))
+    losses, again = (OBJECTIVE.full_loss(net, as_batch(d), 0.5).values for d in (data, shuffled))
     assert set(losses) == {"loss", "velocity", "class_token", "alignment"}
     for name, value in losses.items():
         torch.testing.assert_close(again[name], value)
@@ -224,22 +238,40 @@ def test_the_loss_does_not_depend_on_the_order_of_the_batch():
 
 def test_gradients_flow_where_they_should():
     net, data = aligned(), batch()
-    full_loss(net, TrainingBatch(**data), weight=0.0, class_token_weight=0.03)["class_token"].backward()
+    OBJECTIVE.full_loss(net, as_batch(data), 0.0).terms["class_token"].value.backward()
     reached = {name for name, parameter in net.named_parameters() if parameter.grad is not None}
     unreached = {name for name, _ in net.named_parameters()} - reached
     # The class token's own loss trains the embedders, all blocks and its last layer, not that of the patches.
     assert {name.split(".")[0] for name in unreached} == {"projectors", "transformer"}
     assert {name.split(".")[1] for name in unreached if name.startswith("transformer")} == {"proj_out"}
     net.zero_grad(set_to_none=True)
-    full_loss(net, TrainingBatch(**{**data, "targets": None}), weight=0.0, class_token_weight=0.03)["loss"].backward()
+    OBJECTIVE.full_loss(net, as_batch({**data, "targets": None}), 0.0).loss.backward()
     assert all(parameter.grad is not None for parameter in net.parameters())  # DDP waits for each
     assert all(parameter.grad.abs().max() == 0 for parameter in net.projectors.parameters())
     warm = aligned(2, warmup=True)
-    data = {name: value for name, value in data.items() if name not in ("noise", "t", "class_noise")}
-    warmup_loss(warm, TrainingBatch(**data))["loss"].backward()
+    OBJECTIVE.warmup_loss(warm, as_batch({**data, "t": torch.zeros(4)})).loss.backward()
     for name, parameter in warm.named_parameters():
         final = name.startswith(("transformer.norm_out", "transformer.proj_out", "transformer.class_token_out"))
         assert (parameter.grad is None) == final, name
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("aligns_class_token", [False, True])
+def test_the_teacher_puts_its_clean_class_token_before_its_normalised_tokens(aligned, aligns_class_token):
+    torch.manual_seed(0)
+    patches, token, others = torch.randn(2, 16, 12), torch.randn(2, 12), torch.randn(2, 16, 20)
+    encoders = [SimpleNamespace(patch_and_class_tokens=lambda images: (patches, token)), lambda images: others]
+    teacher = Teacher(encoders, spatial_norm=True, draws_class_token=True, aligns_class_token=aligns_class_token)
+    targets, class_token = teacher({"pixels": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, aligned)
+    assert torch.equal(class_token, token)  # a step that does not align draws it too
+    assert len(teacher.running(aligned)) == (2 if aligned else 1)
+    if not aligned:
+        assert targets is None
+        return
+    first = spatial_normalize(patches)
+    if aligns_class_token:
+        first = torch.cat([token[:, None], first], dim=1)
+    torch.testing.assert_close(targets, [first, spatial_normalize(others)])
 
 
 @pytest.mark.parametrize("noised", [False, True])
@@ -247,15 +279,14 @@ def test_warmup_sees_the_class_token_as_clean_as_the_latents(noised):
     net, data, seen = aligned(2, warmup=True), batch(), {}
     net.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs, x=args[0]), with_kwargs=True)
     if not noised:
-        data = {name: value for name, value in data.items() if name not in ("noise", "t", "class_noise")}
-    loss = warmup_loss(net, TrainingBatch(**data))["loss"]
+        data["t"] = torch.zeros(4)
+    loss = OBJECTIVE.warmup_loss(net, as_batch(data)).loss
     x_t, token = data["x0"], data["class_token"]
     if noised:
         x_t = (1 - data["t"]).view(4, 1, 1, 1) * x_t + data["t"].view(4, 1, 1, 1) * data["noise"]
         token = (1 - data["t"])[:, None] * token + data["t"][:, None] * data["class_noise"]
     torch.testing.assert_close(seen["class_token"], token)
-    t = data.get("t", torch.zeros(4))
-    _, projected, _ = net(x_t, t, data["class_labels"], data["drop"], token)
+    _, projected, _ = net(x_t, data["t"], data["class_labels"], data["drop"], token)
     # What is matched is the clean token, whatever is seen.
     targets = [torch.cat([data["class_token"][:, None], data["targets"][0]], dim=1), data["targets"][1]]
     each = [cosine_distance(ours, theirs) for ours, theirs in zip(projected, targets, strict=True)]

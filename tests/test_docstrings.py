@@ -74,7 +74,7 @@ def test_every_public_argument_is_documented(name, node, signature):
     assert not missing, f"{name} does not document {missing}"
     if isinstance(node, ast.FunctionDef) and node.returns is not None and ast.unparse(node.returns) != "None":
         is_property = any(ast.unparse(decorator) == "property" for decorator in node.decorator_list)
-        assert is_property or "Returns:" in docstring, f"{name} does not say what it returns"
+        assert is_property or re.search("(Returns|Yields):", docstring), f"{name} does not say what it returns"
     raises = any(isinstance(inner, ast.Raise) for inner in ast.walk(signature))
     if raises and name != "ERWPipeline.check_inputs":
         assert "Raises:" in docstring or "Raises:" in (ast.get_docstring(node) or ""), f"{name} hides what it raises"

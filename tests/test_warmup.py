@@ -16,8 +16,9 @@ import torch
 from helpers import TINY_MODEL, randomize
 
 from erw_hf import ERWTransformer2DModel
-from erw_hf.alignment import AlignedTransformer, MLPProjector
-from erw_hf.warmup import TrainingBatch, build_warmup_transformer, full_loss, hand_over, warmup_loss
+from erw_hf.alignment import MLPProjector
+from erw_hf.objective import AlignedTransformer, Batch, Objective
+from erw_hf.warmup import build_warmup_transformer, hand_over
 
 
 WIDTH, ENCODER_WIDTH = 16, 12
@@ -36,8 +37,11 @@ def full_model() -> AlignedTransformer:
 
 
 def batch(size: int = 4) -> dict[str, torch.Tensor]:
+    """Fields of a batch of clean latents."""
     generator = torch.Generator().manual_seed(5)
     return {
+        "noise": torch.randn(size, 1, 8, 8),
+        "t": torch.zeros(size),
         "x0": torch.randn(size, 1, 8, 8, generator=generator),
         "class_labels": torch.arange(size) % 10,
         "drop": torch.zeros(size),
@@ -105,15 +109,14 @@ def test_warmup_runs_no_later_block_and_trains_no_final_layer():
     for i, block in enumerate(full.transformer.transformer_blocks):
         block.register_forward_hook(lambda *_, i=i: calls.append(i))
     full.transformer.norm_out.register_forward_hook(lambda *_: calls.append("final"))
-    warmup_loss(full, TrainingBatch(**batch()))
+    Objective().warmup_loss(full, Batch(**batch()))
     assert calls == [0, 1]
 
     truncated = warmup_model()
     assert len(truncated.transformer.transformer_blocks) == 2
     trained = {name for name, parameter in truncated.named_parameters() if parameter.requires_grad}
     assert not any("norm_out" in name or "proj_out" in name for name in trained)
-    losses = warmup_loss(truncated, TrainingBatch(**batch()))
-    losses["loss"].backward()
+    Objective().warmup_loss(truncated, Batch(**batch())).loss.backward()
     assert all(parameter.grad is not None for parameter in truncated.parameters() if parameter.requires_grad)
 
 
@@ -121,7 +124,7 @@ def test_warmup_sees_the_clean_latent_at_time_zero_with_its_label():
     model, seen = warmup_model(), {}
     model.transformer.register_forward_pre_hook(lambda _, args: seen.update(x=args[0], t=args[1], labels=args[2]))
     data = batch()
-    warmup_loss(model, TrainingBatch(**data))
+    Objective().warmup_loss(model, Batch(**data))
     assert torch.equal(seen["x"], data["x0"])
     assert torch.equal(seen["t"], torch.zeros(4))
     assert torch.equal(seen["labels"], data["class_labels"])
@@ -132,7 +135,7 @@ def test_warmup_with_noise_sees_the_point_of_the_path(path_type):
     model, data, seen = warmup_model(), batch(), {}
     model.transformer.register_forward_pre_hook(lambda _, args: seen.update(x=args[0], t=args[1]))
     noise, t = torch.randn(4, 1, 8, 8), torch.tensor([0.1, 0.4, 0.6, 0.95])
-    warmup_loss(model, TrainingBatch(noise=noise, t=t, **data), path_type=path_type)
+    Objective(path_type=path_type).warmup_loss(model, Batch(**{**data, "noise": noise, "t": t}))
     s = t.view(4, 1, 1, 1)
     alpha, sigma = (1 - s, s) if path_type == "linear" else (torch.cos(s * torch.pi / 2), torch.sin(s * torch.pi / 2))
     torch.testing.assert_close(seen["x"], alpha * data["x0"] + sigma * noise)
@@ -152,13 +155,13 @@ def test_a_dropped_label_is_the_null_class_and_others_stay():
 
 def test_warmup_loss_does_not_depend_on_the_order_and_every_sample_trains():
     model, data = warmup_model(), batch()
-    loss = warmup_loss(model, TrainingBatch(**data))["loss"]
+    loss = Objective().warmup_loss(model, Batch(**data)).loss
     order = torch.tensor([2, 0, 3, 1])
     shuffled = {name: tensor[order] for name, tensor in data.items() if name != "targets"}
     shuffled["targets"] = [data["targets"][0][order]]
-    torch.testing.assert_close(warmup_loss(model, TrainingBatch(**shuffled))["loss"], loss)
+    torch.testing.assert_close(Objective().warmup_loss(model, Batch(**shuffled)).loss, loss)
     data["x0"].requires_grad_()
-    warmup_loss(model, TrainingBatch(**data))["loss"].backward()
+    Objective().warmup_loss(model, Batch(**data)).loss.backward()
     assert (data["x0"].grad.flatten(1).norm(dim=1) > 1e-6).all()
 
 
@@ -167,7 +170,7 @@ def test_objective_against_its_statement(path_type):
     model, data = full_model(), batch()
     randomize(model, seed=7)
     noise, t = torch.randn(4, 1, 8, 8), torch.tensor([0.1, 0.4, 0.6, 0.95])
-    losses = full_loss(model, TrainingBatch(noise=noise, t=t, **data), weight=0.3, path_type=path_type)
+    losses = Objective(path_type=path_type).full_loss(model, Batch(**{**data, "noise": noise, "t": t}), 0.3).values
 
     velocity, alignment = [], []
     for i in range(4):  # one sample after the other, straight from the equations
@@ -197,7 +200,7 @@ def test_several_encoders_have_a_projector_each_and_count_alike():
     data = batch()
     data["targets"] = [torch.randn(4, 16, width) for width in widths]
     noise, t = torch.randn(4, 1, 8, 8), torch.rand(4)
-    losses = full_loss(model, TrainingBatch(noise=noise, t=t, **data), weight=0.3)
+    losses = Objective().full_loss(model, Batch(**{**data, "noise": noise, "t": t}), 0.3).values
     x_t = (1 - t.view(-1, 1, 1, 1)) * data["x0"] + t.view(-1, 1, 1, 1) * noise
     _, projected, _ = model(x_t, t, data["class_labels"], data["drop"])
     each = [
@@ -205,14 +208,15 @@ def test_several_encoders_have_a_projector_each_and_count_alike():
     ]
     torch.testing.assert_close(losses["alignment"], (each[0] + each[1]) / 2)
     with pytest.raises(ValueError, match="zip"):
-        full_loss(model, TrainingBatch(noise=noise, t=t, **{**data, "targets": data["targets"][:1]}), weight=0.3)
+        Objective().full_loss(model, Batch(**{**data, "targets": data["targets"][:1]}), 0.3)
 
 
 def test_contrastive_flow_matching_against_its_statement():
     model, data = randomize(full_model(), seed=7), batch()
     noise, t = torch.randn(4, 1, 8, 8), torch.tensor([0.1, 0.4, 0.6, 0.95])
-    plain = full_loss(model, TrainingBatch(noise=noise, t=t, **data), weight=0.3)
-    losses = full_loss(model, TrainingBatch(noise=noise, t=t, **data), weight=0.3, contrastive_weight=0.05)
+    noised = Batch(**{**data, "noise": noise, "t": t})
+    plain = Objective().full_loss(model, noised, 0.3).values
+    losses = Objective(contrastive_weight=0.05).full_loss(model, noised, 0.3).values
     distances = []
     for i in range(4):  # the velocity of sample i - 1 is what sample i must not predict
         x0, e, s = data["x0"][i], noise[i], t[i]
@@ -225,7 +229,7 @@ def test_contrastive_flow_matching_against_its_statement():
 def test_without_a_target_the_projector_rests_but_stays_in_the_graph():
     model, data = randomize(full_model()), batch()
     data["targets"] = None
-    losses = full_loss(model, TrainingBatch(noise=torch.randn(4, 1, 8, 8), t=torch.rand(4), **data), weight=0.0)
+    losses = Objective().full_loss(model, Batch(**{**data, "t": torch.rand(4)}), 0.0).values
     assert set(losses) == {"loss", "velocity"}
     losses["loss"].backward()
     assert all(parameter.grad.abs().max() == 0 for parameter in model.projectors.parameters())

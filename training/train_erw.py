@@ -29,7 +29,6 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,17 +36,11 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 
-from erw_hf.alignment import (
-    cosine_alignment_loss,
-    nt_xent_alignment_loss,
-    spatial_normalize,
-    structural_alignment_loss,
-)
 from erw_hf.data.latents import moments_to_latents, pixels_to_latents
 from erw_hf.files import write_record
-from erw_hf.flow import timestep_from_normal
 from erw_hf.hub.cards import write_warmup_record
 from erw_hf.hub.upload import prepare_repo
+from erw_hf.objective import Batch
 from erw_hf.trainer.batches import Batches, Samples
 from erw_hf.trainer.checkpoints import (
     Progress,
@@ -66,10 +59,10 @@ from erw_hf.trainer.initialization import find_warmup, load_initial, load_warmup
 from erw_hf.trainer.phase import Phase
 from erw_hf.trainer.run_folder import RunFolder, check_vacant
 from erw_hf.trainer.run_record import describe_environment
-from erw_hf.trainer.setup import Inputs, build_full_model, build_warmup_model, encoders_of_step, open_inputs
+from erw_hf.trainer.setup import Inputs, build_full_model, build_warmup_model, open_inputs
 from erw_hf.trainer.snapshots import Snapshots
 from erw_hf.trainer.step_log import Step, StepLog
-from erw_hf.warmup import AlignmentLoss, TrainingBatch, check_hand_over, full_loss, hand_over, warmup_loss
+from erw_hf.warmup import check_hand_over, hand_over
 
 
 logger = get_logger(__name__)
@@ -141,7 +134,7 @@ def warmup_phase(inputs: Inputs) -> Phase:
     """Phase 1: the embedders, the first `warmup_depth` blocks and a projector learn what images mean."""
     config = inputs.config
     set_seed(config.seed)
-    model = build_warmup_model(config, inputs.source.num_classes, inputs.encoders)
+    model = build_warmup_model(config, inputs.source.num_classes, inputs.teacher.encoders)
     return Phase(inputs, model, range(config.warmup_steps), config.warmup_learning_rate or config.learning_rate)
 
 
@@ -162,7 +155,7 @@ def full_phase(inputs: Inputs, start: State | None) -> Phase:
     """Phase 2: the whole model learns to draw, from the handed-over early blocks, lambda keeping them aligned."""
     config = inputs.config
     set_seed(config.seed)  # the later blocks start the same whatever the warmup was
-    model = build_full_model(config, inputs.source.num_classes, inputs.encoders)
+    model = build_full_model(config, inputs.source.num_classes, inputs.teacher.encoders)
     if start is not None and config.init_from is not None:
         model.transformer.load_state_dict(start)
     elif start is not None:
@@ -209,9 +202,10 @@ def train_step(phase: Phase, batches: Batches, step: int) -> Step:
     for _ in range(config.gradient_accumulation_steps):
         samples = batches.next()
         with accelerator.accumulate(model):
-            losses = phase_losses(phase, to_device(samples, accelerator.device), weight)
-            accelerator.backward(losses["loss"])
-            for name, value in losses.items():
+            batch = make_batch(inputs, to_device(samples, accelerator.device), aligned=weight > 0, noised=phase.noised)
+            losses = phase.loss(model, batch, weight)
+            accelerator.backward(losses.loss)
+            for name, value in losses.values.items():
                 sums[name] = sums.get(name, 0) + value.detach() / config.gradient_accumulation_steps
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -227,58 +221,24 @@ def train_step(phase: Phase, batches: Batches, step: int) -> Step:
     return Step(started, batches.waited - waited, weight, learning_rate, flops, sums, grad_norm)
 
 
-def phase_losses(phase: Phase, samples: Samples, weight: float) -> dict[str, torch.Tensor]:
-    config, alignment = phase.inputs.config, choose_alignment_loss(phase.inputs.config)
-    if phase.warmup:
-        batch = make_training_batch(phase.inputs, samples, aligned=True, noised=config.warmup_noised)
-        return warmup_loss(phase.model, batch, alignment, config.path_type)
-    return full_loss(
-        phase.model, make_training_batch(phase.inputs, samples, aligned=weight > 0), weight, config.path_type,
-        alignment, config.contrastive_weight, config.class_token_weight,
-    )  # fmt: skip
-
-
-def make_training_batch(inputs: Inputs, batch: Samples, aligned: bool, noised: bool = True) -> TrainingBatch:
-    """Latents and the encoders' tokens of what was read; the tokens only for a step that aligns, or draws the class token."""
-    config = inputs.config
-    made = TrainingBatch(latents(inputs, batch), batch["label"], batch["drop"], targets=None)
-    if noised:
-        made.noise, made.class_noise = batch["noise"], batch.get("class_noise")
-        made.t = timestep_from_normal(
-            batch["time_normal"],
-            config.timestep_distribution,
-            config.timestep_logit_mean,
-            config.timestep_logit_std,
-            config.timestep_shift,
-        )
-    encoders = encoders_of_step(config, inputs.encoders, aligned)
-    if encoders and "features" in batch:  # of a latent cache, which has no class tokens
-        tokens = [batch["features"].unflatten(1, (config.token_grid**2, -1))]
-    elif encoders:
-        tokens, images = [], batch["pixels"].float() / 255
-        for encoder in encoders:
-            if config.class_token_weight > 0 and made.class_token is None:
-                patch_tokens, class_token = encoder.patch_and_class_tokens(images)
-                made.class_token = class_token.float()
-            else:
-                patch_tokens = encoder(images)
-            tokens.append(patch_tokens)
-    if aligned:
-        made.targets = [spatial_normalize(t) for t in tokens] if config.spatial_norm else tokens
-    return made
-
-
-def latents(inputs: Inputs, batch: Samples) -> torch.Tensor:
-    """Clean latents (B, C, h, w) of a batch."""
-    if "moments" in batch:  # of a latent cache
-        return moments_to_latents(batch["moments"], inputs.vae, batch["posterior_noise"])
-    return pixels_to_latents(batch["pixels"], inputs.vae, batch["posterior_noise"])
-
-
-def choose_alignment_loss(config: TrainingConfig) -> AlignmentLoss:
-    if config.alignment_loss == "nt_xent":
-        return partial(nt_xent_alignment_loss, temperature=config.alignment_temperature)
-    return structural_alignment_loss if config.alignment_loss == "structural" else cosine_alignment_loss
+def make_batch(inputs: Inputs, samples: Samples, aligned: bool, noised: bool) -> Batch:
+    """What the loss sees of samples as they were read; the teacher runs if the step aligns, or for a class token."""
+    if "moments" in samples:  # of a latent cache
+        x0 = moments_to_latents(samples["moments"], inputs.vae, samples["posterior_noise"])
+    else:
+        x0 = pixels_to_latents(samples["pixels"], inputs.vae, samples["posterior_noise"])  # (B, C, h, w)
+    t = inputs.objective.flow_time(samples["time_normal"])  # (B,)
+    targets, class_token = inputs.teacher(samples, aligned)  # (B, N, D) of each encoder, (B, E)
+    return Batch(
+        x0=x0,
+        noise=samples["noise"],
+        t=t if noised else torch.zeros_like(t),
+        class_labels=samples["label"],
+        drop=samples["drop"],
+        targets=targets,
+        class_token=class_token,
+        class_noise=samples.get("class_noise"),
+    )
 
 
 def find_checkpoint(config: TrainingConfig, accelerator: Accelerator) -> tuple[Path | None, Progress]:
@@ -306,7 +266,7 @@ def load_start(inputs: Inputs, checkpoint: Path | None) -> State | None:
     if config.warmup_from is not None:
         state = load_warmup(config.warmup_from, inputs.model_config)
         with torch.device("meta"):
-            model = build_full_model(config, inputs.source.num_classes, inputs.encoders)
+            model = build_full_model(config, inputs.source.num_classes, inputs.teacher.encoders)
             check_hand_over(state, model, config.hand_over_projector)
         return state
     if config.init_from is not None and checkpoint is None:

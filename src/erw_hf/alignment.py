@@ -11,16 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Projectors, alignment losses and the schedules of their weight. No I/O, no knowledge of data or trainers."""
+"""Projectors, alignment losses and the normalisation of their targets."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from erw_hf.transformer_erw import ERWTransformer2DModel
+
+AlignmentLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class MLPProjector(nn.Module):
@@ -65,66 +67,6 @@ class ConvProjector(nn.Module):
         grid = math.isqrt(tokens.shape[1])
         image = tokens.transpose(1, 2).unflatten(2, (grid, grid))  # (B, D, g, g)
         return self.conv(image).flatten(2).transpose(1, 2)  # (B, N, out_dim)
-
-
-class AlignedTransformer(nn.Module):
-    """
-    A transformer and the projectors on its intermediate tokens, as the one module that is trained: one forward for
-    DistributedDataParallel and FSDP to hook.
-
-    Args:
-        transformer ([`ERWTransformer2DModel`]): The model.
-        projectors (`Sequence[nn.Module]`): Map its tokens `(B, N, D)` to those of the encoders, one each; may be empty.
-        depth (`int`): The block, counted from 1, whose output is projected.
-        warmup (`bool`, *optional*, defaults to `False`): Run no block after `depth` and predict no velocity.
-    """
-
-    def __init__(
-        self, transformer: ERWTransformer2DModel, projectors: Sequence[nn.Module], depth: int, warmup: bool = False
-    ) -> None:
-        super().__init__()
-        self.transformer = transformer
-        self.projectors = nn.ModuleList(projectors)
-        self.depth = depth
-        self.warmup = warmup
-
-    def forward(
-        self,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        drop: torch.Tensor,
-        class_token: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor | None, list[torch.Tensor], torch.Tensor | None]:
-        """
-        Args:
-            x_t (`torch.Tensor` of shape `(B, C, H, W)`): Noised (in warmup: clean) latents.
-            t (`torch.Tensor` of shape `(B,)`): Flow time in [0, 1].
-            class_labels (`torch.LongTensor` of shape `(B,)`, *optional*): Class ids.
-            drop (`torch.Tensor` of shape `(B,)`): Non-zero where the label is dropped.
-            class_token (`torch.Tensor` of shape `(B, E)`, *optional*): Noised class token, for a model with one.
-
-        Returns:
-            `tuple`: the velocity `(B, C, H, W)` (`None` in warmup); the projected tokens `(B, N, out_dim)`, a tensor
-            for each projector; and the velocity of the class token `(B, E)` (`None` without one and in warmup). Where
-            the first projector maps tokens one by one, its class token comes first, `(B, 1 + N, out_dim)`: REG aligns
-            that too. iREPA's convolution has no place for it.
-        """
-        depths = (self.depth,) if self.projectors else ()
-        output = self.transformer(
-            x_t,
-            t,
-            class_labels,
-            force_drop_ids=drop,
-            hidden_states_depths=depths,
-            tokens_only=self.warmup,
-            class_token=class_token,
-        )
-        inputs = [output.hidden_states[0]] * len(self.projectors) if depths else []
-        if depths and class_token is not None and not isinstance(self.projectors[0], ConvProjector):
-            inputs[0] = torch.cat([output.class_hidden_states[0].unsqueeze(1), inputs[0]], dim=1)
-        projected = [projector(tokens) for projector, tokens in zip(self.projectors, inputs, strict=True)]
-        return output.sample, projected, output.class_token
 
 
 def cosine_alignment_loss(projected: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -196,36 +138,15 @@ def spatial_normalize(target: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     return (target - target.mean(dim=1, keepdim=True)) / (target.std(dim=1, keepdim=True) + eps)
 
 
-def alignment_weight(
-    step: int, schedule: str, initial: float, half_life: int | None = None, stop_step: int | None = None
-) -> float:
+def choose_alignment_loss(name: str, temperature: float) -> AlignmentLoss:
     """
-    The weight lambda of the alignment loss at a step of full training.
-
     Args:
-        step (`int`): Steps of full training done so far; the first step has 0.
-        schedule (`str`):
-            `"constant"` (REPA); `"half_life"`: `initial * 2 ** (-step / half_life)` (ERW, arXiv 2504.10188, Eq. 14 ff:
-            `c0 exp(-k / tau)` with tau = half_life / ln 2); `"stop"`: `initial` before `stop_step`, then 0 (HASTE,
-            arXiv 2505.16792).
-        initial (`float`): lambda at step 0.
-        half_life (`int`, *optional*): Steps in which lambda halves; `"half_life"` only.
-        stop_step (`int`, *optional*): First step without alignment; `"stop"` only.
+        name (`str`): `"cosine"`, `"nt_xent"` or `"structural"`.
+        temperature (`float`): Of `"nt_xent"`.
 
     Returns:
-        `float`: lambda.
-
-    Raises:
-        ValueError: if the schedule is unknown or its parameter is missing.
+        `Callable`: The loss of each sample, `(B,)`, of projected tokens and targets.
     """
-    if schedule == "constant":
-        return initial
-    if schedule == "half_life":
-        if not half_life:
-            raise ValueError('the alignment schedule "half_life" needs alignment_half_life')
-        return initial * 2 ** (-step / half_life)
-    if schedule == "stop":
-        if stop_step is None:
-            raise ValueError('the alignment schedule "stop" needs alignment_stop_step')
-        return initial if step < stop_step else 0.0
-    raise ValueError(f'the alignment schedule must be "constant", "half_life" or "stop", got {schedule!r}')
+    if name == "nt_xent":
+        return partial(nt_xent_alignment_loss, temperature=temperature)
+    return structural_alignment_loss if name == "structural" else cosine_alignment_loss

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from erw_hf import ERWTransformer2DModel
-from erw_hf.alignment import AlignedTransformer, MLPProjector
+from erw_hf.alignment import MLPProjector
+from erw_hf.objective import AlignedTransformer
 from erw_hf.trainer.flops import count_step_flops
 from erw_hf.warmup import build_warmup_transformer
 

@@ -38,7 +38,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from erw_hf import ERWPipeline, ERWTransformer2DModel
-from erw_hf.alignment import AlignedTransformer
+from erw_hf.objective import AlignedTransformer
 from erw_hf.trainer.optimizers import build_optimizer
 from erw_hf.trainer.run_record import read_metrics
 

@@ -33,7 +33,7 @@ from erw_hf.data.source import (
 from erw_hf.encoders import VISION_TOWERS, RepresentationEncoder
 from erw_hf.trainer.config import TrainingConfig
 from erw_hf.trainer.flops import PEAK_FLOPS, count_step_flops
-from erw_hf.trainer.setup import build_full_model, build_warmup_model, check_cache, encoders_of_step
+from erw_hf.trainer.setup import build_full_model, build_teacher, build_warmup_model, check_cache
 
 
 GIB = 2**30
@@ -61,12 +61,14 @@ def cost_report(config: TrainingConfig) -> str:
     with torch.device("meta"):
         encoders = _encoders_on_meta(config)
         full = build_full_model(config, num_classes, encoders)
-        run = [] if has_features else encoders
-        full_flops = count_step_flops(full, encoders_of_step(config, run, aligned=bool(full.projectors)))
-        unaligned_flops = count_step_flops(full, encoders_of_step(config, run, aligned=False))
+        teacher = build_teacher(config, encoders, has_features)
+        full_flops = count_step_flops(full, teacher.running(aligned=bool(full.projectors)))
+        unaligned_flops = count_step_flops(full, teacher.running(aligned=False))
         warmup_flops = 0
         if config.warmup_steps > 0:
-            warmup_flops = count_step_flops(build_warmup_model(config, num_classes, encoders), run)
+            warmup_flops = count_step_flops(
+                build_warmup_model(config, num_classes, encoders), teacher.running(aligned=True)
+            )
 
     batch = config.step_batch_size(processes=1)
     full_steps = config.max_train_steps - config.warmup_steps

@@ -20,8 +20,8 @@ import torch
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from erw_hf.alignment import AlignedTransformer
 from erw_hf.encoders import RepresentationEncoder
+from erw_hf.objective import AlignedTransformer
 
 
 # Dense bf16 FLOP/s by what a device's name contains, from the makers' data sheets (without sparsity).

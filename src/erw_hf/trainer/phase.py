@@ -17,11 +17,11 @@ from typing import Any
 
 from diffusers.optimization import get_scheduler
 
-from erw_hf.alignment import AlignedTransformer, alignment_weight
+from erw_hf.objective import AlignedTransformer
 from erw_hf.trainer.ema import EMA
 from erw_hf.trainer.flops import count_step_flops
 from erw_hf.trainer.optimizers import build_optimizer
-from erw_hf.trainer.setup import Inputs, choose_attention, compile_blocks, encoders_of_step
+from erw_hf.trainer.setup import Inputs, choose_attention, compile_blocks
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
 
@@ -44,9 +44,10 @@ class Phase:
         self.inputs, self.steps = inputs, steps
         self.warmup = model.warmup
         self.name = "warmup" if model.warmup else "full"
-        encoders = [] if inputs.source.has_features else inputs.encoders  # a latent cache can hold their tokens
+        self.loss = inputs.objective.warmup_loss if model.warmup else inputs.objective.full_loss
+        self.noised = config.warmup_noised or not model.warmup
         self.flops = {  # of an image, by whether the step aligns
-            aligned: count_step_flops(model, encoders_of_step(config, encoders, aligned)) for aligned in (False, True)
+            aligned: count_step_flops(model, inputs.teacher.running(aligned)) for aligned in (False, True)
         }
         choose_attention(model.transformer, accelerator.device.type, accelerator.mixed_precision)
         if config.compiles(accelerator.device.type):
@@ -88,16 +89,7 @@ class Phase:
             `float`: Weight of the alignment: 1 in the warmup, which has no other loss; then lambda, whose schedule starts
             with phase 2.
         """
-        config = self.inputs.config
-        if self.warmup:
-            return 1.0
-        return alignment_weight(
-            step - self.steps.start,
-            config.alignment_schedule,
-            config.alignment_weight if config.encoder is not None else 0.0,
-            config.alignment_half_life,
-            config.alignment_stop_step,
-        )
+        return 1.0 if self.warmup else self.inputs.objective.weight_at(step - self.steps.start)
 
     def state_dict(self) -> dict[str, Any]:
         return {

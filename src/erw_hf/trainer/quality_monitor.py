@@ -56,7 +56,7 @@ class QualityMonitor:
     def __init__(self, inputs: Inputs, resume_step: int) -> None:
         config, accelerator, source = inputs.config, inputs.accelerator, inputs.source
         self.config, self.accelerator, self.vae = config, accelerator, inputs.vae
-        self.encoder = inputs.encoders[0] if inputs.encoders else None
+        self.encoder = inputs.teacher.encoders[0] if inputs.teacher.encoders else None
         self.folder = Path(config.output_dir)
         self.work = self.folder / ".evaluation-work"  # "evaluation" is where users keep their own
         self.file = None

@@ -16,7 +16,7 @@
 import contextlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from erw_hf.alignment import AlignedTransformer, ConvProjector, MLPProjector
+from erw_hf.alignment import ConvProjector, MLPProjector, choose_alignment_loss
 from erw_hf.data.latents import check_autoencoder, image_channels, pixels_to_latents
 from erw_hf.data.source import Source, check_cache_files, load_source
 from erw_hf.encoders import RepresentationEncoder
+from erw_hf.objective import AlignedTransformer, Objective, Teacher
 from erw_hf.pipeline_erw import ERWPipeline
 from erw_hf.trainer.config import TrainingConfig
 from erw_hf.transformer_erw import ERWTransformer2DModel
@@ -50,7 +51,8 @@ class Inputs:
         accelerator (`Accelerator`): The processes.
         source ([`~data.source.Source`]): The data.
         vae (a diffusers autoencoder, *optional*): `None` for a run on pixels.
-        encoders (`Sequence[RepresentationEncoder]`): What is aligned with; may be empty.
+        teacher ([`~objective.Teacher`]): What is aligned with.
+        objective ([`~objective.Objective`]): What is minimised.
         model_config (`dict`): Arguments of the full [`ERWTransformer2DModel`].
         image_size (`int`): Side of the images, in pixels.
         image_channels (`int`): 3 for RGB, 1 for grey.
@@ -60,7 +62,8 @@ class Inputs:
     accelerator: Accelerator
     source: Source
     vae: ModelMixin | None
-    encoders: Encoders
+    teacher: Teacher
+    objective: Objective
     model_config: dict[str, Any]
     image_size: int
     image_channels: int
@@ -85,7 +88,10 @@ def open_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
     vae, image_size, channels = load_vae(config, accelerator.device)
     encoders = load_encoders(config, accelerator.device, accelerator.mixed_precision)
     model_config = config.model_config(source.num_classes, class_token_dim(config, encoders))
-    return Inputs(config, accelerator, source, vae, encoders, model_config, image_size, channels)
+    teacher = build_teacher(config, encoders, source.has_features)
+    return Inputs(
+        config, accelerator, source, vae, teacher, build_objective(config), model_config, image_size, channels
+    )
 
 
 def load_vae(config: TrainingConfig, device: torch.device) -> tuple[ModelMixin | None, int, int]:
@@ -207,7 +213,13 @@ def build_warmup_model(config: TrainingConfig, num_classes: int, encoders: Encod
     """
     model_config = config.model_config(num_classes, class_token_dim(config, encoders))
     transformer = build_warmup_transformer(model_config, config.warmup_depth)
-    return AlignedTransformer(transformer, _projectors(config, encoders), config.warmup_depth, warmup=True)
+    return AlignedTransformer(
+        transformer,
+        _projectors(config, encoders),
+        config.warmup_depth,
+        warmup=True,
+        aligns_class_token=_aligns_class_token(config),
+    )
 
 
 def build_full_model(config: TrainingConfig, num_classes: int, encoders: Encoders) -> AlignedTransformer:
@@ -222,7 +234,9 @@ def build_full_model(config: TrainingConfig, num_classes: int, encoders: Encoder
     """
     transformer = ERWTransformer2DModel(**config.model_config(num_classes, class_token_dim(config, encoders)))
     projectors = _projectors(config, encoders) if config.alignment_weight > 0 else []
-    return AlignedTransformer(transformer, projectors, config.projector_depth)
+    return AlignedTransformer(
+        transformer, projectors, config.projector_depth, aligns_class_token=_aligns_class_token(config)
+    )
 
 
 def compile_blocks(transformer: ERWTransformer2DModel, device_type: str) -> None:
@@ -270,19 +284,42 @@ def class_token_dim(config: TrainingConfig, encoders: Encoders) -> int | None:
     return encoders[0].class_token_dim if config.class_token_weight > 0 else None
 
 
-def encoders_of_step(config: TrainingConfig, encoders: Encoders, aligned: bool) -> list[RepresentationEncoder]:
+def build_teacher(config: TrainingConfig, encoders: Encoders, cached: bool) -> Teacher:
     """
     Args:
         config ([`TrainingConfig`]): The run.
         encoders (`Sequence[RepresentationEncoder]`): Its encoders.
-        aligned (`bool`): Whether the step aligns: one of the warmup, or one with a lambda above 0.
+        cached (`bool`): Whether their tokens lie in a latent cache.
 
     Returns:
-        `list[RepresentationEncoder]`: The encoders that the step runs: all of them, or for a class token alone the first.
+        [`~objective.Teacher`]: The teacher.
     """
-    if aligned:
-        return list(encoders)
-    return list(encoders[:1]) if config.class_token_weight > 0 else []
+    return Teacher(
+        encoders,
+        spatial_norm=config.spatial_norm,
+        draws_class_token=config.class_token_weight > 0,
+        aligns_class_token=_aligns_class_token(config),
+        cached=cached,
+    )
+
+
+def build_objective(config: TrainingConfig) -> Objective:
+    """
+    Args:
+        config ([`TrainingConfig`]): The run, whose keys are the fields of the objective.
+
+    Returns:
+        [`~objective.Objective`]: The objective.
+    """
+    keys = {field.name: getattr(config, field.name) for field in fields(Objective) if field.name != "align"}
+    if config.encoder is None:
+        keys["alignment_weight"] = 0.0
+    return Objective(align=choose_alignment_loss(config.alignment_loss, config.alignment_temperature), **keys)
+
+
+def _aligns_class_token(config: TrainingConfig) -> bool:
+    """REG does; iREPA's convolution over the grid has no place for it."""
+    return config.class_token_weight > 0 and config.projector == "mlp"
 
 
 def _projectors(config: TrainingConfig, encoders: Encoders) -> list[torch.nn.Module]:
