@@ -62,28 +62,37 @@ def results() -> str:
 
 
 def configuration() -> str:
-    """The keys of a run with the help texts that `--help` shows, by the comments that group them."""
-    source = (ROOT / "src" / "erw_hf" / "trainer" / "config.py").read_text()
-    fields = next(n.body for n in ast.parse(source).body if getattr(n, "name", "") == "TrainingConfig")
-    lines, rows, last = source.splitlines(), ["## Run"], 0
-    header = ["", "| key | values | default | what it is |", "|---|---|---|---|"]
-    rows += header
-    for node in fields:
-        if not isinstance(node, ast.AnnAssign):
-            continue
-        title = [line.strip("# ") for line in lines[last : node.lineno - 1] if line.startswith("    # ")]
-        if title and last:
-            rows += ["", f"## {title[0].split(',')[0]}", *header]
-        last = node.end_lineno
-        default, text = (argument for argument in node.value.args)
-        default = "none" if ast.unparse(default) == "None" else f"`{ast.literal_eval(default)}`"
-        annotation = ast.unparse(node.annotation)
-        fixed = " †" if annotation.startswith("Fixed[") else ""
-        kind = annotation.removeprefix("Fixed[").removesuffix("]" if fixed else "")
-        kind = kind.removesuffix(" | None").removeprefix("Literal")
-        values = ", ".join(f"`{value}`" for value in kind.strip("[]").split(", "))
-        rows.append(f"| `{node.target.id}` | {values} | {default} | {ast.literal_eval(text)}{fixed} |")
-    return "\n".join(rows)
+    """The keys of a run with the help texts that `--help` shows, by the dataclasses that group them."""
+    tree = ast.parse((ROOT / "src" / "erw_hf" / "trainer" / "config.py").read_text())
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    intervals = next(node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple))
+    named = dict(zip(map(ast.unparse, intervals.targets[0].elts), ast.literal_eval(intervals.value), strict=True))
+    rows = []
+    for base in reversed(classes["TrainingConfig"].bases):
+        group = classes[base.id]
+        rows += [
+            "",
+            f"## {ast.get_docstring(group)}",
+            "",
+            "| key | values | default | what it is |",
+            "|---|---|---|---|",
+        ]
+        for node in group.body:
+            if isinstance(node, ast.AnnAssign):
+                rows.append(key_row(node, named))
+    return "\n".join(rows[1:])
+
+
+def key_row(node: ast.AnnAssign, intervals: dict[str, str]) -> str:
+    default, text = (ast.literal_eval(argument) for argument in node.value.args)
+    about = {keyword.arg: keyword.value for keyword in node.value.keywords}
+    kind = ast.unparse(node.annotation).removesuffix(" | None").removeprefix("Literal")
+    values = ", ".join(f"`{value}`" for value in kind.strip("[]").split(", "))
+    if "range" in about:
+        interval = about["range"]
+        values += f" in {intervals[interval.id] if isinstance(interval, ast.Name) else ast.literal_eval(interval)}"
+    default = "none" if default is None else f"`{default}`"
+    return f"| `{node.target.id}` | {values} | {default} | {text}{' †' * ('fixed' in about)} |"
 
 
 def module_reference(name: str) -> str:

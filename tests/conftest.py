@@ -86,7 +86,7 @@ def tiny_flags(encoder_path) -> list[str]:
         "warmup_steps": 3,
         "max_train_steps": 7,
         "train_batch_size": 4,
-        "lr_warmup_steps": 2,
+        "lr_warmup_steps": 1,
         "validation_steps": 0,
         "num_validation_images": 4,
         "num_inference_steps": 2,

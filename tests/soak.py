@@ -54,7 +54,7 @@ def make_assets(folder: Path) -> list[str]:
     values = {
         "encoder": folder / "encoder", "dataset_name": folder / "shards", "sample_size": 8, "patch_size": 2,
         "num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 8, "projector_dim": 16, "warmup_depth": 2,
-        "projector_depth": 2, "warmup_steps": WARMUP_STEPS, "max_train_steps": STEPS, "train_batch_size": 4,
+        "projector_depth": 2, "warmup_steps": WARMUP_STEPS, "max_train_steps": STEPS, "train_batch_size": 4, "lr_warmup_steps": 4,
         "validation_steps": 0, "num_validation_images": 4, "num_inference_steps": 2, "checkpointing_steps": 3,
         "checkpoints_total_limit": 2, "report_to": "none", "mixed_precision": "no",
     }  # fmt: skip

@@ -50,9 +50,9 @@ from erw_hf.trainer.checkpoints import (
     load_data_state,
     save_checkpoint,
 )
-from erw_hf.trainer.config import TrainingConfig, parse_config, resolve_mixed_precision
-from erw_hf.trainer.cost import cost_report
-from erw_hf.trainer.device import to_device
+from erw_hf.trainer.config import TrainingConfig, local_names, parse_config
+from erw_hf.trainer.cost import cost_report, start_report, summary_of
+from erw_hf.trainer.device import choose_precision, to_device
 from erw_hf.trainer.ema import save_snapshots, whole_state_dict, whole_tensor
 from erw_hf.trainer.engines import check_engine
 from erw_hf.trainer.initialization import find_warmup, load_initial, load_warmup, save_warmup
@@ -74,16 +74,18 @@ def main() -> None:
     config = parse_config()
     if config.dry_run:
         try:
-            print(cost_report(config))
+            if os.environ.get("RANK", "0") == "0":
+                print(cost_report(config))
         except ConnectionError as error:  # the Hub is away: an answer, not a fault of the code
             raise SystemExit(str(error)) from None
         return
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger(__name__).setLevel(logging.INFO)
     logging.getLogger("erw_hf.trainer").setLevel(logging.INFO)
+    precision = choose_precision(config.mixed_precision)
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        mixed_precision=resolve_mixed_precision(config.mixed_precision),
+        mixed_precision=precision[0],
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.output_dir,
     )
@@ -92,10 +94,10 @@ def main() -> None:
         raise ValueError(f"report_to={config.report_to!r} is not installed: pip install it, or --report_to none")
     check_engine(config, accelerator)
     with RunFolder(config.output_dir, accelerator) as folder:
-        train(config, accelerator, folder)
+        train(config, accelerator, folder, precision)
 
 
-def train(config: TrainingConfig, accelerator: Accelerator, folder: RunFolder) -> None:
+def train(config: TrainingConfig, accelerator: Accelerator, folder: RunFolder, precision: tuple[str, str]) -> None:
     """A run, by the owner of its folder."""
     checkpoint, progress = find_checkpoint(config, accelerator)
     if config.push_to_hub and accelerator.is_main_process:
@@ -103,6 +105,9 @@ def train(config: TrainingConfig, accelerator: Accelerator, folder: RunFolder) -
             config.hub_model_id or Path(config.output_dir).resolve().name, config.hub_private
         )
     inputs = open_inputs(config, accelerator)
+    if accelerator.is_main_process:
+        data = summary_of(inputs.source, inputs.image_size, inputs.channels)
+        print(start_report(config, data, precision, accelerator.device, accelerator.num_processes))
     start = load_start(inputs, checkpoint)
     stop_requested = stop_on_sigterm()
     begin_folder(inputs, folder, checkpoint, progress)
@@ -295,7 +300,9 @@ def begin_folder(inputs: Inputs, folder: RunFolder, checkpoint: Path | None, pro
     folder.begin(resume_step, progress.step - config.warmup_steps, may_replace(config))
     if accelerator.is_main_process:
         config.save(output_dir / "config.yaml")
-        environment = describe_environment(accelerator.device.type, accelerator.num_processes, vars(config))
+        environment = describe_environment(
+            accelerator.device.type, accelerator.num_processes, accelerator.mixed_precision, local_names(vars(config))
+        )
         write_record(output_dir / "environment.json", environment)
         if config.warmup_from is not None and (record := find_warmup(config.warmup_from) / "warmup.json").is_file():
             shutil.copyfile(record, output_dir / "warmup_from.json")

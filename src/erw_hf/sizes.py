@@ -45,6 +45,23 @@ def size_config(name: str) -> dict[str, int]:
     }
 
 
+def size_name(num_layers: int, num_attention_heads: int, attention_head_dim: int, patch_size: int) -> str | None:
+    """
+    Args:
+        num_layers (`int`): Blocks.
+        num_attention_heads (`int`): Heads.
+        attention_head_dim (`int`): Channels of a head.
+        patch_size (`int`): Side of a patch.
+
+    Returns:
+        `str`, *optional*: The name that stands for them, as `"SiT-XL/2"`; `None` for a size without one.
+    """
+    numbers = (num_layers, num_attention_heads, attention_head_dim)
+    if patch_size not in PATCH_SIZES:
+        return None
+    return next((f"{name}/{patch_size}" for name, size in SIZES.items() if size == numbers), None)
+
+
 def published_heads(width: int) -> int | None:
     """
     Args:

@@ -30,8 +30,8 @@ from loopback_hub import LoopbackHub
 from erw_hf.hub import push
 from erw_hf.hub.cards import evaluation_files, preset_card, run_card
 from erw_hf.hub.public import public_value
-from erw_hf.trainer.config import TrainingConfig
-from erw_hf.trainer.run_record import PATH_OR_ID, describe_environment, read_metrics, training_cost
+from erw_hf.trainer.config import PATH_OR_ID, TrainingConfig, local_names
+from erw_hf.trainer.run_record import describe_environment, read_metrics, training_cost
 
 
 PRESETS = sorted((REPOSITORY / "training" / "configs").glob("*.yaml"))
@@ -138,7 +138,7 @@ def pushed(run, tmp_path, monkeypatch, **values):
     """A snapshot of a run with these values, for a push from another folder than the one that it was started in."""
     monkeypatch.chdir(tmp_path)
     config = yaml.safe_load((run / "config.yaml").read_text()) | values
-    environment = describe_environment("cpu", 1, config)
+    environment = describe_environment("cpu", 1, "no", local_names(config))
     folder = Path(shutil.copytree(run, tmp_path / "elsewhere" / "run"))
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "environment.json").write_text(json.dumps(environment))
@@ -166,8 +166,8 @@ def test_every_key_of_words_is_known_to_hold_paths_or_not():
     hints = get_type_hints(TrainingConfig)
     words = {name for name, hint in hints.items() if hint in (str, str | None)}
     plain = {
-        "dataset_config_name", "dataset_split", "image_column", "label_column", "report_to", "tracker_project_name",
-        "probe_split", "hub_license",
+        "dataset_config_name", "dataset_split", "image_column", "label_column", "report_to", "probe_split", "hub_license",
+        "model",
     }  # fmt: skip
     assert words - set(push.OWN_KEYS) == {*PATH_OR_ID, *plain}
 

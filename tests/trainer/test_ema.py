@@ -14,10 +14,12 @@
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from helpers import train
 from safetensors.torch import load_file
 
 from erw_hf import ERWPipeline
+from erw_hf.trainer.config import TrainingConfig
 from erw_hf.trainer.ema import EMA, EMAProfile, main, post_hoc_coefficients, power_of
 
 
@@ -31,6 +33,35 @@ def test_constant_decay_against_its_definition():
         ema.step()
         expected = 0.9 * expected + 0.1 * model.weight.detach()
     torch.testing.assert_close(ema.weights()["weight"], expected)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9999, 0.0])
+def test_the_ramp_is_that_of_diffusers(decay):
+    theirs = EMAModel([torch.nn.Parameter(torch.zeros(1))], decay=decay)
+    ours = EMAProfile(decay=decay, ramp=True)
+    assert [ours.decay_at(step) for step in range(1, 200)] == [theirs.get_decay(step) for step in range(1, 200)]
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [EMAProfile(decay=0.95), EMAProfile(decay=0.95, ramp=True), EMAProfile(sigma_rel=0.1), EMAProfile(decay=0.0)],
+)
+def test_where_an_average_is_after_some_steps(profile):
+    """Of weights that are their own step, the average is how far it lies behind."""
+    steps, average, share = 60, 0.0, 1.0
+    for step in range(1, steps + 1):
+        decay = profile.decay_at(step)
+        average, share = decay * average + (1 - decay) * step, share * decay
+    assert profile.after(steps) == (pytest.approx(share), pytest.approx(steps - average))
+    assert profile.after(0) == (1.0, 0.0)
+
+
+def test_a_short_run_forgets_its_initial_weights_by_default():
+    """300 steps: 97 % of a constant average would be what the run began with."""
+    assert EMAProfile(decay=0.9999).after(300)[0] == pytest.approx(0.97, abs=0.01)
+    share, behind = TrainingConfig(in_channels=1).ema_profiles()[0].after(300)
+    assert share == 0 and behind == pytest.approx(30)
+    assert TrainingConfig(in_channels=1, ema_ramp=False).ema_profiles()[0] == EMAProfile(decay=0.9999)
 
 
 def test_averages_are_float32_whatever_the_model_is():

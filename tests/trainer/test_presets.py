@@ -36,7 +36,7 @@ def small(encoder_path, vae_path):
     values = {
         "dataset_name": "digits", "encoder": encoder_path, "sample_size": 8, "patch_size": 2, "num_layers": 3,
         "num_attention_heads": 2, "attention_head_dim": 8, "warmup_depth": 2, "projector_depth": 2, "projector_dim": 16,
-        "num_classes": 10, "train_batch_size": 2, "validation_steps": 0, "num_validation_images": 2,
+        "num_classes": 10, "train_batch_size": 2, "lr_warmup_steps": 0, "validation_steps": 0, "num_validation_images": 2,
         "num_inference_steps": 2, "checkpointing_steps": 100, "dataloader_num_workers": 0, "report_to": "none",
         "mixed_precision": "no",
     }  # fmt: skip

@@ -11,193 +11,335 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The configuration of a training run: one flat set of keys, each a YAML key and a flag."""
+"""The configuration of a training run: keys in groups, flat outside, each a YAML key and a flag.
+
+A key is listed once, with all that others ask of it: type, default, help text, range, whether a resumed run may change it,
+whether it holds paths. Docs, cards, checks and the parser read that.
+"""
 
 import argparse
 import dataclasses
 import difflib
+import logging
+import math
 import os
+import re
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import torch
 import yaml
-from transformers import HfArgumentParser
 
 from erw_hf.files import written_whole
-from erw_hf.trainer.ema import SNAPSHOT_SIGMA_RELS, EMAProfile, power_of
-from erw_hf.trainer.run_record import PATH_OR_ID, split_names
+from erw_hf.sizes import size_config, size_name
+from erw_hf.trainer.ema import SNAPSHOT_SIGMA_RELS, EMAProfile
+from erw_hf.trainer.run_record import split_names
 
 
-def _key(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+logger = logging.getLogger(__name__)
+
+AT_LEAST_0, AT_LEAST_1, ABOVE_0, FINITE = "[0, inf)", "[1, inf)", "(0, inf)", "(-inf, inf)"
+MODEL_KEYS = ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size")  # that `model` stands for
+# Keys of earlier versions: a config.yaml of then still loads.
+REMOVED = ("dry_run_mfu", "tracker_project_name", "evaluation_guidance_scale", "probe_time")
+YES, NO = ("yes", "true", "on", "1"), ("no", "false", "off", "0")
 
 
-T = TypeVar("T")
-Fixed = Annotated[T, "must stay as it was when a run goes on: the loss of every step hangs on it"]
+def _key(
+    default: Any,
+    help: str,
+    *,
+    range: str | None = None,
+    fixed: bool = False,
+    path: Literal["local", "or_id", None] = None,
+    source: str | None = None,
+) -> Any:
+    """
+    A key. `range`, of a number, is an interval. `fixed`: stays as it was when a run is resumed, since its losses depend on
+    it. `path`: names a local folder, or a Hub id as well; `~` and `$HOME` are read as a shell reads them. `source`: the
+    argument of `load_source` that it is.
+    """
+    metadata = {"help": help, "range": range, "fixed": fixed, "path": path, "source": source}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
-class TrainingConfig:
-    """Every key of a run. A YAML file sets them, flags override it, and the resolved set is saved with the run."""
+class RunConfig:
+    """Run"""
 
-    output_dir: str = _key("outputs/erw", "Folder of the run: checkpoints, metrics.jsonl, samples, pipeline.")
+    output_dir: str = _key(
+        "outputs/erw", "Folder of the run: checkpoints, metrics.jsonl, samples, pipeline.", path="local"
+    )
     dry_run: bool = _key(False, "Check the configuration, print what the run costs, and stop.")
-    dry_run_mfu: float = _key(0.4, "Share of the GPU's peak that the dry run's hours assume.")
     overwrite_output_dir: bool = _key(False, "Delete an earlier run in output_dir.")
-    seed: Fixed[int] = _key(0, "Seed of the initial weights and of every random draw.")
+    seed: int = _key(0, "Seed of the initial weights and of every random draw.", range="[0, 4294967295]", fixed=True)
 
-    # Data
-    dataset_name: Fixed[str] = _key("digits", 'Hub id or local folder of a data set; "digits" is embedded.')
-    dataset_config_name: Fixed[str | None] = _key(None, "Configuration of a Hub data set.")
-    dataset_split: Fixed[str] = _key("train", "Split to train on.")
-    streaming: Fixed[bool] = _key(
-        False, "Read the data as it comes, from the Hub or from disk, without downloading it first."
+
+@dataclass
+class DataConfig:
+    """Data"""
+
+    dataset_name: str = _key(
+        "digits",
+        'Hub id or local folder of a dataset; "digits" is embedded.',
+        fixed=True,
+        path="or_id",
+        source="dataset_name",
     )
-    image_column: Fixed[str | None] = _key(None, "Column of images; detected by default.")
-    label_column: Fixed[str | None] = _key(
-        None, "Column of labels; detected by default. Data without labels trains unconditionally."
+    dataset_config_name: str | None = _key(
+        None, "Configuration of a Hub dataset.", fixed=True, source="dataset_config_name"
     )
-    random_flip: Fixed[bool] = _key(False, "Mirror half of the images. ERW and REPA do not.")
+    dataset_split: str = _key("train", "Split to train on.", fixed=True, source="split")
+    streaming: bool = _key(
+        False,
+        "Read the data as it comes, from the Hub or from disk, without downloading it first.",
+        fixed=True,
+        source="streaming",
+    )
+    image_column: str | None = _key(None, "Column of images; detected by default.", fixed=True, source="image_column")
+    label_column: str | None = _key(
+        None,
+        "Column of labels; detected by default. Data without labels trains unconditionally.",
+        fixed=True,
+        source="label_column",
+    )
+    random_flip: bool = _key(False, "Mirror half of the images. ERW and REPA do not.", fixed=True)
     stream_retry_seconds: int = _key(
-        300, "How long a stream that gives no data is tried again; below the 10 minutes after which NCCL gives up."
+        300,
+        "How long a stream that gives no data is retried; below the 10 minutes after which NCCL gives up.",
+        range=AT_LEAST_0,
+        source="retry_seconds",
     )
-    dataloader_num_workers: int = _key(4, "Loader processes for each training process.")
+    dataloader_num_workers: int = _key(4, "Loader processes for each training process.", range=AT_LEAST_0)
+    vae: str | None = _key(
+        None, "Hub id or folder of a diffusers autoencoder; none trains on pixels.", fixed=True, path="or_id"
+    )
 
-    # Latents
-    vae: Fixed[str | None] = _key(None, "Hub id or folder of a diffusers autoencoder; none trains on pixels.")
-    sample_size: Fixed[int] = _key(32, "Side of the latent (without a vae: of the image, in pixels).")
-    in_channels: Fixed[int] = _key(4, "Channels of the latent (without a vae: 3 for RGB, 1 for grey).")
 
-    # Transformer
-    patch_size: Fixed[int] = _key(2, "Side of the patch that becomes one token.")
-    num_layers: Fixed[int] = _key(28, "Transformer blocks.")
-    num_attention_heads: Fixed[int] = _key(16, "Attention heads.")
-    attention_head_dim: Fixed[int] = _key(72, "Channels of each head.")
-    mlp_ratio: Fixed[float] = _key(4.0, "Width of the feed-forward over the width of the model.")
-    num_classes: Fixed[int | None] = _key(None, "Number of classes; taken from the data set by default.")
-    class_dropout_prob: Fixed[float] = _key(0.1, "Probability of dropping a label, for classifier-free guidance.")
-    use_rope: Fixed[bool] = _key(False, "Rotary position embeddings beside the sin-cos ones, in both phases.")
-    qk_norm: Fixed[Literal["none", "layer_norm", "rms_norm"]] = _key("none", "Norm of queries and keys.")
-    norm_type: Fixed[Literal["layer_norm", "rms_norm"]] = _key("layer_norm", "Norm of the blocks.")
-    activation_fn: Fixed[Literal["gelu-approximate", "swiglu"]] = _key("gelu-approximate", "Feed-forward activation.")
+@dataclass
+class ModelConfig:
+    """Model"""
 
-    # Representation alignment
-    encoder: Fixed[str | None] = _key(
-        None, "Hub id or folder of the vision encoder to align with, or several with commas; none trains a plain SiT."
+    model: str | None = _key(
+        "SiT-XL/2",
+        "Published size, SiT-S, B, L or XL with the side of its patches; what the four keys below say wins over it.",
     )
-    encoder_image_size: Fixed[int | None] = _key(
-        None, "Side of the encoder's input; token grid x its patch size by default."
+    num_layers: int = _key(None, "Transformer blocks; by model.", range=AT_LEAST_1, fixed=True)
+    num_attention_heads: int = _key(None, "Attention heads; by model.", range=AT_LEAST_1, fixed=True)
+    attention_head_dim: int = _key(None, "Channels of each head; by model.", range=AT_LEAST_1, fixed=True)
+    patch_size: int = _key(None, "Side of the patch that becomes one token; by model.", range=AT_LEAST_1, fixed=True)
+    sample_size: int = _key(
+        32, "Side of the latent (without a vae: of the image, in pixels).", range=AT_LEAST_1, fixed=True
     )
-    encoder_antialias: Fixed[bool] = _key(
-        False, "Resample the encoder's position table with antialias, as REPA's code."
+    in_channels: int = _key(
+        4, "Channels of the latent (without a vae: 3 for RGB, 1 for grey).", range=AT_LEAST_1, fixed=True
     )
-    alignment_loss: Fixed[Literal["cosine", "nt_xent", "structural"]] = _key(
-        "cosine", "cosine: patch-wise, as published; nt_xent: in-batch negatives, as ERW's text; structural: as SARA."
+    mlp_ratio: float = _key(4.0, "Width of the feed-forward over the width of the model.", range=ABOVE_0, fixed=True)
+    num_classes: int | None = _key(
+        None,
+        "Number of classes; taken from the dataset by default.",
+        range=AT_LEAST_0,
+        fixed=True,
+        source="num_classes",
     )
-    alignment_temperature: Fixed[float] = _key(0.1, "Temperature of nt_xent.")
-    spatial_norm: Fixed[bool] = _key(False, "Normalise the encoder's tokens over the grid, as iREPA.")
-    projector: Fixed[Literal["mlp", "conv"]] = _key(
-        "mlp", "mlp: three layers on each token, as REPA; conv: 3x3, as iREPA."
+    class_dropout_prob: float = _key(
+        0.1, "Probability of dropping a label, for classifier-free guidance.", range="[0, 1)", fixed=True
     )
-    projector_dim: Fixed[int] = _key(2048, "Width of the mlp projector's hidden layers.")
-    warmup_steps: Fixed[int] = _key(0, "Steps of phase 1, the representation warmup; 0 goes without.")
-    warmup_depth: Fixed[int] = _key(5, "Blocks that are warmed up.")
-    warmup_noised: Fixed[bool] = _key(False, "Warm up on noised latents in place of clean ones at t = 0.")
-    warmup_from: str | None = _key(None, "Start phase 2 from the `warmup` folder (or Hub repo) of an earlier run.")
+    use_rope: bool = _key(False, "Rotary position embeddings beside the sin-cos ones, in both phases.", fixed=True)
+    qk_norm: Literal["none", "layer_norm", "rms_norm"] = _key("none", "Norm of queries and keys.", fixed=True)
+    norm_type: Literal["layer_norm", "rms_norm"] = _key("layer_norm", "Norm of the blocks.", fixed=True)
+    activation_fn: Literal["gelu-approximate", "swiglu"] = _key(
+        "gelu-approximate", "Feed-forward activation.", fixed=True
+    )
+
+
+@dataclass
+class AlignmentConfig:
+    """Representation alignment"""
+
+    encoder: str | None = _key(
+        None,
+        "Hub id or folder of the vision encoder to align with, or several with commas; none trains a plain SiT.",
+        fixed=True,
+        path="or_id",
+    )
+    encoder_image_size: int | None = _key(
+        None, "Side of the encoder's input; token grid x its patch size by default.", range=AT_LEAST_1, fixed=True
+    )
+    encoder_antialias: bool = _key(
+        False, "Resample the encoder's position table with antialias, as REPA's code.", fixed=True
+    )
+    alignment_loss: Literal["cosine", "nt_xent", "structural"] = _key(
+        "cosine",
+        "cosine: patch-wise, as published; nt_xent: in-batch negatives, as ERW's text; structural: as SARA.",
+        fixed=True,
+    )
+    alignment_temperature: float = _key(0.1, "Temperature of nt_xent.", range=ABOVE_0, fixed=True)
+    spatial_norm: bool = _key(False, "Normalise the encoder's tokens over the grid, as iREPA.", fixed=True)
+    projector: Literal["mlp", "conv"] = _key(
+        "mlp", "mlp: three layers on each token, as REPA; conv: 3x3, as iREPA.", fixed=True
+    )
+    projector_dim: int = _key(2048, "Width of the mlp projector's hidden layers.", range=AT_LEAST_1, fixed=True)
+    warmup_steps: int = _key(
+        0, "Steps of phase 1, the representation warmup; 0 goes without.", range=AT_LEAST_0, fixed=True
+    )
+    warmup_depth: int = _key(5, "Blocks that are warmed up.", range=AT_LEAST_1, fixed=True)
+    warmup_noised: bool = _key(False, "Warm up on noised latents in place of clean ones at t = 0.", fixed=True)
+    warmup_from: str | None = _key(
+        None, "Start phase 2 from the `warmup` folder (or Hub repo) of an earlier run.", path="or_id"
+    )
     init_from: str | None = _key(
         None,
         "Fine-tune the pipeline of an earlier run (folder or Hub repo); data, classes and sample_size may be others.",
+        path="or_id",
     )
-    hand_over_projector: Fixed[bool] = _key(True, "Hand the warmup's projector over to phase 2.")
-    projector_depth: Fixed[int] = _key(8, "Block whose output is aligned in phase 2.")
+    hand_over_projector: bool = _key(True, "Hand the warmup's projector over to phase 2.", fixed=True)
+    projector_depth: int = _key(8, "Block whose output is aligned in phase 2.", range=AT_LEAST_1, fixed=True)
     alignment_schedule: Literal["constant", "half_life", "stop"] = _key("constant", "Schedule of lambda in phase 2.")
-    alignment_weight: float = _key(0.5, "lambda at the first step of phase 2.")
-    alignment_half_life: int | None = _key(None, 'Steps in which lambda halves; schedule "half_life".')
-    alignment_stop_step: int | None = _key(None, 'First step of phase 2 without alignment; schedule "stop".')
-
-    # Objective
-    path_type: Fixed[Literal["linear", "cosine"]] = _key("linear", "Interpolation path.")
-    timestep_distribution: Fixed[Literal["uniform", "logit_normal"]] = _key("uniform", "Distribution of t.")
-    timestep_logit_mean: Fixed[float] = _key(0.0, "Mean of logit(t); logit_normal.")
-    timestep_logit_std: Fixed[float] = _key(1.0, "Standard deviation of logit(t); logit_normal.")
-    timestep_shift: Fixed[float] = _key(1.0, "Shift of t towards the noise; 1 for none.")
-
-    contrastive_weight: Fixed[float] = _key(
-        0.0, "Weight of contrastive flow matching, which parts samples of a batch; 0.05 as published, 0 for none."
+    alignment_weight: float = _key(0.5, "lambda at the first step of phase 2.", range=AT_LEAST_0)
+    alignment_half_life: int | None = _key(
+        None, 'Steps in which lambda halves; schedule "half_life".', range=AT_LEAST_1
+    )
+    alignment_stop_step: int | None = _key(
+        None, 'First step of phase 2 without alignment; schedule "stop".', range=AT_LEAST_0
     )
 
-    class_token_weight: Fixed[float] = _key(
+
+@dataclass
+class ObjectiveConfig:
+    """Objective"""
+
+    path_type: Literal["linear", "cosine"] = _key("linear", "Interpolation path.", fixed=True)
+    timestep_distribution: Literal["uniform", "logit_normal"] = _key("uniform", "Distribution of t.", fixed=True)
+    timestep_logit_mean: float = _key(0.0, "Mean of logit(t); logit_normal.", range=FINITE, fixed=True)
+    timestep_logit_std: float = _key(1.0, "Standard deviation of logit(t); logit_normal.", range=ABOVE_0, fixed=True)
+    timestep_shift: float = _key(1.0, "Shift of t towards the noise; 1 for none.", range=ABOVE_0, fixed=True)
+    contrastive_weight: float = _key(
+        0.0,
+        "Weight of contrastive flow matching, which pushes the velocities of a batch's samples apart; 0.05 as published, "
+        "0 for none.",
+        range="[0, 1)",
+        fixed=True,
+    )
+    class_token_weight: float = _key(
         0.0,
         "Weight of drawing the first encoder's class token beside the image, as REG; 0.03 as published, 0 for a model "
         "without one.",
+        range=AT_LEAST_0,
+        fixed=True,
     )
 
-    # Optimisation
-    train_batch_size: int = _key(32, "Samples of one process in one forward.")
-    gradient_accumulation_steps: int = _key(1, "Forwards of one process in one step.")
-    max_train_steps: int = _key(400_000, "Steps of both phases together.")
-    learning_rate: float = _key(1e-4, "Peak learning rate of phase 2.")
-    warmup_learning_rate: float | None = _key(None, "Peak learning rate of phase 1; learning_rate by default.")
+
+@dataclass
+class OptimisationConfig:
+    """Optimisation"""
+
+    train_batch_size: int = _key(32, "Samples of one process in one forward.", range=AT_LEAST_1)
+    gradient_accumulation_steps: int = _key(1, "Forwards of one process in one step.", range=AT_LEAST_1)
+    max_train_steps: int = _key(400_000, "Steps of both phases together.", range=AT_LEAST_1)
+    learning_rate: float = _key(1e-4, "Peak learning rate of phase 2.", range=ABOVE_0)
+    warmup_learning_rate: float | None = _key(
+        None, "Peak learning rate of phase 1; learning_rate by default.", range=ABOVE_0
+    )
     lr_scheduler: Literal["constant", "linear", "cosine"] = _key(
         "constant", "Learning rate after lr_warmup_steps, in each phase."
     )
-    lr_warmup_steps: int = _key(0, "Steps in which the learning rate rises, at the start of each phase.")
-    optimizer: Fixed[Literal["adamw", "muon"]] = _key(
-        "adamw", "muon: for the matrices of the blocks; AdamW for the others."
+    lr_warmup_steps: int = _key(
+        0, "Steps in which the learning rate rises, at the start of each phase.", range=AT_LEAST_0
     )
-    adam_beta1: float = _key(0.9, "AdamW beta 1.")
-    adam_beta2: float = _key(0.999, "AdamW beta 2.")
-    adam_epsilon: float = _key(1e-8, "AdamW epsilon.")
-    adam_weight_decay: float = _key(0.0, "AdamW weight decay.")
-    max_grad_norm: float = _key(1.0, "Gradient clipping.")
-    ema_decay: float = _key(0.9999, "Decay of the exponential moving average of the weights, in phase 2.")
-    ema_sigma_rel: Fixed[float | None] = _key(
-        None, "In place of ema_decay: relative width of a power-function average (EDM2), 0.05 to 0.15."
+    optimizer: Literal["adamw", "muon"] = _key(
+        "adamw", "muon: for the matrices of the blocks; AdamW for the others.", fixed=True
     )
-    ema_snapshot_steps: Fixed[int] = _key(
-        0, "Steps between stored power-function averages, from which any width is rebuilt later; 0 for none."
+    adam_beta1: float = _key(0.9, "AdamW beta 1.", range="[0, 1)")
+    adam_beta2: float = _key(0.999, "AdamW beta 2.", range="[0, 1)")
+    adam_epsilon: float = _key(1e-8, "AdamW epsilon.", range=ABOVE_0)
+    adam_weight_decay: float = _key(0.0, "AdamW weight decay.", range=AT_LEAST_0)
+    max_grad_norm: float = _key(
+        1.0, "Norm to which gradients are clipped; a large one, as 1e9, clips none.", range=ABOVE_0
+    )
+    ema_decay: float = _key(
+        0.9999, "Decay of the exponential moving average of the weights, in phase 2.", range="[0, 1)"
+    )
+    ema_ramp: bool = _key(
+        True,
+        "Let the decay rise to ema_decay as (1 + n) / (10 + n), so that a short run forgets its initial weights; false "
+        "is constant from the first step, as published.",
+    )
+    ema_sigma_rel: float | None = _key(
+        None,
+        "In place of ema_decay: relative width of a power-function average (EDM2), 0.05 to 0.15.",
+        range="(0, 0.2886)",
+        fixed=True,
+    )
+    ema_snapshot_steps: int = _key(
+        0,
+        "Steps between stored power-function averages, from which any width is rebuilt later; 0 for none.",
+        range=AT_LEAST_0,
+        fixed=True,
     )
     gradient_checkpointing: bool = _key(
         False, "Recompute blocks in the backward pass: less memory, a third more time."
     )
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = _key(
-        "auto", '"auto": bf16 where the device is fast at it (CUDA, CPUs with AMX), else float32.'
+        "auto",
+        "auto: what accelerate launch says, else bf16 where the device is fast at it (CUDA since Ampere, CPUs with AMX), "
+        "fp16 on older GPUs, else float32.",
     )
     torch_compile: Literal["auto", "yes", "no"] = _key(
         "auto",
         "Compile blocks and encoders; auto: on CUDA. The first step of each phase then takes up to a minute.",
     )
-    max_nonfinite_steps: int = _key(10, "Stop after this many steps in a row with a non-finite gradient.")
+    max_nonfinite_steps: int = _key(
+        10, "Stop after this many steps in a row with a non-finite gradient.", range=AT_LEAST_1
+    )
 
-    # Checkpoints
-    checkpointing_steps: int = _key(5_000, "Steps between checkpoints.")
-    checkpoints_total_limit: int | None = _key(3, "Checkpoints to keep.")
-    resume_from_checkpoint: str | None = _key(None, 'A checkpoint folder, its name in output_dir, or "latest".')
 
-    # Logging and pictures
+@dataclass
+class CheckpointsConfig:
+    """Checkpoints"""
+
+    checkpointing_steps: int = _key(5_000, "Steps between checkpoints.", range=AT_LEAST_1)
+    checkpoints_total_limit: int | None = _key(3, "Checkpoints to keep; none keeps all.", range=AT_LEAST_1)
+    resume_from_checkpoint: str | None = _key(
+        None, 'A checkpoint folder, its name in output_dir, or "latest".', path="local"
+    )
+
+
+@dataclass
+class MonitoringConfig:
+    """Logging, pictures and quality during training"""
+
     report_to: str = _key("tensorboard", "Trackers of accelerate: tensorboard, trackio, wandb, all; none for none.")
-    tracker_project_name: str = _key("erw", "Name of the project in the tracker.")
-    validation_steps: int = _key(5_000, "Steps between sample grids in phase 2; 0 for none.")
-    num_validation_images: int = _key(16, "Images of a sample grid.")
-    num_inference_steps: int = _key(50, "Sampling steps of a sample grid.")
-    guidance_scale: float = _key(1.8, "Guidance of a sample grid.")
+    validation_steps: int = _key(5_000, "Steps between sample grids in phase 2; 0 for none.", range=AT_LEAST_0)
+    num_validation_images: int = _key(16, "Images of a sample grid.", range=AT_LEAST_1)
+    num_inference_steps: int = _key(50, "Sampling steps of a sample grid.", range=AT_LEAST_1)
+    guidance_scale: float = _key(1.8, "Guidance of a sample grid.", range=AT_LEAST_0)
+    evaluation_steps: int = _key(0, "Steps between measurements of FID in phase 2; 0 for none.", range=AT_LEAST_0)
+    evaluation_samples: int = _key(1000, "Images drawn for a measurement, without guidance.", range="[2, inf)")
+    evaluation_reference: str | None = _key(
+        None, "What FID compares with: npz of statistics, or a dataset.", path="or_id"
+    )
+    evaluation_extractor: str = _key(
+        "inception", "Network behind FID: inception, or the folder of a classifier.", path="or_id"
+    )
+    probe_steps: int = _key(
+        0, "Steps between probes of every block, by CKNNA and linear probe; 0 for none.", range=AT_LEAST_0
+    )
+    probe_dataset: str | None = _key(
+        None, "Dataset of images to probe with; by default the one trained on.", path="or_id"
+    )
+    probe_split: str = _key("validation", "Held-out split of the dataset to probe with.")
+    probe_samples: int = _key(
+        1000, "Held-out images of a probe, and as many training images to fit it on.", range=AT_LEAST_1
+    )
 
-    # Quality during training, by the code of training/evaluate.py and training/probe.py
-    evaluation_steps: int = _key(0, "Steps between measurements of FID in phase 2; 0 for none.")
-    evaluation_samples: int = _key(1000, "Images drawn for a measurement.")
-    evaluation_reference: str | None = _key(None, "What FID compares with: npz of statistics, or a data set.")
-    evaluation_extractor: str = _key("inception", "Network behind FID: inception, or the folder of a classifier.")
-    evaluation_guidance_scale: float = _key(1.0, "Guidance of the images drawn; published curves have none.")
-    probe_steps: int = _key(0, "Steps between probes of every block, by CKNNA and linear probe; 0 for none.")
-    probe_dataset: str | None = _key(None, "Data set of images to probe with; by default the one trained on.")
-    probe_split: str = _key("validation", "Held-out split of the data set to probe with.")
-    probe_samples: int = _key(1000, "Held-out images of a probe, and as many training images to fit it on.")
-    probe_time: float = _key(0.5, "Flow time of the noised tokens, which are probed beside the clean ones.")
 
-    # Hub
+@dataclass
+class HubConfig:
+    """Hub"""
+
     push_to_hub: bool = _key(False, "Push to the Hub, beside the training. A failed push never ends a run.")
     hub_model_id: str | None = _key(None, "Hub repo; the name of output_dir by default.")
     hub_private: bool = _key(False, "Make the repo private.")
@@ -208,37 +350,55 @@ class TrainingConfig:
     )
     hub_license: str = _key("apache-2.0", "Licence of the weights, as the Hub names it.")
 
+
+# From the last to the first: dataclasses collect the fields of their bases so.
+@dataclass
+class TrainingConfig(
+    HubConfig,
+    MonitoringConfig,
+    CheckpointsConfig,
+    OptimisationConfig,
+    ObjectiveConfig,
+    AlignmentConfig,
+    ModelConfig,
+    DataConfig,
+    RunConfig,
+):
+    """Every key of a run. A YAML file sets them, flags override it, and the resolved set is saved with the run.
+
+    A function that needs one group takes it by its type, [`ModelConfig`] for example: a run's configuration is one.
+    """
+
     def __post_init__(self) -> None:
-        for name, annotation in get_type_hints(TrainingConfig).items():
-            value = getattr(self, name)
-            allowed = get_args(annotation)
-            if get_origin(annotation) is Literal and value not in allowed:
-                raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
-            # A YAML file can hold anything; argparse looks at flags alone.
-            if (annotation is int or annotation == (int | None)) and value is not None and type(value) is not int:
-                raise ValueError(f"{name} must be a whole number, got {value!r}")
-            if annotation is bool and type(value) is not bool:
-                raise ValueError(f"{name} must be true or false, got {value!r}")
-        for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.model is not None:
+            for name, value in size_config(self.model).items():
+                if getattr(self, name) is None:
+                    setattr(self, name, value)
+        if missing := [name for name in MODEL_KEYS if getattr(self, name) is None]:
+            raise ValueError(f"set model, as SiT-B/2, or {', '.join(missing)}")
+        for key in fields(self):
+            _check_value(key.name, getattr(self, key.name))
+        self.model = size_name(*(getattr(self, name) for name in MODEL_KEYS))
         if not 0 <= self.warmup_steps <= self.max_train_steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} must lie in [0, max_train_steps={self.max_train_steps}]: "
                 "max_train_steps counts both phases"
             )
+        full_steps = self.max_train_steps - self.warmup_steps
+        for phase, steps in (("the warmup", self.warmup_steps), ("full training", full_steps)):
+            if 0 < steps < self.lr_warmup_steps:
+                raise ValueError(
+                    f"lr_warmup_steps={self.lr_warmup_steps} must be at most the {steps} steps of {phase}: the learning "
+                    "rate would not reach its peak"
+                )
         if self.contrastive_weight > 0 and self.train_batch_size < 2:
             raise ValueError(
                 "contrastive_weight needs a train_batch_size of at least 2: it compares samples of a batch"
             )
         if self.class_token_weight > 0 and self.encoder is None:
             raise ValueError("class_token_weight needs an encoder, whose class token the model learns to draw")
-        if not 0 <= self.class_dropout_prob < 1:
-            raise ValueError(f"class_dropout_prob must lie in [0, 1), got {self.class_dropout_prob}")
-        if self.ema_sigma_rel is not None:
-            power_of(self.ema_sigma_rel)  # raises for an impossible width
         if self.sample_size % self.patch_size != 0:
-            raise ValueError(f"sample_size={self.sample_size} is no multiple of patch_size={self.patch_size}")
+            raise ValueError(f"sample_size={self.sample_size} is not a multiple of patch_size={self.patch_size}")
         if self.vae is None and self.in_channels not in (1, 3):
             raise ValueError(f"without a vae, in_channels is 1 (grey) or 3 (RGB), got {self.in_channels}; or set vae")
         if self.encoder is None and self.warmup_steps > 0:
@@ -247,15 +407,13 @@ class TrainingConfig:
             raise ValueError("warmup_from starts phase 2 from an earlier warmup: set warmup_steps to 0")
         if self.init_from is not None and (self.warmup_steps > 0 or self.warmup_from is not None):
             raise ValueError("init_from starts from a whole model: set warmup_steps to 0 and leave warmup_from out")
-        if self.encoder is not None and not 1 <= self.projector_depth <= self.num_layers:
+        if self.encoder is not None and self.projector_depth > self.num_layers:
             raise ValueError(f"projector_depth={self.projector_depth} must lie in [1, num_layers={self.num_layers}]")
-        if self.warmup_steps > 0 and not 1 <= self.warmup_depth <= self.num_layers:
+        if self.warmup_steps > 0 and self.warmup_depth > self.num_layers:
             raise ValueError(f"warmup_depth={self.warmup_depth} must lie in [1, num_layers={self.num_layers}]")
         if self.evaluation_steps > 0 and self.evaluation_reference is None:
-            raise ValueError("evaluation_steps needs evaluation_reference, an npz of statistics or a data set")
-        if self.evaluation_samples < 2:
-            raise ValueError(f"evaluation_samples must be at least 2, got {self.evaluation_samples}")
-        if self.alignment_schedule == "half_life" and not self.alignment_half_life:
+            raise ValueError("evaluation_steps needs evaluation_reference, an npz of statistics or a dataset")
+        if self.alignment_schedule == "half_life" and self.alignment_half_life is None:
             raise ValueError('alignment_schedule "half_life" needs alignment_half_life')
         if self.alignment_schedule == "stop" and self.alignment_stop_step is None:
             raise ValueError('alignment_schedule "stop" needs alignment_stop_step')
@@ -266,7 +424,7 @@ class TrainingConfig:
             `list[EMAProfile]`: The averages of the weights: first the one that pictures and the pipeline are made with.
         """
         first = (
-            EMAProfile(decay=self.ema_decay)
+            EMAProfile(decay=self.ema_decay, ramp=self.ema_ramp)
             if self.ema_sigma_rel is None
             else EMAProfile(sigma_rel=self.ema_sigma_rel)
         )
@@ -316,13 +474,8 @@ class TrainingConfig:
         Returns:
             `dict[str, Any]`: Arguments of the [`ERWTransformer2DModel`].
         """
-        names = (
-            "sample_size", "patch_size", "in_channels", "num_layers", "num_attention_heads", "attention_head_dim",
-            "mlp_ratio", "class_dropout_prob", "use_rope", "norm_type", "activation_fn",
-        )  # fmt: skip
-        config: dict[str, Any] = {name: getattr(self, name) for name in names}
-        config["num_classes"] = num_classes
-        config["class_token_dim"] = class_token_dim
+        config = {key.name: getattr(self, key.name) for key in fields(ModelConfig) if key.name != "model"}
+        config |= {"num_classes": num_classes, "class_token_dim": class_token_dim}
         config["qk_norm"] = None if self.qk_norm == "none" else self.qk_norm
         return config
 
@@ -331,17 +484,8 @@ class TrainingConfig:
         Returns:
             `dict[str, Any]`: Arguments of [`~data.source.load_source`].
         """
-        return {
-            "dataset_name": self.dataset_name,
-            "split": self.dataset_split,
-            "dataset_config_name": self.dataset_config_name,
-            "image_column": self.image_column,
-            "label_column": self.label_column,
-            "num_classes": self.num_classes,
-            "streaming": self.streaming,
-            "retry_seconds": self.stream_retry_seconds,
-            "needs_images": bool(self.encoders),
-        }
+        arguments = {key.metadata["source"]: getattr(self, key.name) for key in fields(self) if key.metadata["source"]}
+        return arguments | {"needs_images": bool(self.encoders)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """
@@ -353,14 +497,17 @@ class TrainingConfig:
         values = dataclasses.asdict(self)
         for name, value in values.items():
             # Beside this file, a relative path would mean another place.
-            if isinstance(value, str) and value.startswith(("./", "../")):
-                values[name] = os.path.abspath(value)
+            if KEYS[name].metadata["path"] and value is not None:
+                parts = [os.path.abspath(p) if p.startswith(("./", "../")) else p for p in value.split(",")]
+                values[name] = ",".join(parts)
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         with written_whole(path) as temporary:
-            temporary.write_text(yaml.safe_dump(values, sort_keys=False))
+            temporary.write_text(text, encoding="utf-8")
 
     def check_resumable(self, path: str | os.PathLike[str]) -> None:
         """
-        Compares what must not change when a run goes on.
+        Compares what must not change when a run is resumed. The ramp of its average stays what it was: off in a run that
+        began before there was one.
 
         Args:
             path (`str` or `os.PathLike`): The `config.yaml` of the run so far.
@@ -368,26 +515,47 @@ class TrainingConfig:
         Raises:
             ValueError: if the model, the data, the seed or the length of the warmup is another.
         """
-        before = yaml.safe_load(Path(path).read_text())
-        hints = get_type_hints(TrainingConfig, include_extras=True)
-        now = {name: getattr(self, name) for name, hint in hints.items() if get_origin(hint) is Annotated}
-        for name, value in now.items():
-            # A run that comes from the Hub names models and data without the folders of the machine that it ran on.
-            same = (
-                name not in before
-                or before[name] == value
-                or (name in PATH_OR_ID and Path(str(before[name])).name == Path(str(value)).name)
-            )
+        before = read_config_file(Path(path))
+        for key in fields(self):
+            if not key.metadata["fixed"] or key.name not in before:
+                continue
+            was, now = before[key.name], getattr(self, key.name)
+            same = was == now
+            if not same and key.metadata["path"]:
+                # A run that comes from the Hub names models and data without the folders of the machine that it ran on.
+                names = [[Path(part).name for part in split_names(value or "")] for value in (was, now)]
+                same = names[0] == names[1]
             if not same:
                 raise ValueError(
-                    f"{name} is {value!r}, the run so far had {before[name]!r}: a run goes on with what it began with; "
+                    f"{key.name} is {now!r}, the run so far had {was!r}: a resumed run keeps what it began with; "
                     "start another one in another --output_dir"
                 )
+        ramp = before.get("ema_ramp", False)
+        if ramp != self.ema_ramp:
+            logger.warning(f"ema_ramp stays {str(ramp).lower()}, as in the run so far")
+            self.ema_ramp = ramp
+
+
+KEYS = TrainingConfig.__dataclass_fields__
+TYPES = {name: hint for name, hint in get_type_hints(TrainingConfig).items() if name in KEYS}
+NAMED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+PATH_OR_ID = tuple(name for name, key in KEYS.items() if key.metadata["path"] == "or_id")
+
+
+def local_names(config: Mapping[str, Any]) -> list[str]:
+    """
+    Args:
+        config (`Mapping[str, Any]`): Configuration of a run, as `vars` or its `config.yaml` gives it.
+
+    Returns:
+        `list[str]`: What it names of models and data that lies on this machine, not on the Hub.
+    """
+    return [part for name in PATH_OR_ID for part in split_names(config.get(name) or "") if Path(part).exists()]
 
 
 def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
     """
-    Reads `--config FILE.yaml` and flags; a flag wins over the file.
+    Reads `--config FILE.yaml` and flags; a flag wins over the file, and `--model` over the size that the file sets.
 
     Args:
         arguments (`list[str]`, *optional*): Command line without the program's name. Defaults to `sys.argv[1:]`.
@@ -398,69 +566,183 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
     Raises:
         SystemExit: for an unknown key or an impossible value, with a message that says which.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config", help="YAML file with any of the keys below; flags win over it.")
-    known, rest = config_parser.parse_known_args(arguments)
+    parser = _parser()
+    namespace, unknown = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
+    flags = vars(namespace)
+    file = flags.pop("config", None)
+    try:
+        if unknown:
+            raise ValueError(_unknown("argument", unknown[0], [f"--{name}" for name in TYPES]))
+        values = {} if file is None else read_config_file(Path(_expand_path(file)))
+        if "model" in flags:
+            values = {name: value for name, value in values.items() if name not in MODEL_KEYS}
+        values |= {name: _read_value(name, text) for name, text in flags.items()}
+        return TrainingConfig(**values)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
-    parser = HfArgumentParser(
-        TrainingConfig,
-        parents=[config_parser],
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """
+    Reads a YAML file of flat keys. A value is read by the type of its key, as a flag is, whatever YAML takes it for: `1e-4`
+    is a number, `no` a choice of `mixed_precision`, `123` a name. A path with a leading dot lies beside the file.
+
+    Args:
+        path (`Path`): The file.
+
+    Returns:
+        `dict[str, Any]`: Values of the keys that it sets.
+
+    Raises:
+        ValueError: for what is not such a file, an unknown key, a key twice or an impossible value, with the line.
+        OSError: if it cannot be read.
+    """
+    try:
+        node = yaml.compose(path.read_bytes().decode("utf-8-sig"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise OSError(f"cannot read the config: {error}") from error
+    except UnicodeDecodeError as error:
+        line = 1 + error.object[: error.start].count(b"\n")
+        raise ValueError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "malformed"
+        if "\\t" in problem:
+            problem = "a tab where YAML takes spaces only"
+        raise ValueError(f"{where}: not YAML: {problem}; a line is `key: value`") from error
+    if node is None or node.tag == "tag:yaml.org,2002:null":
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError(f"{path} holds a list or a single value; a line is `key: value`")
+    values: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        name = str(key.value)
+        try:
+            if name in REMOVED:
+                logger.warning(f"{path}, line {line}: the key {name} was removed, and is ignored")
+                continue
+            if name not in TYPES:
+                nested = ": keys are flat, without sections" if isinstance(value, yaml.MappingNode) else ""
+                raise ValueError(_unknown("key", name, list(TYPES)) + nested)
+            if name in lines:
+                raise ValueError(f"{name} is set twice, first on line {lines[name]}")
+            lines[name] = line
+            if not isinstance(value, yaml.ScalarNode):
+                raise ValueError(f"{name} takes one value, not a list or a section; several names go with commas")
+            empty = value.tag == "tag:yaml.org,2002:null"
+            values[name] = _read_value(name, "" if empty else value.value, path.parent, quoted=value.style is not None)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: {error}") from error
+    return values
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         allow_abbrev=False,
         usage="accelerate launch training/train_erw.py [--config FILE.yaml] [--any_key value ...]",
+        argument_default=argparse.SUPPRESS,
     )
-    types = get_type_hints(TrainingConfig)  # not the fields' own, which HfArgumentParser simplifies
-    if known.config is not None:
+    parser.add_argument("--config", help="YAML file with any of the keys below; flags win over it.")
+    for group in reversed(TrainingConfig.__bases__):
+        section = parser.add_argument_group(group.__doc__)
+        for key in fields(group):
+            choices = [str(value) for value in get_args(TYPES[key.name])] if _is_choice(key.name) else []
+            text = f"{key.metadata['help']} (default: {'none' if key.default is None else key.default})"
+            metavar = f"{{{','.join(choices)}}}" if choices else _kind(key.name).__name__
+            options: dict[str, Any] = {"nargs": "?", "const": "true"} if _kind(key.name) is bool else {}
+            section.add_argument(f"--{key.name}", help=text, metavar=metavar, **options)
+            if key.default is True:
+                section.add_argument(f"--no_{key.name}", dest=key.name, action="store_const", const="false")
+    return parser
+
+
+def _is_choice(name: str) -> bool:
+    return get_origin(TYPES[name]) is Literal
+
+
+def _kind(name: str) -> type:
+    return str if _is_choice(name) else next((t for t in get_args(TYPES[name]) if t is not type(None)), TYPES[name])
+
+
+def _read_value(name: str, text: str, folder: Path | None = None, quoted: bool = False) -> Any:
+    """The value that a text means for a key, checked; `folder` is where a path with a leading dot starts."""
+    kind, word = _kind(name), text.strip().lower()
+    value: Any = text
+    if type(None) in get_args(TYPES[name]) and word in ("none", "null", "~", ""):
+        return None
+    if word == "":
+        raise ValueError(f"{name} has no value: leave it out for its default")
+    if _is_choice(name):
+        if text not in get_args(TYPES[name]):  # YAML's words for a boolean
+            value = "yes" if word in YES else "no" if word in NO else text
+    elif kind is bool:
+        value = True if word in YES else False if word in NO else text
+    elif kind is str:
+        if not quoted and word in (*YES[:3], *NO[:3]):
+            none = " (write none for none)" if type(None) in get_args(TYPES[name]) else ""
+            raise ValueError(f"{name} takes a name, got {text}{none}. {KEYS[name].metadata['help']}")
+        if KEYS[name].metadata["path"] is not None:
+            value = ",".join(_expand_path(part, folder) for part in text.split(",")) if text else text
+    else:
         try:
-            values = yaml.safe_load(Path(known.config).read_text()) or {}
-        except OSError as error:
-            parser.error(f"cannot read the config: {error}")
-        for key in values:
-            if key not in types:
-                parser.error(f"{known.config}: {_unknown('key', key, list(types))}")
-        folder = Path(known.config).parent
-        parser.set_defaults(**{key: _coerce(value, types[key], folder) for key, value in values.items()})
-    namespace, unknown = parser.parse_known_args(rest)
-    if unknown:
-        parser.error(_unknown("argument", unknown[0], [f"--{name}" for name in types]))
-    values = {name: getattr(namespace, name) for name in types}
-    for name, value in values.items():
-        # So that a flag can take back what the file sets: `--encoder none`.
-        if types[name] == (str | None) and value in ("none", "null", ""):
-            values[name] = None
-    try:
-        config = TrainingConfig(**values)
-    except ValueError as error:
-        parser.error(str(error))
-    return config
+            value = kind(text)
+        except ValueError:
+            hint = "; decimals take a point" if kind is float and "," in text else ""
+            raise ValueError(f"{name} must be {NAMED[kind]}, got {text!r}{hint}") from None
+    _check_value(name, value)
+    return value
+
+
+def _expand_path(text: str, folder: Path | None = None) -> str:
+    if Path(text).exists() and folder is None:
+        return text
+    expanded = os.path.expanduser(os.path.expandvars(text.strip()))
+    if unset := re.search(r"\$\{?(\w+)", expanded):
+        raise ValueError(f"{text!r} names ${unset[1]}, which is not set")
+    if expanded.startswith("~"):
+        raise ValueError(f"{text!r} names the home of a user that this machine does not have")
+    if folder is not None and expanded.startswith(("./", "../")):
+        return os.path.normpath(folder / expanded)
+    return expanded
+
+
+def _check_value(name: str, value: Any) -> None:
+    """Type and range of one key; a YAML file, a flag and Python code all come by here."""
+    kind: Any = _kind(name)
+    metadata = KEYS[name].metadata
+    if value is None and type(None) in get_args(TYPES[name]):
+        return
+    if _is_choice(name):
+        allowed = get_args(TYPES[name])
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
+        return
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise ValueError(f"{name} must be {NAMED[kind]}, got {value!r}")
+    if name == "model":
+        size_config(value)
+    if metadata["range"] is not None and not _lies_in(value, metadata["range"]):
+        raise ValueError(
+            f"{name} must {_in_words(metadata['range'], value)}, got {value!r} ({metadata['help'].rstrip('.')})"
+        )
+
+
+def _lies_in(value: float, interval: str) -> bool:
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = low <= value if interval[0] == "[" else low < value
+    return above and (value <= high if interval[-1] == "]" else value < high)  # NaN lies in none
+
+
+def _in_words(interval: str, value: float) -> str:
+    low, high = interval[1:-1].split(", ")
+    if high != "inf" or not math.isfinite(value):
+        return f"lie in {interval}"
+    return f"be {'at least' if interval[0] == '[' else 'greater than'} {low}"
 
 
 def _unknown(kind: str, key: str, known: list[str]) -> str:
     nearest = difflib.get_close_matches(key, known, n=1)
     return f"unknown {kind} {key}" + (f"; did you mean {nearest[0]}?" if nearest else "")
-
-
-def _coerce(value: object, annotation: object, folder: Path) -> object:
-    # YAML 1.1 reads 1e-4 as a string and 1 as an integer.
-    if annotation in (float, float | None) and isinstance(value, (str, int)) and not isinstance(value, bool):
-        return float(value)
-    # What a file names with a leading dot lies beside the file, wherever the command runs.
-    if isinstance(value, str) and value.startswith(("./", "../")):
-        return os.path.normpath(folder / value)
-    return value
-
-
-def resolve_mixed_precision(mixed_precision: str) -> str:
-    """
-    Args:
-        mixed_precision (`str`): `"auto"`, `"no"`, `"fp16"` or `"bf16"`.
-
-    Returns:
-        `str`: The same, with `"auto"` decided: bf16 on CUDA devices that have it and on CPUs with AMX, where it is
-        several times faster; float32 elsewhere, where it would be slower.
-    """
-    if mixed_precision != "auto":
-        return mixed_precision
-    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true"):
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "no"

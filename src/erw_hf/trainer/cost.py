@@ -13,17 +13,23 @@
 # limitations under the License.
 """What a run will cost, and what is wrong with it, without running it and without downloading weights or images."""
 
+import os
+from dataclasses import dataclass
+
 import torch
-from datasets import DatasetInfo, load_dataset_builder
+from datasets import Dataset, DatasetInfo, load_dataset_builder
 from diffusers import AutoModel as Autoencoder
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.utils.constants import DIFFUSERS_ATTN_BACKEND
 from transformers import AutoConfig, AutoModel
 
 from erw_hf.data.folder import find_label_column
-from erw_hf.data.latents import check_autoencoder
+from erw_hf.data.latents import check_autoencoder, image_channels
 from erw_hf.data.retrying import hub_or_cache
 from erw_hf.data.source import (
     FEATURES_COLUMN,
     IMAGE_COLUMNS,
+    Source,
     check_split,
     class_columns,
     find_column,
@@ -31,12 +37,100 @@ from erw_hf.data.source import (
     load_source,
 )
 from erw_hf.encoders import VISION_TOWERS, RepresentationEncoder
+from erw_hf.pipeline_erw import ERWPipeline
+from erw_hf.provenance import device_name
 from erw_hf.trainer.config import TrainingConfig
+from erw_hf.trainer.device import choose_precision, found_device
 from erw_hf.trainer.flops import PEAK_FLOPS, count_step_flops
-from erw_hf.trainer.setup import build_full_model, build_teacher, build_warmup_model, check_cache
+from erw_hf.trainer.setup import build_full_model, build_teacher, build_warmup_model, check_cache, choose_attention
+from erw_hf.transformer_erw import ERWTransformer2DModel
 
 
 GIB = 2**30
+MFU = 0.4  # share of the GPU's peak that the hours assume
+SHOWN_CLASSES = 5
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What is known of the data before training: `num_images` is `None` for a stream, `class_names` may be empty."""
+
+    num_images: int | None
+    num_classes: int
+    class_names: list[str]
+    has_features: bool  # an encoder's tokens are cached
+    image_size: int
+    channels: int
+
+
+def summary_of(source: Source, image_size: int, channels: int) -> DataSummary:
+    """
+    Args:
+        source ([`~data.source.Source`]): Data that has been opened.
+        image_size (`int`): Side of the images as the run takes them.
+        channels (`int`): Their channels.
+
+    Returns:
+        [`DataSummary`]: The part of it that the reports show.
+    """
+    images = len(source.dataset) if isinstance(source.dataset, Dataset) else None
+    names = [] if source.id2label is None else [source.id2label[i] for i in sorted(source.id2label)]
+    return DataSummary(images, source.num_classes, names, source.has_features, image_size, channels)
+
+
+def start_report(
+    config: TrainingConfig, data: DataSummary, precision: tuple[str, str], device: torch.device, processes: int
+) -> str:
+    """
+    What is about to happen, in one block; a run and its dry run print the same.
+
+    Args:
+        config ([`TrainingConfig`]): The run.
+        data ([`DataSummary`]): Its data.
+        precision (`tuple[str, str]`): What [`~trainer.device.choose_precision`] chose, and why.
+        device (`torch.device`): Where it computes.
+        processes (`int`): Number of training processes.
+
+    Returns:
+        `str`: Lines of plain text.
+    """
+    with torch.device("meta"):
+        transformer = ERWTransformer2DModel(**config.model_config(data.num_classes))
+    choose_attention(transformer, device.type, precision[0])
+    processor = next(iter(transformer.attn_processors.values()))
+    kernel = AttentionBackendName(processor._attention_backend or DIFFUSERS_ATTN_BACKEND).value
+    images = "streamed, not counted" if data.num_images is None else f"{data.num_images}"
+    classes = str(data.num_classes or "none: unconditional")
+    if data.class_names:
+        more = ", ..." if len(data.class_names) > SHOWN_CLASSES else ""
+        classes += f": {', '.join(data.class_names[:SHOWN_CLASSES])}{more}"
+    side, channels = data.image_size, data.channels
+    latents = f"latents {config.in_channels}x{config.sample_size}x{config.sample_size}" if config.vae else "no latents"
+    size = f"{config.num_layers} blocks of width {config.num_attention_heads * config.attention_head_dim}"
+    name = f"{config.model}: " if config.model else ""
+    batch, accumulation = config.train_batch_size, config.gradient_accumulation_steps
+    return _table([
+        ("data", f"{config.dataset_name}, split {config.dataset_split}"),
+        ("images", f"{images}; {side}x{side} px, {channels} channel{'s' * (channels > 1)}; {latents}"),
+        ("classes", classes),
+        ("model", f"{name}{size}, {config.token_grid}x{config.token_grid} tokens"),
+        ("encoder", ", ".join(config.encoders) or "none"),
+        (
+            "batch",
+            f"{processes} process{'es' * (processes > 1)} x {batch} x {accumulation} accumulated = "
+            f"{config.step_batch_size(processes)}",
+        ),
+        ("precision", f"{'float32' if precision[0] == 'no' else precision[0]} ({precision[1]})"),
+        ("device", f"{device.type}: {device_name(device)}"),
+        ("attention", f"{kernel}{', torch chooses the kernel' * (kernel == 'native')}"),
+        ("steps", f"{config.warmup_steps} warmup + {config.max_train_steps - config.warmup_steps} full"),
+        ("writes to", config.output_dir),
+    ])  # fmt: skip
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
 def cost_report(config: TrainingConfig) -> str:
@@ -53,15 +147,14 @@ def cost_report(config: TrainingConfig) -> str:
         ValueError: for columns, depths, grids or classes that do not fit, with what to change.
         OSError: for a data set, encoder or autoencoder that does not exist or that this account may not read.
     """
-    num_classes, num_images, has_features = _check_data(config)
-    if config.vae is not None:
-        with hub_or_cache(config.vae, "vae"):
-            vae_config = Autoencoder.load_config(config.vae)
-        check_autoencoder(vae_config, config.vae, config.in_channels)
+    precision = choose_precision(config.mixed_precision)
+    data = _check_data(config)
+    num_classes, num_images = data.num_classes, data.num_images
+    start = start_report(config, data, precision, found_device(), int(os.environ.get("WORLD_SIZE", 1)))
     with torch.device("meta"):
         encoders = _encoders_on_meta(config)
         full = build_full_model(config, num_classes, encoders)
-        teacher = build_teacher(config, encoders, has_features)
+        teacher = build_teacher(config, encoders, data.has_features)
         full_flops = count_step_flops(full, teacher.running(aligned=bool(full.projectors)))
         unaligned_flops = count_step_flops(full, teacher.running(aligned=False))
         warmup_flops = 0
@@ -85,7 +178,6 @@ def cost_report(config: TrainingConfig) -> str:
     rows = [
         ("transformer", f"{parameters / 1e6:.1f} M parameters, {config.token_grid}x{config.token_grid} tokens"),
         ("projector, encoder", f"{(trained - parameters) / 1e6:.1f} M trained, {frozen / 1e6:.1f} M frozen"),
-        ("data", f"{num_classes or 'no'} classes, {num_images or 'unknown number of'} images"),
         ("FLOPs of a warmup step", f"{warmup_flops * batch:.3e} ({warmup_flops / full_flops:.3f} of a full one)"),
         ("FLOPs of a full step", f"{full_flops * batch:.3e}"),
         ("steps", f"{config.warmup_steps} warmup + {full_steps} full"),
@@ -93,52 +185,73 @@ def cost_report(config: TrainingConfig) -> str:
         ("FLOPs in all", f"{total:.3e}, for each process"),
         (
             "GPU-hours",
-            f"{total / PEAK_FLOPS['H100'] / config.dry_run_mfu / 3600:.1f} at {config.dry_run_mfu:.0%} MFU of 989 TFLOP/s, for each process",
+            f"{total / PEAK_FLOPS['H100'] / MFU / 3600:.1f} at {MFU:.0%} MFU of 989 TFLOP/s, for each process",
         ),
         (
             "memory",
             f"{state / GIB:.1f} GiB of state + {_activations(config, batch) / GIB:.1f} GiB of activations (estimate)",
         ),
+        ("EMA", _average(config, full_steps)),
         ("checkpoint", f"{saved / GIB:.1f} GiB each, {config.checkpoints_total_limit or 'all'} kept"),
     ]
     if config.vae is not None and num_images:
         # Mean and deviation in float16
         latents = num_images * 2 * config.in_channels * config.sample_size**2 * 2
         rows.append(("latents, if cached", f"{latents / GIB:.1f} GiB, and the images as JPEG beside them"))
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name:<{width}}  {value}" for name, value in rows]
-    return "\n".join([*lines, "Autoencoder and optimizer are not in the FLOPs. Nothing wrong was found."])
+    return f"{start}\n\n{_table(rows)}\nAutoencoder and optimizer are not in the FLOPs. Nothing wrong was found."
 
 
-def _check_data(config: TrainingConfig) -> tuple[int, int | None, bool]:
-    """Classes, images, and whether the encoder's tokens are cached; of a Hub data set only the metadata is read."""
+def _check_data(config: TrainingConfig) -> DataSummary:
+    """Of a local dataset all, of one on the Hub the metadata alone."""
     if is_local(config.dataset_name):
         source = load_source(**config.source_arguments())
         check_cache(config, source)
-        return source.num_classes, None if config.streaming else len(source.dataset), source.has_features
+        return summary_of(source, *_check_pixels(config))
     with hub_or_cache(config.dataset_name, "dataset_name"):
         info = load_dataset_builder(config.dataset_name, config.dataset_config_name).info
     if info.splits:
         sizes = {name: split.num_examples for name, split in info.splits.items()}
         check_split(sizes, config.dataset_split, config.dataset_name)
-    columns = list(info.features or {})
-    rows_and_features = _rows(info, config), FEATURES_COLUMN in columns
+    columns, names, label_column = list(info.features or {}), None, None
     if columns:
         if find_column(columns, config.image_column, IMAGE_COLUMNS, "image_column") is None:
             raise ValueError(f"no image column among {columns}; name it with --image_column")
-        if config.num_classes == 0:
-            return 0, *rows_and_features
-        label_column = find_label_column(columns, config.label_column, class_columns(info.features))
+        if config.num_classes != 0:
+            label_column = find_label_column(columns, config.label_column, class_columns(info.features))
         names = getattr(info.features.get(label_column), "names", None)
         if names is not None and config.num_classes is not None and len(names) != config.num_classes:
-            raise ValueError(f"num_classes={config.num_classes}, the data set has {len(names)} classes")
-        if names is not None:
-            return len(names), *rows_and_features
-        if label_column is None:
-            return 0, *rows_and_features
-    if config.num_classes is None:
-        raise ValueError("the data set does not say how many classes it has: set num_classes")
-    return config.num_classes, *rows_and_features
+            raise ValueError(f"num_classes={config.num_classes}, the dataset has {len(names)} classes")
+    num_classes = config.num_classes
+    if names is not None:
+        num_classes = len(names)
+    elif columns and label_column is None:
+        num_classes = 0
+    elif num_classes is None:
+        raise ValueError("the dataset does not say how many classes it has: set num_classes")
+    return DataSummary(
+        _rows(info, config), num_classes, names or [], FEATURES_COLUMN in columns, *_check_pixels(config)
+    )
+
+
+def _check_pixels(config: TrainingConfig) -> tuple[int, int]:
+    """Side and channels of the images, without the autoencoder's weights."""
+    if config.vae is None:
+        return config.sample_size, config.in_channels
+    with hub_or_cache(config.vae, "vae"):
+        vae_config = Autoencoder.load_config(config.vae)
+    check_autoencoder(vae_config, config.vae, config.in_channels)
+    with torch.device("meta"):
+        vae = Autoencoder.from_config(vae_config)
+    return config.sample_size * ERWPipeline.vae_scale_factor_of(vae), image_channels(vae)
+
+
+def _average(config: TrainingConfig, steps: int) -> str:
+    """Where the averaged weights, which make pictures and pipeline, are at the end."""
+    share, behind = config.ema_profiles()[0].after(steps)
+    text = f"at the end {behind:.0f} steps behind the weights, {share:.1%} initial weights"
+    if share > 0.05:
+        text += ": too slow for this run, set ema_ramp or a lower ema_decay"
+    return text
 
 
 def _rows(info: DatasetInfo, config: TrainingConfig) -> int | None:

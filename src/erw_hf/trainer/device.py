@@ -11,14 +11,63 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What keeps the device busy: copies beside a step, values fetched late; and how much of its memory is used."""
+"""The device: which one, in which precision; what keeps it busy: copies beside a step, values fetched late; its memory."""
 
 import functools
+import os
 import resource
 import sys
 import time
 
 import torch
+from accelerate.utils import parse_flag_from_env
+
+
+def found_device() -> torch.device:
+    """
+    Returns:
+        `torch.device`: Where a run started here would compute, as accelerate chooses it.
+    """
+    accelerator = None if parse_flag_from_env("ACCELERATE_USE_CPU") else torch.accelerator.current_accelerator(True)
+    return torch.device("cpu") if accelerator is None else accelerator
+
+
+def choose_precision(setting: str) -> tuple[str, str]:
+    """
+    Decides once, from the key, the launcher and the device.
+
+    Args:
+        setting (`str`): `mixed_precision` of the run: `"auto"`, `"no"`, `"fp16"` or `"bf16"`.
+
+    Returns:
+        `tuple[str, str]`: `"no"`, `"fp16"` or `"bf16"`, and why. `"auto"` is what `accelerate launch` says; else bf16 where
+        the device computes it itself (GPUs since Ampere, CPUs with AMX); fp16 on older GPUs, whose bf16 is emulated and
+        slower than float32, while fp16 has tensor cores and is what ERW's paper trained in; else float32.
+
+    Raises:
+        ValueError: if the key and `accelerate launch` name two precisions.
+    """
+    # "no" is what accelerate launch says where it was told nothing, so it says nothing.
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launcher not in ("no", "fp16", "bf16"):
+        raise ValueError(f"accelerate launch sets mixed_precision {launcher}, the trainer knows no, fp16 and bf16")
+    if launcher != "no" and setting not in ("auto", launcher):
+        raise ValueError(
+            f"mixed_precision is {setting}, but accelerate launch (--mixed_precision or its config file) sets {launcher}: "
+            "make them the same, or leave ours at auto"
+        )
+    on_gpu = found_device().type == "cuda"
+    emulated = on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False)
+    slow = "; this GPU emulates bf16, which is slower than float32: fp16 is its fast one" if emulated else ""
+    if launcher != "no":
+        return launcher, "set by accelerate launch" + (slow if launcher == "bf16" else "")
+    if setting != "auto":
+        return setting, "set by mixed_precision" + (slow if setting == "bf16" else "")
+    if on_gpu:
+        return ("fp16", "auto: this GPU only emulates bf16") if emulated else ("bf16", "auto: on a GPU that has it")
+    if found_device().type == "cpu" and torch.cpu._is_amx_tile_supported():
+        return "bf16", "auto: on a CPU with AMX"
+    return "no", "auto: this device is not faster in bf16"
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ diffusers' `EMAModel` has neither the power function nor sharded weights, which 
 """
 
 import argparse
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,14 +44,18 @@ class EMAProfile:
     """How an average forgets.
 
     Args:
-        decay (`float`, *optional*): Constant decay, in [0, 1).
+        decay (`float`, *optional*): Decay, in [0, 1).
         sigma_rel (`float`, *optional*):
             In place of it, the relative width of a power-function average: it then looks back over a share of the
             training so far, where a constant decay looks back over a number of steps.
+        ramp (`bool`, *optional*, defaults to `False`):
+            Whether `decay` is reached along (1 + n) / (10 + n), n the steps before this one, as by diffusers' `EMAModel`.
+            The average then looks back over about a ninth of a short training, and forgets its initial weights at once.
     """
 
     decay: float | None = None
     sigma_rel: float | None = None
+    ramp: bool = False
 
     def decay_at(self, step: int) -> float:
         """
@@ -59,12 +64,30 @@ class EMAProfile:
 
         Returns:
             `float`: Share of the average that stays (EDM2, arXiv 2312.02696, Eq. 127); 0 at the first step of a
-            power-function average, which thus forgets the initial weights.
+            power-function or ramped average, which thus forgets the initial weights.
         """
-        if self.sigma_rel is None:
-            assert self.decay is not None
-            return self.decay
-        return float((1 - 1 / step) ** (power_of(self.sigma_rel) + 1))
+        if self.sigma_rel is not None:
+            return float((1 - 1 / step) ** (power_of(self.sigma_rel) + 1))
+        assert self.decay is not None
+        if self.ramp:
+            return 0.0 if step == 1 else min(self.decay, step / (9 + step))
+        return self.decay
+
+    def after(self, steps: int) -> tuple[float, float]:
+        """
+        Where the average of a run of some steps is.
+
+        Args:
+            steps (`int`): Steps of the average.
+
+        Returns:
+            `tuple[float, float]`: Share of the initial weights in it, and how many steps it lies behind the weights.
+        """
+        share, behind = 1.0, 0.0
+        for step in range(1, steps + 1):
+            decay = self.decay_at(step)
+            share, behind = share * decay, decay * (behind + 1)
+        return share, behind
 
 
 class EMA:
@@ -146,6 +169,7 @@ def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: whole_tensor(tensor).cpu().clone() for name, tensor in model.state_dict().items()}
 
 
+@functools.cache
 def power_of(sigma_rel: float) -> float:
     """
     The exponent of a power-function average, whose weight at time t of a training of length T is as `(t / T) ** gamma`.

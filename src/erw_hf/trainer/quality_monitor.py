@@ -38,6 +38,7 @@ from erw_hf.transformer_erw import ERWTransformer2DModel
 
 
 BATCH_SIZE = 64  # of real images through the extractor
+PROBE_TIMES = [0.0, 0.5]  # flow times: clean tokens and noised ones
 
 
 class QualityMonitor:
@@ -151,7 +152,7 @@ class QualityMonitor:
             config.evaluation_samples,
             config.seed,
             num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.evaluation_guidance_scale,
+            guidance_scale=1.0,  # published curves have none
             autocast=self.accelerator.autocast,
         )
         self._remove_work()  # of a run that was killed here: its weights need not be the same to the last bit
@@ -168,9 +169,14 @@ class QualityMonitor:
         return results
 
     def _probe(self, transformer: ERWTransformer2DModel) -> list[dict[str, Any]]:
-        times = sorted({0.0, self.config.probe_time})
         return probe_blocks(
-            transformer, self.fit_images, self.held_out_images, times, self.vae, self.encoder, self.config.path_type
+            transformer,
+            self.fit_images,
+            self.held_out_images,
+            PROBE_TIMES,
+            self.vae,
+            self.encoder,
+            self.config.path_type,
         )
 
     def _plot(self) -> None:

@@ -20,7 +20,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,6 @@ logger = logging.getLogger(__name__)
 
 STATED_PACKAGES = ("torch", "diffusers", "accelerate", "erw-hf")  # whose versions a card names
 # Keys of a run that name a thing by its Hub id or its path; the path means nothing elsewhere.
-PATH_OR_ID = (
-    "dataset_name", "vae", "encoder", "warmup_from", "init_from", "evaluation_reference", "evaluation_extractor",
-    "probe_dataset",
-)  # fmt: skip
 
 
 def split_names(names: str) -> list[str]:
@@ -176,28 +172,28 @@ def training_cost(metrics: Path, environment: dict[str, Any] | None) -> dict[str
     return {"steps": warmup + full, "rows": rows}
 
 
-def describe_environment(device_type: str, processes: int, config: Mapping[str, Any]) -> dict[str, Any]:
+def describe_environment(device_type: str, processes: int, mixed_precision: str, local: list[str]) -> dict[str, Any]:
     """
     What a run's figures need beside them.
 
     Args:
         device_type (`str`): `"cuda"`, `"cpu"` or another one.
         processes (`int`): Number of training processes.
-        config (`Mapping[str, Any]`): Configuration of the run.
+        mixed_precision (`str`): Precision as applied: `"no"`, `"fp16"` or `"bf16"`.
+        local (`list[str]`): Models and data of this machine, see [`~trainer.config.local_names`].
 
     Returns:
-        `dict[str, Any]`: `device`, `processes`, `hardware` of one process, `versions`, and what of `PATH_OR_ID` was
-        `local`.
+        `dict[str, Any]`: These, with `hardware` of one process and `versions`.
     """
     # Here: it imports torch, which whoever only reads a record does without.
     from erw_hf.provenance import device_name, versions
 
     hardware = device_name(device_type) + ("" if device_type == "cuda" else f", {os.cpu_count()} cores")
     installed = versions()
-    local = [part for name in PATH_OR_ID for part in split_names(config.get(name) or "") if Path(part).exists()]
     return {
         "device": device_type,
         "processes": processes,
+        "mixed_precision": mixed_precision,
         "hardware": hardware,
         "versions": {name: installed[name] for name in STATED_PACKAGES if installed[name] is not None},
         "local": local,

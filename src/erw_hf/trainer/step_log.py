@@ -90,7 +90,7 @@ class StepLog:
         if config.report_to != "none":
             # What trackers take as numbers stays one, so that runs can be sorted by it.
             hyperparameters = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in vars(config).items()}
-            accelerator.init_trackers(config.tracker_project_name, config=hyperparameters)
+            accelerator.init_trackers("erw", config=hyperparameters)
             accelerator.trackers = [ForgivingTracker(tracker) for tracker in accelerator.trackers]
         self._late: _LateStep | None = None
         self._last_arrival = 0.0  # when the device was done with the last step that was written
