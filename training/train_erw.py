@@ -105,10 +105,10 @@ def train(config: TrainingConfig, accelerator: Accelerator, folder: RunFolder, p
             config.hub_model_id or Path(config.output_dir).resolve().name, config.hub_private
         )
     inputs = open_inputs(config, accelerator)
-    if accelerator.is_main_process:
-        data = summary_of(inputs.source, inputs.image_size, inputs.channels)
-        print(start_report(config, data, precision, accelerator.device, accelerator.num_processes))
     start = load_start(inputs, checkpoint)
+    if accelerator.is_main_process:
+        data = summary_of(inputs.source, inputs.image_size, inputs.image_channels)
+        print(start_report(config, data, precision, accelerator.device, accelerator.num_processes), flush=True)
     stop_requested = stop_on_sigterm()
     begin_folder(inputs, folder, checkpoint, progress)
 
