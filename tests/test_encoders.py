@@ -108,6 +108,7 @@ def test_images_of_another_form_are_refused(encoder_path, images, message):
     for encode in (encoder, encoder.patch_and_class_tokens):
         with pytest.raises(ValueError, match=message):
             encode(images)
+    assert encoder.to("meta")(torch.zeros(2, 3, 16, 16, device="meta")).shape == (2, 16, 16)  # as FLOPs are counted
 
 
 def test_naflex_variants_are_refused_with_what_to_take(tmp_path):

@@ -26,6 +26,8 @@ killed goes on with the same command. `evaluation.json` holds the numbers and al
 
 import argparse
 import json
+import math
+import os
 import shutil
 import sys
 import time
@@ -44,6 +46,8 @@ from erw_hf.evaluation.images import ImageSet, NpzWriter, dataset_images, genera
 from erw_hf.evaluation.quality import (
     METRICS,
     available_metrics,
+    check_counts,
+    feature_widths,
     load_reference,
     make_reference,
     measure,
@@ -97,14 +101,58 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--save_steps", type=int, default=10, help="batches between two saves of the work")
     args = parser.parse_args()
     if args.record is not None:
-        settings = json.loads(Path(args.record).read_text())["settings"]
-        parser.set_defaults(**settings, output_dir=str(Path(args.record).parent / "again"))
+        parser.set_defaults(
+            **recorded_settings(parser, args.record), output_dir=str(Path(args.record).parent / "again")
+        )
         args = parser.parse_args()
     elif (args.model is None) == (args.images is None):
         parser.error("name what to evaluate: --model or --images")
     if args.reference is None and args.save_reference is None:
         parser.error("name what to compare with, --reference, or what to make, --save_reference")
+    if problem := problem_of(args):
+        parser.error(problem)
     return args
+
+
+def recorded_settings(parser: argparse.ArgumentParser, path: str) -> dict[str, object]:
+    try:
+        settings = json.loads(Path(path).read_text())["settings"]
+        unknown = set(settings) - {action.dest for action in parser._actions}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"--record {path} is not an evaluation.json: {error!r}")
+    if unknown:
+        parser.error(f"--record {path} has settings that this version does not know: {', '.join(sorted(unknown))}")
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def problem_of(args: argparse.Namespace) -> str | None:
+    """What can be told of the flags before anything is loaded."""
+    for name, fewest in (("batch_size", 1), ("num_samples", 1), ("num_inference_steps", 1), ("save_steps", 1), ("image_size", 1), ("seed", 0)):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and value < fewest:
+            return f"--{name} must be at least {fewest}, got {value}"
+    low, high = args.guidance_interval
+    if not 0 <= low <= high <= 1:
+        return f"--guidance_interval must be LOW HIGH with 0 <= LOW <= HIGH <= 1, got {low} {high}"
+    if not math.isfinite(args.guidance_scale):
+        return f"--guidance_scale must be a number, got {args.guidance_scale}"
+    for name in ("images", "reference", "save_reference"):
+        path = getattr(args, name)
+        if path is not None and Path(path).suffix == ".npy":
+            return f"--{name} {path}: name an npz file, np.savez makes one"
+    if args.save_reference is not None:
+        path = Path(args.save_reference)
+        if path.suffix != ".npz" or path.is_dir():
+            return f"--save_reference {path} must be a file that ends with .npz"
+        if args.images is not None and path.exists() and Path(args.images).exists() and path.samefile(args.images):
+            return f"--save_reference {path} would replace the images that it is made of"
+    for folder in filter(None, (args.output_dir, args.save_reference and Path(args.save_reference).parent)):
+        existing = next(
+            parent for parent in (Path(folder).absolute(), *Path(folder).absolute().parents) if parent.exists()
+        )
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            return f"cannot write to {folder}: {existing} is {'not writable' if existing.is_dir() else 'a file'}"
+    return None
 
 
 def main() -> None:
@@ -119,6 +167,21 @@ def main() -> None:
     args.num_samples = images.count
     extractors, extractor = load_extractors(args, accelerator)
     args.metrics = choose_metrics(args.metrics, extractors, images)
+    leave_out_what_is_not_done(args, accelerator)
+    check_reference = partial(
+        load_reference, metrics=args.metrics, extractor_hash=extractor["sha256"], image_size=images.size,
+        widths=feature_widths(extractors, images.size),
+    )  # fmt: skip
+    real = None
+    if args.reference is not None:  # before any work
+        if args.reference.endswith(".npz") and args.reference != args.save_reference:
+            check_reference(args.reference)
+        elif not args.reference.endswith(".npz"):
+            real = open_images(args.reference, args.reference_split, images.size[0])
+            check_counts(args.metrics, real.count, f"images in the reference {args.reference}")
+        check_counts(args.metrics, images.count, "samples")
+    else:
+        check_counts(["fid"], images.count, "images for a reference")
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     work = output_dir / "work"
     files = {"save_npz": args.save_npz, "save_png": args.save_png}  # batches that are done are not drawn again
@@ -132,9 +195,9 @@ def main() -> None:
     if args.reference is None:
         finish(work, accelerator)
         return
-    reference_path, stages = find_reference(args, images.size[0], extractors, accelerator)
+    reference_path, stages = find_reference(args, real, extractors, accelerator)
     seconds |= stages
-    reference = load_reference(reference_path, args.metrics, extractor["sha256"], images.size)
+    reference = check_reference(reference_path)
 
     writer = NpzWriter(output_dir / "samples.npz", images.count) if args.save_npz else None
     write = partial(write_images, output_dir / "samples" if args.save_png else None, writer)
@@ -178,8 +241,8 @@ def open_samples(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Im
 def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> ERWPipeline:
     with accelerator.main_process_first():
         pipe = ERWPipeline.from_pretrained(args.model).to(accelerator.device)
-    if args.sampler == "heun":
-        pipe.scheduler = FlowMatchHeunScheduler(path_type=pipe.scheduler.config.path_type)
+    if args.sampler == "heun":  # diffusers' own schedulers have no path type: theirs is the linear path
+        pipe.scheduler = FlowMatchHeunScheduler(path_type=pipe.scheduler.config.get("path_type", "linear"))
     if args.sampler == "euler":
         pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     pipe.set_progress_bar_config(disable=True)
@@ -231,25 +294,50 @@ def choose_metrics(wanted: list[str] | None, extractors: Sequence[torch.nn.Modul
     return wanted
 
 
+def leave_out_what_is_not_done(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """The record says what was done: flags that nothing applies are not in it."""
+    wanted = {name: getattr(args, name) for name in ("image_size", "mixed_precision")}
+    if args.model is not None:
+        args.mixed_precision = applied_precision(accelerator)
+    else:
+        args.mixed_precision, args.labels, args.sampler, args.num_inference_steps = "no", None, None, None
+        args.guidance_scale, args.guidance_interval = None, None
+    if args.images is None or args.images.endswith(".npz"):
+        args.image_size = args.split = None
+    if args.reference is None or args.reference.endswith(".npz"):
+        args.reference_split = None
+    for name, value in wanted.items():
+        if value not in (None, getattr(args, name)):
+            accelerator.print(f"--{name} {value} does not apply here, {name} is {getattr(args, name)} in the record")
+
+
+def applied_precision(accelerator: Accelerator) -> str:
+    device = accelerator.device.type
+    with accelerator.autocast():  # accelerate has no fp16 on CPUs, and goes without
+        if not torch.is_autocast_enabled(device):
+            return "no"
+        return "fp16" if torch.get_autocast_dtype(device) == torch.float16 else "bf16"
+
+
 def find_reference(
-    args: argparse.Namespace, side: int, extractors: Sequence[torch.nn.Module], accelerator: Accelerator
+    args: argparse.Namespace, real: ImageSet | None, extractors: Sequence[torch.nn.Module], accelerator: Accelerator
 ) -> tuple[Path, dict[str, float]]:
-    """The reference file, which is made where a data set is named, and how long that took."""
-    path = Path(args.reference)
-    if path.suffix == ".npz":
-        return path, {}
+    """The reference file, which is made where a dataset is named, and how long that took."""
+    if real is None:
+        return Path(args.reference), {}
     output_dir, started = Path(args.output_dir), time.perf_counter()
-    path = reference_file(output_dir, args.reference, args.reference_split, side, extractors, args.seed)
+    path = reference_file(output_dir, args.reference, args.reference_split, real.size[0], extractors, args.seed)
     if not path.exists():
-        images, folder = open_images(args.reference, args.reference_split, side), output_dir / "work" / "reference"
-        make_reference(path, images, extractors, accelerator, folder, args.batch_size, args.seed)
+        folder = output_dir / "work" / "reference"
+        make_reference(path, real, extractors, accelerator, folder, args.batch_size, args.seed)
     return path, {"reference": time.perf_counter() - started}
 
 
 def begin(output_dir: Path, settings: dict[str, object], accelerator: Accelerator) -> None:
-    """Work that was begun with other settings, or other weights, is not gone on with."""
+    """Work that was begun with other settings, or other weights, is not gone on with; a try that did nothing binds nobody."""
     path, settings = output_dir / "work" / "settings.json", json.loads(json.dumps(settings))
-    if path.exists() and (before := json.loads(path.read_text())) != settings:
+    done = any(file.suffix in (".pt", ".npy") for file in (output_dir / "work").rglob("*"))
+    if done and path.exists() and (before := json.loads(path.read_text())) != settings:
         different = [
             f"{part}.{name}"
             for part in settings

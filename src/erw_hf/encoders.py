@@ -251,8 +251,8 @@ class RepresentationEncoder(nn.Module):
             )
         if not images.is_floating_point():
             raise ValueError(f"images must be floats in [0, 1], got {images.dtype}: divide images of 8 bits by 255")
-        # On a GPU the first batch tells, since each look waits for the device.
-        if len(images) == 0 or images.is_meta or (self._seen_range and images.device.type != "cpu"):
+        # On a GPU the first batch tells, since each look waits for the device; FLOPs are counted on meta.
+        if images.numel() == 0 or images.is_meta or (self._seen_range and images.device.type != "cpu"):
             return
         low, high = (value.item() for value in images.aminmax())
         if low < -0.25 or high > 1.25:  # a resize may overshoot

@@ -24,6 +24,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from helpers import REPOSITORY, TINY_MODEL, launch_command, randomize, run_script, train
+from PIL import Image as PILImage
 
 from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler
 from erw_hf.evaluation.images import dataset_images, generated_images, npz_images, sample_generator, sample_label
@@ -303,3 +304,122 @@ def test_a_run_that_could_not_evaluate_does_not_start(tiny_flags, tmp_path):
             f"--evaluation_extractor={CLASSIFIER}",
         )  # fmt: skip
     assert read_metrics(tmp_path / "run" / "metrics.jsonl") == []
+
+
+@pytest.fixture(scope="module")
+def images_of_8_px(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "some.npz"
+    np.savez(path, arr_0=np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8))
+    return path
+
+
+def test_the_record_leaves_out_what_was_not_done(model, images_of_8_px, tmp_path, capsys):
+    flags = [f"--reference={images_of_8_px.parent}/r.npz", f"--extractor={CLASSIFIER}"]
+    with pytest.raises(FileNotFoundError):
+        evaluate(tmp_path / "a", f"--images={images_of_8_px}", *flags)
+    made = f"--save_reference={images_of_8_px.parent}/r.npz"
+    record = evaluate(
+        tmp_path / "a", f"--images={images_of_8_px}", *flags, made, "--image_size=16", "--mixed_precision=bf16"
+    )
+    nothing = ["image_size", "split", "reference_split", "labels", "sampler", "num_inference_steps", "guidance_scale"]
+    assert [record["settings"][name] for name in nothing] == [None] * 7
+    assert (
+        record["settings"]["mixed_precision"] == "no" and "--image_size 16 does not apply" in capsys.readouterr().out
+    )
+    drawing = [f"--model={model}", "--num_samples=4", "--num_inference_steps=1", "--metrics=fid"]
+    for asked, applied in (("fp16", "no"), ("bf16", "bf16")):  # on a CPU
+        record = evaluate(tmp_path / asked, *drawing, *flags, f"--mixed_precision={asked}")
+        assert record["settings"]["mixed_precision"] == applied
+    again = tmp_path / "a" / "again"
+    run_script("evaluate", f"--record={tmp_path}/a/evaluation.json", f"--output_dir={again}")
+    assert (again / "evaluation.json").exists()
+
+
+BAD_FLAGS = {
+    "--batch_size=0": "batch_size must be at least 1, got 0",
+    "--num_samples=0": "num_samples must be at least 1",
+    "--num_inference_steps=0": "num_inference_steps must be at least 1",
+    "--save_steps=0": "save_steps must be at least 1",
+    "--guidance_scale=nan": "guidance_scale must be a number",
+    "--guidance_interval=0.7 0": "0 <= LOW <= HIGH <= 1",
+    "--save_reference={folder}": "must be a file that ends with .npz",
+    "--save_reference={folder}/r": "must be a file that ends with .npz",
+    "--save_reference={folder}/text.npz/r.npz": "text.npz is a file",
+    "--reference={folder}/r.npy": "r.npy: name an npz file",
+    "--output_dir={folder}/text.npz": "text.npz is a file",
+    "--metrics=fido": "invalid choice: 'fido'",
+    "--record={folder}/text.npz": "is not an evaluation.json",
+    "--record={folder}/absent.json": "is not an evaluation.json",
+}
+
+
+@pytest.mark.parametrize("flag", BAD_FLAGS)
+def test_bad_flags_end_it_before_anything_is_loaded(flag, tmp_path, capsys):
+    (tmp_path / "text.npz").write_text("404: Not Found")
+    name, _, value = flag.format(folder=tmp_path).partition("=")
+    subject = [] if name == "--record" else ["--model=absent", "--reference=digits"]
+    with pytest.raises(SystemExit) as end:
+        run_script("evaluate", f"--output_dir={tmp_path}/out", *subject, name, *value.split())
+    assert end.value.code == 2 and BAD_FLAGS[flag] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "kind", ["few", "truncated", "text", "npy", "other keys", "other widths", "not finite", "dataset"]
+)
+def test_a_bad_reference_ends_it_before_any_image_is_drawn(model, images_of_8_px, kind, tmp_path):
+    path, square = tmp_path / "r.npz", np.eye(64)
+    few = np.zeros((3, 8, 8, 3), np.uint8)
+    np.savez(path, mu=np.zeros(64), sigma=square, arr_0=few)
+    message = "precision_recall needs at least 4 images in the reference .*r.npz, there are 3"
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-50])
+        message = "not an npz file, or was cut short"
+    elif kind == "text":
+        path.write_text("404: Not Found")
+        message = "not an npz file, or was cut short"
+    elif kind == "npy":
+        np.save(tmp_path / "r.npy", few)
+        (tmp_path / "r.npy").replace(path)
+        message = "not an npz file, or was cut short"
+    elif kind == "other keys":
+        np.savez(path, images=few)
+        message = "no mu and sigma, which fid needs"
+    elif kind == "other widths":
+        np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048, dtype=np.float32), arr_0=few)
+        message = "2048 features, the extractor 64"
+    elif kind == "not finite":
+        np.savez(path, mu=np.full(64, np.nan), sigma=square, arr_0=few)
+        message = "must be finite"
+    elif kind == "dataset":
+        path = tmp_path / "three"
+        path.mkdir()
+        for i in range(3):
+            PILImage.new("RGB", (8, 8), (i, i, i)).save(path / f"{i}.png")
+        message = "precision_recall needs at least 4 images in the reference .*three, there are 3"
+    flags = [f"--model={model}", f"--extractor={CLASSIFIER}", "--num_samples=5", "--num_inference_steps=1"]
+    with pytest.raises(ValueError, match=message):
+        evaluate(tmp_path / "out", *flags, f"--reference={path}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_try_that_drew_nothing_does_not_bind_the_next(tmp_path):
+    broken = ERWTransformer2DModel(**TINY_MODEL)
+    torch.nn.init.constant_(broken.proj_out.bias, torch.nan)
+    ERWPipeline(broken, None, FlowMatchEulerMaruyamaScheduler()).save_pretrained(tmp_path / "broken")
+    np.savez(tmp_path / "r.npz", mu=np.zeros(64), sigma=np.eye(64))
+    flags = [f"--reference={tmp_path}/r.npz", f"--extractor={CLASSIFIER}", "--metrics=fid", "--num_samples=4"]
+    for steps in (1, 2):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            evaluate(tmp_path / "out", f"--model={tmp_path}/broken", *flags, f"--num_inference_steps={steps}")
+
+
+def test_a_pipeline_with_diffusers_scheduler_is_drawn_by_heun(tmp_path):
+    transformer = randomize(ERWTransformer2DModel(**TINY_MODEL)).eval()
+    ERWPipeline(transformer, None, FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path / "model")
+    np.savez(tmp_path / "r.npz", mu=np.zeros(64), sigma=np.eye(64))
+    flags = [f"--reference={tmp_path}/r.npz", f"--extractor={CLASSIFIER}", "--metrics=fid", "--num_samples=4"]
+    record = evaluate(
+        tmp_path / "out", f"--model={tmp_path}/model", *flags, "--sampler=heun", "--num_inference_steps=2"
+    )
+    assert record["model"]["scheduler"]["class"] == "FlowMatchHeunScheduler"

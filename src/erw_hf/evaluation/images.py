@@ -168,9 +168,12 @@ def npz_images(path: str | Path) -> ImageSet:
     Raises:
         ValueError: if there is no such array.
     """
-    archive = zipfile.ZipFile(path)
+    archive = open_npz(path)
     if "arr_0.npy" not in archive.namelist():
-        raise ValueError(f"{path} holds no images: it has no arr_0, (N, H, W, 3) uint8 as ADM's sample files")
+        raise ValueError(
+            f"{path} holds no images: it has no arr_0, (N, H, W, 3) uint8 as ADM's sample files, but "
+            f"{[name.removesuffix('.npy') for name in archive.namelist()]}"
+        )
     stored = archive.open("arr_0.npy")
     version = np.lib.format.read_magic(stored)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -187,6 +190,26 @@ def npz_images(path: str | Path) -> ImageSet:
         return torch.from_numpy(images).permute(0, 3, 1, 2), None
 
     return ImageSet(shape[0], shape[1:3], read)
+
+
+def open_npz(path: str | Path) -> zipfile.ZipFile:
+    """
+    Args:
+        path (`str` or `Path`): An npz file.
+
+    Returns:
+        `zipfile.ZipFile`: It, open.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or another kind of file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is not an npz file, or was cut short: {error}") from error
 
 
 def dataset_images(dataset_name: str, split: str = "train", image_size: int | None = None) -> ImageSet:

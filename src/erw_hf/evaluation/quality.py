@@ -20,7 +20,7 @@ The Fréchet distance is in `metrics`; Inception score, KID, precision and recal
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from accelerate import Accelerator
 
 from erw_hf.evaluation.extractors import weights_hash
 from erw_hf.evaluation.feature_statistics import Features, extract_features
-from erw_hf.evaluation.images import ImageSet, npz_images, take
+from erw_hf.evaluation.images import ImageSet, npz_images, open_npz, take
 from erw_hf.evaluation.metrics import frechet_distance
 from erw_hf.files import written_whole
 
@@ -50,6 +50,8 @@ _HOW_TO_MAKE = (
     "make the statistics from a data set with `evaluate.py --images DATASET --save_reference FILE.npz` and the same "
     f"--extractor and --dinov2, or take ADM's, which are of Inception: {ADM_REFERENCE}"
 )
+# Fewest images that a metric can be computed of; precision and recall look at 3 neighbours of each.
+_FEWEST = {"fid": 2, "sfid": 2, "fd_dinov2": 2, "kid": 2, "precision_recall": 4}
 REFERENCE_IMAGES = 10_000  # that a reference file holds for precision, recall and KID, as ADM's does
 KID_SUBSET_SIZE = 1000
 
@@ -93,8 +95,47 @@ def save_reference(
         np.savez(file, allow_pickle=False, **arrays)
 
 
+def check_counts(metrics: Sequence[str], count: int, what: str) -> None:
+    """
+    Args:
+        metrics (`Sequence[str]`): Some of `METRICS`.
+        count (`int`): Number of images.
+        what (`str`): What they are called in the error, as `"samples"`.
+
+    Raises:
+        ValueError: if a metric needs more of them.
+    """
+    for metric in metrics:
+        if count < (fewest := _FEWEST.get(metric, 1)):
+            raise ValueError(
+                f"{metric} needs at least {fewest} {what}, there are {count}: take more, or set --metrics"
+            )
+
+
+@torch.no_grad()
+def feature_widths(extractors: Sequence[torch.nn.Module], image_size: tuple[int, int]) -> dict[str, int]:
+    """
+    Args:
+        extractors (`Sequence[torch.nn.Module]`): Networks.
+        image_size (`tuple[int, int]`): Height and width of the images.
+
+    Returns:
+        `dict[str, int]`: Width of the features of each layer, found on a black image.
+    """
+    widths: dict[str, int] = {}
+    for extractor in extractors:
+        tensor = next(iter(extractor.parameters()), torch.zeros(0))
+        black = torch.zeros(1, 3, *image_size, dtype=torch.uint8, device=tensor.device)
+        widths |= {layer: features.shape[1] for layer, features in extractor(black).items()}
+    return widths
+
+
 def load_reference(
-    path: str | os.PathLike[str], metrics: Sequence[str], extractor_hash: str, image_size: tuple[int, int]
+    path: str | os.PathLike[str],
+    metrics: Sequence[str],
+    extractor_hash: str,
+    image_size: tuple[int, int],
+    widths: Mapping[str, int] | None = None,
 ) -> Reference:
     """
     Reads a reference and checks that it serves the metrics.
@@ -104,17 +145,19 @@ def load_reference(
         metrics (`Sequence[str]`): Some of `METRICS`.
         extractor_hash (`str`): [`~evaluation.extractors.weights_hash`] of the extractor of the samples.
         image_size (`tuple[int, int]`): Height and width of the samples.
+        widths (`Mapping[str, int]`, *optional*): Of the extractors' layers, [`feature_widths`], to be checked.
 
     Returns:
         [`Reference`]: Its statistics.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it lacks something, is of images of another size, or was made with another extractor.
+        ValueError: if it is damaged, lacks something, is of images of another size, or was made with another extractor.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no reference {path}: {_HOW_TO_MAKE}")
+    open_npz(path).close()
     with np.load(path) as file:
         for metric in metrics:
             missing = [name for name in (_NAMES[_FRECHET[metric]] if metric in _FRECHET else ()) if name not in file]
@@ -133,12 +176,32 @@ def load_reference(
         statistics = {
             layer: (file[mu], file[sigma]) for layer, (mu, sigma) in _NAMES.items() if mu in file and sigma in file
         }
+    for layer in {_FRECHET[metric] for metric in metrics if metric in _FRECHET}:
+        mu, sigma = statistics[layer]
+        if (
+            mu.ndim != 1
+            or sigma.shape != (mu.size, mu.size)
+            or not (np.isfinite(mu).all() and np.isfinite(sigma).all())
+        ):
+            raise ValueError(
+                f"{' and '.join(_NAMES[layer])} of {path} must be finite, (D,) and (D, D), they are {mu.shape} and "
+                f"{sigma.shape}: {_HOW_TO_MAKE}"
+            )
+        if widths is not None and widths[layer] != mu.size:
+            raise ValueError(_other_extractor(path, mu.size, widths[layer]))
+    if has_images:
+        needing = [metric for metric in metrics if metric in ("precision_recall", "kid")]
+        check_counts(needing, npz_images(path).count, f"images in the reference {path}")
     if has_images and npz_images(path).size != image_size:
         raise ValueError(
             f"{path} is of {npz_images(path).size} px images, the samples are {image_size} px: take a reference of their "
             "size, or set --image_size"
         )
     return Reference(path, statistics)
+
+
+def _other_extractor(path: Path, theirs: int, ours: int) -> str:
+    return f"{path} has {theirs} features, the extractor {ours}: it was made with another extractor; {_HOW_TO_MAKE}"
 
 
 def available_metrics(extractors: Sequence[torch.nn.Module], num_classes: int) -> list[str]:
@@ -197,10 +260,7 @@ def quality_metrics(
             mu, sigma = samples.statistics[_FRECHET[metric]].mean_and_covariance()
             expected_mu, expected_sigma = reference.statistics[_FRECHET[metric]]
             if mu.shape != expected_mu.shape:
-                raise ValueError(
-                    f"{reference.path} has {expected_mu.size} features, the extractor {mu.size}: it was made with "
-                    f"another extractor; {_HOW_TO_MAKE}"
-                )
+                raise ValueError(_other_extractor(reference.path, expected_mu.size, mu.size))
             results[metric] = frechet_distance(mu, sigma, expected_mu, expected_sigma)
         elif metric == "accuracy":
             results[metric] = (samples.layer("logits").argmax(dim=1) == samples.layer("labels")).double().mean().item()
@@ -319,10 +379,7 @@ def measure(
     Raises:
         ValueError: for fewer samples than the metrics need.
     """
-    if images.count < 2:
-        raise ValueError(f"covariances need at least 2 samples, got num_samples={images.count}")
-    if images.count < 4 and "precision_recall" in metrics:
-        raise ValueError(f"precision and recall need 3 neighbours, so at least 4 samples, got {images.count}")
+    check_counts(metrics, images.count, "samples")
     keep = kept_layers(metrics)
     samples = extract_features(
         images, extractors, accelerator, folder / "samples", batch_size, keep, save_steps, write, "samples"
