@@ -175,7 +175,7 @@ def write_file(
             continue
         batch = torch.stack(pixels).to(vae.device)
         moments = encode_moments(batch, vae)
-        mean, std = moments.double().chunk(2, dim=1)
+        mean, std = moments.cpu().double().chunk(2, dim=1)  # not every device has float64
         sums = sums + mean.sum(dim=(0, 2, 3))
         squares = squares + (mean.square() + std.square()).sum(dim=(0, 2, 3))  # of a draw, in expectation
         count += mean[:, 0].numel()

@@ -153,7 +153,7 @@ class ERWLoopDenoiser(ModularPipelineBlocks):
     @torch.no_grad()
     def __call__(self, components, block_state, i: int, t: torch.Tensor):
         transformer, guider = components.transformer, components.guider
-        time = float(t.double() / components.scheduler.config.num_train_timesteps)
+        time = float(t) / components.scheduler.config.num_train_timesteps
         guider.set_state(step=i, num_inference_steps=len(block_state.timesteps), timestep=t)
         batches = guider.prepare_inputs({"class_labels": (block_state.labels, block_state.null_labels)})
         for batch in batches:

@@ -255,6 +255,24 @@ class ERWPipeline(DiffusionPipeline):
             self._make_portable(written)
             _replace(folder, written, kwargs.get("variant"))
 
+    def push_to_hub(self, repo_id: str, *args, **kwargs) -> str:
+        """
+        Uploads what [`~ERWPipeline.save_pretrained`] writes.
+
+        Args:
+            repo_id (`str`): Repo to push to; it is made if it is not there.
+            args: Further arguments of [`~utils.PushToHubMixin.push_to_hub`].
+            kwargs: The same.
+
+        Returns:
+            `str`: Where the upload can be seen.
+
+        Raises:
+            ValueError: before the repo is made, for what `save_pretrained` refuses.
+        """
+        self._check_saveable()
+        return super().push_to_hub(repo_id, *args, **kwargs)
+
     def _check_saveable(self) -> None:
         if not _may_be_copied(type(self)):
             raise ValueError(

@@ -136,3 +136,209 @@ def test_autoguidance_component_and_diffusers_schedulers_are_saved_too(exported,
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
     assert index["guidance_transformer"] == ["transformer_erw", "ERWTransformer2DModel"]
     np.testing.assert_array_equal(draw(ERWPipeline.from_pretrained(tmp_path / "repo")), expected)
+
+
+# What saving leaves
+
+
+def save(pipe, folder, **kwargs):
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder, **kwargs)
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def pipeline(seed=0, scheduler=None, **config):
+    transformer = randomize(ERWTransformer2DModel(**{**TINY_MODEL, **config}), seed).eval()
+    return ERWPipeline(
+        transformer, None, scheduler or FlowMatchEulerMaruyamaScheduler(), id2label={0: "dog", 1: "cat"}
+    )
+
+
+def test_saving_leaves_only_what_it_saved(tmp_path, vae_path):
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+
+    vae = AutoencoderKL.from_pretrained(vae_path)
+    folder, last = tmp_path / "repo", pipeline(3, FlowMatchEulerDiscreteScheduler())
+    first = pipeline(1, in_channels=4)
+    first.register_modules(vae=vae, guidance_transformer=pipeline(2, in_channels=4).transformer)
+    assert len(save(first, folder, max_shard_size="20KB")) > 12
+    (folder / "README.md").write_text("mine")
+    (folder / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"of long ago")
+    assert save(last, folder) == save(last, tmp_path / "fresh") | {"README.md"}
+    np.testing.assert_array_equal(draw(ERWPipeline.from_pretrained(folder)), draw(last))
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"max_shard_size": "20KB"}, {}),
+        ({}, {"max_shard_size": "20KB"}),
+        ({"max_shard_size": "10KB"}, {"max_shard_size": "30KB"}),
+        ({"safe_serialization": False}, {}),
+        ({}, {"safe_serialization": False}),
+        ({"variant": "fp16", "max_shard_size": "20KB"}, {}),
+    ],
+)
+def test_the_last_save_is_what_loads(tmp_path, first, second):
+    pipeline(1).save_pretrained(tmp_path / "repo", **first)
+    last = pipeline(2)
+    assert save(last, tmp_path / "repo", **second) == save(last, tmp_path / "fresh", **second)
+    np.testing.assert_array_equal(draw(ERWPipeline.from_pretrained(tmp_path / "repo")), draw(last))
+
+
+def test_a_variant_is_put_beside_the_others(tmp_path):
+    plain, half = pipeline(1), pipeline(2)
+    plain.save_pretrained(tmp_path)
+    half.save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
+    half.save_pretrained(tmp_path, variant="fp16")
+    for pipe, variant in ((plain, None), (half, "fp16")):
+        np.testing.assert_array_equal(draw(ERWPipeline.from_pretrained(tmp_path, variant=variant)), draw(pipe))
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) == 2
+
+
+def test_a_pipeline_can_be_saved_where_it_was_loaded_from(tmp_path):
+    expected = draw(pipeline(1))
+    pipeline(1).save_pretrained(tmp_path)
+    for _ in range(2):
+        loaded = ERWPipeline.from_pretrained(tmp_path)
+        loaded.save_pretrained(tmp_path)
+        np.testing.assert_array_equal(draw(loaded), expected)
+    np.testing.assert_array_equal(draw(ERWPipeline.from_pretrained(tmp_path)), expected)
+
+
+def test_saving_over_links_writes_files_and_leaves_what_they_link_to(tmp_path):
+    folder = tmp_path / "repo"
+    pipeline(1).save_pretrained(folder)
+    own = tmp_path / "own.py"
+    own.write_text("mine")
+    for name in ("pipeline.py", "transformer/transformer_erw.py"):
+        (folder / name).unlink()
+        (folder / name).symlink_to(own)
+    pipeline(2).save_pretrained(folder)
+    assert own.read_text() == "mine" and not any(path.is_symlink() for path in folder.rglob("*"))
+
+
+# What does not load again is not saved
+
+
+def refused(pipe, folder, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.save_pretrained(folder)
+    assert not folder.exists()
+
+
+def with_lora():
+    from peft import LoraConfig
+
+    pipe = pipeline()
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    return pipe
+
+
+def test_adapters_are_refused_until_they_are_merged(tmp_path):
+    pipe = with_lora()
+    refused(pipe, tmp_path / "repo", r"would not load again.*fuse_lora\(\); pipe.transformer.unload_lora\(\)")
+    pipe.transformer.fuse_lora()
+    refused(pipe, tmp_path / "repo", "unload_lora")
+    expected = draw(pipe)
+    pipe.transformer.unload_lora()
+    pipe.save_pretrained(tmp_path / "repo")
+    np.testing.assert_array_equal(draw(ERWPipeline.from_pretrained(tmp_path / "repo")), expected)
+    guided = pipeline()
+    guided.register_modules(guidance_transformer=with_lora().transformer)
+    refused(guided, tmp_path / "guided", "the guidance_transformer would not load again")
+
+
+def test_wrapped_models_are_refused(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    pipe = pipeline()
+    plain = pipe.transformer
+    pipe.transformer = get_peft_model(pipeline().transformer, LoraConfig(target_modules=["to_q"]))
+    refused(pipe, tmp_path / "repo", "the transformer is a PeftModel.*merge_and_unload")
+    pipe.transformer = pipe.transformer.merge_and_unload()
+    pipe.save_pretrained(tmp_path / "merged")
+    pipe.transformer = torch.nn.DataParallel(plain)
+    refused(pipe, tmp_path / "repo", "the transformer is a DataParallel.*unwrap it")
+    pipe.transformer = pipeline().transformer
+    pipe.transformer.transformer_blocks[1] = torch.nn.DataParallel(pipe.transformer.transformer_blocks[1])
+    refused(pipe, tmp_path / "repo", "module")
+    pipe.transformer = pipeline().transformer
+    pipe.transformer.transformer_blocks[1] = torch.compile(pipe.transformer.transformer_blocks[1])
+    refused(pipe, tmp_path / "repo", "compile in place")
+    pipe.transformer = pipeline().transformer
+    pipe.transformer.fuse_qkv_projections()
+    refused(pipe, tmp_path / "repo", "unfuse_qkv_projections")
+    pipe.transformer.unfuse_qkv_projections()
+    pipe.save_pretrained(tmp_path / "unfused")
+    pipe.transformer = torch.compile(pipe.transformer)  # what diffusers unwraps
+    pipe.save_pretrained(tmp_path / "compiled")
+    np.testing.assert_array_equal(draw(ERWPipeline.from_pretrained(tmp_path / "compiled")), draw(pipeline()))
+
+
+# What is yours is not published
+
+
+class OwnScheduler(FlowMatchEulerMaruyamaScheduler):
+    pass
+
+
+class OwnTransformer(ERWTransformer2DModel):
+    pass
+
+
+class OwnPipeline(ERWPipeline):
+    pass
+
+
+def test_classes_of_ones_own_are_refused(tmp_path):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    in_repl = type("Mine", (FlowMatchEulerDiscreteScheduler,), {"__module__": "__main__"})
+    for scheduler in (OwnScheduler(), in_repl()):
+        refused(
+            pipeline(scheduler=scheduler), tmp_path / "repo", f"the scheduler is of .*{type(scheduler).__name__}: sav"
+        )
+    pipe = pipeline()
+    pipe.transformer = OwnTransformer(**TINY_MODEL)
+    refused(pipe, tmp_path / "repo", "the transformer is of test_export.OwnTransformer")
+    mine = OwnPipeline.from_pipe(pipeline())
+    refused(mine, tmp_path / "repo", r"OwnPipeline is your own pipeline.*ERWPipeline.from_pipe\(pipe\)")
+    ERWPipeline.from_pipe(mine).save_pretrained(tmp_path / "repo")
+    np.testing.assert_array_equal(draw(ERWPipeline.from_pretrained(tmp_path / "repo")), draw(pipeline()))
+    pushed = pipeline(scheduler=OwnScheduler())
+    with pytest.raises(ValueError, match="OwnScheduler"):
+        pushed.push_to_hub("user/model")
+
+
+def test_a_class_of_the_repo_that_it_was_loaded_from_goes_along(exported, tmp_path):
+    folder = tmp_path / "repo"
+    pipeline().save_pretrained(folder)
+    source = folder / "scheduler" / "scheduling_erw.py"
+    source.write_text(source.read_text() + "\n\nclass Theirs(FlowMatchEulerMaruyamaScheduler):\n    pass\n")
+    source.rename(folder / "scheduler" / "theirs.py")
+    for path in (folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"):
+        text = path.read_text().replace("FlowMatchEulerMaruyamaScheduler", "Theirs")
+        path.write_text(text.replace('"scheduling_erw"', '"theirs"'))
+    pipe = ERWPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipe.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "scheduler" / "theirs.py").read_text() == (
+        folder / "scheduler" / "theirs.py"
+    ).read_text()
+
+
+def test_what_is_linked_is_uploaded_as_files():
+    from huggingface_hub import HfApi
+
+    additions = HfApi()._prepare_upload_folder_additions(
+        REPOSITORY / "pipelines" / "erw-digits",
+        path_in_repo="",
+        repo_type="model",
+        token=False,
+        ignore_patterns=["README.md"],
+    )
+    contents = {addition.path_in_repo: addition.path_or_fileobj for addition in additions}
+    assert {"pipeline.py", "scheduler/scheduling_erw.py", "transformer/transformer_erw.py"} <= set(contents)
+    with open(contents["pipeline.py"]) as file:
+        assert "class ERWPipeline" in file.read()

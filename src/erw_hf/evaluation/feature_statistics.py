@@ -51,7 +51,7 @@ class FeatureStatistics:
         Args:
             features (`torch.Tensor` of shape `(B, D)`): More features.
         """
-        features = features.double().cpu()
+        features = features.cpu().double()
         self.count += len(features)
         self.sum += features.sum(dim=0)
         self.products += features.T @ features
