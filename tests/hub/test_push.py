@@ -17,6 +17,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -497,3 +498,19 @@ def test_the_demo_is_published_for_a_model(hub, run):
     )
     assert ModelCard(files["README.md"].decode()).data.models == ["user/m"]
     assert hub.repos["spaces", "user/s"].variables == {"ERW_MODEL": "user/m"}
+
+
+def test_a_branch_off_another_run_is_pushed_with_the_steps_of_both(hub, run, tmp_path, tiny_flags):
+    branch = tmp_path / "branch"
+    train(*tiny_flags, f"--output_dir={branch}", f"--resume_from_checkpoint={run}/checkpoint-4")
+    assert [record["step"] for record in read_metrics(branch / "metrics.jsonl")] == [5, 6, 7]
+    push.push_run(branch, "user/branch")
+    files = hub.files("models", "user/branch")
+    assert "model_index.json" in files and len(files["metrics.jsonl"].splitlines()) == 3
+    card = files["README.md"].decode()
+    push.push_run(run, "user/m")
+    whole = hub.files("models", "user/m")["README.md"].decode()
+    for row in ("steps", "images seen", "FLOPs", "full-step equivalents"):
+        (line,) = re.findall(rf"^\| {row} \|.*$", whole, flags=re.M)
+        assert line in card
+    assert "3 warmup + 4 full" in card

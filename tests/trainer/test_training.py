@@ -19,6 +19,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -503,6 +504,64 @@ def test_an_earlier_run_is_not_overwritten_silently(finished_run, tiny_flags):
     with pytest.raises(ValueError, match="--resume_from_checkpoint latest"):
         train(*tiny_flags, f"--output_dir={finished_run}")
     assert losses(finished_run) == before
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite_output_dir"], ["--resume_from_checkpoint=latest"]])
+def test_a_second_start_on_a_live_run_ends_before_it_touches_anything(tmp_path, tiny_flags, finished_run, flags):
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    owner = "import sys, time, pathlib; from erw_hf.trainer.run_lock import RunLock"
+    owner += "; RunLock(pathlib.Path(sys.argv[1])).acquire(); print('owned', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", owner, run], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"owned\n"
+        before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
+        with pytest.raises(ValueError, match=f"process {process.pid} on .* writes to it"):
+            train(*tiny_flags, *flags, f"--output_dir={run}")
+        assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
+        train(*tiny_flags, *flags, f"--output_dir={run}", "--dry_run")  # asks nobody
+    finally:
+        process.kill()
+        process.wait()
+    assert (run / ".lock").exists()
+    train(*tiny_flags, f"--output_dir={run}", "--resume_from_checkpoint=latest")
+    assert not (run / ".lock").exists()
+
+
+def test_a_tracker_that_raises_ends_no_run(tmp_path, tiny_flags, monkeypatch, caplog):
+    from accelerate.tracking import TensorBoardTracker
+
+    def log(self, values, step=None, **kwargs):
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(TensorBoardTracker, "log", log)
+    monkeypatch.setattr(TensorBoardTracker, "log_images", log)
+    train(*tiny_flags, "--report_to=tensorboard", "--validation_steps=5", f"--output_dir={tmp_path}/run")
+    assert len(losses(tmp_path / "run")) == 7 and (tmp_path / "run" / "pipeline").is_dir()
+    assert caplog.text.count("the tracker tensorboard failed") == 1
+
+
+def test_a_run_that_fails_at_its_first_batch_gives_back_the_one_that_it_was_to_replace(
+    tmp_path, tiny_flags, finished_run, monkeypatch
+):
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    (run / "notes.md").write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+
+    def broken(self, index):
+        raise OSError("disk gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("erw_hf.data.samples.SampleMaker.__call__", broken)
+        with pytest.raises(RuntimeError, match="could not read its data"):
+            train(*tiny_flags, "--overwrite_output_dir", f"--output_dir={run}", "--dataloader_num_workers=0")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+    train(*tiny_flags, "--overwrite_output_dir", f"--output_dir={run}", "--max_train_steps=3")
+    assert len(losses(run)) == 3 and not (run / "checkpoint-6").exists() and not (run / ".overwritten").exists()
+    assert (run / "notes.md").read_text() == "mine" and not (run / "pipeline").exists()
+    shutil.rmtree(run / "checkpoint-2")
+    shutil.rmtree(run / "checkpoint-3")
+    with pytest.raises(ValueError, match="holds a run without its checkpoints"):
+        train(*tiny_flags, f"--output_dir={run}", "--resume_from_checkpoint=latest")
 
 
 def test_latest_without_a_checkpoint_starts_anew_and_says_so(tmp_path, tiny_flags, caplog):

@@ -82,7 +82,8 @@ def run_card(folder: Path, repo_id: str) -> ModelCard:
         [`~huggingface_hub.ModelCard`]: The card.
     """
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    cost = training_cost(folder / "metrics.jsonl", _read_json(folder / "environment.json"))
+    environment = _read_json(folder / "environment.json")
+    cost = training_cost(folder / "metrics.jsonl", environment, config["warmup_steps"])
     trained = (folder / "model_index.json").is_file()
     id2label = (_read_json(folder / "model_index.json") or {}).get("id2label") or {}
     transformer = _read_json(folder / "transformer" / "config.json") or {}

@@ -41,9 +41,11 @@ from pathlib import Path
 import yaml
 from huggingface_hub import HfApi
 
+from erw_hf.files import sync_tree
 from erw_hf.hub.cards import dataset_card, evaluation_files, run_card
 from erw_hf.hub.public import public_value
 from erw_hf.hub.upload import HUB_ERRORS, leave_silent_servers, prepare_repo, retry, upload
+from erw_hf.trainer.run_record import keep_until, read_metrics
 
 
 logger = logging.getLogger(__name__)
@@ -150,6 +152,7 @@ def stage(run_dir: Path, step: int, write_pipeline: Callable[[Path], None] | Non
         link_folder(run_dir / "warmup", temporary / "warmup")
     if final.exists():
         shutil.rmtree(final)
+    sync_tree(temporary)
     os.replace(temporary, final)
     return final
 
@@ -205,9 +208,11 @@ def push_run(run_dir: Path, repo_id: str | None = None, private: bool = False) -
 def _push_run(run_dir: Path, repo_id: str | None, private: bool) -> None:
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     if not _queue(run_dir):
-        pipeline, checkpoints = run_dir / "pipeline", sorted(run_dir.glob("checkpoint-*"), key=_step)
-        with (run_dir / "metrics.jsonl").open("rb") as lines:  # a line a step
-            is_over = sum(1 for _ in lines) == config["max_train_steps"]
+        from erw_hf.trainer.checkpoints import list_checkpoints  # it imports torch
+
+        pipeline, checkpoints = run_dir / "pipeline", list_checkpoints(run_dir)
+        records = read_metrics(run_dir / "metrics.jsonl")  # of a branch, from its first step on
+        is_over = bool(records) and records[-1]["step"] == config["max_train_steps"]
         # A run that goes on after its end still has the pipeline of before.
         is_trained = is_over and (pipeline / "model_index.json").is_file()
         if not is_trained and not (run_dir / "warmup" / "warmup.json").is_file():
@@ -254,9 +259,8 @@ def complete_snapshot(run_dir: Path, snapshot: Path, repo_id: str) -> None:
     for name, path in records.items():
         if path is not None and path.is_file():
             (snapshot / name).write_text(json.dumps(public_value(json.loads(path.read_text()), local), indent=2))
-    with (run_dir / "metrics.jsonl").open("rb") as source, (snapshot / "metrics.jsonl").open("wb") as target:
-        for _, line in zip(range(_step(snapshot)), source, strict=False):  # a line a step
-            target.write(line)
+    shutil.copyfile(run_dir / "metrics.jsonl", snapshot / "metrics.jsonl")
+    keep_until(snapshot / "metrics.jsonl", _step(snapshot))
     plot_losses(snapshot / "metrics.jsonl", snapshot / "loss_curve.png")
     if (run_dir / "evaluations.jsonl").is_file():
         _add_curves(run_dir / "evaluations.jsonl", snapshot)
@@ -273,7 +277,6 @@ def complete_snapshot(run_dir: Path, snapshot: Path, repo_id: str) -> None:
 def _add_curves(source: Path, snapshot: Path) -> None:
     """What the run measured of itself up to the snapshot's step, and the pictures of that."""
     from erw_hf.trainer.plots import plot_probes, plot_quality
-    from erw_hf.trainer.run_record import read_metrics
 
     records = [record for record in read_metrics(source) if record["step"] <= _step(snapshot)]
     if not records:

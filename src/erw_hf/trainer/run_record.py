@@ -57,19 +57,8 @@ class MetricsFile:
 
     def __init__(self, path: str | os.PathLike[str], resume_step: int) -> None:
         self.path = Path(path)
-        self._keep_until(resume_step)
+        keep_until(self.path, resume_step)
         self._file = self.path.open("a", encoding="utf-8")
-
-    def _keep_until(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        before = self.path.read_bytes()
-        kept = b"".join(line + b"\n" for line, record in _readable(before, self.path) if record["step"] <= step)
-        if before.startswith(kept):
-            os.truncate(self.path, len(kept))
-        else:
-            with written_whole(self.path) as temporary:
-                temporary.write_bytes(kept)
 
     def write(self, record: dict[str, object]) -> None:
         """
@@ -81,6 +70,25 @@ class MetricsFile:
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+
+
+def keep_until(path: Path, step: int) -> None:
+    """
+    Drops the lines after a step, and with a warning those that cannot be read. The others stay byte for byte.
+
+    Args:
+        path (`Path`): A `metrics.jsonl`; it need not exist.
+        step (`int`): Last step to keep.
+    """
+    if not path.exists():
+        return
+    before = path.read_bytes()
+    kept = b"".join(line + b"\n" for line, record in _readable(before, path) if record["step"] <= step)
+    if before.startswith(kept):
+        os.truncate(path, len(kept))
+    else:
+        with written_whole(path) as temporary:
+            temporary.write_bytes(kept)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -114,38 +122,41 @@ def _readable(text: bytes, path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]
         logger.warning(f"{path}: unreadable lines, as a power cut leaves them, are left out")
 
 
-def training_cost(metrics: Path, environment: dict[str, Any] | None) -> dict[str, Any]:
+def training_cost(metrics: Path, environment: dict[str, Any] | None, warmup_steps: int = 0) -> dict[str, Any]:
     """
-    What a run has cost, the warmup counted, from its own record.
+    What a run has cost, the warmup counted, from its own record. A run that branched off another counts that one's steps; the
+    time of those is not known.
 
     Args:
         metrics (`Path`): `metrics.jsonl`.
         environment (`dict`, *optional*): `environment.json`, hardware and versions.
+        warmup_steps (`int`, *optional*, defaults to 0): Those of a run that branched off after its warmup, which no line tells.
 
     Returns:
         `dict[str, Any]`: `steps`, and `rows` for a table.
     """
-    warmup = full = 0
-    seconds, images, flops, full_step_flops = 0.0, 0, 0.0, None
+    seconds, own_images, full_step_flops, warmup = 0.0, 0.0, None, None
     waited, used, peak_memory = 0.0, 0.0, 0.0
-    losses: list[float] = []
-    last_phase = None
-    with metrics.open(encoding="utf-8") as file:
-        for line in file:
-            record = json.loads(line)
-            step_seconds = (record["images_seen"] - images) / record["images_per_second"]
-            seconds += step_seconds
-            waited += step_seconds * record["data_wait"]
-            used += step_seconds * (record.get("mfu") or 0)
-            peak_memory = max(peak_memory, record.get("peak_memory_gib") or 0)
-            if record["phase"] == "full" and full_step_flops is None:
-                full_step_flops = record["flops"] - flops
-            images, flops = record["images_seen"], record["flops"]
-            warmup += record["phase"] == "warmup"
-            full += record["phase"] == "full"
-            if record["phase"] != last_phase:
-                losses, last_phase = [], record["phase"]
-            losses = [*losses[-99:], record["loss"]]
+    losses: list[float | None] = []
+    before = {"step": 0, "phase": None, "images_seen": 0, "flops": 0.0}
+    for record in read_metrics(metrics):
+        # Each step has as many images as any other, so that a line tells them without the one before it.
+        step_images = record["images_seen"] / record["step"]
+        step_seconds = step_images / record["images_per_second"]
+        own_images += step_images
+        seconds += step_seconds
+        waited += step_seconds * record["data_wait"]
+        used += step_seconds * (record.get("mfu") or 0)
+        peak_memory = max(peak_memory, record.get("peak_memory_gib") or 0)
+        if record["phase"] == "full" and full_step_flops is None and record["step"] == before["step"] + 1:
+            full_step_flops = record["flops"] - before["flops"]
+        if record["phase"] == "warmup" or warmup is None:
+            warmup = record["step"] if record["phase"] == "warmup" else min(warmup_steps, record["step"] - 1)
+        losses = [*losses[-99:], record["loss"]] if record["phase"] == before["phase"] else [record["loss"]]
+        before = record
+    steps, images, flops = before["step"], before["images_seen"], before["flops"]
+    warmup = warmup or 0
+    full = steps - warmup
     rows: list[tuple[str, object]] = [
         ("steps", f"{warmup} warmup + {full} full"),
         ("images seen", f"{images:,}".replace(",", " ")),
@@ -157,7 +168,7 @@ def training_cost(metrics: Path, environment: dict[str, Any] | None) -> dict[str
     if finite:
         rows.append((f"loss, mean of the last {len(losses)} steps", f"{sum(finite) / len(finite):.4f}"))
     if seconds:
-        rows.append(("hours in steps", f"{seconds / 3600:.2f} ({images / seconds:.0f} images a second)"))
+        rows.append(("hours in steps", f"{seconds / 3600:.2f} ({own_images / seconds:.0f} images a second)"))
         rows.append(("waiting for data", f"{waited / seconds:.1%} of that"))
     if used:
         rows.append(("MFU", f"{used / seconds:.1%} of the GPUs' dense bf16 peak"))
@@ -169,7 +180,7 @@ def training_cost(metrics: Path, environment: dict[str, Any] | None) -> dict[str
         if environment["device"] != "cpu":
             rows.append(("GPU-hours", f"{seconds / 3600 * processes:.2f}"))
         rows.append(("versions", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())))
-    return {"steps": warmup + full, "rows": rows}
+    return {"steps": steps, "rows": rows}
 
 
 def describe_environment(device_type: str, processes: int, mixed_precision: str, local: list[str]) -> dict[str, Any]:
