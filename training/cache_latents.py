@@ -38,7 +38,9 @@ from tqdm.auto import tqdm
 
 from erw_hf import ERWPipeline, RepresentationEncoder
 from erw_hf.data.decoding import BadImageError, decode_image, prepare_image, to_pixels
-from erw_hf.data.latents import encode_moments, image_channels
+from erw_hf.data.identity import data_identity, describe_changes
+from erw_hf.data.latents import check_finite, encode_moments, image_channels
+from erw_hf.data.samples import read_row
 from erw_hf.data.source import FEATURES_COLUMN, KEY_COLUMN, MOMENTS_COLUMN, Source, load_source
 from erw_hf.files import write_record, written_whole
 from erw_hf.hub.push import push_cache
@@ -81,6 +83,7 @@ def main() -> None:
     source = load_source(
         args.dataset_name, args.dataset_split, args.dataset_config_name, args.image_column, args.label_column
     )
+    read_row(source, 0)  # if no image is readable, it is said now
     vae = AutoModel.from_pretrained(args.vae).to(accelerator.device).eval().requires_grad_(False)
     side = args.sample_size * ERWPipeline.vae_scale_factor_of(vae)
     encoder = None
@@ -99,7 +102,7 @@ def main() -> None:
 
     folder = Path(args.output_dir) / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    check_same_run(args, Path(args.output_dir), accelerator)
+    check_same_run(args, Path(args.output_dir), data_identity(source, args.dataset_name), accelerator)
     for number in tqdm(
         range(accelerator.process_index, files, accelerator.num_processes),
         desc="files",
@@ -122,16 +125,26 @@ def main() -> None:
             raise
 
 
-def check_same_run(args: argparse.Namespace, folder: Path, accelerator: Accelerator) -> None:
-    """A folder that was begun with other settings is not gone on with."""
+def check_same_run(args: argparse.Namespace, folder: Path, data: dict[str, object], accelerator: Accelerator) -> None:
+    """A folder that was begun with other settings, or of other data, is not gone on with."""
     free = ("output_dir", "batch_size", "push_to_hub", "hub_dataset_id", "hub_private")
     settings = {key: value for key, value in vars(args).items() if key not in free}
     path = folder / "cache.json"
-    if path.exists() and json.loads(path.read_text()) != settings:
-        raise ValueError(f"{folder} was begun with other settings ({path}): use those, or another --output_dir")
+    if path.exists():
+        before = json.loads(path.read_text())
+        data_before = before.pop("data", None)
+        if before != settings:
+            raise ValueError(f"{folder} was begun with other settings ({path}): use those, or another --output_dir")
+        if data_before is None:
+            print(f"{path} does not say which data it was made of: going on without a comparison")
+        elif (changes := describe_changes(data_before, data)) is not None:
+            raise ValueError(
+                f"{folder} was begun when {args.dataset_name} held other data: {changes}. Samples would be cached twice or "
+                f"not at all: delete {folder}, or use another --output_dir"
+            )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_record(path, settings)
+        write_record(path, {**settings, "data": data})
 
 
 def write_file(
@@ -175,6 +188,7 @@ def write_file(
             continue
         batch = torch.stack(pixels).to(vae.device)
         moments = encode_moments(batch, vae)
+        check_finite(moments.half(), args.vae, vae, columns[KEY_COLUMN][-len(pixels) :])
         mean, std = moments.cpu().double().chunk(2, dim=1)  # not every device has float64
         sums = sums + mean.sum(dim=(0, 2, 3))
         squares = squares + (mean.square() + std.square()).sum(dim=(0, 2, 3))  # of a draw, in expectation

@@ -46,6 +46,7 @@ from erw_hf.trainer.checkpoints import (
     Progress,
     agree_on_checkpoint,
     check_checkpoint,
+    check_same_data,
     load_checkpoint,
     load_data_state,
     save_checkpoint,
@@ -105,6 +106,7 @@ def train(config: TrainingConfig, accelerator: Accelerator, folder: RunFolder, p
             config.hub_model_id or Path(config.output_dir).resolve().name, config.hub_private
         )
     inputs = open_inputs(config, accelerator)
+    check_same_data(progress, inputs.source, config.dataset_name, config.stream_retry_seconds)
     start = load_start(inputs, checkpoint)
     if accelerator.is_main_process:
         data = summary_of(inputs.source, inputs.image_size, inputs.image_channels)

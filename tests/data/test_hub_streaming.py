@@ -13,6 +13,7 @@
 # limitations under the License.
 """Training on a stream from a Hub that fails: what it survives, and how it ends where it cannot."""
 
+import json
 import os
 import re
 import subprocess
@@ -108,6 +109,36 @@ print(source.id2label, sorted(int(sample["pixels"][0, 0, 0]) for sample in sampl
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=180)
     assert result.stdout == "{0: 'a', 1: 'b'} [0, 1, 2, 3]\n", result.stderr[-3000:]
     assert fault.fired == 8
+
+
+def test_a_new_card_leaves_the_data_what_it_was_and_new_files_do_not(hub, environment, tmp_path):
+    code = """
+import json, sys
+from erw_hf.data.identity import data_identity
+from erw_hf.data.source import load_source
+from huggingface_hub import HfFileSystem
+for line in sys.stdin:
+    HfFileSystem().invalidate_cache()  # as if started anew
+    print(json.dumps(data_identity(load_source("user/greys", streaming=True), "user/greys")), flush=True)
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, env={**os.environ, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+
+        def ask():
+            process.stdin.write("\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        before = ask()
+        (tmp_path / "shards" / "README.md").write_text("# A card")
+        hub.add_repo("datasets", "user/greys", tmp_path / "shards")
+        assert ask() == before
+        write_shards(tmp_path / "shards", rows=50)
+        hub.add_repo("datasets", "user/greys", tmp_path / "shards")
+        assert ask()["fingerprint"] != before["fingerprint"]
+        process.stdin.close()
 
 
 def test_gated_data_says_how_to_get_access(hub, environment, tmp_path):

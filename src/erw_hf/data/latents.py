@@ -16,7 +16,7 @@
 A latent cache holds the moments as they are made here; its columns are in `data.source`, `training/cache_latents.py` writes it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers import ModelMixin
@@ -42,6 +42,26 @@ def encode_moments(pixels: torch.Tensor, vae: ModelMixin) -> torch.Tensor:
     if hasattr(encoded, "latent_dist"):
         return torch.cat([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1).float()
     return torch.cat([encoded.latent, torch.zeros_like(encoded.latent)], dim=1).float()
+
+
+def check_finite(moments: torch.Tensor, name: str, vae: ModelMixin, samples: Sequence[object]) -> None:
+    """
+    Args:
+        moments (`torch.Tensor` of shape `(B, 2 c, h, w)`): What [`encode_moments`] gave, in the dtype that it is kept in.
+        name (`str`): What the autoencoder is called, for the message.
+        vae (a diffusers autoencoder): It.
+        samples (`Sequence`): What identifies each sample.
+
+    Raises:
+        ValueError: if any of them holds NaN or infinity.
+    """
+    broken = ~moments.isfinite().flatten(1).all(dim=1)
+    if broken.any():
+        raise ValueError(
+            f"the vae {name} (in {vae.dtype}, kept in {moments.dtype}) gives NaN or infinity for {int(broken.sum())} of "
+            f"{len(moments)} images, the first is {samples[int(broken.int().argmax())]}: its weights are broken, or it "
+            "overflows in this precision"
+        )
 
 
 def check_autoencoder(config: Mapping[str, object], name: str, in_channels: int) -> None:

@@ -61,7 +61,7 @@ class Batches:
         self._stream: StatefulDataLoader | None = None
         self._stream_state: dict[str, Any] | None = None
         self._batches: Iterator[Samples] = iter(())
-        self._last: Samples | None = None
+        self.last: Samples | None = None  # the one that was read last
 
     def start(self, steps: range) -> None:
         """
@@ -90,12 +90,12 @@ class Batches:
         started = time.perf_counter()
         if self.error is None:
             try:
-                self._last = next(self._batches)
+                self.last = next(self._batches)
             except Exception as error:
                 logger.debug("reading failed", exc_info=True)
                 self.error = f"{type(error).__name__}: {error}"
         self.waited += time.perf_counter() - started
-        return self._last
+        return self.last
 
     def check(self, step: int) -> None:
         """

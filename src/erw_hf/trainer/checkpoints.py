@@ -27,6 +27,8 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from erw_hf.data.identity import data_identity, describe_changes
+from erw_hf.data.source import Source
 from erw_hf.files import sync, sync_tree
 from erw_hf.trainer.phase import Phase
 from erw_hf.trainer.processes import decided_by_main
@@ -52,6 +54,7 @@ class Progress:
         nonfinite_steps (`int`): Steps skipped for a non-finite gradient.
         nonfinite_in_a_row (`int`): The same since the last good step.
         step_batch_size (`int`): Images of a step, over all processes: what the order of the data rests on.
+        data (`dict`, *optional*): [`~data.identity.data_identity`] of the data.
     """
 
     step: int = 0
@@ -60,6 +63,7 @@ class Progress:
     nonfinite_steps: int = 0
     nonfinite_in_a_row: int = 0
     step_batch_size: int = 0
+    data: dict[str, Any] | None = None
 
 
 def check_checkpoint(checkpoint: Path, output_dir: str | os.PathLike[str], step_batch_size: int) -> Progress:
@@ -111,6 +115,33 @@ def named_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     """
     found = [path for path in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=step_of)
+
+
+def check_same_data(progress: Progress, source: Source, dataset_name: str, retry_seconds: float = 300) -> None:
+    """
+    A run goes on with the data that it began with: class ids and the order of the samples rest on it.
+
+    Args:
+        progress ([`Progress`]): Of the checkpoint to go on from, or of a new run. Its `data` is set.
+        source ([`~data.source.Source`]): The data now.
+        dataset_name (`str`): What it was opened by.
+        retry_seconds (`float`, *optional*, defaults to 300): How long to go on trying while the data cannot be asked.
+
+    Raises:
+        ValueError: if the checkpoint was trained on other data.
+    """
+    data = data_identity(source, dataset_name, retry_seconds)
+    if progress.data is not None:
+        changes = describe_changes(progress.data, data)
+        if changes is not None:
+            raise ValueError(
+                f"{dataset_name} is not the data that the run was trained on until step {progress.step}: {changes}. Point "
+                "dataset_name back to that data to resume, or start a new run with the weights of this one: --init_from "
+                "with its pipeline, and another --output_dir"
+            )
+    elif progress.step > 0:
+        logger.warning("the checkpoint does not say which data it was trained on: resuming without a comparison")
+    progress.data = data
 
 
 def list_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:

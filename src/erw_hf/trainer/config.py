@@ -525,6 +525,8 @@ class TrainingConfig(
                 # A run that comes from the Hub names models and data without the folders of the machine that it ran on.
                 names = [[Path(part).name for part in split_names(value or "")] for value in (was, now)]
                 same = names[0] == names[1]
+            if key.name == "dataset_name" and os.path.isdir(str(now)):
+                same = True  # perhaps a copy: check_same_data compares what it holds
             if not same:
                 raise ValueError(
                     f"{key.name} is {now!r}, the run so far had {was!r}: a resumed run keeps what it began with; "

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModel
 from erw_hf.data.folder import find_label_column
 from erw_hf.data.latents import check_autoencoder, image_channels
 from erw_hf.data.retrying import hub_or_cache
+from erw_hf.data.samples import read_row
 from erw_hf.data.source import (
     FEATURES_COLUMN,
     IMAGE_COLUMNS,
@@ -206,6 +207,8 @@ def _check_data(config: TrainingConfig) -> DataSummary:
     if is_local(config.dataset_name):
         source = load_source(**config.source_arguments())
         check_cache(config, source)
+        if not config.streaming:
+            read_row(source, 0)  # skips broken ones; none at all is said now
         return summary_of(source, *_check_pixels(config))
     with hub_or_cache(config.dataset_name, "dataset_name"):
         info = load_dataset_builder(config.dataset_name, config.dataset_config_name).info

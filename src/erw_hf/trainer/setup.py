@@ -15,7 +15,7 @@
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,13 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from erw_hf.alignment import ConvProjector, MLPProjector, choose_alignment_loss
-from erw_hf.data.latents import check_autoencoder, image_channels, pixels_to_latents
+from erw_hf.data.latents import check_autoencoder, check_finite, image_channels, moments_to_latents, pixels_to_latents
 from erw_hf.data.source import Source, check_cache_files, load_source
 from erw_hf.encoders import RepresentationEncoder
 from erw_hf.objective import AlignedTransformer, Objective, Teacher
 from erw_hf.pipeline_erw import ERWPipeline
 from erw_hf.trainer.config import TrainingConfig
+from erw_hf.trainer.device import to_device
 from erw_hf.transformer_erw import ERWTransformer2DModel
 from erw_hf.warmup import build_warmup_transformer
 
@@ -94,6 +95,32 @@ def open_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
     )
 
 
+@torch.no_grad()
+def nonfinite_inputs(inputs: Inputs, samples: Mapping[str, torch.Tensor]) -> list[str]:
+    """
+    Args:
+        inputs ([`Inputs`]): The run.
+        samples (`dict[str, torch.Tensor]`): A batch, as [`~data.samples.SampleMaker`] makes its samples.
+
+    Returns:
+        `list[str]`: What of its latents and tokens holds NaN or infinity, by the name of the model that made it.
+    """
+    config, vae = inputs.config, inputs.vae
+    samples = to_device(dict(samples), inputs.accelerator.device)
+    found = {}
+    if "moments" in samples:
+        assert vae is not None
+        found[f"the cached latents of {config.dataset_name}"] = moments_to_latents(samples["moments"], vae)
+    elif vae is not None:
+        found[f"the latents of the vae {config.vae} (in {vae.dtype})"] = pixels_to_latents(samples["pixels"], vae)
+    if "features" in samples:
+        found[f"the cached tokens of {config.dataset_name}"] = samples["features"]
+    else:
+        for name, encoder in zip(config.encoders, inputs.encoders, strict=True):
+            found[f"the tokens of the encoder {name}"] = encoder(samples["pixels"].float() / 255)
+    return [name for name, values in found.items() if not values.isfinite().all()]
+
+
 def load_vae(config: TrainingConfig, device: torch.device) -> tuple[ModelMixin | None, int, int]:
     """
     Loads the autoencoder, if the run has one.
@@ -107,7 +134,7 @@ def load_vae(config: TrainingConfig, device: torch.device) -> tuple[ModelMixin |
         of the configured size; without one, those of the images that are trained on.
 
     Raises:
-        ValueError: if its latents are of another shape than the model's.
+        ValueError: if its latents are of another shape than the model's, or NaN or infinite.
     """
     if config.vae is None:
         return None, config.sample_size, config.in_channels
@@ -118,7 +145,9 @@ def load_vae(config: TrainingConfig, device: torch.device) -> tuple[ModelMixin |
     channels = image_channels(vae)
     side = config.sample_size * factor
     with torch.no_grad():
-        shape = tuple(pixels_to_latents(torch.zeros(1, channels, side, side, device=device), vae).shape[1:])
+        latents = pixels_to_latents(torch.zeros(1, channels, side, side, device=device), vae)
+    check_finite(latents, config.vae, vae, ["black"])
+    shape = tuple(latents.shape[1:])
     if shape != (config.in_channels, config.sample_size, config.sample_size):
         raise ValueError(
             f"the vae makes latents (C, H, W) = {shape} of {side} px images, the config has in_channels="

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from erw_hf.trainer.batches import Batches
@@ -30,7 +31,7 @@ from erw_hf.trainer.flops import peak_flops
 from erw_hf.trainer.phase import Phase
 from erw_hf.trainer.run_folder import RunFolder
 from erw_hf.trainer.run_record import MetricsFile
-from erw_hf.trainer.setup import Inputs
+from erw_hf.trainer.setup import Inputs, nonfinite_inputs
 from erw_hf.trainer.trackers import ForgivingTracker
 
 
@@ -185,10 +186,22 @@ class StepLog:
         self._bar.set_postfix({"img/s": f"{record['images_per_second']:.0f}", **shown}, refresh=False)
         if progress.nonfinite_in_a_row >= config.max_nonfinite_steps:
             raise RuntimeError(
-                f"{progress.nonfinite_in_a_row} steps in a row had a non-finite gradient and were left out. Resume from "
-                f"the last checkpoint in {config.output_dir} with a lower learning_rate"
+                f"{progress.nonfinite_in_a_row} steps in a row had a non-finite gradient and were left out. {self._why()}"
             )
         return values["stopping"] > 0
+
+    def _why(self) -> str:
+        """Tells broken inputs from a training that diverged. All processes call it."""
+        mine = nonfinite_inputs(self.inputs, self.batches.last or {})
+        if broken := sorted(set(gather_object(mine))):
+            return (
+                f"Their inputs are broken: {', '.join(broken)} hold NaN or infinity. A lower learning_rate does not help, "
+                "another model or precision does"
+            )
+        return (
+            "Their latents and tokens are finite, so the training diverged: resume from the last checkpoint in "
+            f"{self.inputs.config.output_dir} with a lower learning_rate"
+        )
 
 
 class _LateStep:

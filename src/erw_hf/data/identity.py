@@ -1,0 +1,183 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which data a run or a cache was begun with: told from its rows or files, without a pass over pixels.
+
+At hand: each row's label, and its image's name and length, in their order. Streamed: the names of the files and their
+sizes, of the Hub's the hash of their content; so neither a copy elsewhere nor a new card is other data.
+"""
+
+import hashlib
+import os
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.compute
+from huggingface_hub import HfFileSystem
+
+from erw_hf.data.retrying import retried
+from erw_hf.data.source import KEY_COLUMN, Source
+
+
+def data_identity(source: Source, dataset_name: str, retry_seconds: float = 300) -> dict[str, Any]:
+    """
+    Args:
+        source ([`~data.source.Source`]): The data.
+        dataset_name (`str`): What it was opened by.
+        retry_seconds (`float`, *optional*, defaults to 300): How long to go on trying while the system or the Hub fails.
+
+    Returns:
+        `dict[str, Any]`: `rows` (`None` of a stream), `classes` (names in order, or how many), `columns`, `fingerprint`;
+        it survives JSON.
+    """
+    dataset, classes = source.dataset, list((source.id2label or {}).values())
+    if dataset_name == "digits":
+        parts: Iterator[bytes] = iter(())  # encoded at each start, by whatever Pillow is there
+    elif isinstance(dataset, datasets.Dataset):
+        parts = _rows(source, dataset, retry_seconds)
+    else:
+        parts = _files(source, dataset, retry_seconds)
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return {
+        "rows": len(dataset) if isinstance(dataset, datasets.Dataset) else None,
+        "classes": [unicodedata.normalize("NFC", name) for name in classes] or source.num_classes,
+        "columns": [source.image_column, source.label_column],
+        "fingerprint": digest.hexdigest(),
+    }
+
+
+def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """
+    Args:
+        before (`Mapping[str, Any]`): A [`data_identity`].
+        now (`Mapping[str, Any]`): Another.
+
+    Returns:
+        `str`, *optional*: What differs, in words; `None` if it is the same data.
+    """
+    changes = [
+        f"{name} were {_shown(before[name])} and are {_shown(now[name])}"
+        for name in ("classes", "rows", "columns")
+        if before[name] != now[name]
+    ]
+    if not changes and before["fingerprint"] != now["fingerprint"]:
+        changes = ["names, sizes or order of its files or rows are not what they were"]
+    return "; ".join(changes) or None
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list) and len(value) > 8:
+        return f"{len(value)} ({', '.join(map(repr, value[:8]))}, ...)"
+    return str(value)
+
+
+def _line(*fields: object) -> bytes:
+    return (unicodedata.normalize("NFC", repr(fields)) + "\n").encode(errors="surrogateescape")
+
+
+def _rows(source: Source, dataset: datasets.Dataset, retry_seconds: float) -> Iterator[bytes]:
+    if source.is_latent_cache:
+        names = [KEY_COLUMN]
+    else:
+        names = [name for name in (source.image_column,) if name is not None]
+    names += [name for name in (source.label_column,) if name is not None]
+    table = dataset.select_columns(names).with_format("arrow")
+    root = _common_folder(path for batch in table.iter(10_000) for path, _ in _images(source, batch) if path)
+    for batch in table.iter(10_000):
+        if source.label_column is not None:
+            yield _line(batch[source.label_column].to_pylist())
+        if source.is_latent_cache:
+            yield _line(batch[KEY_COLUMN].to_pylist())
+        for path, length in _images(source, batch):
+            if length is None and path is not None:  # a file of its own
+                yield _line(path.removeprefix(root), _size(path, retry_seconds))
+            else:
+                yield _line(os.path.basename(path or ""), length)
+
+
+def _images(source: Source, batch: pyarrow.Table) -> Iterator[tuple[str | None, int | None]]:
+    """Path, and length of the content where that is in the row."""
+    if source.is_latent_cache or source.image_column is None:
+        return iter(())
+    images = batch[source.image_column]
+    if not pyarrow.types.is_struct(images.type):  # paths alone
+        return zip(images.to_pylist(), [None] * len(images), strict=True)
+    paths = pyarrow.compute.struct_field(images, "path").to_pylist()
+    lengths = pyarrow.compute.binary_length(pyarrow.compute.struct_field(images, "bytes")).to_pylist()
+    return zip(paths, lengths, strict=True)
+
+
+def _files(source: Source, dataset: datasets.IterableDataset, retry_seconds: float) -> Iterator[bytes]:
+    examples = dataset._ex_iterable
+    while hasattr(
+        examples, "ex_iterable"
+    ):  # shuffled, cast and selected streams are wrapped around the one with files
+        examples = examples.ex_iterable
+    found = list(_leaves(examples.kwargs))
+    for shard in found:
+        if isinstance(shard, datasets.Dataset):
+            yield from _rows(source, shard, retry_seconds)
+    # An image in an archive is `zip://NAME::ARCHIVE`.
+    paths = [str(leaf) for leaf in found if isinstance(leaf, str)]
+    root = _common_folder(path.split("::")[-1] for path in paths if "://" not in path.split("::")[-1])
+    for path in paths:
+        inner, file = path.rpartition("::")[::2]
+        if file.startswith("hf://"):  # hf://datasets/ID@REVISION/FILE: another revision may hold the same file
+            yield _line(inner, re.sub("@[^/]*", "", file, count=1), _hash_on_hub(file, retry_seconds))
+        elif "://" in file:
+            yield _line(inner, file)
+        else:
+            yield _line(inner, file.removeprefix(root), _size(file, retry_seconds))
+
+
+def _leaves(value: object) -> Iterator[object]:
+    """Strings and datasets in lists."""
+    if isinstance(value, Mapping):
+        for inner in value.values():
+            if isinstance(inner, (list, tuple)):
+                yield from _leaves(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _leaves(inner)
+    elif isinstance(value, (str, datasets.Dataset)):
+        yield value
+
+
+def _common_folder(paths: Iterator[str]) -> str:
+    shared: str | None = None
+    for path in paths:
+        shared = path if shared is None else os.path.commonprefix([shared, path])
+    return os.path.dirname(shared or "") + "/" if shared else ""
+
+
+def _hash_on_hub(file: str, retry_seconds: float) -> str:
+    def blob_id() -> str:
+        return str(HfFileSystem().info(file)["blob_id"])  # of the listing that `datasets` made
+
+    return retried(retry_seconds, blob_id)
+
+
+def _size(path: str, retry_seconds: float) -> int | None:
+    def size() -> int | None:
+        try:
+            return os.stat(path).st_size
+        except FileNotFoundError:  # a row that names a file which never was there
+            return None
+
+    return retried(retry_seconds, size, listed=True)
