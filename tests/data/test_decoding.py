@@ -293,7 +293,7 @@ def test_a_file_that_fails_while_it_is_read_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_data_without_a_readable_image_is_said_at_once(tmp_path, monkeypatch, workers):
-    source = load_source(folder_of(tmp_path, {f"a/{i}.png": b"no image" for i in range(5)}))
+    source = load_source(folder_of(tmp_path, {f"a/{i}.png": BROKEN["truncated"] for i in range(5)}))
     loader = torch.utils.data.DataLoader(training_samples(source), batch_sampler=[[(0, 0)]], num_workers=workers)
     with pytest.raises(ValueError, match=r"none of 5 rows in a row holds a readable image.*a/4.png"):
         list(loader)
