@@ -113,11 +113,11 @@ def nonfinite_inputs(inputs: Inputs, samples: Mapping[str, torch.Tensor]) -> lis
         found[f"the cached latents of {config.dataset_name}"] = moments_to_latents(samples["moments"], vae)
     elif vae is not None:
         found[f"the latents of the vae {config.vae} (in {vae.dtype})"] = pixels_to_latents(samples["pixels"], vae)
-    if "features" in samples:
-        found[f"the cached tokens of {config.dataset_name}"] = samples["features"]
-    else:
-        for name, encoder in zip(config.encoders, inputs.encoders, strict=True):
-            found[f"the tokens of the encoder {name}"] = encoder(samples["pixels"].float() / 255)
+    if config.encoders:
+        targets, _ = inputs.teacher(samples, aligned=True)
+        found |= {
+            f"the tokens of the encoder {name}": t for name, t in zip(config.encoders, targets or (), strict=True)
+        }
     return [name for name, values in found.items() if not values.isfinite().all()]
 
 
