@@ -11,13 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import contextlib
+import inspect
 import json
 import math
 
+import diffusers
+import numpy as np
 import pytest
 import torch
 
-from erw_hf import FlowMatchEulerMaruyamaScheduler, FlowMatchHeunScheduler
+from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler, FlowMatchHeunScheduler
+from erw_hf.pipeline_erw import FLOW_MATCHING_SCHEDULERS, FLOW_SIGMA_SCHEDULERS
 
 
 def reference_sde(velocity, x, noises, steps, path_type, sigma_last=0.04):
@@ -211,3 +216,94 @@ def test_heun_starts_in_the_middle_and_anew_after_a_run_that_stopped_between_two
     velocity, other = torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
     anew = scheduler.step(velocity, scheduler.timesteps[0], other).prev_sample
     torch.testing.assert_close(anew, other - velocity / 4)
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerMaruyamaScheduler, FlowMatchHeunScheduler])
+@pytest.mark.parametrize(
+    ("steps", "message"), [(2.0, "float"), (True, "bool"), ("3", "str"), (None, "NoneType"), (-1, "at least 1")]
+)
+def test_steps_are_whole_numbers(scheduler, steps, message):
+    with pytest.raises(ValueError, match=message):
+        scheduler().set_timesteps(steps)
+    scheduler().set_timesteps(np.int64(3))
+
+
+# Which schedulers draw right: Gaussian data, whose velocity is known. The ODE maps noise e to mean + std e.
+
+MEAN, STD = 0.3, 0.5
+
+
+def gaussian_velocity(x, t):
+    alpha, variance = 1 - t, (1 - t) ** 2 * STD**2 + t**2
+    centred = x - alpha * MEAN
+    return t / variance * centred - (MEAN + alpha * STD**2 / variance * centred)
+
+
+class GaussianModel(torch.nn.Module):
+    """In place of a transformer: the exact velocity of that data."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+    config = ERWTransformer2DModel(sample_size=32, in_channels=1, num_layers=0).config
+
+    def cache_context(self, name):
+        return contextlib.nullcontext()
+
+    def forward(self, latents, timestep, **kwargs):
+        return (gaussian_velocity(latents, timestep.reshape(-1, 1, 1, 1)),)
+
+
+def draws_right(scheduler) -> bool:
+    pipe = ERWPipeline(None, None, FlowMatchEulerMaruyamaScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer, pipe.scheduler = GaussianModel(), scheduler
+    noise = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = pipe(
+        [0] * 4, num_inference_steps=100, guidance_scale=1.0, latents=noise, output_type="latent",
+        generator=torch.Generator().manual_seed(1),
+    ).images  # fmt: skip
+    exact = MEAN + STD * noise
+    as_ode = (images - exact).norm() / exact.norm() < 0.03
+    as_sde = abs(images.mean() - exact.mean()) < 0.03 and abs(images.std() / exact.std() - 1) < 0.05
+    return bool(as_ode or as_sde)
+
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+OPTIONS = [
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "invert_sigmas",
+    "stochastic_sampling", "thresholding", "use_dynamic_shifting",
+]  # fmt: skip
+ALL = sorted(name for name in dir(diffusers) if name.endswith("Scheduler"))
+
+
+def made(name, **options):
+    """The scheduler as a user makes it of ours, or `None` where it cannot be made so."""
+    scheduler = getattr(diffusers, name)
+    if not set(options) <= set(inspect.signature(scheduler.__init__).parameters):
+        return None
+    try:
+        return scheduler.from_config(FlowMatchEulerMaruyamaScheduler().config, **options)
+    except (AttributeError, ImportError, TypeError, ValueError):
+        return None
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("flow", [{}, FLOW])
+def test_a_scheduler_of_diffusers_draws_right_or_is_refused(name, flow):
+    for options in [{}, *({option: True} for option in OPTIONS)]:
+        scheduler = made(name, **flow, **options)
+        if scheduler is not None:
+            try:
+                assert draws_right(scheduler), options
+            except ValueError as error:
+                assert "scheduler" in str(error).lower(), error
+                assert options or name not in ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+                assert options or not flow or name not in FLOW_SIGMA_SCHEDULERS
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerMaruyamaScheduler, FlowMatchHeunScheduler])
+def test_what_is_called_compatible_draws_right_and_so_do_we(scheduler):
+    assert draws_right(scheduler())
+    compatibles = scheduler().compatibles
+    assert {one.__name__ for one in compatibles} == set(FLOW_MATCHING_SCHEDULERS)
+    for one in compatibles:
+        assert draws_right(one.from_config(scheduler().config))

@@ -183,8 +183,10 @@ def linear_probe(
     Returns:
         `float`: Share of the test samples whose class is found.
     """
-    mean, std = features.double().mean(dim=0), features.double().std(dim=0).clamp(min=1e-6)
-    x, x_test = ((values.double() - mean) / std for values in (features, test_features))
+    # On the CPU: not every device has float64.
+    features, test_features = features.cpu().double(), test_features.cpu().double()
+    mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
+    x, x_test = ((values - mean) / std for values in (features, test_features))
     num_classes = int(max(labels.max(), test_labels.max())) + 1
     weight = x.new_zeros(x.shape[1], num_classes).requires_grad_()
     bias = x.new_zeros(num_classes).requires_grad_()
@@ -245,8 +247,7 @@ def probe_blocks(
             )
             fitted = block_features(transformer, fit_images, time, vae, path_type, encoder=encoder)
             result["accuracy"] = [
-                linear_probe(fit.to(transformer.device), fit_labels, test.to(transformer.device), test_labels)
-                for fit, test in zip(fitted, tested, strict=True)
+                linear_probe(fit, fit_labels, test, test_labels) for fit, test in zip(fitted, tested, strict=True)
             ]
         results.append(result)
     return results
