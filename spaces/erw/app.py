@@ -15,7 +15,7 @@
 
 Environment variables, which only the owner of the demo sets:
     ERW_MODEL: A Hub id or folder of an exported pipeline. By default the digits of the erw-hf repository.
-    ERW_MODELS: More of them, separated by commas, to choose from and to compare with.
+    ERW_MODELS: More of them, separated by commas or lines, to choose from and to compare with.
 
 A pipeline is loaded through the code that travels in its repo, so nothing of erw_hf is needed here. That code is run:
 visitors choose among the models that were loaded at the start and can name no other.
@@ -66,9 +66,12 @@ RANGES = {
     "guidance_high": (0.0, 1.0, 0.05, 0.7, "Guidance up to t"),
     "num_inference_steps": (1, MAX_STEPS, 1, 50, "Steps"),
 }
+NO_CLASS = "no class"  # the one choice of an unconditional model
 LINKED = ["label", *RANGES, "sampler", "model"]  # what a link holds, in the order of the controls
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # cuda first: ZeroGPU stands in for it
+if DEVICE == "cpu" and torch.accelerator.is_available():
+    DEVICE = torch.accelerator.current_accelerator().type
 
 
 class Frame(NamedTuple):
@@ -83,20 +86,30 @@ class Frame(NamedTuple):
 
 def load_models() -> dict[str, DiffusionPipeline]:
     """Loads what the owner serves, by short name, the default one first."""
-    first = os.environ.get("ERW_MODEL") or str(DEFAULT_MODEL)
+    first = os.environ.get("ERW_MODEL", "").strip() or str(DEFAULT_MODEL)
     if first == str(DEFAULT_MODEL) and not DEFAULT_MODEL.is_dir():
         raise SystemExit("set ERW_MODEL to the Hub id or the folder of an exported ERW pipeline")
+    more = re.split(r"[,\n]", os.environ.get("ERW_MODELS", ""))
     models = {}
-    for source in [first, *filter(None, map(str.strip, os.environ.get("ERW_MODELS", "").split(",")))]:
+    for source in [first, *filter(None, map(str.strip, more))]:
         path = Path(source)  # a run's folder is named by the run: outputs/quickstart/pipeline is "quickstart"
         name = path.parent.name if path.name == "pipeline" else path.name
-        dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-        pipe = DiffusionPipeline.from_pretrained(
-            source, custom_pipeline=source, trust_remote_code=True, dtype=dtype
-        ).to(DEVICE)
-        pipe.set_progress_bar_config(disable=True)
-        models[source if name in models else name] = pipe
+        models[source if name in models else name] = load_model(source)
     return models
+
+
+def load_model(source: str) -> DiffusionPipeline:
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    try:
+        pipe = DiffusionPipeline.from_pretrained(source, custom_pipeline=source, trust_remote_code=True, dtype=dtype)
+        if not hasattr(pipe, "get_label_ids"):
+            raise ValueError(f"it is a {type(pipe).__name__}")
+    except Exception as error:  # the owner reads it in the Space's log, where a traceback says less
+        reason = " ".join(str(error).split())[:300]
+        raise SystemExit(f"{source!r} (ERW_MODEL or ERW_MODELS) is not an exported ERW pipeline: {reason}") from error
+    pipe.set_progress_bar_config(disable=True)
+    print(f"{source}: on {DEVICE}, {str(dtype).removeprefix('torch.')}", flush=True)
+    return pipe.to(DEVICE)
 
 
 def class_choices(pipe: DiffusionPipeline) -> list[tuple[str, str]]:
@@ -107,12 +120,19 @@ def class_choices(pipe: DiffusionPipeline) -> list[tuple[str, str]]:
         name = names.get(str(class_id), str(class_id)).strip()
         value = name if pipe.labels.get(name) == class_id else str(class_id)  # ImageNet has two cranes
         choices.append((name if name == str(class_id) else f"{name} ({class_id})", value))
-    return choices
+    return choices or [(NO_CLASS, NO_CLASS)]
+
+
+def samplers_of(pipe: DiffusionPipeline) -> list[str]:
+    """Those that a model can be drawn by, its default first: SDE and Heun come with it, if its scheduler is one of them."""
+    shipped = sys.modules[type(pipe.scheduler).__module__]
+    return list(SAMPLERS) if hasattr(shipped, "FlowMatchHeunScheduler") else ["euler"]
 
 
 MODELS = load_models()
 MODEL = next(iter(MODELS))
 CHOICES = {name: class_choices(pipe) for name, pipe in MODELS.items()}
+SAMPLER = samplers_of(MODELS[MODEL])[0]
 
 
 def refuse(message: str) -> gr.Error:
@@ -141,6 +161,10 @@ def checked_class(model: str, label) -> str:
     if isinstance(label, bool) or not isinstance(label, (str, int)):
         raise refuse(f"Class must be a name or an id, got {str(label)[:40]!r}")
     pipe, text = MODELS[model], str(label).strip()[:100]
+    if CHOICES[model] == [(NO_CLASS, NO_CLASS)]:
+        if text not in ("", "0", NO_CLASS):
+            raise refuse(f"Class must be {NO_CLASS!r}, {model} is unconditional")
+        return NO_CLASS
     if text not in pipe.labels and text.isascii() and text.isdigit():
         if int(text) >= len(CHOICES[model]):
             raise refuse(f"{model} has the classes 0 to {len(CHOICES[model]) - 1}, not {text[:40]}")
@@ -167,10 +191,12 @@ def new_scheduler(pipe: DiffusionPipeline, sampler: str):
     """A scheduler of its own for each call, since it keeps count of the steps."""
     config = pipe.scheduler.config
     if sampler == "euler":
+        if isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+            return type(pipe.scheduler).from_config(config)
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps)
-    shipped = sys.modules[type(pipe.scheduler).__module__]  # the file that travels with the model holds both others
-    if not hasattr(shipped, "FlowMatchHeunScheduler"):
+    if sampler not in samplers_of(pipe):
         raise refuse(f"this model brings no {SAMPLERS[sampler]} sampler: choose {SAMPLERS['euler']}")
+    shipped = sys.modules[type(pipe.scheduler).__module__]  # the file that travels with the model holds both others
     arguments = {"num_train_timesteps": config.num_train_timesteps, "path_type": config.get("path_type", "linear")}
     if sampler == "heun":
         return shipped.FlowMatchHeunScheduler(**arguments)
@@ -184,6 +210,14 @@ def clean_prediction(path_type: str, velocity: torch.Tensor, latents: torch.Tens
     return math.cos(t * math.pi / 2) * latents - math.sin(t * math.pi / 2) * velocity / (math.pi / 2)
 
 
+@torch.no_grad()
+def decoded(pipe: DiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
+    images = pipe.decode_latents(latents).float()
+    if not torch.isfinite(images).all():  # 8 bits would show it as black
+        raise ValueError("the model gives NaN or infinity, its weights are broken or its precision is too low")
+    return pipe.image_processor.postprocess(images, output_type="pil")
+
+
 def watch(pipe: DiffusionPipeline, frames: queue.Queue, stopped: threading.Event) -> None:
     """Makes the scheduler's step put what it sees into `frames`, images a few times a run, and raise once `stopped` is set."""
     path_type, made = getattr(pipe.scheduler.config, "path_type", "linear"), itertools.count()
@@ -192,7 +226,7 @@ def watch(pipe: DiffusionPipeline, frames: queue.Queue, stopped: threading.Event
     def images_of(latents):
         if latents.ndim == 2:  # a row of latents and class token
             latents, _ = pipe.split_state(latents)
-        return pipe.image_processor.postprocess(pipe.decode_latents(latents).float(), output_type="pil")
+        return decoded(pipe, latents)
 
     @functools.wraps(step)  # the pipeline reads the arguments off it
     def watched(scheduler, velocity, timestep, latents, **kwargs):
@@ -226,13 +260,15 @@ def sample(settings: dict) -> Iterator[Frame]:
 
     def work():
         try:
-            images = pipe(
+            latents = pipe(
                 class_labels=[class_id(settings)] * count,
                 num_inference_steps=settings["num_inference_steps"],
                 guidance_scale=settings["guidance_scale"],
                 guidance_interval=(settings["guidance_low"], settings["guidance_high"]),
-                generator=[torch.Generator().manual_seed(settings["seed"] + i) for i in range(count)],
+                generator=[torch.Generator().manual_seed(nth_seed(settings, i)) for i in range(count)],
+                output_type="latent",
             ).images
+            images = decoded(pipe, latents)
             frames.put(Frame(pipe.num_timesteps, pipe.num_timesteps, 0.0, images, images))
         except Exception as error:  # raised again below, in the thread that answers the visitor
             frames.put(error)
@@ -242,6 +278,8 @@ def sample(settings: dict) -> Iterator[Frame]:
         t = 1.0
         while t > 0:
             frame = frames.get()
+            if isinstance(frame, ValueError):
+                raise refuse(f"No picture: {frame}")
             if isinstance(frame, Exception):
                 raise frame
             yield frame
@@ -261,8 +299,13 @@ def pictures(settings: dict, progress: gr.Progress, part=0, parts=1, pause: floa
             shown = time.monotonic()
 
 
+def nth_seed(settings: dict, index: int) -> int:
+    """The seed of an image of a run; after the highest one comes 0."""
+    return (settings["seed"] + index) % (MAX_SEED + 1)
+
+
 def caption(settings: dict, index: int = 0) -> str:
-    return f"{settings['label'].split(',')[0]}, seed {settings['seed'] + index}"
+    return f"{settings['label'].split(',')[0]}, seed {nth_seed(settings, index)}"
 
 
 def stored(image: Image.Image, name: str) -> str:
@@ -281,7 +324,7 @@ def saved(images: list, settings: dict) -> list[tuple[str, str, dict]]:
     """(file, caption, settings that draw it alone) of each image. The PNG holds the settings too, as its text `erw`."""
     entries = []
     for i, image in enumerate(images):
-        own = {**settings, "seed": settings["seed"] + i, "num_images": 1}
+        own = {**settings, "seed": nth_seed(settings, i), "num_images": 1}
         image.info["erw"] = json.dumps(own)
         name = re.sub(r"\W+", "-", f"{own['model']}-{caption(own)}").lower()
         entries.append((stored(image, name), caption(own), own))
@@ -381,30 +424,53 @@ def remember(entries, remembered):
     return remembered, [entry[:2] for entry in remembered]
 
 
+def controls_of(settings: dict) -> dict:
+    """What puts settings into the controls, with the choices of their model, in the order of `LINKED`."""
+    model = settings["model"]
+    label = gr.Dropdown(CHOICES[model], value=settings["label"])
+    return {**settings, "label": label, "sampler": gr.Radio(radio(model), value=settings["sampler"])}
+
+
 def copy_back(remembered, event: gr.SelectData):
     settings = remembered[event.index][2]
     gr.Info(f"Settings of {caption(settings)} are back.", duration=3)
-    return *(settings[name] for name in LINKED if name != "num_images"), False
+    return *(value for name, value in controls_of(settings).items() if name != "num_images"), False
 
 
 def read_link(request: gr.Request):
     """The settings that the page's address holds, and whether it holds any."""
-    defaults = {"label": CHOICES[MODEL][0][1], **{name: row[3] for name, row in RANGES.items()}}
-    defaults |= {"sampler": "sde", "model": MODEL}
+    known = request.query_params.get("model") in MODELS
+    model = request.query_params["model"] if known else MODEL
+    defaults = {"label": CHOICES[model][0][1], **{name: row[3] for name, row in RANGES.items()}}
+    defaults |= {"sampler": samplers_of(MODELS[model])[0], "model": model}
     linked = {name: value for name, value in request.query_params.items() if name in LINKED}
     try:
         settings = checked(*({**defaults, **linked}[name] for name in LINKED))
     except gr.Error as error:
         gr.Warning(f"The link was not understood, here are the defaults. {html.escape(error.message)}")
         settings, linked = defaults, {}
-    label = gr.Dropdown(CHOICES[settings["model"]], value=settings.pop("label"))
-    return label, *settings.values(), not linked
+    return *controls_of(settings).values(), not linked
 
 
 SIDE = MODELS[MODEL].transformer.config.sample_size * MODELS[MODEL].vae_scale_factor
 LOOK = ["pictures", "pixels"] if SIDE <= 64 else ["pictures"]  # style.css
 GALLERY = {"columns": 4, "object_fit": "contain", "format": "png", "interactive": False, "elem_classes": LOOK}
 BUTTONS = {"buttons": ["download", "download_all", "fullscreen"]}  # no "share", which asks another host
+
+
+def radio(model: str) -> list[tuple[str, str]]:
+    return [(SAMPLERS[name], name) for name in samplers_of(MODELS[model])]
+
+
+def of_model(model: str, label, sampler: str):
+    """The controls whose choices depend on the model; what it has too stays chosen."""
+    try:
+        label = checked_class(model, label)
+    except gr.Error:
+        label = CHOICES[model][0][1]
+    known = samplers_of(MODELS[model])
+    sampler = sampler if sampler in known else known[0]
+    return gr.Dropdown(CHOICES[model], value=label), gr.Radio(radio(model), value=sampler)
 
 
 def slider(name: str) -> gr.Slider:
@@ -427,11 +493,13 @@ with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_ca
             shuffle = gr.Button("Random class", size="sm", elem_id="random")
             num_images = slider("num_images")
             with gr.Row():
-                seed = gr.Number(0, precision=0, label=RANGES["seed"][4], min_width=140, elem_id="seed")
+                seed = gr.Number(
+                    0, precision=0, minimum=0, maximum=MAX_SEED, label=RANGES["seed"][4], min_width=140, elem_id="seed"
+                )
                 new_seed = gr.Checkbox(True, label="New seed each run", min_width=140, elem_id="new-seed")
             model = gr.Dropdown(list(MODELS), value=MODEL, label="Model", visible=len(MODELS) > 1, elem_id="model")
             with gr.Accordion("Sampling and guidance", open=False):
-                sampler = gr.Radio([(title, name) for name, title in SAMPLERS.items()], value="sde", label="Sampler")
+                sampler = gr.Radio(radio(MODEL), value=SAMPLER, label="Sampler")
                 steps = slider("num_inference_steps")
                 scale, low, high = map(slider, ["guidance_scale", "guidance_low", "guidance_high"])
             status = gr.HTML(elem_id="status")
@@ -499,7 +567,7 @@ with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_ca
     gr.api(classes, queue=False)
 
     shuffle.click(lambda model: random.choice(CHOICES[model])[1], model, label, **quick)
-    model.change(lambda model: gr.Dropdown(CHOICES[model]), model, label, **quick)
+    model.input(of_model, [model, label, sampler], [label, sampler], preprocess=False, **quick)
     history.select(copy_back, remembered, [*one_image, new_seed], api_visibility="private")
     link.click(None, controls, js="(...values) => erw.copy(values)", **quick)
     opened = demo.load(read_link, None, [*controls, new_seed], show_progress="hidden", api_visibility="private")

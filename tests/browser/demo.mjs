@@ -1,7 +1,7 @@
 // The demo in a headless Chromium, as a visitor uses it: `make test-browser`, or
 //     node tests/browser/demo.mjs PYTHON [FOLDER FOR SCREENSHOTS]
 import assert from "node:assert/strict";
-import { spawn } from "node:child_process";
+import { execFileSync, spawn } from "node:child_process";
 import { cpSync, existsSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
@@ -13,6 +13,24 @@ const [python, screenshots] = process.argv.slice(2);
 const repository = resolve(fileURLToPath(import.meta.url), "../../..");
 const scratch = mkdtempSync(join(tmpdir(), "erw-demo-"));
 
+// Models of other kinds than the digits: without classes, with a scheduler of diffusers; and of the latents of an autoencoder.
+const TINY = `
+import sys, torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler
+torch.manual_seed(0)
+size = {"sample_size": 8, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
+levels = {f"{way.lower()}_block_types": (f"{way}{'Encoder' if way == 'Down' else 'Decoder'}Block2D",) * 2 for way in ("Down", "Up")}
+vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, **levels)
+for name, config, vae, scheduler in (
+    ("unconditional", {"in_channels": 3, "num_classes": 0}, None, FlowMatchEulerDiscreteScheduler()),
+    ("latent", {"in_channels": 4, "num_classes": 10}, vae, FlowMatchEulerMaruyamaScheduler()),
+):
+    model = ERWTransformer2DModel(**size, **config)
+    torch.nn.init.normal_(model.proj_out.weight, std=0.2)
+    ERWPipeline(model, vae, scheduler).save_pretrained(f"{sys.argv[1]}/{name}")
+`;
+
 async function serve() {
   const probe = createServer().listen(0, "127.0.0.1");
   await new Promise((done) => probe.on("listening", done));
@@ -20,11 +38,13 @@ async function serve() {
   await new Promise((done) => probe.close(done));
   // The second model is the first one by another name: at the same seeds it has to draw the same.
   cpSync(join(repository, "pipelines/erw-digits"), join(scratch, "twin"), { recursive: true });
+  execFileSync(python, ["-c", TINY, scratch], { cwd: repository, stdio: ["ignore", "ignore", "inherit"] });
+  const models = ["twin", "unconditional", "latent"].map((name) => join(scratch, name)).join(",\n");
   const server = spawn(python, ["spaces/erw/app.py"], {
     cwd: repository,
     stdio: ["ignore", "inherit", "inherit"],
     env: {
-      ...process.env, ERW_MODEL: "", ERW_MODELS: join(scratch, "twin"), HF_HUB_OFFLINE: "1", GRADIO_SERVER_PORT: `${port}`,
+      ...process.env, ERW_MODEL: "", ERW_MODELS: models, HF_HUB_OFFLINE: "1", GRADIO_SERVER_PORT: `${port}`,
       GRADIO_TEMP_DIR: join(scratch, "gradio"),
     },
   });
@@ -157,6 +177,32 @@ const checks = {
     assert.equal(new Set(noisy).size, 8);
     assert.equal(noisy[7], clean[7]);
     assert.equal((await captions(page, "#noisy"))[0], "t = 1.00");
+  },
+
+  async "a model without classes and one of latents draw at the first click"(page, url) {
+    for (const [model, side, name, samplers] of [["unconditional", 8, "no class", 1], ["latent", 16, "0", 3]]) {
+      await ready(page, url + link({ model, num_images: 2, num_inference_steps: 4 }));
+      await page.click("#generate");
+      await remembered(page, 2);
+      const seed = Number(await field(page, "#seed").inputValue());
+      assert.deepEqual(await captions(page, "#pictures"), [0, 1].map((i) => `${name}, seed ${seed + i}`));
+      assert.equal(new Set(await pictures(page, "#pictures")).size, 2);
+      assert.equal(await page.$eval("#pictures .grid-container img", (image) => image.naturalWidth), side);
+      await page.getByRole("button", { name: "Sampling and guidance" }).click();
+      assert.equal(await page.getByRole("radio").count(), samplers);
+    }
+  },
+
+  async "another model takes over what it has of the settings"(page, url) {
+    await ready(page, url + link({ label: 7, model: "latent", sampler: "heun", num_images: 1, num_inference_steps: 2 }));
+    await remembered(page, 1);
+    for (const [model, name] of [["unconditional", "no class"], ["latent", "0"]]) {
+      await page.click("#model input");
+      await page.getByRole("option", { name: model, exact: true }).click();
+      await page.waitForFunction((value) => document.querySelector("#label input").value === value, name);
+      await page.click("#generate");
+      await remembered(page, model === "latent" ? 3 : 2);
+    }
   },
 
   async "a hostile link is refused and not run"(page, url) {

@@ -26,21 +26,31 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import psutil
 import pytest
 import torch
-from helpers import REPOSITORY, TINY_MODEL
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from helpers import REPOSITORY, TINY_MODEL, randomize
 from PIL import Image
 
-from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler
+from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler, FlowMatchHeunScheduler
 
 
 SPACE, DIGITS = REPOSITORY / "spaces" / "erw", REPOSITORY / "pipelines" / "erw-digits"
 FAST = {"num_inference_steps": 3}
+
+
+def load_app():
+    spec = importlib.util.spec_from_file_location("app", SPACE / "app.py")
+    app = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(app)
+    return app
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +62,7 @@ def app(tmp_path_factory):
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
         patch.delenv("ERW_MODEL", raising=False)
-        spec = importlib.util.spec_from_file_location("app", SPACE / "app.py")
-        app = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(app)
+        app = load_app()
         _, app.url, _ = app.demo.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
         yield app
         app.demo.close()
@@ -95,10 +103,6 @@ def test_a_class_is_drawn_with_a_seed_an_image(client, pipe):
 
 
 def test_the_samplers_and_the_guidance_are_those_asked_for(client, pipe):
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    from erw_hf import FlowMatchHeunScheduler
-
     for sampler, scheduler in (("euler", FlowMatchEulerDiscreteScheduler()), ("heun", FlowMatchHeunScheduler())):
         ode = ERWPipeline(**{**pipe.components, "scheduler": scheduler}, id2label=pipe.config.id2label)
         guidance = {"guidance_scale": 3.0, "guidance_interval": (0.2, 0.9)}
@@ -308,8 +312,94 @@ def test_the_folder_alone_runs_with_its_requirements(tmp_path):
     assert "drawn (32, 32)" in run.stdout, run.stderr[-3000:]
 
 
+def save_tiny(folder, scheduler, vae=None, **config):
+    transformer = randomize(ERWTransformer2DModel(**{**TINY_MODEL, **config})).eval()
+    ERWPipeline(transformer, vae, scheduler).save_pretrained(folder)
+    return folder
+
+
+def test_an_unconditional_and_a_latent_pipeline_draw_at_the_first_click(tmp_path, vae_path, monkeypatch, capsys):
+    """The first one with a scheduler of diffusers, whose repo brings no SDE, and a folder's name with a line break."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    unconditional = save_tiny(tmp_path / "unconditional", scheduler, num_classes=0)
+    vae = AutoencoderKL.from_pretrained(vae_path)
+    channels = vae.config.latent_channels
+    latent = save_tiny(tmp_path / "latent", FlowMatchEulerMaruyamaScheduler(), vae, in_channels=channels)
+    monkeypatch.setenv("ERW_MODEL", f" {unconditional}\n")
+    monkeypatch.setenv("ERW_MODELS", f"\n{latent} ,\n")
+    app = load_app()
+    assert f"{latent}: on {app.DEVICE}, float32\n" in capsys.readouterr().out
+    assert app.CHOICES["unconditional"] == [("no class", "no class")] and app.classes() == {"no class": 0}
+    first = SimpleNamespace(query_params={})
+    label, *numbers, sampler, model, _ = app.read_link(first)
+    assert (label.value, sampler.value, model) == ("no class", "euler", "unconditional")
+    assert [value for _, value in sampler.choices] == ["euler"]
+    numbers[:2], numbers[5] = [2, 5], 3
+    for name, label, sampler in (
+        ("unconditional", "no class", "euler"),
+        ("latent", "7", "sde"),
+        ("latent", "7", "heun"),
+    ):
+        settings = app.checked(label, *numbers, sampler, name)
+        *_, frame = app.sample(settings)
+        pipe = ERWPipeline.from_pretrained(tmp_path / name)
+        if sampler == "heun":
+            pipe.scheduler = FlowMatchHeunScheduler()
+        expected = directly(pipe, 0 if name == "unconditional" else 7, [5, 6])
+        assert [image.tobytes() for image in frame.clean] == expected, (name, sampler)
+    label, radio = app.of_model("unconditional", "7", "sde")
+    assert (label.value, radio.value) == ("no class", "euler")
+    with pytest.raises(app.gr.Error, match="brings no SDE"):
+        list(app.sample({**settings, "model": "unconditional", "label": "no class", "sampler": "sde"}))
+    with pytest.raises(app.gr.Error, match="Class must be 'no class', unconditional is unconditional"):
+        app.checked("7", *numbers, "euler", "unconditional")
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_a_broken_model_is_one_line_and_no_black_picture(app, part, vae_path, monkeypatch):
+    vae = AutoencoderKL.from_pretrained(vae_path)
+    transformer = ERWTransformer2DModel(**{**TINY_MODEL, "in_channels": vae.config.latent_channels}).eval()
+    broken = transformer.proj_out if part == "transformer" else vae.decoder.conv_out
+    torch.nn.init.constant_(broken.bias, torch.nan)
+    pipe = ERWPipeline(transformer, vae, FlowMatchEulerMaruyamaScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setitem(app.MODELS, "broken", pipe)
+    monkeypatch.setitem(app.CHOICES, "broken", app.class_choices(pipe))
+    settings = app.checked("7", 1, 5, 1.8, 0.0, 0.7, 8, "sde", "broken")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(app.gr.Error, match="^'No picture: .*NaN or infinity[^\\n]*$"):
+            list(app.sample(settings))
+
+
+def test_pictures_beyond_the_highest_seed_have_seeds_that_the_field_takes(app):
+    settings = app.checked("7", 3, app.MAX_SEED, 1.8, 0.0, 0.7, 2, "sde", "erw-digits")
+    *_, frame = app.sample(settings)
+    entries = app.saved(frame.clean, settings)
+    assert [own["seed"] for _, _, own in entries] == [app.MAX_SEED, 0, 1]
+    own = entries[1][2]
+    *_, alone = app.sample(app.checked(*(own[name] for name in app.LINKED)))
+    assert alone.clean[0].tobytes() == frame.clean[1].tobytes()
+    assert (app.seed.minimum, app.seed.maximum) == (0, app.MAX_SEED)
+
+
+@pytest.mark.parametrize(
+    "source", ["nobody/nothing", "an id of words", "one/two/three", "{folder}/empty", "{folder}/file"]
+)
+def test_a_model_that_is_none_is_named_in_one_line(source, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("{}")
+    source = source.format(folder=tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for variable in ("ERW_MODEL", "ERW_MODELS"):
+        monkeypatch.setenv("ERW_MODEL", str(DIGITS))
+        monkeypatch.setenv(variable, f"{source}\n")
+        with pytest.raises(SystemExit, match=f"^'{source}' .* is not an exported ERW pipeline: [^\n]+$"):
+            load_app()
+
+
 def test_without_a_model_the_folder_says_what_to_set(tmp_path, monkeypatch):
-    monkeypatch.delenv("ERW_MODEL", raising=False)
+    monkeypatch.setenv("ERW_MODEL", " \n")
     with pytest.raises(SystemExit, match="set ERW_MODEL"):
         runpy.run_path(str(shutil.copy(SPACE / "app.py", tmp_path)))
 
