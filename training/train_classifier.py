@@ -27,10 +27,11 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import load_dataset
+from datasets import Image, load_dataset
 from tqdm.auto import tqdm
 from transformers import BitImageProcessorPil, ResNetConfig, ResNetForImageClassification
 
+from erw_hf.data.decoding import decode_image
 from erw_hf.data.digits import load_digits_dataset
 
 
@@ -86,7 +87,8 @@ def main() -> None:
 
 def load(split, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (N, C, H, W), uint8, and labels."""
-    images = np.stack([np.asarray(image.resize((size, size))) for image in split["image"]])
+    images = [decode_image(image)[0] for image in split.cast_column("image", Image(decode=False))["image"]]
+    images = np.stack([np.asarray(image.resize((size, size))) for image in images])
     return torch.from_numpy(images).reshape(len(images), size, size, -1).movedim(-1, 1), torch.tensor(
         list(split["label"])
     )

@@ -35,10 +35,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from datasets import load_dataset
+from datasets import Image, load_dataset
 from tqdm.auto import tqdm
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel
 
+from erw_hf.data.decoding import decode_image
 from erw_hf.data.digits import load_digits_dataset
 
 
@@ -205,7 +206,8 @@ def recolour(images: torch.Tensor) -> torch.Tensor:
 
 def load_images(split, size: int, column: str = "image") -> tuple[torch.Tensor, torch.Tensor]:
     """Images (N, C, H, W), uint8, and labels."""
-    images = np.stack([np.asarray(image.resize((size, size), resample=3)) for image in split[column]])
+    images = [decode_image(image)[0] for image in split.cast_column(column, Image(decode=False))[column]]
+    images = np.stack([np.asarray(image.resize((size, size), resample=3)) for image in images])
     return torch.from_numpy(images).reshape(len(images), size, size, -1).movedim(-1, 1), torch.tensor(
         list(split["label"])
     )
