@@ -35,6 +35,8 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, In
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from .pipeline_erw import is_representation_autoencoder, unscale_latents
+
 
 class ERWInputStep(ModularPipelineBlocks):
     model_name = "erw"
@@ -255,24 +257,12 @@ class ERWDecodeStep(ModularPipelineBlocks):
         images, vae = block_state.latents, components.vae
         if block_state.output_type != "latent":
             if vae is not None:
-                if type(vae).__name__ == "AutoencoderRAE":  # which scales latents itself, and has images in [0, 1]
-                    images = vae.decode(images.to(vae.dtype), return_dict=False)[0].float() * 2 - 1
-                else:
-                    images = vae.decode(_unscale(images, vae.config).to(vae.dtype), return_dict=False)[0].float()
+                images = vae.decode(unscale_latents(images, vae).to(vae.dtype), return_dict=False)[0].float()
+                images = images * 2 - 1 if is_representation_autoencoder(vae) else images
             images = components.image_processor.postprocess(images, output_type=block_state.output_type)
         block_state.images = images
         self.set_block_state(state, block_state)
         return components, state
-
-
-def _unscale(latents: torch.Tensor, config) -> torch.Tensor:
-    scaling, shift = getattr(config, "scaling_factor", None) or 1.0, getattr(config, "shift_factor", None) or 0.0
-    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if mean is None or std is None:
-        return latents / scaling + shift
-    mean = torch.as_tensor(mean, device=latents.device, dtype=latents.dtype).reshape(1, -1, 1, 1)
-    std = torch.as_tensor(std, device=latents.device, dtype=latents.dtype).reshape(1, -1, 1, 1)
-    return latents * std / scaling + mean
 
 
 class ERWBlocks(SequentialPipelineBlocks):

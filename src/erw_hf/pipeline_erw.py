@@ -489,18 +489,8 @@ class ERWPipeline(DiffusionPipeline):
             return self._decode(latents)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        if type(self.vae).__name__ == "AutoencoderRAE":  # which scales latents itself, and has images in [0, 1]
-            return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0] * 2 - 1
-        config = self.vae.config
-        scaling, shift = getattr(config, "scaling_factor", None) or 1.0, getattr(config, "shift_factor", None) or 0.0
-        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-        if mean is not None and std is not None:
-            mean = torch.as_tensor(mean, device=latents.device, dtype=latents.dtype).reshape(1, -1, 1, 1)
-            std = torch.as_tensor(std, device=latents.device, dtype=latents.dtype).reshape(1, -1, 1, 1)
-            latents = latents * std / scaling + mean
-        else:
-            latents = latents / scaling + shift
-        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        images = self.vae.decode(unscale_latents(latents, self.vae).to(self.vae.dtype), return_dict=False)[0]
+        return images * 2 - 1 if is_representation_autoencoder(self.vae) else images
 
     @staticmethod
     def _join(latents: torch.Tensor, class_token: torch.Tensor | None = None) -> torch.Tensor:
@@ -783,6 +773,60 @@ class ERWPipeline(DiffusionPipeline):
                 f"image {int(broken.int().argmax())} of {len(images)} holds NaN or infinity: the weights are broken, or "
                 f"{' and '.join(sorted(map(str, dtypes)))} is too low a precision (try float32)"
             )
+
+
+def is_representation_autoencoder(vae: Any) -> bool:
+    """
+    Args:
+        vae (a diffusers autoencoder): Any.
+
+    Returns:
+        `bool`: Whether it is an AutoencoderRAE, which has images in [0, 1] and scales its latents itself.
+    """
+    return type(vae).__name__ == "AutoencoderRAE"
+
+
+def scale_latents(latents: torch.Tensor, vae: Any) -> torch.Tensor:
+    """
+    Args:
+        latents (`torch.Tensor` of shape `(B, C, H, W)`): Latents as the autoencoder makes them.
+        vae (a diffusers autoencoder): Its config says how they are scaled: by `scaling_factor` and `shift_factor`, or by
+            the statistics `latents_mean` and `latents_std` of each channel.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C, H, W)`: Latents as the transformer sees them.
+    """
+    mean, std, scaling = _latent_scaling(vae, latents)
+    return (latents - mean) * scaling / std
+
+
+def unscale_latents(latents: torch.Tensor, vae: Any) -> torch.Tensor:
+    """
+    The inverse of [`scale_latents`].
+
+    Args:
+        latents (`torch.Tensor` of shape `(B, C, H, W)`): Latents as the transformer sees them.
+        vae (a diffusers autoencoder): See there.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C, H, W)`: Latents as the autoencoder decodes them.
+    """
+    mean, std, scaling = _latent_scaling(vae, latents)
+    return latents * std / scaling + mean
+
+
+def _latent_scaling(vae: Any, latents: torch.Tensor) -> tuple[Any, Any, float]:
+    if is_representation_autoencoder(vae):
+        return 0.0, 1.0, 1.0
+    scaling = getattr(vae.config, "scaling_factor", None) or 1.0
+    mean, std = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
+    if mean is None or std is None:
+        return getattr(vae.config, "shift_factor", None) or 0.0, 1.0, scaling
+    mean, std = (
+        torch.as_tensor(values, device=latents.device, dtype=latents.dtype).reshape(1, -1, 1, 1)
+        for values in (mean, std)
+    )
+    return mean, std, scaling
 
 
 def _kind(value: object) -> str:

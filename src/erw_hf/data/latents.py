@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from diffusers import ModelMixin
 
+from erw_hf.pipeline_erw import is_representation_autoencoder, scale_latents
+
 
 def encode_moments(pixels: torch.Tensor, vae: ModelMixin) -> torch.Tensor:
     """
@@ -35,7 +37,7 @@ def encode_moments(pixels: torch.Tensor, vae: ModelMixin) -> torch.Tensor:
         deterministic autoencoder (AutoencoderDC, AutoencoderRAE) are 0.
     """
     images = pixels.float() / 255
-    if not _is_rae(vae):
+    if not is_representation_autoencoder(vae):
         images = images * 2 - 1
     with torch.no_grad():
         encoded = vae.encode(images.to(vae.dtype))
@@ -98,24 +100,18 @@ def image_channels(vae: ModelMixin) -> int:
     Returns:
         `int`: Channels of its images: 3 for RGB.
     """
-    return vae.config.num_channels if _is_rae(vae) else vae.config.in_channels
-
-
-def _is_rae(vae: ModelMixin) -> bool:
-    """Representation autoencoders take images in [0, 1] and scale their latents themselves, by what their config says."""
-    return type(vae).__name__ == "AutoencoderRAE"
+    return vae.config.num_channels if is_representation_autoencoder(vae) else vae.config.in_channels
 
 
 def moments_to_latents(
     moments: torch.Tensor, vae: ModelMixin, posterior_noise: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    Draws latents from their posterior and scales them; the inverse of [`ERWPipeline.decode_latents`].
+    Draws latents from their posterior and scales them by [`~pipeline_erw.scale_latents`].
 
     Args:
         moments (`torch.Tensor` of shape `(B, 2 c, h, w)`): What [`encode_moments`] gave, in any float dtype.
-        vae (a diffusers autoencoder): Its config says how latents are scaled: by `scaling_factor` and `shift_factor`,
-            or by the statistics `latents_mean` and `latents_std` of each channel.
+        vae (a diffusers autoencoder): Its config says how latents are scaled.
         posterior_noise (`torch.Tensor` of shape `(B, c, h, w)`, *optional*): Standard normal draw. `None` takes the mean.
 
     Returns:
@@ -124,16 +120,7 @@ def moments_to_latents(
     latents, deviation = moments.float().chunk(2, dim=1)
     if posterior_noise is not None:
         latents = latents + deviation * posterior_noise
-    if _is_rae(vae):
-        return latents
-    config = vae.config
-    scaling, shift = getattr(config, "scaling_factor", None) or 1.0, getattr(config, "shift_factor", None) or 0.0
-    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if mean is not None and std is not None:
-        mean = torch.as_tensor(mean, device=latents.device).reshape(1, -1, 1, 1)
-        std = torch.as_tensor(std, device=latents.device).reshape(1, -1, 1, 1)
-        return (latents - mean) * scaling / std
-    return (latents - shift) * scaling
+    return scale_latents(latents, vae)
 
 
 def pixels_to_latents(
