@@ -93,7 +93,7 @@ def test_phase_2_starts_from_what_phase_1_learnt_in_the_same_run(finished_run, t
     # the hand-over itself.
     train(
         *tiny_flags,
-        "--learning_rate=0",
+        "--learning_rate=1e-300",
         "--warmup_learning_rate=1e-3",
         "--ema_decay=0",
         f"--output_dir={tmp_path}/run",
@@ -107,7 +107,7 @@ def test_phase_2_starts_from_what_phase_1_learnt_in_the_same_run(finished_run, t
     for name in handed_over:
         assert torch.equal(frozen[name], own_warmup[name]), name
     # The warmup did learn: its weights are not those that a run without warmup starts from.
-    train(*tiny_flags, "--warmup_steps=0", "--max_train_steps=1", "--learning_rate=0", "--ema_decay=0",
+    train(*tiny_flags, "--warmup_steps=0", "--max_train_steps=1", "--learning_rate=1e-300", "--ema_decay=0",
         f"--output_dir={tmp_path}/cold")  # fmt: skip
     cold = weights(tmp_path / "cold")
     assert not torch.equal(
@@ -238,7 +238,7 @@ def test_accumulation_equals_the_large_batch(tmp_path, tiny_flags, finished_run)
 
 def test_one_warmup_serves_another_run(tmp_path, tiny_flags, finished_run):
     flags = [*tiny_flags, "--warmup_steps=0", f"--warmup_from={finished_run}/warmup", "--max_train_steps=1"]
-    train(*flags, "--learning_rate=0", "--ema_decay=0", f"--output_dir={tmp_path}/run")
+    train(*flags, "--learning_rate=1e-300", "--ema_decay=0", f"--output_dir={tmp_path}/run")
     warmup = load_file(finished_run / "warmup" / "transformer" / "diffusion_pytorch_model.safetensors")
     name = "transformer_blocks.1.ff.net.2.weight"
     assert torch.equal(weights(tmp_path / "run")[name], warmup[name])
