@@ -301,7 +301,7 @@ class CheckpointsConfig:
     """Checkpoints"""
 
     checkpointing_steps: int = _key(5_000, "Steps between checkpoints.", range=AT_LEAST_1)
-    checkpoints_total_limit: int | None = _key(3, "Checkpoints to keep; none keeps all.", range=AT_LEAST_1)
+    checkpoints_total_limit: int | None = _key(3, "Newest checkpoints to keep; none keeps all.", range=AT_LEAST_1)
     resume_from_checkpoint: str | None = _key(
         None, 'A checkpoint folder, its name in output_dir, or "latest".', path="local"
     )

@@ -138,7 +138,7 @@ def training_cost(metrics: Path, environment: dict[str, Any] | None, warmup_step
     seconds, own_images, full_step_flops, warmup = 0.0, 0.0, None, None
     waited, used, peak_memory = 0.0, 0.0, 0.0
     losses: list[float | None] = []
-    before = {"step": 0, "phase": None, "images_seen": 0, "flops": 0.0}
+    before: dict[str, Any] = {"step": 0, "phase": None, "images_seen": 0, "flops": 0.0}
     for record in read_metrics(metrics):
         # Each step has as many images as any other, so that a line tells them without the one before it.
         step_images = record["images_seen"] / record["step"]
