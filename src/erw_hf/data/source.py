@@ -18,7 +18,7 @@ import errno
 import io
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from datasets import (
 )
 from datasets import Image as ImageFeature
 from datasets.data_files import EmptyDatasetError
-from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 from datasets.utils.file_utils import xopen
 from PIL import Image, UnidentifiedImageError
 
@@ -124,11 +124,14 @@ def load_source(
     """
     dataset_name = resolve_dataset_name(dataset_name)
     load = partial(_load, dataset_name, split, dataset_config_name, streaming, label_column, num_classes != 0)
-    dataset = retried(retry_seconds, load)
-    if streaming:
-        first = retried(retry_seconds, lambda: next(iter(dataset.decode(False).take(1)), None))
-    else:
-        first = dict.fromkeys(dataset.column_names) if len(dataset) > 0 else None  # its image may be broken
+    try:
+        dataset, first = retried(retry_seconds, partial(_open, load))
+    except (DatasetGenerationError, pyarrow.ArrowInvalid) as error:
+        if "BatchSize" not in f"{error} {error.__cause__}":
+            raise
+        # A parquet file without rows: the reader takes its batches by the rows of the first group.
+        load = partial(load, batch_size=1000)
+        dataset, first = retried(retry_seconds, partial(_open, load))
     if first is None:
         raise ValueError(f"the dataset {dataset_name!r} (split {split!r}) is empty")
     columns = list(first)
@@ -142,18 +145,18 @@ def load_source(
         else:
             dataset = dataset.select_columns(columns)
     else:
-        image_column = _find_image_column(columns, image_column)
+        image_column, features = _find_image_column(columns, image_column), dataset.features or {}
         # Encoded bytes: a stream's shuffle holds many of them, and the key of a sample is their hash.
         if streaming:
             dataset = dataset.decode(False)  # streams of the Hub are decoded in threads, which a cast leaves on
         try:
             dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
-        except (TypeError, ValueError, NotImplementedError, pyarrow.ArrowInvalid) as error:
+            retried(retry_seconds, partial(_check_images, dataset, image_column, dataset_name))
+        except (TypeError, NotImplementedError, pyarrow.ArrowInvalid) as error:
             raise ValueError(
-                f"the column {image_column!r} of {dataset_name!r} holds {(dataset.features or {}).get(image_column)}, not "
-                "images: name another one with --image_column"
+                f"the column {image_column!r} of {dataset_name!r} holds {features.get(image_column)}, not images: name "
+                "another one with --image_column"
             ) from error
-        retried(retry_seconds, partial(_check_images, dataset, image_column, dataset_name))
     if is_latent_cache and KEY_COLUMN not in columns:
         raise ValueError(
             f"the latent cache {dataset_name!r} lacks the column {KEY_COLUMN!r}: make it with cache_latents.py"
@@ -279,7 +282,7 @@ def _classes_of_rows(
     labels = np.asarray(dataset[label_column])
     if not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
-            f"labels must be class ids or names, column {label_column!r} holds {feature} (row 0: {labels[0]!r})"
+            f"labels must be class ids or names, column {label_column!r} holds {feature} (row 0: {labels[0].item()!r})"
         )
     names = feature.names if isinstance(feature, ClassLabel) else None
     if num_classes is None:
@@ -307,6 +310,14 @@ def _classes_of_stream(
         )
     num_classes = num_classes if num_classes is not None else len(names or ())
     return num_classes, names[:num_classes] if names is not None else None
+
+
+def _open(load: Callable[[], Dataset | IterableDataset]) -> tuple[Dataset | IterableDataset, dict[str, Any] | None]:
+    """The rows, and the first one with what it holds (of a stream) or by its columns; `None` if there is none."""
+    dataset = load()
+    if isinstance(dataset, IterableDataset):
+        return dataset, next(iter(dataset.decode(False).take(1)), None)
+    return dataset, dict.fromkeys(dataset.column_names) if len(dataset) > 0 else None  # its image may be broken
 
 
 def _load(
@@ -413,7 +424,7 @@ def _say_what_no_split_has(folder: str) -> None:
         say(
             logger,
             f"{len(left)} files of {folder} are in no split and are not read ({', '.join(left[:3])}): the splits "
-            f"{list(files)} were made of those that are named so. Rename them to be one split, or list them in README.md",
+            f"{', '.join(map(str, files))} were made of those that are named so. Rename them to be one split, or list them in README.md",
         )
 
 

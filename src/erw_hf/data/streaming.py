@@ -275,8 +275,8 @@ class StreamingSamples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]
         label = None
         if source.label_column is not None:
             label = row[source.label_column]
-            if label is None or not 0 <= label < source.num_classes:
-                raise ValueError(f"label {label} of {name} is not in [0, {source.num_classes - 1}]")
+            if not isinstance(label, int) or not 0 <= label < source.num_classes:
+                raise ValueError(f"label {label!r} of {name} is not in [0, {source.num_classes - 1}]")
         if source.image_column is None:
             return self.maker(None, label, epoch, key, row[MOMENTS_COLUMN], row.get(FEATURES_COLUMN))
         try:

@@ -23,6 +23,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 
 from erw_hf.conversion import read_checkpoint
+from erw_hf.data.folder import nfc
 from erw_hf.transformer_erw import ERWTransformer2DModel
 from erw_hf.warmup import build_warmup_transformer
 
@@ -131,7 +132,8 @@ def load_initial(
         config, model_config, "pipeline", may_differ=("sample_size", "num_classes", "class_dropout_prob")
     )
     theirs = json.loads((folder / "model_index.json").read_text()).get("id2label") or {}
-    ours = {str(class_id): label for class_id, label in (id2label or {}).items()}
+    theirs = {class_id: nfc(label) for class_id, label in theirs.items()}  # ours are read so
+    ours = {str(class_id): nfc(label) for class_id, label in (id2label or {}).items()}
     count, null_class = model_config["num_classes"], config["num_classes"]
     if not (theirs and ours):
         numbers = {str(class_id): str(class_id) for class_id in range(count)}
