@@ -67,6 +67,9 @@ def taken(folder, **kwargs):
         (["cat/indoor/1", "cat/outdoor/2", "dog/indoor/3"], "train", ["cat", "cat", "dog"]),
         (["n1/images/1", "n2/images/2"], "train", ["n1", "n2"]),
         (["photos/cat/1", "photos/dog/2"], "train", ["cat", "dog"]),  # as an archive unpacks
+        (["train/n1/images/1", "train/n2/images/2", "val/images/3"], "val", [None]),
+        (["train/cat/1", "train/dog/2", "dev/dog/3", "val/cat/4"], "dev", ["dog"]),  # two names of one split
+        (["cat/1", "cat/2"], "train", [None, None]),
         (["data/train/cat/1", "data/train/dog/2", "data/test/dog/3"], "test", ["dog"]),
         (["cat/1", "cat/2", "cat/3", "dog/4", "cover"], "train", ["cat"] * 3 + ["dog"]),
         (["cat/1", "dog/2", ".ipynb_checkpoints/3", "__MACOSX/cat/._1", "cat/._1"], "train", ["cat", "dog"]),
@@ -115,7 +118,7 @@ def test_what_was_taken_and_what_was_left_is_said(tmp_path, caplog):
     assert record.levelno == logging.WARNING
     for part in (
         "4 in train", "classes by folder: cat, dog", "1 in nested folders are of the class above",
-        "left 1 outside of the class folders (cover.png)", "left the files 1 .txt, 1 .heic", "hidden (.trash/1.png)",
+        "left 1 outside of the class folders (cover.png)", "left 1 .heic, which Pillow does not read", "left the files 1 .txt", "hidden (.trash/1.png)",
         "empty folders: fox",
     ):  # fmt: skip
         assert part in record.message
@@ -137,6 +140,9 @@ def test_a_plain_folder_is_no_warning_and_ranks_say_it_once(tmp_path, caplog, mo
     ("images", "texts", "message"),
     [
         (["1.png"], {"labels.csv": "file,label\n1.png,cat\n"}, "labels.csv seems to hold labels"),
+        (["1.png"], {"labels.txt": "cat\n"}, "labels.txt seems to hold labels"),
+        (["1.png"], {"train.json": '[{"file": "1.png", "category": 3}]'}, "train.json seems to hold labels"),
+        (["0/1.png", "1/2.png"], {"dataset.json": '{"labels": [["0/1.png", 3]]}'}, "dataset.json in .* holds labels"),
         (["1.png"], {"metadata.csv": "file_name,breed_label\n1.png,cat\n"}, "--label_column breed_label"),
         (["1.png"], {"metadata.csv": "name,label\n1.png,cat\n"}, "needs a column file_name"),
         (["1.png"], {"metadata.csv": "file_name,label\n2.png,cat\n"}, "row 0 of .* names '2.png', which is not"),
@@ -175,6 +181,9 @@ def test_metadata_gives_labels_or_leaves_them_to_the_folders(tmp_path, caplog):
                   **{"train/metadata.csv": table, "test/metadata.csv": table})  # fmt: skip
     source = load_source(folder)
     assert source.id2label == {0: "cat", 1: "dog"} and source.dataset["label"][:] == [1, 0]
+    table = "file_name,label\ntrain/1.png,a\ntest/2.png,b\n"  # of both splits
+    folder = make(tmp_path / "both", "train/1.png", "test/2.png", **{"metadata.csv": table})
+    assert load_source(folder).id2label == {0: "a"} and load_source(folder, "test").id2label == {0: "b"}
     folder = make(tmp_path / "d", "1.png", "2.png", **{"metadata.csv": "file_name,breed\n1.png,x\n2.png,y\n"})
     assert load_source(folder, label_column="breed").id2label == {0: "x", 1: "y"}
 

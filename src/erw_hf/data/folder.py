@@ -149,7 +149,7 @@ def read_image_folder(
         if unread and not rows:
             raise ValueError(f"{folder} holds no image that Pillow reads, but {unread}: convert them to PNG or JPEG")
         return None
-    if len(rows) >= len(listing.images) or _describes_itself(folder):
+    if len(rows) > len(listing.images) or _describes_itself(folder):
         return None
     reader = _Reader(folder, listing, label_column)
     if any(name.endswith(("_file_name", "_file_names")) for name in reader.columns):
@@ -278,7 +278,7 @@ class _Reader:
         named = {name: split for name in below if (split := _split_name(name)) is not None}
         if below and _is_few(own, below):
             parents = [name for name in named if _holds_folders(below[name], f"{prefix}{name}/")]
-            described = [name for name in named if any(t.startswith(f"{prefix}{name}/") for t in self.tables)]
+            described = [name for name in named if any(p.startswith(f"{prefix}{name}/") for p, _ in self.metadata)]
             first = os.path.join(where, next(iter(parents or named), ""))
             if len(named) == len(below):
                 if not parents and not described and len(below) > 1:
@@ -314,6 +314,7 @@ class _Reader:
             return [(path, row[self.label_column]) for path, row in self._described(paths)]
         own, below = _branches(paths, prefix)
         where = os.path.join(self.folder, prefix)
+        self._refuse_labels_by_path()
         if not _is_few(own, below) and self.metadata:
             return [(path, None) for path, _ in self._described(paths)]
         if not below:
@@ -326,6 +327,7 @@ class _Reader:
         top = next(iter(below))
         if len(below) == 1 and nfc(top) not in classes:
             self._leave(own, f"beside the folder {prefix}{top}")
+            self.notes.append(f"{prefix}{top} is no class, being the only folder")
             return self._label(below[top], f"{prefix}{top}/", classes)
         self._refuse_lost_folders(below, prefix)
         self._refuse_two_levels(below, prefix)
@@ -374,15 +376,28 @@ class _Reader:
                     "them to PNG or JPEG, or move the folder away"
                 )
 
+    def _refuse_labels_by_path(self) -> None:
+        """StyleGAN's and EDM's layout: folders of a thousand images each, whose labels are in `dataset.json`."""
+        if "dataset.json" not in self.listing.others:
+            return
+        with open(os.path.join(self.folder, "dataset.json"), errors="replace") as file:
+            if re.search(r'"labels":\s*\[', file.read(10_000)):
+                raise ValueError(
+                    f"dataset.json in {self.folder} holds labels, which are not read: write them to metadata.csv, with the "
+                    "columns file_name and label, or move it away"
+                )
+
     def _refuse_lost_labels(self) -> None:
         """Tables that would give labels, if they were read."""
         find_label_column(self.columns, None)
         for name in self.listing.others:
-            if name in self.tables or not name.lower().endswith((".csv", ".tsv", ".jsonl")):
+            if name in self.tables or not name.lower().endswith((".csv", ".tsv", ".json", ".jsonl", ".txt")):
                 continue
-            with open(os.path.join(self.folder, name), errors="replace") as file:
-                header = file.readline(10_000).lower()
-            if LABEL_WORDS & set(re.split(r"[\W_]+", header)):
+            words = Path(name).stem.lower()
+            if not name.lower().endswith(".txt"):  # which may be a caption
+                with open(os.path.join(self.folder, name), errors="replace") as file:
+                    words += " " + file.readline(10_000).lower()
+            if LABEL_WORDS & set(re.split(r"[\W_]+", words)):
                 raise ValueError(
                     f"{self.folder} has no class folders, and {name} seems to hold labels: name it metadata.csv (or "
                     ".jsonl), with the columns file_name and label, or move it away to train without classes"
@@ -401,15 +416,22 @@ class _Reader:
         return dataset.add_column("label", numbers, feature=ClassLabel(names=classes))
 
     def _say(self, datasets: dict[str, Dataset], classes: list[str]) -> None:
-        sizes = ", ".join(f"{len(dataset)} in {split}" for split, dataset in datasets.items())
+        sizes = ", ".join(
+            f"{len(dataset)} in {split}{' (without classes)' if classes and 'label' not in dataset.features else ''}"
+            for split, dataset in datasets.items()
+        )
         what = f"classes by folder: {_shown(classes)}" if classes else "no classes"
         if self.label_column is not None:
             what = f"labels by the column {self.label_column!r} of {_shown(self.tables, 2)}"
         elif self.tables:
             self.notes.append(f"the columns {self.columns} of {_shown(self.tables, 2)} are not used")
-        others = _count_extensions(name for name in self.listing.others if name not in self.tables)
+        others = _count_extensions(
+            name for name in self.listing.others if name not in self.tables and not name.lower().endswith(_UNREADABLE)
+        )
+        unread = _count_extensions(name for name in self.listing.others if name.lower().endswith(_UNREADABLE))
         notes = [
             *self.notes,
+            *([f"left {unread}, which Pillow does not read: convert them to PNG or JPEG"] if unread else []),
             *([f"left the files {others}"] if others else []),
             *([f"left {len(self.listing.hidden)} hidden ({self.listing.hidden[0]})"] if self.listing.hidden else []),
             *([f"empty folders: {_shown(self.listing.empty, 4)}"] if self.listing.empty else []),

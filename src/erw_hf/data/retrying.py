@@ -23,7 +23,9 @@ import functools
 import logging
 import os
 import re
+import tarfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -51,6 +53,8 @@ FATAL = (
     OfflineModeIsEnabled,
     DatasetGenerationError,
     NotImplementedError,
+    zipfile.BadZipFile,
+    tarfile.TarError,
 )
 
 
