@@ -262,8 +262,9 @@ class _Reader:
         for _ in range(2):  # a folder that is alone in its split is a class if another split has it
             self.notes = list(notes)
             named = {split: self._label(paths, prefix, classes) for split, (paths, prefix) in parts.items()}
-            if self.label_column is None:
-                classes = sorted({str(label) for rows in named.values() for _, label in rows if label is not None})
+            labels = [label for rows in named.values() for _, label in rows]
+            if self.label_column is None or all(isinstance(label, str) and label for label in labels):
+                classes = sorted({str(label) for label in labels if label is not None})
         if self.label_column is None and labelled and not classes:
             self._refuse_lost_labels()
         datasets = {split: self._rows(rows, classes) for split, rows in named.items()}
@@ -311,7 +312,8 @@ class _Reader:
     def _label(self, paths: list[str], prefix: str, classes: list[str]) -> list[tuple[str, object]]:
         """The images that are taken, in their order, and the label of each; `None` for no labels."""
         if self.label_column is not None:
-            return [(path, row[self.label_column]) for path, row in self._described(paths)]
+            labels = ((path, row[self.label_column]) for path, row in self._described(paths))
+            return [(path, nfc(label) if isinstance(label, str) else label) for path, label in labels]
         own, below = _branches(paths, prefix)
         where = os.path.join(self.folder, prefix)
         self._refuse_labels_by_path()
@@ -407,17 +409,17 @@ class _Reader:
         folder = os.path.abspath(self.folder)
         images, labels = [os.path.join(folder, path) for path, _ in rows], [label for _, label in rows]
         dataset = Dataset.from_dict({"image": images}, features=Features({"image": ImageFeature()}))
-        if self.label_column is not None:  # of any type: it is checked as a column of any table is
+        if self.label_column is not None and not classes:  # numbers, or what is refused as in any other table
             return dataset.add_column(self.label_column, labels)
         if all(label is None for label in labels):
             return dataset
         index = {name: number for number, name in enumerate(classes)}
         numbers = [index[str(label)] for label in labels]
-        return dataset.add_column("label", numbers, feature=ClassLabel(names=classes))
+        return dataset.add_column(self.label_column or "label", numbers, feature=ClassLabel(names=classes))
 
     def _say(self, datasets: dict[str, Dataset], classes: list[str]) -> None:
         sizes = ", ".join(
-            f"{len(dataset)} in {split}{' (without classes)' if classes and 'label' not in dataset.features else ''}"
+            f"{len(dataset)} in {split}{' (without classes)' if classes and len(dataset.features) == 1 else ''}"
             for split, dataset in datasets.items()
         )
         what = f"classes by folder: {_shown(classes)}" if classes else "no classes"
