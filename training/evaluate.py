@@ -177,7 +177,7 @@ def main() -> None:
         if args.reference.endswith(".npz") and args.reference != args.save_reference:
             check_reference(args.reference)
         elif not args.reference.endswith(".npz"):
-            real = open_images(args.reference, args.reference_split, images.size[0])
+            real = open_images(args.reference, args.reference_split, images.size[0], labelled=False)
             check_counts(args.metrics, real.count, f"images in the reference {args.reference}")
         check_counts(args.metrics, images.count, "samples")
     else:
@@ -267,8 +267,8 @@ def public_config(component: object) -> dict[str, object]:
     return {name: value for name, value in component.config.items() if not name.startswith("_")}
 
 
-def open_images(name: str, split: str, image_size: int | None) -> ImageSet:
-    return npz_images(name) if name.endswith(".npz") else dataset_images(name, split, image_size)
+def open_images(name: str, split: str, image_size: int | None, labelled: bool = True) -> ImageSet:
+    return npz_images(name) if name.endswith(".npz") else dataset_images(name, split, image_size, labelled)
 
 
 def load_extractors(

@@ -212,9 +212,11 @@ def open_npz(path: str | Path) -> zipfile.ZipFile:
         raise ValueError(f"{path} is not an npz file, or was cut short: {error}") from error
 
 
-def dataset_images(dataset_name: str, split: str = "train", image_size: int | None = None) -> ImageSet:
+def dataset_images(
+    dataset_name: str, split: str = "train", image_size: int | None = None, labelled: bool = True
+) -> ImageSet:
     """
-    The images of a data set.
+    The images of a dataset.
 
     Args:
         dataset_name (`str`): See [`~data.source.load_source`]; a folder of image files is one too.
@@ -222,6 +224,7 @@ def dataset_images(dataset_name: str, split: str = "train", image_size: int | No
         image_size (`int`, *optional*):
             Side in pixels of the centred square to take, by ADM's preprocessing. Without it all images must have one
             size.
+        labelled (`bool`, *optional*, defaults to `True`): `False` where no classes are asked for, as in a reference.
 
     Returns:
         [`ImageSet`]: The images.
@@ -229,9 +232,9 @@ def dataset_images(dataset_name: str, split: str = "train", image_size: int | No
     Raises:
         ValueError: for a latent cache without images; when read, for images of several sizes and for broken ones.
     """
-    source = load_source(dataset_name, split)
+    source = load_source(dataset_name, split, num_classes=None if labelled else 0)
     if source.image_column is None:
-        raise ValueError(f"{dataset_name} is a latent cache without images: name a data set of images")
+        raise ValueError(f"{dataset_name} is a latent cache without images: name a dataset of images")
     first: dict[str, tuple[int, ...]] = {}  # the shape that all images must have
 
     def read(indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -91,7 +91,7 @@ class QualityMonitor:
             path = reference_file(self.folder, name, split, side, [self.extractor], config.seed)
             if not path.exists():
                 self._remove_work()
-                real = dataset_images(name, split, side)
+                real = dataset_images(name, split, side, labelled=False)
                 make_reference(path, real, [self.extractor], self.accelerator, self.work, BATCH_SIZE, config.seed)
                 self._remove_work()
         return load_reference(path, self.metrics, weights_hash(self.extractor), (side, side))
