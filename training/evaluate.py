@@ -27,7 +27,6 @@ killed goes on with the same command. `evaluation.json` holds the numbers and al
 import argparse
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -53,7 +52,7 @@ from erw_hf.evaluation.quality import (
     measure,
     reference_file,
 )
-from erw_hf.files import write_record
+from erw_hf.files import check_folder, write_record
 from erw_hf.provenance import compare_records, file_hash, hardware, versions
 
 
@@ -146,12 +145,11 @@ def problem_of(args: argparse.Namespace) -> str | None:
             return f"--save_reference {path} must be a file that ends with .npz"
         if args.images is not None and path.exists() and Path(args.images).exists() and path.samefile(args.images):
             return f"--save_reference {path} would replace the images that it is made of"
-    for folder in filter(None, (args.output_dir, args.save_reference and Path(args.save_reference).parent)):
-        existing = next(
-            parent for parent in (Path(folder).absolute(), *Path(folder).absolute().parents) if parent.exists()
-        )
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            return f"cannot write to {folder}: {existing} is {'not writable' if existing.is_dir() else 'a file'}"
+    try:
+        for folder in (args.output_dir, Path(args.save_reference or args.output_dir).parent):
+            check_folder(folder)
+    except ValueError as error:
+        return str(error)
     return None
 
 

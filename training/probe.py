@@ -31,7 +31,7 @@ from erw_hf.data.latents import image_channels
 from erw_hf.data.source import load_source
 from erw_hf.evaluation.extractors import weights_hash
 from erw_hf.evaluation.probes import load_probe_images, probe_blocks
-from erw_hf.files import write_record
+from erw_hf.files import check_folder, write_record
 from erw_hf.provenance import hardware, versions
 from erw_hf.trainer.plots import plot_probes
 
@@ -48,7 +48,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--times", type=float, nargs="+", default=[0.0], help="flow times")
     parser.add_argument("--neighbours", type=int, default=10, help="k of CKNNA")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, fewest in (("num_images", 2), ("neighbours", 1), ("seed", 0)):
+        if getattr(args, name) < fewest:
+            parser.error(f"--{name} must be at least {fewest}, got {getattr(args, name)}")
+    if not all(0 <= time <= 1 for time in args.times):
+        parser.error(f"--times must lie in [0, 1], got {args.times}")
+    try:
+        check_folder(args.output_dir)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def main() -> None:
@@ -63,6 +73,10 @@ def main() -> None:
         load_probe_images(load_source(args.dataset_name, split), args.num_images, side, channels, args.seed)
         for split in (args.train_split, args.test_split)
     )
+    if args.encoder is not None and len(test_images.pixels) <= args.neighbours:
+        raise ValueError(
+            f"--neighbours {args.neighbours} needs more images than that, {args.test_split} has {len(test_images.pixels)}"
+        )
     encoder = None
     if args.encoder is not None:
         encoder = RepresentationEncoder.from_pretrained(args.encoder, config.sample_size // config.patch_size)

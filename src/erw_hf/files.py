@@ -42,6 +42,24 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """
+    Makes nothing: says before the work whether a folder can be made and written to.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder, there or not.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    path = Path(folder).absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise ValueError(f"cannot write to {folder}: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write to {folder}: {existing} is not writable")
+
+
 def write_record(path: str | os.PathLike[str], record: dict[str, object]) -> None:
     """
     Args:

@@ -14,6 +14,7 @@
 """Probes of every block: the tokens that they see, the linear probe's optimum, the command."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -112,3 +113,34 @@ def test_command_on_the_shipped_pipeline(tmp_path, capsys):
     assert max(clean["accuracy"]) > 0.85 and max(noised["cknna"]) > 0.15
     assert (tmp_path / "probe.png").stat().st_size > 10_000
     assert "cknna" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--num_images=1", "num_images must be at least 2"),
+        ("--neighbours=0", "neighbours must be at least 1"),
+        ("--times=1.5", r"times must lie in \[0, 1\]"),
+        ("--output_dir={folder}/file", "file is a file"),
+    ],
+)
+def test_command_checks_its_flags_first(flag, message, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        run_script(
+            "probe",
+            f"--output_dir={tmp_path}",
+            "--model=absent",
+            "--dataset_name=digits",
+            flag.format(folder=tmp_path),
+        )
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_command_needs_more_images_than_neighbours_before_it_probes(tmp_path):
+    with pytest.raises(ValueError, match="--neighbours 10 needs more images than that, test has 5"):
+        run_script(
+            "probe", f"--output_dir={tmp_path}/out", f"--model={REPOSITORY}/pipelines/erw-digits", "--num_images=5",
+            "--dataset_name=digits", "--test_split=test", f"--encoder={REPOSITORY}/pipelines/dinov2-tiny-digits",
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()

@@ -38,6 +38,7 @@ from safetensors import safe_open
 
 from erw_hf.files import write_record
 from erw_hf.hub.public import is_hub_id, public_name
+from erw_hf.licences import check_licence
 from erw_hf.trainer.run_record import training_cost
 
 
@@ -196,6 +197,7 @@ def _model_card(
     )
     if draws_class_token:
         summary += " It draws the encoder's class token beside the image ([REG](https://arxiv.org/abs/2507.01467))."
+    check_licence(config["hub_license"])  # of a run that is older than the check of its configuration
     licence = f"Weights: {config['hub_license']}." if cost else "Recipe and code: apache-2.0."
     card_data = ModelCardData(
         license=config["hub_license"],

@@ -33,6 +33,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from erw_hf.files import written_whole
+from erw_hf.licences import check_licence
 from erw_hf.sizes import size_config, size_name
 from erw_hf.trainer.ema import SNAPSHOT_SIGMA_RELS, EMAProfile
 from erw_hf.trainer.run_record import split_names
@@ -348,7 +349,7 @@ class HubConfig:
         "end: once; every_save: the EMA's pipeline with each checkpoint too; checkpoint: and the checkpoint, as "
         "last-checkpoint, to resume from.",
     )
-    hub_license: str = _key("apache-2.0", "Licence of the weights, as the Hub names it.")
+    hub_license: str = _key("apache-2.0", "Licence of the weights, by the Hub's identifier.")
 
 
 # From the last to the first: dataclasses collect the fields of their bases so.
@@ -726,6 +727,8 @@ def _check_value(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be {NAMED[kind]}, got {value!r}")
     if name == "model":
         size_config(value)
+    if name == "hub_license":
+        check_licence(value)
     if metadata["range"] is not None and not _lies_in(value, metadata["range"]):
         raise ValueError(
             f"{name} must {_in_words(metadata['range'], value)}, got {value!r} ({metadata['help'].rstrip('.')})"

@@ -1,0 +1,47 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The licence identifiers that the Hub takes in a card."""
+
+import difflib
+
+
+# https://huggingface.co/docs/hub/repositories-licenses; huggingface_hub has no list of them.
+LICENCES = """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m afl-3.0
+    artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0
+    cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0
+    cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0
+    epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research
+    intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl openmdw-1.0 openrail++ osl-3.0 postgresql
+    ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license fair-noncommercial-research-license llama2 llama3 llama3.1
+    llama3.2 llama3.3 llama4 grok2-community gemma unknown other
+""".split()
+
+
+def check_licence(name: str) -> None:
+    """
+    Args:
+        name (`str`): What a card is to say, as `"apache-2.0"`.
+
+    Raises:
+        ValueError: if the Hub does not know it; the nearest identifiers are named.
+    """
+    if name not in LICENCES:
+        likely = name.strip().lower().replace(" ", "-")
+        nearest = difflib.get_close_matches(likely, LICENCES, n=3)
+        meant = f" did you mean {' or '.join(nearest)}?" if nearest else ""
+        raise ValueError(
+            f"{name!r} is not a licence identifier of the Hub:{meant} All are at "
+            'https://huggingface.co/docs/hub/repositories-licenses; "other" is for a licence that you name in the repo'
+        )

@@ -1,0 +1,47 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a card calls a licence is an identifier of the Hub, before the first step."""
+
+import pytest
+
+from erw_hf.licences import check_licence
+from erw_hf.trainer.config import TrainingConfig
+
+
+@pytest.mark.parametrize("name", ["apache-2.0", "cc-by-nc-4.0", "openrail++", "other", "unknown"])
+def test_identifiers_of_the_hub_are_taken(name):
+    assert TrainingConfig(in_channels=1, hub_license=name).hub_license == name
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("Apache 2.0", "apache-2.0"),
+        ("Apache-2.0", "apache-2.0"),
+        (" mit", "mit"),
+        ("MIT License", ""),
+        ("CC BY-NC 4.0", "cc-by-nc-4.0"),
+        ("GPLv3", "gpl-3.0"),
+        ("", ""),
+        ("my own", ""),
+    ],
+)
+def test_others_are_refused_with_the_nearest(name, meant):
+    with pytest.raises(ValueError, match=f"is not a licence identifier of the Hub.*{meant}.*repositories-licenses"):
+        TrainingConfig(in_channels=1, hub_license=name)
+
+
+def test_a_licence_of_ones_own_is_said_to_be_other():
+    with pytest.raises(ValueError, match='"other" is for a licence that you name in the repo'):
+        check_licence("acme-1.0")
