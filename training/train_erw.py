@@ -142,7 +142,8 @@ def warmup_phase(inputs: Inputs) -> Phase:
     config = inputs.config
     set_seed(config.seed)
     model = build_warmup_model(config, inputs.source.num_classes, inputs.teacher.encoders)
-    return Phase(inputs, model, range(config.warmup_steps), config.warmup_learning_rate or config.learning_rate)
+    rate = config.learning_rate if config.warmup_learning_rate is None else config.warmup_learning_rate
+    return Phase(inputs, model, range(config.warmup_steps), rate)
 
 
 def end_warmup(phase: Phase, progress: Progress) -> State:

@@ -39,7 +39,7 @@ from convergence_report import answer, choose, load_records, records_path, speed
 RECIPES = REPOSITORY / "benchmarks" / "recipes"
 TINY = {
     "evaluation_samples": 20, "sample_size": 8, "patch_size": 2, "num_layers": 3, "num_attention_heads": 2,
-    "attention_head_dim": 8, "projector_dim": 16, "warmup_depth": 2, "projector_depth": 2, "train_batch_size": 4,
+    "attention_head_dim": 8, "projector_dim": 16, "warmup_depth": 2, "projector_depth": 2, "train_batch_size": 4, "lr_warmup_steps": 1,
     "num_validation_images": 1, "num_inference_steps": 2,
 }  # fmt: skip
 

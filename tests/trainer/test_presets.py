@@ -44,10 +44,41 @@ def small(encoder_path, vae_path):
     return lambda preset: flags if preset == "digits" else [*flags, f"--vae={vae_path}"]
 
 
+def size_flags(preset: str) -> dict[str, list[str]]:
+    """What the header says to add for each size; none for the one that the file has."""
+    text = (CONFIGS / f"{preset}.yaml").read_text()
+    found = {yaml.safe_load(text).get("model"): []}
+    for line in re.findall(r"^#   (--model [^#\n]+)", text, flags=re.M):
+        found[line.split()[1]] = line.split()
+    return found
+
+
+SIZED = [(preset, model, flags) for preset in PRESETS for model, flags in size_flags(preset).items()]
+
+
 def test_the_presets_that_are_promised_exist():
-    sizes = [f"imagenet256-{size}-{kind}" for size in ("b", "l", "xl") for kind in
-             ("erw-paper", "erw-code", "repa", "sit", "modern")]  # fmt: skip
-    assert {*sizes, "imagenet512-xl-erw", "digits"} == set(PRESETS)
+    recipes = {f"imagenet256-{kind}" for kind in ("erw-paper", "erw-code", "repa", "sit", "modern")}
+    assert {*recipes, "imagenet512-erw", "digits"} == set(PRESETS)
+    for recipe in recipes:
+        assert set(size_flags(recipe)) == {"SiT-B/2", "SiT-L/2", "SiT-XL/2"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "expected"),  # warmup_depth, projector_depth, alignment_weight, millions of parameters
+    [
+        ("erw-paper", "SiT-XL/2", (5, 18, 0.5)), ("erw-paper", "SiT-L/2", (4, 15, 0.5)), ("erw-paper", "SiT-B/2", (8, 8, 0.5)),
+        ("erw-code", "SiT-XL/2", (4, 14, 6.0)), ("erw-code", "SiT-L/2", (4, 14, 3.0)), ("erw-code", "SiT-B/2", (4, 8, 1.0)),
+        ("modern", "SiT-XL/2", (5, 8, 0.5)), ("modern", "SiT-L/2", (4, 8, 0.5)), ("modern", "SiT-B/2", (8, 4, 0.5)),
+        ("repa", "SiT-XL/2", (5, 8, 0.5)), ("repa", "SiT-L/2", (5, 8, 0.5)), ("repa", "SiT-B/2", (5, 4, 0.5)),
+        ("sit", "SiT-XL/2", (5, 8, 0.0)), ("sit", "SiT-L/2", (5, 8, 0.0)), ("sit", "SiT-B/2", (5, 8, 0.0)),
+    ],
+)  # fmt: skip
+def test_what_a_size_changes_of_a_recipe(recipe, model, expected):
+    path = CONFIGS / f"imagenet256-{recipe}.yaml"
+    config = parse_config([f"--config={path}", *size_flags(f"imagenet256-{recipe}")[model]])
+    assert config.model == model
+    assert (config.warmup_depth, config.projector_depth, config.alignment_weight) == expected
+    assert (config.ema_decay, config.ema_ramp) == (0.9999, False)  # as published
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -70,20 +101,20 @@ def test_preset_is_a_recipe_card(preset):
         assert re.search(r"Expect|argued guess", header)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_dry_run_costs_every_preset_without_its_data(preset, small, capsys, monkeypatch):
+@pytest.mark.parametrize(("preset", "model", "size"), SIZED)
+def test_dry_run_costs_every_preset_without_its_data(preset, model, size, small, capsys, monkeypatch):
     """The model's own dimensions, the tiny encoder and the digits in place of what lies on the Hub."""
     monkeypatch.setattr(cost, "count_step_flops", lambda model, encoders: 10**12)  # counted in the next test
-    own = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text())
     keep = {"num_layers", "num_attention_heads", "attention_head_dim", "sample_size", "patch_size", "warmup_depth",
             "projector_depth", "projector_dim"}  # fmt: skip
     flags = [flag for flag in small(preset) if flag[2:].split("=")[0] not in keep]
-    train(f"--config={CONFIGS / preset}.yaml", *flags, "--dry_run")
+    train(f"--config={CONFIGS / preset}.yaml", *flags, *size, "--dry_run")
     report = capsys.readouterr().out
     assert "FLOPs of a full step" in report and "GPU-hours" in report and "Nothing wrong was found" in report
-    if own.get("num_layers") == 28:
+    if model is not None:
         millions = float(re.search(r"transformer +([\d.]+) M", report)[1])
-        assert 660 < millions < 690
+        low, high = {"SiT-B/2": (125, 135), "SiT-L/2": (450, 465), "SiT-XL/2": (660, 690)}[model]
+        assert low < millions < high
 
 
 def test_dry_run_of_xl_in_numbers(vae_path):
@@ -94,7 +125,7 @@ def test_dry_run_of_xl_in_numbers(vae_path):
         "--warmup_steps=0",
         "--max_train_steps=400000",
     ]
-    report = cost_report(parse_config([f"--config={CONFIGS}/imagenet256-xl-sit.yaml", *flags, "--num_classes=1000"]))
+    report = cost_report(parse_config([f"--config={CONFIGS}/imagenet256-sit.yaml", *flags, "--num_classes=1000"]))
     # 3 x 2 x 118.6 GMAC x 32 images; 400 000 steps of them at 40 % of 989 TFLOP/s
     full_step = float(re.search(r"full step +([\d.e+]+)", report)[1])
     assert full_step == pytest.approx(6 * 118.6e9 * 32, rel=0.02)
@@ -112,15 +143,13 @@ def test_dry_run_of_xl_in_numbers(vae_path):
 )
 def test_dry_run_finds_what_is_wrong(small, flags, message):
     with pytest.raises(ValueError, match=message):
-        train(
-            f"--config={CONFIGS}/imagenet256-b-erw-paper.yaml", *small("imagenet256-b-erw-paper"), *flags, "--dry_run"
-        )
+        train(f"--config={CONFIGS}/imagenet256-erw-paper.yaml", *small("imagenet256-erw-paper"), *flags, "--dry_run")
 
 
 def test_dry_run_wants_an_autoencoder_whose_latents_are_scaled(small, vae_path, tmp_path):
     flags = [
-        f"--config={CONFIGS}/imagenet256-b-erw-paper.yaml",
-        *small("imagenet256-b-erw-paper"),
+        f"--config={CONFIGS}/imagenet256-erw-paper.yaml",
+        *small("imagenet256-erw-paper"),
         f"--vae={tmp_path}",
     ]
     config = json.loads((vae_path / "config.json").read_text())

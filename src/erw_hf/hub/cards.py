@@ -13,7 +13,7 @@
 # limitations under the License.
 """The cards of runs, presets, warmups and latent caches, rendered from their own records.
 
-python -m erw_hf.hub.cards --config training/configs/imagenet256-xl-erw-paper.yaml   # a preset's card, on the screen
+python -m erw_hf.hub.cards --config training/configs/imagenet256-erw-paper.yaml   # a preset's card, on the screen
 """
 
 import argparse

@@ -240,9 +240,9 @@ class OptimisationConfig:
     train_batch_size: int = _key(32, "Samples of one process in one forward.", range=AT_LEAST_1)
     gradient_accumulation_steps: int = _key(1, "Forwards of one process in one step.", range=AT_LEAST_1)
     max_train_steps: int = _key(400_000, "Steps of both phases together.", range=AT_LEAST_1)
-    learning_rate: float = _key(1e-4, "Peak learning rate of phase 2.", range=ABOVE_0)
+    learning_rate: float = _key(1e-4, "Peak learning rate of phase 2; 0 moves nothing.", range=AT_LEAST_0)
     warmup_learning_rate: float | None = _key(
-        None, "Peak learning rate of phase 1; learning_rate by default.", range=ABOVE_0
+        None, "Peak learning rate of phase 1; learning_rate by default.", range=AT_LEAST_0
     )
     lr_scheduler: Literal["constant", "linear", "cosine"] = _key(
         "constant", "Learning rate after lr_warmup_steps, in each phase."
