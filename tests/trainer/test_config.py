@@ -248,13 +248,13 @@ def test_home_and_variables_in_paths(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DATA", "/data")
     text = (
         "output_dir: ~/runs/a\ndataset_name: $DATA/cats\nencoder: some/encoder, ~/encoder,${DATA}/e\n"
-        "vae: ./vae\nresume_from_checkpoint: latest\nhub_license: ./x\n"
+        "vae: ./vae\nresume_from_checkpoint: latest\ndataset_split: ./x\n"
     )
     config = parse_text(tmp_path, text, "--init_from=$HOME/b")
     assert config.output_dir == f"{tmp_path}/runs/a" and config.dataset_name == "/data/cats"
     assert config.encoders == ["some/encoder", f"{tmp_path}/encoder", "/data/e"]
     assert config.vae == f"{tmp_path}/vae" and config.init_from == f"{tmp_path}/b"
-    assert config.resume_from_checkpoint == "latest" and config.hub_license == "./x"
+    assert config.resume_from_checkpoint == "latest" and config.dataset_split == "./x"
     monkeypatch.delenv("DATA")
     refused(lambda: parse_config(["--output_dir=$DATA/a"]), capsys, "names $DATA, which is not set")
     refused(lambda: parse_config(["--vae=~nobody-here/a"]), capsys, "names the home of a user")
