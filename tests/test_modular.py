@@ -11,10 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import threading
+
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, LayerSkipConfig, ModularPipelineBlocks
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LayerSkipConfig,
+    ModularPipelineBlocks,
+    UniPCMultistepScheduler,
+)
 from diffusers.guiders import AdaptiveProjectedGuidance, AutoGuidance, ClassifierFreeGuidance, SkipLayerGuidance
 from helpers import REPOSITORY, TINY_MODEL, randomize
 
@@ -92,3 +100,50 @@ def test_bad_inputs_raise(blocks):
         modular(blocks, reg, FlowMatchEulerMaruyamaScheduler())(class_labels=[1], num_inference_steps=2)
     with pytest.raises(ValueError, match="shape"):
         pipe(class_labels=[1], num_inference_steps=2, latents=torch.zeros(1, 4, 8, 8))
+
+
+def test_threads_get_what_they_get_alone(blocks, transformer):
+    pipe = modular(blocks, transformer, FlowMatchEulerMaruyamaScheduler(), ClassifierFreeGuidance(guidance_scale=1.0))
+
+    def draw(label, steps):
+        generator = torch.Generator().manual_seed(label)
+        kwargs = {"class_labels": [label], "num_inference_steps": np.int64(steps), "output_type": "np"}
+        return pipe(**kwargs, generator=generator).images
+
+    settings, images = [(1, 4), (2, 7), (3, 9)], {}
+    alone = {one: draw(*one) for one in settings}
+    threads = [threading.Thread(target=lambda one=one: images.update({one: draw(*one)})) for one in settings]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one in settings:
+        np.testing.assert_array_equal(images[one], alone[one])
+
+
+def test_wrong_schedulers_and_broken_pictures_raise(blocks):
+    transformer = randomize(ERWTransformer2DModel(**TINY_MODEL)).eval()
+    pipe = modular(blocks, transformer, DDIMScheduler())
+    with pytest.raises(ValueError, match="use_flow_sigmas=True"):
+        pipe(class_labels=[1], num_inference_steps=2)
+    flow = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    assert len(modular(blocks, transformer, flow)(class_labels=[1], num_inference_steps=2).images) == 1
+    transformer.proj_out.bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        modular(blocks, transformer, FlowMatchEulerMaruyamaScheduler())(class_labels=[1], num_inference_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"class_labels": [1.5]}, "class ids"),
+        ({"class_labels": [True]}, "class ids"),
+        ({"num_inference_steps": 2.0}, "num_inference_steps.*float"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
+        ({"latents": [0.0]}, "got list"),
+    ],
+)
+def test_arguments_of_other_types_are_refused(blocks, transformer, kwargs, message):
+    pipe = modular(blocks, transformer, FlowMatchEulerMaruyamaScheduler())
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"class_labels": [1], "num_inference_steps": 2, **kwargs})

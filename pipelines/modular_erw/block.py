@@ -19,6 +19,7 @@ pipe.update_components(transformer=..., scheduler=..., vae=None)
 pipe(class_labels=[207], num_inference_steps=250).images
 """
 
+import copy
 import inspect
 
 import numpy as np
@@ -35,7 +36,7 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, In
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from .pipeline_erw import is_representation_autoencoder, unscale_latents
+from .pipeline_erw import _check_scheduler, _positive, _upcast, is_representation_autoencoder, unscale_latents
 
 
 class ERWInputStep(ModularPipelineBlocks):
@@ -67,10 +68,13 @@ class ERWInputStep(ModularPipelineBlocks):
     def __call__(self, components, state):
         block_state = self.get_block_state(state)
         labels = torch.as_tensor(block_state.class_labels, device=components._execution_device).reshape(-1)
+        if labels.is_floating_point() or labels.dtype == torch.bool or len(labels) == 0:
+            raise ValueError(f"`class_labels` must be class ids, got {block_state.class_labels!r}")
         num_classes = components.transformer.config.num_classes
         if labels.min() < 0 or labels.max() > num_classes:
             raise ValueError(f"class ids must lie in [0, {num_classes - 1}] ({num_classes}: no class)")
-        block_state.labels = labels.repeat_interleave(block_state.num_images_per_prompt)
+        count = _positive("num_images_per_prompt", block_state.num_images_per_prompt)
+        block_state.labels = labels.repeat_interleave(count)
         block_state.null_labels = torch.full_like(block_state.labels, num_classes)
         self.set_block_state(state, block_state)
         return components, state
@@ -92,7 +96,7 @@ class ERWPrepareStep(ModularPipelineBlocks):
         return [
             InputParam("labels", required=True, type_hint=torch.Tensor, description="Labels (B,)."),
             InputParam("num_inference_steps", default=250, type_hint=int, description="Number of steps."),
-            InputParam("generator", description="A generator, or a list of one an image."),
+            InputParam("generator", description="A generator, or a list of one per image."),
             InputParam("latents", type_hint=torch.Tensor, description="Starting noise in place of a draw."),
         ]
 
@@ -101,6 +105,9 @@ class ERWPrepareStep(ModularPipelineBlocks):
         return [
             OutputParam("latents", type_hint=torch.Tensor, description="Noise (B, C, H, W), float32."),
             OutputParam("timesteps", type_hint=torch.Tensor, description="Times of the scheduler."),
+            OutputParam(
+                "stepper", type_hint=SchedulerMixin, description="The scheduler's copy, which this call steps."
+            ),
         ]
 
     @torch.no_grad()
@@ -112,15 +119,21 @@ class ERWPrepareStep(ModularPipelineBlocks):
         shape = (len(block_state.labels), config.in_channels, config.sample_size, config.sample_size)
         if block_state.latents is None:
             block_state.latents = randn_tensor(shape, block_state.generator, device=device, dtype=torch.float32)
-        elif tuple(block_state.latents.shape) != shape:
-            raise ValueError(f"`latents` must have the shape {shape}, got {tuple(block_state.latents.shape)}")
-        scheduler, steps = components.scheduler, block_state.num_inference_steps
+        elif not isinstance(block_state.latents, torch.Tensor) or tuple(block_state.latents.shape) != shape:
+            got = tuple(getattr(block_state.latents, "shape", ())) or type(block_state.latents).__name__
+            raise ValueError(f"`latents` must have the shape {shape}, got {got}")
+        else:
+            block_state.latents = block_state.latents.to(device, torch.float32)
+        _check_scheduler(components.scheduler)
+        steps = _positive("num_inference_steps", block_state.num_inference_steps)
+        block_state.stepper = scheduler = copy.deepcopy(components.scheduler)
         if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
             # The ODE grid of SiT goes evenly from 1 to 0.
             scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device)
         else:
             scheduler.set_timesteps(steps, device=device)
-        scheduler.set_begin_index(0)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
         block_state.timesteps = scheduler.timesteps
         self.set_block_state(state, block_state)
         return components, state
@@ -150,12 +163,16 @@ class ERWLoopDenoiser(ModularPipelineBlocks):
             InputParam("labels", required=True, type_hint=torch.Tensor, description="Labels (B,)."),
             InputParam("null_labels", required=True, type_hint=torch.Tensor, description="The null class (B,)."),
             InputParam("timesteps", required=True, type_hint=torch.Tensor, description="Times of the scheduler."),
+            InputParam("stepper", required=True, type_hint=SchedulerMixin, description="The scheduler of this call."),
         ]
 
     @torch.no_grad()
     def __call__(self, components, block_state, i: int, t: torch.Tensor):
         transformer, guider = components.transformer, components.guider
-        time = float(t) / components.scheduler.config.num_train_timesteps
+        if t.is_floating_point():  # in Python's floats: not every device has float64
+            time = float(t) / block_state.stepper.config.num_train_timesteps
+        else:  # rounded from these
+            time = float(block_state.stepper.sigmas[i])
         guider.set_state(step=i, num_inference_steps=len(block_state.timesteps), timestep=t)
         batches = guider.prepare_inputs({"class_labels": (block_state.labels, block_state.null_labels)})
         for batch in batches:
@@ -185,7 +202,10 @@ class ERWLoopStep(ModularPipelineBlocks):
 
     @property
     def inputs(self) -> list[InputParam]:
-        return [InputParam("generator", description="A generator, or a list of one an image.")]
+        return [
+            InputParam("generator", description="A generator, or a list of one per image."),
+            InputParam("stepper", required=True, type_hint=SchedulerMixin, description="The scheduler of this call."),
+        ]
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
@@ -193,7 +213,7 @@ class ERWLoopStep(ModularPipelineBlocks):
 
     @torch.no_grad()
     def __call__(self, components, block_state, i: int, t: torch.Tensor):
-        step = components.scheduler.step
+        step = block_state.stepper.step
         kwargs = {"generator": block_state.generator} if "generator" in inspect.signature(step).parameters else {}
         block_state.latents = step(block_state.velocity, t, block_state.latents, **kwargs, return_dict=False)[0]
         return components, block_state
@@ -255,10 +275,13 @@ class ERWDecodeStep(ModularPipelineBlocks):
     def __call__(self, components, state):
         block_state = self.get_block_state(state)
         images, vae = block_state.latents, components.vae
-        if block_state.output_type != "latent":
-            if vae is not None:
+        if block_state.output_type != "latent" and vae is not None:
+            with _upcast(vae, images.device):
                 images = vae.decode(unscale_latents(images, vae).to(vae.dtype), return_dict=False)[0].float()
-                images = images * 2 - 1 if is_representation_autoencoder(vae) else images
+            images = images * 2 - 1 if is_representation_autoencoder(vae) else images
+        if not torch.isfinite(images).all():  # 8 bits would show it as black or white
+            raise ValueError("an image holds NaN or infinity: the weights are broken, or the precision is too low")
+        if block_state.output_type != "latent":
             images = components.image_processor.postprocess(images, output_type=block_state.output_type)
         block_state.images = images
         self.set_block_state(state, block_state)
