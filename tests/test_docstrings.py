@@ -11,7 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Public docstrings: every argument with an entry, in the diffusers style, and nothing documented that is not there."""
+"""Public docstrings, in the diffusers style: in the library every argument has an entry; in `trainer/`, whose parts one script
+calls and people read, a sentence will do; nowhere is anything documented that is not there."""
 
 import ast
 import re
@@ -34,7 +35,9 @@ def public_definitions():
                 yield path, node.name, node, node
 
 
-DEFINITIONS = [pytest.param(*d[1:], id=f"{d[0].stem}.{d[1]}") for d in public_definitions()]
+DEFINITIONS = [
+    pytest.param(*d[1:], d[0].parent.name == "trainer", id=f"{d[0].stem}.{d[1]}") for d in public_definitions()
+]
 # Documented by the base class whose contract they fulfil, or modules whose arguments the model's docstring explains.
 INTERNAL = {
     "ERWAttnProcessor", "ERWAttention", "ERWTransformerBlock", "ERWTimeClassEmbedding", "ERWRotaryPosEmbed",
@@ -43,8 +46,8 @@ INTERNAL = {
 PLAIN = {"forward", "state_dict", "load_state_dict", "extract_init_dict", "dtype"}
 
 
-@pytest.mark.parametrize(("name", "node", "signature"), DEFINITIONS)
-def test_every_public_argument_is_documented(name, node, signature):
+@pytest.mark.parametrize(("name", "node", "signature", "is_internal"), DEFINITIONS)
+def test_every_public_argument_is_documented(name, node, signature, is_internal):
     owner, _, method = name.partition(".")
     if owner in INTERNAL or method in PLAIN and owner not in ("ERWTransformer2DModel", "RepresentationEncoder"):
         return
@@ -68,6 +71,8 @@ def test_every_public_argument_is_documented(name, node, signature):
     ):
         if ast.unparse(default) != "None" and argument.arg in described:
             assert "defaults to" in described[argument.arg], f"{name}: the default of {argument.arg} is not given"
+    if is_internal:
+        return
     missing = [a for a in arguments if a not in entries]
     if isinstance(node, ast.ClassDef) and not section and not arguments:
         return

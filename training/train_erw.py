@@ -18,7 +18,8 @@
 One run does everything: warmup of the early blocks (phase 1), verified hand-over, full training (phase 2), pictures and
 a pipeline. It can be stopped anywhere and started again with `--resume_from_checkpoint latest`.
 
-    main                            the two phases and the hand-over between them
+    train                           the two phases and the hand-over between them
+      warmup_phase, full_phase      the model of a phase and what it starts from
       train_phase                   the loop
         train_step                  samples, latents and tokens, losses, backward, clip, optimizer, EMA
 """

@@ -64,15 +64,7 @@ class Batches:
         self.last: Samples | None = None  # the one that was read last
 
     def start(self, steps: range) -> None:
-        """
-        Reads the first batch of a phase, whose failure ends the run before a step.
-
-        Args:
-            steps (`range`): The steps that are left of it.
-
-        Raises:
-            RuntimeError: on all processes, if one of them cannot read.
-        """
+        """Reads the first batch of the steps that are left of a phase; a failure ends the run before a step."""
         self._batches = iter(self._loader(steps))
         if steps:
             first = self.next()
@@ -82,10 +74,9 @@ class Batches:
 
     def next(self) -> Samples | None:
         """
-        Returns:
-            `dict[str, torch.Tensor]`: The next batch, as [`~data.samples.SampleMaker`] makes its samples; after a failure
-            the last one again, so that no other process waits for this one's share of a step for ever. [`check`] then ends
-            the run on all of them, and nothing of that step is kept.
+        The next batch, as [`~data.samples.SampleMaker`] makes its samples. After a failure the last one again, so that no other
+        process waits for this one's share of a step for ever; [`check`] then ends the run on all of them, and nothing of that
+        step is kept.
         """
         started = time.perf_counter()
         if self.error is None:
@@ -98,15 +89,7 @@ class Batches:
         return self.last
 
     def check(self, step: int) -> None:
-        """
-        Ends the run, with one message, if any process has no data. All of them call it.
-
-        Args:
-            step (`int`): The step that cannot be made, from 1.
-
-        Raises:
-            RuntimeError: if so.
-        """
+        """Raises RuntimeError on all processes, before a step (from 1), if any of them has no data. All of them call it."""
         errors = gather_object([(self.inputs.accelerator.process_index, self.error)])
         for process, error in errors:
             if error is not None:

@@ -35,13 +35,8 @@ def save_warmup(
     state: Mapping[str, torch.Tensor], model_config: Mapping[str, Any], warmup_depth: int, folder: Path
 ) -> None:
     """
-    Writes a finished warmup, which `--warmup_from` takes: one warmup can serve many runs.
-
-    Args:
-        state (`Mapping[str, torch.Tensor]`): State dict of the warmed-up [`AlignedTransformer`].
-        model_config (`Mapping[str, Any]`): Arguments of the full [`ERWTransformer2DModel`].
-        warmup_depth (`int`): Number of blocks.
-        folder (`Path`): Where to write.
+    Writes a finished warmup, which `--warmup_from` takes: one warmup can serve many runs. `state` is that of the warmed-up
+    [`AlignedTransformer`], `model_config` the full model's.
     """
     transformer = build_warmup_transformer(model_config, warmup_depth)
     first = "transformer."
@@ -53,13 +48,7 @@ def save_warmup(
 
 
 def find_warmup(path_or_repo_id: str) -> Path:
-    """
-    Args:
-        path_or_repo_id (`str`): A warmup's folder, a run's, or a Hub repo of either.
-
-    Returns:
-        `Path`: The folder of the warmup: what is named, or the folder `warmup` in it.
-    """
+    """The folder of a warmup: what is named, a folder or a Hub repo, or the folder `warmup` in it."""
     folder = Path(path_or_repo_id)
     if not folder.exists():
         folder = Path(snapshot_download(path_or_repo_id, allow_patterns=["warmup/*", "model_index.json"]))

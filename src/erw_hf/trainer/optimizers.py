@@ -48,11 +48,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]  # theirs, which a schedule changes
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: neither of the two needs one
-        """One step of both.
-
-        Args:
-            closure (`None`): Not supported.
-        """
+        """One step of both."""
         if self.found_inf is not None and self.found_inf.item():  # torch's Muon cannot decide that on the device
             return
         self.muon.step()
@@ -63,11 +59,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from it.
-
-        Args:
-            state_dict (`dict`): What `state_dict` gave.
-        """
+        """Goes on from it."""
         self.muon.load_state_dict(state_dict["muon"])
         self.adamw.load_state_dict(state_dict["adamw"])
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]  # loading makes new ones
@@ -76,18 +68,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 def build_optimizer(
     model: nn.Module, name: str, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """
-    Args:
-        model (`nn.Module`): What to train; frozen parameters are left out.
-        name (`str`): `"adamw"` or `"muon"`.
-        lr (`float`): Learning rate.
-        betas (`tuple[float, float]`): Of AdamW.
-        eps (`float`): Of AdamW.
-        weight_decay (`float`): Weight decay.
-
-    Returns:
-        `torch.optim.Optimizer`: AdamW, fused, or [`MuonWithAdamW`].
-    """
+    """`"adamw"`, fused, or `"muon"`, for the parameters of a model that are not frozen."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if name == "adamw":
         return torch.optim.AdamW(trained.values(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)

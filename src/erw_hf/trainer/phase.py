@@ -82,12 +82,8 @@ class Phase:
 
     def weight_at(self, step: int) -> float:
         """
-        Args:
-            step (`int`): Step of the run, from 0.
-
-        Returns:
-            `float`: Weight of the alignment: 1 in the warmup, which has no other loss; then lambda, whose schedule starts
-            with phase 2.
+        Weight of the alignment at a step of the run, from 0: 1 in the warmup, which has no other loss; then lambda, whose
+        schedule starts with phase 2.
         """
         return 1.0 if self.warmup else self.inputs.objective.weight_at(step - self.steps.start)
 

@@ -103,14 +103,7 @@ class QualityMonitor:
         self.accelerator.wait_for_everyone()
 
     def is_due(self, phase: Phase, step: int) -> bool:
-        """
-        Args:
-            phase ([`~trainer.phase.Phase`]): The phase; the warmup's model is probed, but draws nothing.
-            step (`int`): The step that was just made.
-
-        Returns:
-            `bool`: Whether there is something to measure.
-        """
+        """Whether there is something to measure; the warmup's model is probed, but draws nothing."""
         return self._draws(phase, step) or self._probes(step)
 
     def _draws(self, phase: Phase, step: int) -> bool:
@@ -120,15 +113,7 @@ class QualityMonitor:
         return self.config.probe_steps > 0 and step % self.config.probe_steps == 0
 
     def measure(self, phase: Phase, step: int, images_seen: int, pipe: ERWPipeline) -> None:
-        """
-        Measures what is due, writes it down and hands it to the trackers.
-
-        Args:
-            phase ([`~trainer.phase.Phase`]): The phase.
-            step (`int`): The step that was just made.
-            images_seen (`int`): Images seen so far.
-            pipe ([`ERWPipeline`]): The model, with the weights to measure, in evaluation mode.
-        """
+        """Measures what is due of a pipeline in evaluation mode, writes it down and hands it to the trackers."""
         record: dict[str, Any] = {"step": step, "phase": phase.name, "images_seen": images_seen}
         if self._draws(phase, step):
             record |= self._measure_images(pipe)

@@ -76,14 +76,7 @@ class Inputs:
 
 
 def open_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
-    """
-    Args:
-        config ([`TrainingConfig`]): The run.
-        accelerator (`Accelerator`): The processes.
-
-    Returns:
-        [`Inputs`]: Everything loaded, and found to fit together.
-    """
+    """Loads everything, and finds out whether it fits together."""
     source = load_source(**config.source_arguments())
     check_cache(config, source)
     vae, image_size, channels = load_vae(config, accelerator.device)
@@ -97,14 +90,7 @@ def open_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
 
 @torch.no_grad()
 def nonfinite_inputs(inputs: Inputs, samples: Mapping[str, torch.Tensor]) -> list[str]:
-    """
-    Args:
-        inputs ([`Inputs`]): The run.
-        samples (`dict[str, torch.Tensor]`): A batch, as [`~data.samples.SampleMaker`] makes its samples.
-
-    Returns:
-        `list[str]`: What of its latents and tokens holds NaN or infinity, by the name of the model that made it.
-    """
+    """What of a batch's latents and tokens holds NaN or infinity, by the name of the model that made it."""
     config, vae = inputs.config, inputs.vae
     samples = to_device(dict(samples), inputs.accelerator.device)
     found = {}
@@ -123,15 +109,8 @@ def nonfinite_inputs(inputs: Inputs, samples: Mapping[str, torch.Tensor]) -> lis
 
 def load_vae(config: TrainingConfig, device: torch.device) -> tuple[ModelMixin | None, int, int]:
     """
-    Loads the autoencoder, if the run has one.
-
-    Args:
-        config ([`TrainingConfig`]): The run.
-        device (`torch.device`): Where to put it.
-
-    Returns:
-        `tuple[ModelMixin | None, int, int]`: The autoencoder, and the side and channels of the images that make latents
-        of the configured size; without one, those of the images that are trained on.
+    The autoencoder, or `None`, and the side and channels of the images that make latents of the configured size; without an
+    autoencoder those of the images that are trained on.
 
     Raises:
         ValueError: if its latents are of another shape than the model's, or NaN or infinite.
@@ -157,17 +136,7 @@ def load_vae(config: TrainingConfig, device: torch.device) -> tuple[ModelMixin |
 
 
 def load_encoders(config: TrainingConfig, device: torch.device, mixed_precision: str) -> list[RepresentationEncoder]:
-    """
-    Loads the teachers, if the run aligns at all.
-
-    Args:
-        config ([`TrainingConfig`]): The run.
-        device (`torch.device`): Where to put them.
-        mixed_precision (`str`): `"no"`, `"fp16"` or `"bf16"`: in what they run.
-
-    Returns:
-        `list[RepresentationEncoder]`: The encoders, compiled if the run compiles.
-    """
+    """The teachers, in the precision of the run and compiled if it compiles; none for a run that aligns nowhere."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
     encoders = []
     for name in config.encoders:
@@ -231,15 +200,7 @@ def check_cache(config: TrainingConfig, source: Source) -> None:
 
 
 def build_warmup_model(config: TrainingConfig, num_classes: int, encoders: Encoders) -> AlignedTransformer:
-    """
-    Args:
-        config ([`TrainingConfig`]): The run.
-        num_classes (`int`): Number of classes of the data.
-        encoders (`Sequence[RepresentationEncoder]`): The encoders to align with.
-
-    Returns:
-        [`AlignedTransformer`]: The model of phase 1.
-    """
+    """The model of phase 1."""
     model_config = config.model_config(num_classes, class_token_dim(config, encoders))
     transformer = build_warmup_transformer(model_config, config.warmup_depth)
     return AlignedTransformer(
@@ -252,15 +213,7 @@ def build_warmup_model(config: TrainingConfig, num_classes: int, encoders: Encod
 
 
 def build_full_model(config: TrainingConfig, num_classes: int, encoders: Encoders) -> AlignedTransformer:
-    """
-    Args:
-        config ([`TrainingConfig`]): The run.
-        num_classes (`int`): Number of classes of the data.
-        encoders (`Sequence[RepresentationEncoder]`): The encoders to align with; may be empty.
-
-    Returns:
-        [`AlignedTransformer`]: The model of phase 2, without projectors where nothing is aligned.
-    """
+    """The model of phase 2, without projectors where nothing is aligned."""
     transformer = ERWTransformer2DModel(**config.model_config(num_classes, class_token_dim(config, encoders)))
     projectors = _projectors(config, encoders) if config.alignment_weight > 0 else []
     return AlignedTransformer(
@@ -269,13 +222,7 @@ def build_full_model(config: TrainingConfig, num_classes: int, encoders: Encoder
 
 
 def compile_blocks(transformer: ERWTransformer2DModel, device_type: str) -> None:
-    """
-    Compiles the blocks in place; one compilation serves them all.
-
-    Args:
-        transformer ([`ERWTransformer2DModel`]): The model.
-        device_type (`str`): Where it is to run: `"cuda"`, `"cpu"` ...
-    """
+    """Compiles the blocks in place; one compilation serves them all."""
     # Without this Inductor's tanh, of GELU, takes a CPU three times as long as its exponential does.
     options = {"cpp.use_decompose_tanh": True} if device_type == "cpu" else None
     transformer.compile_repeated_blocks(fullgraph=True, options=options)
@@ -283,13 +230,9 @@ def compile_blocks(transformer: ERWTransformer2DModel, device_type: str) -> None
 
 def choose_attention(transformer: ERWTransformer2DModel, device_type: str, mixed_precision: str) -> None:
     """
-    Lets a CPU in bf16 multiply the matrices of a short attention one by one. torch's fused kernel takes ten times as long there to go
-    back through 16 patch tokens, twice as long through 64, and a third of the time through 256 (Xeon with AMX, torch 2.14).
-
-    Args:
-        transformer ([`ERWTransformer2DModel`]): The model that is trained, changed in place; what samples keeps its kernel.
-        device_type (`str`): Where it is to run: `"cuda"`, `"cpu"` ...
-        mixed_precision (`str`): `"no"`, `"fp16"` or `"bf16"`.
+    Lets a CPU in bf16 multiply the matrices of a short attention one by one. torch's fused kernel takes ten times as long there
+    to go back through 16 patch tokens, twice as long through 64, and a third of the time through 256 (Xeon with AMX, torch
+    2.14). What samples keeps its kernel.
     """
     tokens = (transformer.config.sample_size // transformer.config.patch_size) ** 2
     if device_type == "cpu" and mixed_precision == "bf16" and tokens <= 64:
@@ -300,12 +243,7 @@ def choose_attention(transformer: ERWTransformer2DModel, device_type: str, mixed
 
 def class_token_dim(config: TrainingConfig, encoders: Encoders) -> int | None:
     """
-    Args:
-        config ([`TrainingConfig`]): The run.
-        encoders (`Sequence[RepresentationEncoder]`): Its encoders.
-
-    Returns:
-        `int`, *optional*: Width of the first encoder's class token, `None` for a run without one.
+    Width of the first encoder's class token, `None` for a run without one.
 
     Raises:
         ValueError: if that encoder has none.
@@ -314,15 +252,7 @@ def class_token_dim(config: TrainingConfig, encoders: Encoders) -> int | None:
 
 
 def build_teacher(config: TrainingConfig, encoders: Encoders, cached: bool) -> Teacher:
-    """
-    Args:
-        config ([`TrainingConfig`]): The run.
-        encoders (`Sequence[RepresentationEncoder]`): Its encoders.
-        cached (`bool`): Whether their tokens lie in a latent cache.
-
-    Returns:
-        [`~objective.Teacher`]: The teacher.
-    """
+    """The teacher of a run; `cached`: the encoders' tokens lie in a latent cache."""
     return Teacher(
         encoders,
         spatial_norm=config.spatial_norm,
@@ -333,13 +263,7 @@ def build_teacher(config: TrainingConfig, encoders: Encoders, cached: bool) -> T
 
 
 def build_objective(config: TrainingConfig) -> Objective:
-    """
-    Args:
-        config ([`TrainingConfig`]): The run, whose keys are the fields of the objective.
-
-    Returns:
-        [`~objective.Objective`]: The objective.
-    """
+    """The objective of a run, whose keys are its fields."""
     keys = {field.name: getattr(config, field.name) for field in fields(Objective) if field.name != "align"}
     if config.encoder is None:
         keys["alignment_weight"] = 0.0

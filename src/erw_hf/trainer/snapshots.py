@@ -55,22 +55,11 @@ class Snapshots:
         self.quality = QualityMonitor(inputs, progress.step)
 
     def is_due(self, phase: Phase) -> bool:
-        """
-        Args:
-            phase ([`~trainer.phase.Phase`]): The phase that runs.
-
-        Returns:
-            `bool`: Whether the last step is one after which the run shows something.
-        """
+        """Whether the last step is one after which the run shows something."""
         return self._draws(phase) or self.quality.is_due(phase, self.progress.step)
 
     def take(self, phase: Phase) -> None:
-        """
-        Draws and measures what is due.
-
-        Args:
-            phase ([`~trainer.phase.Phase`]): The phase that runs.
-        """
+        """Draws and measures what is due."""
         if self._draws(phase):
             self._draw(phase)
         if self.quality.is_due(phase, self.progress.step):
@@ -79,24 +68,14 @@ class Snapshots:
             self.quality.measure(phase, self.progress.step, self.progress.images_seen, pipeline)
 
     def push_checkpoint(self, phase: Phase) -> None:
-        """
-        Hands the pipeline of phase 2 and, by strategy, the checkpoint of this step to the process that pushes.
-
-        Args:
-            phase ([`~trainer.phase.Phase`]): The phase that runs.
-        """
+        """Hands the pipeline of phase 2 and, by strategy, the checkpoint of this step to the process that pushes."""
         pipeline = None if phase.warmup else self._pipeline(phase)
         checkpoint = self._checkpoint()
         if self.push is not None and (pipeline is not None or checkpoint is not None):
             self.push.submit(self.progress.step, pipeline and pipeline.save_pretrained, checkpoint)
 
     def finish(self, phase: Phase | None) -> None:
-        """
-        Leaves the pipeline, a grid of its pictures and the loss curve, and has them pushed.
-
-        Args:
-            phase ([`~trainer.phase.Phase`], *optional*): Phase 2; `None` of a run that was a warmup alone.
-        """
+        """Leaves the pipeline, a grid of its pictures and the loss curve, and has them pushed; `None`: a warmup alone."""
         folder, pipeline = self.folder, None if phase is None else self._pipeline(phase)
         if pipeline is not None:
             grid = self._grid(pipeline)

@@ -97,13 +97,7 @@ class StepLog:
         self._last_arrival = 0.0  # when the device was done with the last step that was written
 
     def steps(self, phase: Phase) -> Iterable[int]:
-        """
-        Args:
-            phase ([`~trainer.phase.Phase`]): The phase.
-
-        Returns:
-            `Iterable[int]`: Its steps that are left, with a bar on the main process.
-        """
+        """The steps that are left of a phase, with a bar on the main process."""
         self._bar = tqdm(
             range(self.progress.step, phase.steps.stop),
             desc=f"{phase.name:6}",
@@ -116,14 +110,8 @@ class StepLog:
 
     def add(self, phase: Phase, step: Step) -> bool:
         """
-        Writes the step before this one, counts this one, and sends its losses on their way.
-
-        Args:
-            phase ([`~trainer.phase.Phase`]): The phase.
-            step ([`Step`]): The step.
-
-        Returns:
-            `bool`: Whether SIGTERM came to any process by the step before.
+        Writes the step before this one, counts this one, and sends its losses on their way. Returns whether SIGTERM came to any
+        process by the step before.
         """
         stopping = self.settle()
         progress, accelerator = self.progress, self.inputs.accelerator
@@ -146,11 +134,8 @@ class StepLog:
 
     def settle(self) -> bool:
         """
-        Fetches the losses of the step that was added last, unless that was done, counts it if it was skipped, and writes
-        its line.
-
-        Returns:
-            `bool`: Whether SIGTERM came to any process by then.
+        Fetches the losses of the step that was added last, unless that was done, counts it if it was skipped, and writes its
+        line. Returns whether SIGTERM came to any process by then.
 
         Raises:
             RuntimeError: on all processes, if one lacks data or too many steps in a row had a non-finite gradient.

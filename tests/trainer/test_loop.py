@@ -1,0 +1,92 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The loop of the training script and the parts that it is made of, without a run."""
+
+import importlib.util
+from dataclasses import fields
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+import torch
+from helpers import REPOSITORY
+
+from erw_hf.alignment import nt_xent_alignment_loss, structural_alignment_loss
+from erw_hf.objective import Objective
+from erw_hf.trainer.checkpoints import Progress
+from erw_hf.trainer.config import TrainingConfig
+from erw_hf.trainer.setup import build_objective
+from erw_hf.trainer.step_log import Step, _LateStep
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_erw", REPOSITORY / "training" / "train_erw.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("seen_by", ["the step before", "the step that draws"])
+def test_sigterm_leaves_a_checkpoint_whichever_step_brings_it(script, monkeypatch, seen_by):
+    """A step that draws fetches its own losses, and with them a SIGTERM, though no checkpoint is due."""
+    config = SimpleNamespace(checkpointing_steps=100, ema_snapshot_steps=0, push_to_hub=False, output_dir="x",
+                             checkpoints_total_limit=None)  # fmt: skip
+    phase = SimpleNamespace(
+        inputs=SimpleNamespace(config=config, accelerator=Mock()), steps=range(10), model=Mock(), ema=None
+    )
+    log = SimpleNamespace(
+        steps=lambda phase: iter([0]),
+        add=lambda phase, step: seen_by == "the step before",
+        settle=lambda: seen_by == "the step that draws",
+    )
+    snapshots = Mock(is_due=lambda phase: seen_by == "the step that draws")
+    saved = Mock()
+    monkeypatch.setattr(script, "train_step", Mock())
+    monkeypatch.setattr(script, "save_checkpoint", saved)
+    monkeypatch.setattr(script, "logger", Mock())
+    with pytest.raises(SystemExit) as stopped:
+        script.train_phase(phase, Progress(step=1), Mock(), log, snapshots)
+    assert stopped.value.code == 0
+    saved.assert_called_once()
+    snapshots.take.assert_not_called()
+
+
+def test_losses_and_flags_come_back_by_name():
+    losses = {"loss": torch.tensor(3.0), "velocity": torch.tensor(2.0)}
+    step = Step(0.0, 0.0, 0.5, 1e-4, 1.0, losses, torch.tensor(7.0))
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), reduce=lambda values, how: values / 2
+    )  # of two processes
+    values, _ = _LateStep({}, step, {"stopping": True, "failing": False}, accelerator).fetch()
+    assert values == {"loss": 1.5, "velocity": 1.0, "stopping": 0.5, "failing": 0.0, "grad_norm": 7.0}
+
+
+def test_the_objective_is_made_of_the_keys_of_the_run():
+    changed = {
+        "path_type": "cosine", "timestep_distribution": "logit_normal", "timestep_logit_mean": 0.1,
+        "timestep_logit_std": 2.0, "timestep_shift": 3.0, "contrastive_weight": 0.05, "class_token_weight": 0.03,
+        "alignment_schedule": "stop", "alignment_weight": 0.25, "alignment_half_life": 7, "alignment_stop_step": 9,
+    }  # fmt: skip
+    assert set(changed) == {field.name for field in fields(Objective)} - {"align"}  # a new field: a new key
+    config = TrainingConfig(in_channels=3, encoder="x/y", alignment_loss="structural", **changed)
+    objective = build_objective(config)
+    assert {name: getattr(objective, name) for name in changed} == changed
+    assert objective.align is structural_alignment_loss
+    assert (objective.weight_at(8), objective.weight_at(9)) == (0.25, 0.0)
+    temperate = build_objective(
+        TrainingConfig(in_channels=3, encoder="x/y", alignment_loss="nt_xent", alignment_temperature=0.3)
+    ).align
+    assert (temperate.func, temperate.keywords) == (nt_xent_alignment_loss, {"temperature": 0.3})
+    assert build_objective(TrainingConfig(in_channels=3)).weight_at(0) == 0  # nothing to align with
