@@ -298,7 +298,9 @@ def test_classes_of_ones_own_are_refused(tmp_path):
     in_repl = type("Mine", (FlowMatchEulerDiscreteScheduler,), {"__module__": "__main__"})
     for scheduler in (OwnScheduler(), in_repl()):
         refused(
-            pipeline(scheduler=scheduler), tmp_path / "repo", f"the scheduler is of .*{type(scheduler).__name__}: sav"
+            pipeline(scheduler=scheduler),
+            tmp_path / "repo",
+            f"the scheduler is of .*{type(scheduler).__name__}: saving",
         )
     pipe = pipeline()
     pipe.transformer = OwnTransformer(**TINY_MODEL)
