@@ -45,6 +45,7 @@ from erw_hf.data.source import FEATURES_COLUMN, KEY_COLUMN, MOMENTS_COLUMN, Sour
 from erw_hf.files import write_record, written_whole
 from erw_hf.hub.push import push_cache
 from erw_hf.hub.upload import prepare_repo
+from erw_hf.trainer.engines import close_accelerator, open_accelerator
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -76,7 +77,20 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    accelerator = Accelerator()
+    accelerator = open_accelerator()
+    repo_id = write_cache(args, accelerator)
+    close_accelerator(accelerator)
+    if args.push_to_hub and accelerator.is_main_process:
+        try:
+            push_cache(Path(args.output_dir), repo_id, args.hub_private)
+        except Exception:
+            finish = f"python -m erw_hf.hub.push {args.output_dir} --hub_dataset_id {repo_id}"
+            print(f"The cache is whole, its push failed; to finish it: {finish}", flush=True)
+            raise
+
+
+def write_cache(args: argparse.Namespace, accelerator: Accelerator) -> str:
+    """The whole cache; returns the repo that it is for."""
     repo_id = args.hub_dataset_id or Path(args.output_dir).resolve().name
     if args.push_to_hub and accelerator.is_main_process:  # hours before it is needed
         repo_id = prepare_repo(repo_id, args.hub_private, repo_type="dataset")
@@ -115,14 +129,7 @@ def main() -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         print(f"{rows} rows in {files} files: {json.dumps(merge_statistics(folder, Path(args.output_dir)))}")
-    accelerator.end_training()
-    if args.push_to_hub and accelerator.is_main_process:
-        try:
-            push_cache(Path(args.output_dir), repo_id, args.hub_private)
-        except Exception:
-            finish = f"python -m erw_hf.hub.push {args.output_dir} --hub_dataset_id {repo_id}"
-            print(f"The cache is whole, its push failed; to finish it: {finish}", flush=True)
-            raise
+    return repo_id
 
 
 def check_same_run(args: argparse.Namespace, folder: Path, data: dict[str, object], accelerator: Accelerator) -> None:

@@ -54,6 +54,7 @@ from erw_hf.evaluation.quality import (
 )
 from erw_hf.files import check_folder, write_record
 from erw_hf.provenance import compare_records, file_hash, hardware, versions
+from erw_hf.trainer.engines import close_accelerator, open_accelerator
 
 
 # What does not change the numbers
@@ -155,7 +156,15 @@ def problem_of(args: argparse.Namespace) -> str | None:
 
 def main() -> None:
     args = parse_arguments()
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator = open_accelerator(mixed_precision=args.mixed_precision)
+    record = evaluate(args, accelerator)
+    close_accelerator(accelerator)
+    if args.record is not None and record is not None:
+        compare(args.record, record)
+
+
+def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
+    """Returns the record, on the main process, if anything was compared."""
     output_dir, started = Path(args.output_dir), time.perf_counter()
     repeats = args.record is not None and output_dir == Path(args.record).parent / "again"
     if (output_dir / "evaluation.json").exists() and not repeats:
@@ -191,8 +200,8 @@ def main() -> None:
         make_reference(path, images, extractors, accelerator, folder, args.batch_size, args.seed)
         accelerator.print(f"saved {args.save_reference}")
     if args.reference is None:
-        finish(work, accelerator)
-        return
+        remove_work(work, accelerator)
+        return None
     reference_path, stages = find_reference(args, real, extractors, accelerator)
     seconds |= stages
     reference = check_reference(reference_path)
@@ -205,6 +214,7 @@ def main() -> None:
     seconds |= stages
     if writer is not None:
         writer.close(accelerator.is_main_process)
+    record = None
     if accelerator.is_main_process:
         record = {
             "metrics": metrics,
@@ -218,9 +228,8 @@ def main() -> None:
         }
         write_record(output_dir / "evaluation.json", record)
         report(record, output_dir)
-    finish(work, accelerator)
-    if args.record is not None and accelerator.is_main_process:
-        compare(args.record, record)
+    remove_work(work, accelerator)
+    return record
 
 
 def open_samples(args: argparse.Namespace, accelerator: Accelerator) -> tuple[ImageSet, dict[str, object] | None]:
@@ -372,11 +381,10 @@ def compare(path: str, record: dict) -> None:
         sys.exit(f"the numbers are not those of {path}")
 
 
-def finish(work: Path, accelerator: Accelerator) -> None:
+def remove_work(work: Path, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(work)
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

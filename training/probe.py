@@ -33,6 +33,7 @@ from erw_hf.evaluation.extractors import weights_hash
 from erw_hf.evaluation.probes import load_probe_images, probe_blocks
 from erw_hf.files import check_folder, write_record
 from erw_hf.provenance import hardware, versions
+from erw_hf.trainer.engines import close_accelerator, open_accelerator
 from erw_hf.trainer.plots import plot_probes
 
 
@@ -63,8 +64,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    accelerator = open_accelerator()
+    probe(args, accelerator)
+    close_accelerator(accelerator)
+
+
+def probe(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Every process computes the same: one is enough."""
     started = time.perf_counter()
-    accelerator = Accelerator()
     pipe = ERWPipeline.from_pretrained(args.model).to(accelerator.device)
     config = pipe.transformer.config
     side = config.sample_size * pipe.vae_scale_factor

@@ -25,11 +25,8 @@ a pipeline. It can be stopped anywhere and started again with `--resume_from_che
 """
 
 import logging
-import os
 import shutil
-import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -56,7 +53,7 @@ from erw_hf.trainer.config import TrainingConfig, local_names, parse_config
 from erw_hf.trainer.cost import cost_report, start_report, summary_of
 from erw_hf.trainer.device import choose_precision, to_device
 from erw_hf.trainer.ema import save_snapshots, whole_state_dict, whole_tensor
-from erw_hf.trainer.engines import check_engine
+from erw_hf.trainer.engines import check_engine, close_accelerator, open_accelerator, stop_on_signals
 from erw_hf.trainer.initialization import find_warmup, load_initial, load_warmup, save_warmup
 from erw_hf.trainer.phase import Phase
 from erw_hf.trainer.run_folder import RunFolder, check_vacant
@@ -85,7 +82,7 @@ def main() -> None:
     logging.getLogger(__name__).setLevel(logging.INFO)
     logging.getLogger("erw_hf.trainer").setLevel(logging.INFO)
     precision = choose_precision(config.mixed_precision)
-    accelerator = Accelerator(
+    accelerator = open_accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=precision[0],
         log_with=None if config.report_to == "none" else config.report_to,
@@ -96,11 +93,16 @@ def main() -> None:
         raise ValueError(f"report_to={config.report_to!r} is not installed: pip install it, or --report_to none")
     check_engine(config, accelerator)
     with RunFolder(config.output_dir, accelerator) as folder:
-        train(config, accelerator, folder, precision)
+        snapshots = train(config, accelerator, folder, precision)
+        close_accelerator(accelerator)
+        if snapshots is not None:
+            snapshots.wait_for_push()
 
 
-def train(config: TrainingConfig, accelerator: Accelerator, folder: RunFolder, precision: tuple[str, str]) -> None:
-    """A run, by the owner of its folder."""
+def train(
+    config: TrainingConfig, accelerator: Accelerator, folder: RunFolder, precision: tuple[str, str]
+) -> Snapshots | None:
+    """A run, by the owner of its folder; returns what is still being pushed, `None` if the run was told to stop."""
     checkpoint, progress = find_checkpoint(config, accelerator)
     if config.push_to_hub and accelerator.is_main_process:
         config.hub_model_id = prepare_repo(
@@ -112,7 +114,7 @@ def train(config: TrainingConfig, accelerator: Accelerator, folder: RunFolder, p
     if accelerator.is_main_process:
         data = summary_of(inputs.source, inputs.image_size, inputs.image_channels)
         print(start_report(config, data, precision, accelerator.device, accelerator.num_processes), flush=True)
-    stop_requested = stop_on_sigterm()
+    stop_requested = stop_on_signals()
     begin_folder(inputs, folder, checkpoint, progress)
 
     batches, snapshots = Batches(inputs), Snapshots(inputs, progress)
@@ -122,20 +124,18 @@ def train(config: TrainingConfig, accelerator: Accelerator, folder: RunFolder, p
     if config.warmup_steps > 0 and progress.step <= config.warmup_steps:
         phase = warmup_phase(inputs)
         resume(phase, batches, checkpoint)
-        train_phase(phase, progress, batches, log, snapshots)
+        if not train_phase(phase, progress, batches, log, snapshots):
+            return None
         start = end_warmup(phase, progress)
         checkpoint = phase = None  # phase 2 starts from the hand-over
     # One that stopped at its last step of all writes its pipeline and pictures once more.
     if progress.step < config.max_train_steps or checkpoint is not None:
         phase = full_phase(inputs, start)
         resume(phase, batches, checkpoint)
-        train_phase(phase, progress, batches, log, snapshots)
+        if not train_phase(phase, progress, batches, log, snapshots):
+            return None
     snapshots.finish(phase)
-    # The main process drew the last pictures alone. A process that leaves while gloo's threads still put away its last
-    # exchange can abort in them.
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    snapshots.wait_for_push()
+    return snapshots
 
 
 def warmup_phase(inputs: Inputs) -> Phase:
@@ -175,8 +175,8 @@ def full_phase(inputs: Inputs, start: State | None) -> Phase:
     return Phase(inputs, model, range(config.warmup_steps, config.max_train_steps), config.learning_rate)
 
 
-def train_phase(phase: Phase, progress: Progress, batches: Batches, log: StepLog, snapshots: Snapshots) -> None:
-    """The loop, for either phase."""
+def train_phase(phase: Phase, progress: Progress, batches: Batches, log: StepLog, snapshots: Snapshots) -> bool:
+    """The loop, for either phase; returns whether it got to its end, or was told to stop."""
     config, accelerator = phase.inputs.config, phase.inputs.accelerator
     batches.start(range(progress.step, phase.steps.stop))
     phase.model.train()
@@ -195,10 +195,10 @@ def train_phase(phase: Phase, progress: Progress, batches: Batches, log: StepLog
             if config.push_to_hub and config.hub_strategy != "end" and progress.step < config.max_train_steps:
                 snapshots.push_checkpoint(phase)
         if stopping:
-            logger.info("stopped by SIGTERM: go on with --resume_from_checkpoint latest")
-            accelerator.end_training()
-            raise SystemExit(0)
+            logger.info("stopped: go on with --resume_from_checkpoint latest")
+            return False
         snapshots.take(phase)
+    return True
 
 
 def train_step(phase: Phase, batches: Batches, step: int) -> Step:
@@ -281,19 +281,6 @@ def load_start(inputs: Inputs, checkpoint: Path | None) -> State | None:
     if config.init_from is not None and checkpoint is None:
         return load_initial(config.init_from, inputs.model_config, inputs.source.id2label)
     return None
-
-
-def stop_on_sigterm() -> Callable[[], bool]:
-    """Makes SIGTERM end the run after the next step, with a checkpoint and status 0; returns what tells whether it came."""
-    own_pid, received = os.getpid(), []
-
-    def handle(signum: int, frame: object) -> None:
-        if os.getpid() != own_pid:  # a loader worker, which inherits this handler
-            os._exit(128 + signum)
-        received.append(signum)
-
-    signal.signal(signal.SIGTERM, handle)
-    return lambda: bool(received)
 
 
 def begin_folder(inputs: Inputs, folder: RunFolder, checkpoint: Path | None, progress: Progress) -> None:

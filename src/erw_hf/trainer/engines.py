@@ -11,16 +11,116 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The engines of accelerate that a run takes, as `training/accelerate/*.yaml` sets them up."""
+"""The engines of accelerate that a run takes, as `training/accelerate/*.yaml` sets them up: begun, checked, stopped, ended."""
 
+import gc
+import os
+import signal
+import stat
+from collections.abc import Callable
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from erw_hf.trainer.config import TrainingConfig
 
 
+# How long processes wait for one of them that prepares data, writes a checkpoint or computes metrics alone; NCCL's own limit
+# is ten minutes.
+PATIENCE = timedelta(hours=2)
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_PARENT = os.getppid()  # as early as this process can know it
+
+
+def open_accelerator(**arguments: Any) -> Accelerator:
+    """
+    The accelerator of a script, which `close_accelerator` ends.
+
+    Args:
+        arguments (`Any`): Of `Accelerator`.
+
+    Returns:
+        `Accelerator`: Its processes wait two hours for one another.
+    """
+    # A block that is compiled by itself is one graph: torch would cut it where DDP's buckets end, to overlap their reduction
+    # with the rest of the graph, which blocks one by one do anyway.
+    torch._dynamo.config.optimize_ddp = False
+    return Accelerator(**arguments, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+
+
+def close_accelerator(accelerator: Accelerator) -> None:
+    """
+    Ends the trackers and the process group, with its threads, once all processes are here. No model that it prepared may be
+    referred to any more: return from the function that made it.
+
+    Args:
+        accelerator (`Accelerator`): Not used afterwards, but to ask which process this is.
+    """
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    accelerator.free_memory()
+    # A thread of gloo lets go of its last exchange after the process went on. If the interpreter ends first, the thread asks for
+    # its lock in vain, and aborts. Only a group that nothing refers to waits for its threads, and DTensor's caches keep meshes.
+    if accelerator.num_processes > 1:
+        for mesh in [o for o in gc.get_objects() if type(o) is DeviceMesh]:
+            vars(mesh).clear()
+        gc.collect()
+
+
+def stop_on_signals() -> Callable[[], bool]:
+    """
+    Lets the run end after the next step, with a checkpoint and status 0, once it gets SIGTERM, SIGHUP (a closed terminal) or
+    SIGINT (Ctrl-C; a second one ends it at once), or its launcher is gone. A signal that is ignored, as by `nohup`, stays so.
+
+    Returns:
+        `Callable[[], bool]`: Whether to stop.
+    """
+    own_pid, received = os.getpid(), []
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    terminals = [fd for fd in (1, 2) if os.isatty(fd)]
+    pipes = [fd for fd in (1, 2) if stat.S_ISFIFO(os.fstat(fd).st_mode)]
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != own_pid:  # a loader worker, which inherits this handler
+            os._exit(128 + signum)
+        received.append(signum)
+        if signum == signal.SIGINT:
+            signal.signal(signum, signal.default_int_handler)
+        # A closed terminal, or what a pipe leads to, ends as well: a line for it would then end the run before its checkpoint.
+        gone = {signal.SIGINT: pipes, signal.SIGHUP: terminals + pipes}.get(signal.Signals(signum), [])
+        for fd in gone:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, handle)
+    return lambda: bool(received) or (launched and os.getppid() != _PARENT)
+
+
+def autocast_forward(model: torch.nn.Module, accelerator: Accelerator) -> None:
+    """
+    Makes a model's forward run under autocast, as accelerate does for every engine but FSDP2.
+
+    Args:
+        model (`torch.nn.Module`): Before `accelerator.prepare`.
+        accelerator (`Accelerator`): Its engine and precision decide; but for FSDP2 nothing is done.
+    """
+    dtype = _DTYPES.get(accelerator.mixed_precision)
+    if accelerator.distributed_type == "FSDP" and dtype is not None:
+        model.forward = torch.autocast(accelerator.device.type, dtype)(model.forward)
+
+
 def check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
     """
-    Lets DDP, FSDP2 and DeepSpeed's ZeRO 1 and 2 pass, and gives DeepSpeed what the run's configuration says.
+    Lets DDP, FSDP2 and DeepSpeed's ZeRO 1 and 2 pass, and gives them the precision that all have, and DeepSpeed what the
+    run's configuration says.
 
     Args:
         config ([`TrainingConfig`]): The run.
@@ -33,6 +133,11 @@ def check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
         raise ValueError("optimizer muon needs whole matrices on each process: use DDP, or optimizer adamw")
     if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
         raise ValueError("FSDP 1 is not supported: set fsdp_version: 2, as training/accelerate/fsdp2.yaml does")
+    if accelerator.distributed_type == "FSDP" and accelerator.mixed_precision in _DTYPES:
+        # As under DDP: products in bf16, but the times come in as they are, and gradients are added up in float32.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=_DTYPES[accelerator.mixed_precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
     if accelerator.distributed_type == "DEEPSPEED":
         plugin = accelerator.state.deepspeed_plugin
         if plugin.zero_stage > 2:

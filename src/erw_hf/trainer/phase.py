@@ -19,6 +19,7 @@ from diffusers.optimization import get_scheduler
 
 from erw_hf.objective import AlignedTransformer
 from erw_hf.trainer.ema import EMA
+from erw_hf.trainer.engines import autocast_forward
 from erw_hf.trainer.flops import count_step_flops
 from erw_hf.trainer.optimizers import build_optimizer
 from erw_hf.trainer.setup import Inputs, choose_attention, compile_blocks
@@ -67,6 +68,7 @@ class Phase:
             num_training_steps=len(steps),
         )
         self.peak_learning_rate = learning_rate
+        autocast_forward(model, accelerator)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.ema = None if self.warmup else EMA(self.transformer, config.ema_profiles())
 
