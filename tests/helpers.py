@@ -32,6 +32,8 @@ from PIL import Image as PILImage
 
 REPOSITORY = Path(__file__).parent.parent
 
+HANGS = 1800  # seconds after which a test gives up on what never ends; far more than any machine needs
+
 TINY_MODEL = {
     "sample_size": 8,
     "patch_size": 2,
@@ -94,7 +96,7 @@ def launch_command(
 def launch_training(*flags: str, processes: int = 1) -> None:
     """Runs the training script as a user does."""
     command, environment = launch_command(flags, processes)
-    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=HANGS)
     if result.returncode != 0:
         raise AssertionError(f"training failed:\n{result.stdout[-2000:]}\n{result.stderr[-6000:]}")
 
@@ -114,8 +116,24 @@ def terminate_training_at(step: int, *flags: str, processes: int = 1) -> list[in
         # The launcher reaps them, and its own status is 0 only if theirs all are.
         for child in children:
             child.terminate()
-        launcher.wait(timeout=120)
+        launcher.wait(timeout=HANGS)
         return [launcher.returncode] * len(children)
+
+
+def signal_launcher_at(step: int, signum: int, *flags: str, processes: int = 1) -> int:
+    """Starts the training script, signals its launcher at a step, waits until no process is left, and returns its status."""
+    with _training_until(step, flags, processes) as launcher:
+        tree = psutil.Process(launcher.pid).children(recursive=True)
+        try:
+            launcher.send_signal(signum)
+            launcher.wait()
+            _, alive = psutil.wait_procs(tree, timeout=HANGS)
+            assert not alive, f"{len(alive)} processes outlived their launcher"
+        finally:
+            for orphan in tree:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    orphan.kill()
+        return launcher.returncode
 
 
 @contextlib.contextmanager
@@ -129,7 +147,7 @@ def _training_until(step: int, flags: tuple[str, ...], processes: int) -> Iterat
     # A resumed run first drops the lines after its checkpoint: what an earlier process wrote does not count.
     before = metrics.read_text() if metrics.exists() else ""
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + HANGS
         while not (metrics.exists() and (text := metrics.read_text()) != before and f'"step": {step},' in text):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"training never reached step {step}")

@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig
 from erw_hf import ERWTransformer2DModel
+from erw_hf.trainer.engines import end_process_group
 
 dist.init_process_group("gloo")
 torch._C._get_accelerator = lambda *args: torch.device("cpu")
@@ -55,6 +56,9 @@ for use_rope, class_token_dim in ((False, None), (True, None), (False, 6), (True
     assert tokens == [2 * local, local], tokens  # each process holds half of the tokens
     torch.testing.assert_close(parallel.sample, expected.sample, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(parallel.class_token, expected.class_token, atol=1e-6, rtol=1e-5)
+del model, parallel  # whose hooks hold the group
+dist.barrier()
+end_process_group()
 """
 
 

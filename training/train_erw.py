@@ -25,6 +25,7 @@ a pipeline. It can be stopped anywhere and started again with `--resume_from_che
 """
 
 import logging
+import os
 import shutil
 import time
 from pathlib import Path

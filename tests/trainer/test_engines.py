@@ -13,18 +13,25 @@
 # limitations under the License.
 """FSDP2 trains what DistributedDataParallel trains, and accelerate reads the files that set the engines up."""
 
+import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.commands.config.config_args import load_config_from_file
-from helpers import PRESET, REPOSITORY, launch_training
+from helpers import PRESET, REPOSITORY, TINY_MODEL, launch_training, randomize
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 
-from erw_hf import ERWPipeline, transformer_erw
+from erw_hf import ERWPipeline, ERWTransformer2DModel, transformer_erw
+from erw_hf.trainer import engines
+from erw_hf.trainer.engines import open_accelerator, stop_on_signals
 from erw_hf.trainer.run_record import read_metrics
 
 
@@ -36,12 +43,16 @@ def weights(run):
     return load_file(run / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
-def launch_fsdp2(*flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["tests/fsdp2_on_cpu.py", "training/train_erw.py", *PRESET, *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=180)
+def launch_two(*script):
+    """Two processes by torch's launcher: accelerate's knows FSDP for GPUs alone."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-5000:]
+
+
+def launch_fsdp2(*flags):
+    launch_two("tests/fsdp2_on_cpu.py", "training/train_erw.py", *PRESET, *flags)
 
 
 def test_fsdp2_trains_like_ddp_and_resumes(tmp_path, tiny_flags):
@@ -82,5 +93,118 @@ def test_accelerate_reads_the_engine_files(name):
         assert config.deepspeed_config["zero_stage"] == 2
 
 
-def test_the_slurm_script_is_bash():
-    subprocess.run(["bash", "-n", REPOSITORY / "training" / "accelerate" / "slurm.sbatch"], check=True)
+def test_the_slurm_script_leaves_time_for_a_checkpoint():
+    script = REPOSITORY / "training" / "accelerate" / "slurm.sbatch"
+    subprocess.run(["bash", "-n", script], check=True)
+    notice = int(re.search(r"--signal=TERM@(\d+)", script.read_text())[1])
+    grace = int(re.search(r"^export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", script.read_text(), flags=re.M)[1])
+    assert 180 <= grace <= notice - 30  # torch's own is 30: an XL checkpoint has 10 GiB
+
+
+def test_the_engines_train_alike_in_bf16_and_leave_no_thread(tmp_path):
+    """Exact times, gradients added up in float32, one patience; at the end no thread of gloo, which could abort."""
+    results = {}
+    for engine in ((), ("tests/fsdp2_on_cpu.py",)):
+        launch_two(*engine, "tests/engine_steps.py", str(tmp_path / "result.json"))
+        result = json.loads((tmp_path / "result.json").read_text())
+        results[result.pop("engine")] = result
+    ddp, fsdp2 = results["DistributedType.MULTI_CPU"], results["DistributedType.FSDP"]
+    for result in (ddp, fsdp2):
+        assert result["times"] == [True, True]
+        assert result["gradients_of_bf16"] < 0.9  # sums in bf16 would be bf16 numbers, all of them
+        assert result["timeout"] == engines.PATIENCE.total_seconds() >= 3600
+        assert result["threads"][1] == 0
+    assert fsdp2["losses"] == pytest.approx(ddp["losses"], rel=1e-5)
+    if sys.platform == "linux":
+        assert ddp["threads"][0] > 0 and fsdp2["threads"][0] > 0  # the count sees them
+
+
+def test_a_compiled_block_is_one_graph_under_ddp():
+    open_accelerator()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        transformer = randomize(ERWTransformer2DModel(**TINY_MODEL))
+        transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+        model = DistributedDataParallel(transformer, bucket_cap_mb=0.001)
+        model(torch.randn(2, 1, 8, 8), torch.rand(2), torch.tensor([1, 2])).sample.square().mean().backward()
+    finally:
+        dist.destroy_process_group()
+        torch._dynamo.reset()
+    assert len(graphs) == 1  # which all blocks share
+
+
+@pytest.fixture
+def handlers():
+    signals = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    before = {signum: signal.getsignal(signum) for signum in signals}
+    yield signals
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_asks_for_a_stop(name, handlers):
+    stop_requested = stop_on_signals()
+    assert not stop_requested()
+    signal.raise_signal(signal.Signals[name])
+    assert stop_requested()
+
+
+def test_a_second_ctrl_c_ends_at_once(handlers):
+    stop_on_signals()
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_what_nohup_ignores_stays_ignored(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop_requested = stop_on_signals()
+    signal.raise_signal(signal.SIGHUP)
+    assert not stop_requested()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "stops"), [("ACCELERATE_MIXED_PRECISION", True), ("TORCHELASTIC_RUN_ID", True), (None, False)]
+)
+def test_a_run_stops_with_its_launcher_but_not_with_a_shell(launcher, stops, handlers, monkeypatch):
+    for variable in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    if launcher is not None:
+        monkeypatch.setenv(launcher, "x")
+    stop_requested = stop_on_signals()
+    assert not stop_requested()
+    monkeypatch.setattr(engines.os, "getppid", lambda: 1)
+    assert stop_requested() == stops
+
+
+CLOSED_PIPE = """
+import os, signal
+from erw_hf.trainer.engines import stop_on_signals
+stop_requested = stop_on_signals()
+print("ready", flush=True)
+input()
+signal.raise_signal(signal.SIGINT)
+print("a line that nobody reads", flush=True)
+assert stop_requested()
+"""
+
+
+def test_a_pipe_that_ended_with_ctrl_c_does_not_end_the_run():
+    """`... | tee log`: Ctrl-C ends tee too."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLOSED_PIPE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"ready\n"
+    process.stdout.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    message = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 0, message

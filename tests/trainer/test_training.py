@@ -18,6 +18,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ from helpers import (
     kill_training_at,
     launch_command,
     launch_training,
+    signal_launcher_at,
     terminate_training_at,
     train,
 )
@@ -216,6 +218,15 @@ def test_sigterm_saves_a_checkpoint_and_exits_with_status_0(tmp_path, tiny_flags
     resumed = [f"--max_train_steps={step + 2}", "--resume_from_checkpoint=latest"]
     train(*flags, *resumed, f"--train_batch_size={4 * processes}")
     assert len(losses(tmp_path / "run")) == step + 2
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_to_the_launcher_leaves_a_checkpoint_and_no_orphan(tmp_path, tiny_flags, processes):
+    flags = [*tiny_flags, "--max_train_steps=100000", "--checkpointing_steps=100000", f"--output_dir={tmp_path}/run"]
+    status = signal_launcher_at(5, signal.SIGTERM, *flags, processes=processes)
+    assert status == (-signal.SIGTERM if processes == 1 else 1)  # the launchers' own, as the guide says
+    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
+    assert last > 3 and (tmp_path / "run" / f"checkpoint-{last}").is_dir()
 
 
 def test_two_processes_see_the_samples_of_one(tmp_path, tiny_flags):

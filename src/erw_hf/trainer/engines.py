@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch.distributed.device_mesh import DeviceMesh
@@ -66,12 +67,19 @@ def close_accelerator(accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     accelerator.free_memory()
-    # A thread of gloo lets go of its last exchange after the process went on. If the interpreter ends first, the thread asks for
-    # its lock in vain, and aborts. Only a group that nothing refers to waits for its threads, and DTensor's caches keep meshes.
     if accelerator.num_processes > 1:
-        for mesh in [o for o in gc.get_objects() if type(o) is DeviceMesh]:
-            vars(mesh).clear()
-        gc.collect()
+        end_process_group()
+
+
+def end_process_group() -> None:
+    """Destroys the process group and joins its threads; models of DDP or FSDP2 must be gone."""
+    # A thread of gloo lets go of its last exchange after the process went on. If the interpreter ends first, the thread asks for
+    # its lock in vain, and aborts. Only a group that nothing refers to joins its threads, and DTensor's caches keep meshes.
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for mesh in [o for o in gc.get_objects() if type(o) is DeviceMesh]:
+        vars(mesh).clear()
+    gc.collect()
 
 
 def stop_on_signals() -> Callable[[], bool]:
