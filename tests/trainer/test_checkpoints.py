@@ -35,7 +35,7 @@ from erw_hf.trainer.checkpoints import (
 
 def processes(count):
     """What checkpoints ask of the accelerator of each process; the processes are threads here."""
-    barrier = threading.Barrier(count, timeout=30)
+    barrier = threading.Barrier(count, timeout=1800)
     return [
         SimpleNamespace(
             process_index=rank,

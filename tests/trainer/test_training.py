@@ -195,7 +195,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_usable(tmp_path, tiny_flags, uni
     command, environment = launch_command(tuple(resume), processes=1)
     # No file may grow beyond 16 kB: metrics.jsonl stays below, a checkpoint's files do not.
     limited = ["prlimit", "--fsize=16384", *command]
-    result = subprocess.run(limited, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(limited, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1800)
     assert result.returncode != 0
     assert "checkpoint-5 could not be written" in result.stderr and "Make room" in result.stderr
     assert sorted(path.name for path in run.glob("*checkpoint*")) == [f"checkpoint-{step}" for step in range(1, 5)]
