@@ -125,13 +125,9 @@ MUTANTS = [
     Mutant("trainer.ema", "[self.weights(i) for i in", "[self.weights(0) for i in", EMA),
     Mutant("trainer.phase", 'self.lr_scheduler.load_state_dict(state["lr_scheduler"])', "pass", RESUMING),
     Mutant("trainer.phase", 'self.ema.load_state_dict(state["ema"])', "pass", RESUMING),
-    Mutant(
-        "trainer.checkpoints",
-        'sorted(found, key=lambda path: int(path.name.split("-")[1]))',
-        "sorted(found)",
-        CHECKPOINTS,
-    ),
-    Mutant("trainer.checkpoints", "[:-total_limit]", "[: 1 - total_limit]", CHECKPOINTS),
+    Mutant("trainer.checkpoints", "return sorted(found, key=step_of)", "return sorted(found)", CHECKPOINTS),
+    Mutant("trainer.checkpoints", "[: -max(total_limit, 1)]", "[: 1 - max(total_limit, 1)]", CHECKPOINTS),
+    Mutant("trainer.checkpoints", "if path not in good[-1:]", "if True", CHECKPOINTS),
     Mutant(
         "trainer.checkpoints", "torch.load(checkpoint / _data_file(accelerator),", "torch.load(any_file,", CHECKPOINTS
     ),
