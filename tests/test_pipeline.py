@@ -114,6 +114,16 @@ def test_synonyms():
         pipe.get_label_ids("crane")
 
 
+def test_class_names_are_compared_after_nfc(transformer):
+    names = {0: "be\u0301be\u0301, enfant", 1: "p\u00e8re"}  # as macOS writes them, and as others do
+    pipe = ERWPipeline(transformer, None, FlowMatchEulerMaruyamaScheduler(), id2label=names)
+    assert pipe.get_label_ids(["b\u00e9b\u00e9", "be\u0301be\u0301", "pe\u0300re", "p\u00e8re"]) == [0, 0, 1, 1]
+    assert pipe.config.id2label["0"] == names[0]
+    pipe = ERWPipeline(transformer, None, FlowMatchEulerMaruyamaScheduler(), id2label={0: "\u00e9", 1: "e\u0301"})
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        pipe.get_label_ids("\u00e9")
+
+
 def test_id2label_and_weights_survive_a_round_trip(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["id2label"]["3"] == "white shark"

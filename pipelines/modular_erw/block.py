@@ -36,7 +36,7 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, In
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from .pipeline_erw import _check_scheduler, _positive, _upcast, is_representation_autoencoder, unscale_latents
+from .pipeline_erw import _check_scheduler, _positive, is_representation_autoencoder, unscale_latents, upcast
 
 
 class ERWInputStep(ModularPipelineBlocks):
@@ -276,7 +276,7 @@ class ERWDecodeStep(ModularPipelineBlocks):
         block_state = self.get_block_state(state)
         images, vae = block_state.latents, components.vae
         if block_state.output_type != "latent" and vae is not None:
-            with _upcast(vae, images.device):
+            with upcast(vae, images.device):
                 images = vae.decode(unscale_latents(images, vae).to(vae.dtype), return_dict=False)[0].float()
             images = images * 2 - 1 if is_representation_autoencoder(vae) else images
         if not torch.isfinite(images).all():  # 8 bits would show it as black or white

@@ -35,6 +35,7 @@ import sys
 import threading
 import time
 import types
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -117,7 +118,7 @@ def class_choices(pipe: DiffusionPipeline) -> list[tuple[str, str]]:
     names = pipe.config.id2label or {}
     choices = []
     for class_id in range(pipe.transformer.config.num_classes):
-        name = names.get(str(class_id), str(class_id)).strip()
+        name = unicodedata.normalize("NFC", names.get(str(class_id), str(class_id))).strip()
         value = name if pipe.labels.get(name) == class_id else str(class_id)  # ImageNet has two cranes
         choices.append((name if name == str(class_id) else f"{name} ({class_id})", value))
     return choices or [(NO_CLASS, NO_CLASS)]

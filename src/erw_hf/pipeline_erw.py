@@ -26,6 +26,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -351,7 +352,7 @@ class ERWPipeline(DiffusionPipeline):
         """
         names = [label] if isinstance(label, str) else list(label)
         ids = []
-        for name in names:
+        for name in map(_composed, names):
             if name in self._ambiguous_labels:
                 raise ValueError(f"{name!r} names the classes {self._ambiguous_labels[name]}: pass one of these ids")
             if name not in self.labels:
@@ -485,7 +486,7 @@ class ERWPipeline(DiffusionPipeline):
         """
         if self.vae is None:
             return latents
-        with _upcast(self.vae, latents.device):
+        with upcast(self.vae, latents.device):
             return self._decode(latents)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -937,8 +938,17 @@ def _holds_state(model: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _upcast(vae: Any, device: torch.device) -> Iterator[None]:
-    """float32 for an autoencoder that asks for it by `force_upcast`: in float16 its activations overflow."""
+def upcast(vae: Any, device: torch.device) -> Iterator[None]:
+    """
+    Runs an autoencoder that asks for it by `force_upcast` in float32: in float16 its activations overflow.
+
+    Args:
+        vae (a diffusers autoencoder): It.
+        device (`torch.device`): Where it runs.
+
+    Returns:
+        `contextlib.AbstractContextManager`: The block in which it does; `vae.dtype` tells the dtype of its inputs there.
+    """
     if not vae.config.get("force_upcast"):
         yield
         return
@@ -1034,12 +1044,18 @@ def _checked_id2label(id2label: Any) -> dict[int, str]:
     return checked
 
 
+def _composed(name: str) -> str:
+    """An "é" may be written as one character or as two, depending on the system or keyboard: here it is one (NFC)."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _label_table(id2label: dict[int, str]) -> tuple[dict[str, int], dict[str, list[int]]]:
     """Name -> id for every full label and every comma-separated synonym that means one class, and the others.
 
     ImageNet has two classes "crane" and two "maillot": a guess would draw the wrong one. A class's full label wins over
     a synonym of another class ("maillot" over "maillot, tank suit").
     """
+    id2label = {class_id: _composed(label) for class_id, label in id2label.items()}
     full = {label.strip(): class_id for class_id, label in id2label.items()}
     owners: dict[str, list[int]] = {}
     for class_id, label in id2label.items():

@@ -51,6 +51,16 @@ def cached(tmp_path_factory, vae_path):
     return folder
 
 
+def test_an_encoder_that_overflows_is_upcast_where_it_says_so(vae_path):
+    pixels = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for force_upcast in (True, False):
+        vae = AutoencoderKL.from_pretrained(vae_path)
+        vae.register_to_config(force_upcast=force_upcast)
+        vae.encoder.conv_in.weight.data *= 3e5
+        vae.half()
+        assert encode_moments(pixels, vae).isfinite().all() == force_upcast and vae.dtype == torch.float16
+
+
 def test_cache_holds_every_row_once_shuffled_with_its_moments(cached, vae_path):
     assert len(list((cached / "data").glob("*.parquet"))) == 4
     rows = load_dataset(str(cached), split="train")

@@ -303,6 +303,12 @@ def test_a_run_that_could_not_evaluate_does_not_start(tiny_flags, tmp_path):
             *tiny_flags, f"--output_dir={tmp_path}/run", "--evaluation_steps=5", "--evaluation_reference=none.npz",
             f"--evaluation_extractor={CLASSIFIER}",
         )  # fmt: skip
+    np.savez(tmp_path / "narrow.npz", mu=np.zeros(5), sigma=np.eye(5))
+    with pytest.raises(ValueError, match="narrow.npz"):
+        train(
+            *tiny_flags, f"--output_dir={tmp_path}/run", "--evaluation_steps=5",
+            f"--evaluation_reference={tmp_path}/narrow.npz", f"--evaluation_extractor={CLASSIFIER}",
+        )  # fmt: skip
     assert read_metrics(tmp_path / "run" / "metrics.jsonl") == []
 
 

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from diffusers import ModelMixin
 
-from erw_hf.pipeline_erw import is_representation_autoencoder, scale_latents
+from erw_hf.pipeline_erw import is_representation_autoencoder, scale_latents, upcast
 
 
 def encode_moments(pixels: torch.Tensor, vae: ModelMixin) -> torch.Tensor:
@@ -39,7 +39,7 @@ def encode_moments(pixels: torch.Tensor, vae: ModelMixin) -> torch.Tensor:
     images = pixels.float() / 255
     if not is_representation_autoencoder(vae):
         images = images * 2 - 1
-    with torch.no_grad():
+    with torch.no_grad(), upcast(vae, images.device):
         encoded = vae.encode(images.to(vae.dtype))
     if hasattr(encoded, "latent_dist"):
         return torch.cat([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1).float()

@@ -24,6 +24,7 @@ from erw_hf.evaluation.probes import load_probe_images, probe_blocks
 from erw_hf.evaluation.quality import (
     Reference,
     available_metrics,
+    feature_widths,
     load_reference,
     make_reference,
     measure,
@@ -94,7 +95,8 @@ class QualityMonitor:
                 real = dataset_images(name, split, side, labelled=False)
                 make_reference(path, real, [self.extractor], self.accelerator, self.work, BATCH_SIZE, config.seed)
                 self._remove_work()
-        return load_reference(path, self.metrics, weights_hash(self.extractor), (side, side))
+        widths = feature_widths([self.extractor], (side, side))
+        return load_reference(path, self.metrics, weights_hash(self.extractor), (side, side), widths)
 
     def _remove_work(self) -> None:
         self.accelerator.wait_for_everyone()
