@@ -49,6 +49,7 @@ FLOW = ("tests/test_flow.py",)
 ALIGNMENT = ("tests/test_alignment.py", "tests/test_warmup.py")
 WARMUP = ("tests/test_warmup.py",)
 CLASS_TOKEN = ("tests/test_class_token.py", "-k", "objective or teacher or hand_over or warmup_sees or gradients")
+SAMPLE_PREDICTION = ("tests/test_sample_prediction.py", "-k", "closed_forms or the_model or the_loss or times_of")
 SCHEDULER = ("tests/test_scheduler.py",)
 EMA = ("tests/trainer/test_ema.py", "-k", "not chosen_after_training")
 CHECKPOINTS = ("tests/trainer/test_checkpoints.py",)
@@ -73,6 +74,13 @@ MUTANTS = [
     Mutant("flow", "-math.pi / 2 * sigma, math.pi / 2 * alpha", "-math.pi / 2 * alpha, math.pi / 2 * sigma", FLOW),
     Mutant("flow", "path_coefficients(t.reshape(", "path_coefficients(t[:1].reshape(", FLOW),
     Mutant("flow", "/ (1 + (shift - 1) * t)", "/ (1 + shift * t)", FLOW),
+    Mutant("flow", "t.clamp(min=SAMPLE_LOSS_TIME)).square()", "t.clamp(min=SAMPLE_LOSS_TIME))", SAMPLE_PREDICTION),
+    Mutant(
+        "transformer_erw",
+        "(x_t.float() - sample.float()) / t",
+        "(x_t.float() - sample.float()) * t",
+        SAMPLE_PREDICTION,
+    ),
     # alignment
     Mutant("alignment", "target.float(), dim=-1)).mean(dim=1)", "target.float(), dim=1)).mean(dim=1)", ALIGNMENT),
     Mutant("objective", "initial * 2 ** (-step / half_life)\n", "initial * 2.718 ** (-step / half_life)\n", ALIGNMENT),

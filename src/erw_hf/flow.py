@@ -20,6 +20,11 @@ import math
 
 import torch
 
+from erw_hf.transformer_erw import MIN_TIME
+
+
+SAMPLE_LOSS_TIME = 0.05  # JiT's clamp (arXiv 2511.13720, table 9)
+
 
 def path_coefficients(
     t: torch.Tensor, path_type: str = "linear"
@@ -98,3 +103,18 @@ def timestep_from_normal(
     else:
         raise ValueError(f'distribution must be "uniform" or "logit_normal", got {distribution!r}')
     return shift * t / (1 + (shift - 1) * t)
+
+
+def sample_loss_weight(t: torch.Tensor) -> torch.Tensor:
+    """
+    The weight of the velocity loss of a model that predicts clean samples, by [`~transformer_erw.velocity_from_sample`]. That
+    loss is |x - x_0|^2 / t^2, which must not grow without bound near the data: with this weight it is JiT's,
+    |x - x_0|^2 / max(t, 0.05)^2 (arXiv 2511.13720, §4). JiT clamps the velocity itself, and so samples with a shortened one.
+
+    Args:
+        t (`torch.Tensor` of any shape): Flow time in [0, 1].
+
+    Returns:
+        `torch.Tensor` of the shape of `t`: The weight, 1 for t of at least 0.05.
+    """
+    return (t.clamp(min=MIN_TIME) / t.clamp(min=SAMPLE_LOSS_TIME)).square()

@@ -27,8 +27,8 @@ import torch.nn as nn
 
 from erw_hf.alignment import AlignmentLoss, cosine_alignment_loss, spatial_normalize
 from erw_hf.encoders import RepresentationEncoder
-from erw_hf.flow import interpolate, timestep_from_normal
-from erw_hf.transformer_erw import ERWTransformer2DModel
+from erw_hf.flow import interpolate, sample_loss_weight, timestep_from_normal
+from erw_hf.transformer_erw import MIN_TIME, ERWTransformer2DModel
 
 
 @dataclass(frozen=True)
@@ -236,6 +236,7 @@ class Objective:
     Args:
         align (`Callable`, *optional*, defaults to [`~alignment.cosine_alignment_loss`]): The alignment loss of each sample.
         path_type (`str`, *optional*, defaults to `"linear"`): See [`~flow.path_coefficients`].
+        prediction_type (`str`, *optional*, defaults to `"velocity"`): Of the model; see [`~flow.sample_loss_weight`].
         timestep_distribution (`str`, *optional*, defaults to `"uniform"`): See [`~flow.timestep_from_normal`].
         timestep_logit_mean (`float`, *optional*, defaults to 0.0): Likewise.
         timestep_logit_std (`float`, *optional*, defaults to 1.0): Likewise.
@@ -250,6 +251,7 @@ class Objective:
 
     align: AlignmentLoss = cosine_alignment_loss
     path_type: str = "linear"
+    prediction_type: str = "velocity"
     timestep_distribution: str = "uniform"
     timestep_logit_mean: float = 0.0
     timestep_logit_std: float = 1.0
@@ -291,13 +293,15 @@ class Objective:
             and `alignment`, if it has targets.
         """
         output, velocity, class_velocity = self._run(model, batch)
-        terms = {"velocity": Term(1.0, _squared_error(output.velocity, velocity))}
+        weight_of_t = sample_loss_weight(batch.t) if self.prediction_type == "sample" else None  # (B,)
+        terms = {"velocity": Term(1.0, _squared_error(output.velocity, velocity, weight_of_t))}
         if self.contrastive_weight > 0:
             # Away from the velocity of another sample, the one before it in the batch (arXiv 2506.05350, Eq. 5).
-            other = _squared_error(output.velocity, velocity.roll(1, dims=0))
+            other = _squared_error(output.velocity, velocity.roll(1, dims=0), weight_of_t)
             terms["contrastive"] = Term(-self.contrastive_weight, other)
         if class_velocity is not None:  # REG (arXiv 2507.01467)
-            terms["class_token"] = Term(self.class_token_weight, _squared_error(output.class_velocity, class_velocity))
+            class_error = _squared_error(output.class_velocity, class_velocity, weight_of_t)
+            terms["class_token"] = Term(self.class_token_weight, class_error)
         if batch.targets is not None:
             terms["alignment"] = Term(weight, self._alignment(output, batch))
         loss = sum((term.weight * term.value for term in terms.values()), torch.zeros(()))
@@ -312,15 +316,17 @@ class Objective:
             normal (`torch.Tensor` of shape `(B,)`): Standard normal draws.
 
         Returns:
-            `torch.Tensor` of shape `(B,)`: The flow times that they stand for.
+            `torch.Tensor` of shape `(B,)`: The flow times that they stand for; a model that predicts samples has no velocity
+            below `MIN_TIME`.
         """
-        return timestep_from_normal(
+        t = timestep_from_normal(
             normal,
             self.timestep_distribution,
             self.timestep_logit_mean,
             self.timestep_logit_std,
             self.timestep_shift,
         )
+        return t.clamp(min=MIN_TIME) if self.prediction_type == "sample" else t
 
     def weight_at(self, step: int) -> float:
         """
@@ -356,9 +362,12 @@ class Objective:
         return torch.stack(losses).mean()
 
 
-def _squared_error(predicted: torch.Tensor | None, target: torch.Tensor) -> torch.Tensor:
+def _squared_error(
+    predicted: torch.Tensor | None, target: torch.Tensor, weight: torch.Tensor | None = None
+) -> torch.Tensor:
     assert predicted is not None  # but in warmup
-    return (predicted.float() - target).square().mean()
+    error = (predicted.float() - target).square()
+    return error.mean() if weight is None else (weight * error.flatten(1).mean(dim=1)).mean()
 
 
 def alignment_weight(

@@ -194,6 +194,12 @@ class ERWPipeline(DiffusionPipeline):
                 f"id2label names the class {beyond[0]}, but the transformer has num_classes={config.num_classes}: ids "
                 f"run from 0 to {config.num_classes - 1}"
             )
+        path_type = "linear" if self.scheduler is None else self.scheduler.config.get("path_type", "linear")
+        if config.get("prediction_type") == "sample" and path_type != "linear":
+            raise ValueError(
+                f"the transformer predicts samples, which give the velocity of the linear path, and the scheduler steps "
+                f"along the {path_type} one"
+            )
         if self.vae is not None:
             channels = self.vae.config.get("latent_channels") or self.vae.config.get("encoder_hidden_size")
             if channels is not None and channels != config.in_channels:

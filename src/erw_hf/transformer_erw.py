@@ -47,6 +47,10 @@ from diffusers.utils import BaseOutput, apply_lora_scale, logging
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
 
+# Where the division of `velocity_from_sample` stops: the last time but 0 of diffusers' grids of 1000, so that no sampler's
+# step is shortened. A larger one, as JiT's 0.05, would leave noise in the picture: a step from 0.02 would go 40 % of the way.
+MIN_TIME = 1e-3
+
 
 @dataclass
 class ERWTransformer2DModelOutput(BaseOutput):
@@ -270,6 +274,25 @@ def _norm(norm_type: str, dim: int, affine: bool) -> nn.Module:
     raise ValueError(f'a norm must be "layer_norm" or "rms_norm", got {norm_type!r}')
 
 
+def velocity_from_sample(x_t: torch.Tensor, sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """
+    The velocity of the linear path that leads from a predicted clean sample through x_t (JiT, arXiv 2511.13720, table 1):
+    x_t = (1 - t) x_0 + t e and v = e - x_0 give v = (x_t - x_0) / t. A step of an ODE sampler from t to 0 then lands on the
+    prediction.
+
+    Args:
+        x_t (`torch.Tensor` of shape `(B, ...)`): Points of the path.
+        sample (`torch.Tensor` of shape `(B, ...)`): Predicted clean samples.
+        t (`torch.Tensor` of shape `(B,)`): Flow time in [0, 1]; below `MIN_TIME` it counts as that.
+
+    Returns:
+        `torch.Tensor` of the shape and dtype of `sample`: The velocity, computed in float32: a difference of near numbers
+        that is divided by a small one.
+    """
+    t = t.float().clamp(min=MIN_TIME).reshape(-1, *[1] * (sample.ndim - 1))
+    return ((x_t.float() - sample.float()) / t).to(sample.dtype)
+
+
 def _patch_embed(sample_size: int, patch_size: int, in_channels: int, dim: int) -> PatchEmbed:
     """Its table of positions is computed on the CPU, in float64, which not every device has."""
     arguments = {"patch_size": patch_size, "in_channels": in_channels, "embed_dim": dim}
@@ -288,8 +311,8 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
     A class-conditional flow-matching transformer: the SiT architecture (arXiv 2401.08740) that REPA (arXiv 2410.06940)
     and ERW (arXiv 2504.10188) train, with the options that later work added.
 
-    The model predicts the velocity dx_t/dt of a path that runs from data (t = 0) to noise (t = 1). It knows nothing of
-    losses, encoders or projectors: the tokens that those need come out of `forward`.
+    The model returns the velocity dx_t/dt of a path that runs from data (t = 0) to noise (t = 1), whatever its network
+    predicts. It knows nothing of losses, encoders or projectors: the tokens that those need come out of `forward`.
 
     Published sizes (`num_layers`, `num_attention_heads`, `attention_head_dim`): S 12, 6, 64; B 12, 12, 64; L 24, 16,
     64; XL 28, 16, 72, each with `patch_size` 2, 4 or 8. The defaults are XL/2 for 256 px images in SD-VAE latents.
@@ -314,6 +337,9 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             Width of an encoder's class token that is noised and denoised beside the latents, as one more token (REG,
             arXiv 2507.01467); `None` for none. Where that makes an odd number of tokens, context parallelism needs
             `ContextParallelConfig(ulysses_anything=True)` and NCCL.
+        prediction_type (`str`, defaults to `"velocity"`):
+            What the last layer predicts: the `"velocity"`, or the clean `"sample"` (JiT, arXiv 2511.13720), class token
+            included, which [`velocity_from_sample`] then turns into the velocity of the linear path.
 
     Raises:
         ValueError: if `sample_size` is not a multiple of `patch_size`, or an option is none of its values.
@@ -359,8 +385,11 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         norm_type: str = "layer_norm",
         activation_fn: str = "gelu-approximate",
         class_token_dim: int | None = None,
+        prediction_type: str = "velocity",
     ) -> None:
         super().__init__()
+        if prediction_type not in ("velocity", "sample"):
+            raise ValueError(f'prediction_type must be "velocity" or "sample", got {prediction_type!r}')
         if sample_size % patch_size != 0:
             raise ValueError(f"sample_size={sample_size} is not a multiple of patch_size={patch_size}")
         if activation_fn not in ("gelu-approximate", "swiglu"):
@@ -420,7 +449,7 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         for block in self.transformer_blocks:
             nn.init.zeros_(block.modulation.weight)  # type: ignore[union-attr, arg-type]
         nn.init.zeros_(self.norm_out.modulation.weight)
-        # ... and the model starts by predicting zero velocity.
+        # ... and the model starts by predicting zeros: no velocity, or a grey sample, as JiT.
         nn.init.zeros_(self.proj_out.weight)
         if self.class_token_out is not None:
             nn.init.zeros_(self.class_token_out.weight)
@@ -485,6 +514,7 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                 )
             )
         depth_to_run = max(hidden_states_depths) if tokens_only else num_layers
+        x_t, class_token_t = hidden_states, class_token
         height, width = hidden_states.shape[-2:]
 
         hidden_states = self.pos_embed(hidden_states)  # (B, N, D)
@@ -511,6 +541,10 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                 hidden_states = hidden_states[:, 1:]
             hidden_states = self.proj_out(hidden_states)  # (B, N, p * p * C)
             sample = self._unpatchify(hidden_states, height, width)
+            if self.config.prediction_type == "sample":
+                sample = velocity_from_sample(x_t, sample, timestep)
+                if class_token_t is not None and class_velocity is not None:
+                    class_velocity = velocity_from_sample(class_token_t, class_velocity, timestep)
         taps = tuple(tokens[depth] for depth in hidden_states_depths) or None
         class_taps = None
         if taps is not None and class_token is not None:

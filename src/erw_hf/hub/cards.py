@@ -284,7 +284,8 @@ def _settings(config: Mapping[str, Any], num_classes: int | None, aligned: bool)
         ("patch size", config["patch_size"]),
         ("rotary embeddings, QK-norm", f"{config['use_rope']}, {config['qk_norm']}"),
         ("norm, activation", f"{config['norm_type']}, {config['activation_fn']}"),
-        ("path, times", f"{config['path_type']}, {config['timestep_distribution']}"),
+        ("path, times", f"{config['path_type']}, {_times(config)}"),
+        ("prediction", f"{config.get('prediction_type', 'velocity')}; the loss is of velocities"),
         ("batch of one process", config["train_batch_size"] * config["gradient_accumulation_steps"]),
         ("optimizer", config["optimizer"]),
         ("learning rate", f"{config['learning_rate']}, {config['lr_scheduler']}"),
@@ -293,6 +294,13 @@ def _settings(config: Mapping[str, Any], num_classes: int | None, aligned: bool)
         ("label dropout", config["class_dropout_prob"]),
         ("seed", config["seed"]),
     ]
+
+
+def _times(config: Mapping[str, Any]) -> str:
+    text = config["timestep_distribution"]
+    if text == "logit_normal":
+        text += f" (mean {config['timestep_logit_mean']}, deviation {config['timestep_logit_std']})"
+    return text if config["timestep_shift"] == 1 else f"{text}, shift {config['timestep_shift']}"
 
 
 def write_warmup_record(

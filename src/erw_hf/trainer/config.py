@@ -154,6 +154,11 @@ class ModelConfig:
     activation_fn: Literal["gelu-approximate", "swiglu"] = _key(
         "gelu-approximate", "Feed-forward activation.", fixed=True
     )
+    prediction_type: Literal["velocity", "sample"] = _key(
+        "velocity",
+        "What the network predicts: the velocity, or the clean sample, as JiT on pixels. The loss is of velocities either way.",
+        fixed=True,
+    )
 
 
 @dataclass
@@ -400,6 +405,11 @@ class TrainingConfig(
             raise ValueError("class_token_weight needs an encoder, whose class token the model learns to draw")
         if self.sample_size % self.patch_size != 0:
             raise ValueError(f"sample_size={self.sample_size} is not a multiple of patch_size={self.patch_size}")
+        if self.prediction_type == "sample" and self.path_type != "linear":
+            raise ValueError(
+                'prediction_type "sample" needs path_type "linear": on the cosine path a clean sample gives no velocity by '
+                "a division by t"
+            )
         if self.vae is None and self.in_channels not in (1, 3):
             raise ValueError(f"without a vae, in_channels is 1 (grey) or 3 (RGB), got {self.in_channels}; or set vae")
         if self.encoder is None and self.warmup_steps > 0:

@@ -84,7 +84,9 @@ def load_warmup(path_or_repo_id: str, model_config: Mapping[str, Any]) -> dict[s
         warmup_config, transformer = _load_transformer(folder / "transformer")
         file = folder / "projectors.safetensors"
         projectors = load_file(file) if file.is_file() else {}
-    _check_same_model(warmup_config, model_config, "warmup", may_differ=("num_layers", "class_dropout_prob"))
+    # A warmup predicts nothing, so it serves both predictions.
+    may_differ = ("num_layers", "class_dropout_prob", "prediction_type")
+    _check_same_model(warmup_config, model_config, "warmup", may_differ)
     state = {f"transformer.{name}": tensor for name, tensor in transformer.items()}
     return state | projectors
 
