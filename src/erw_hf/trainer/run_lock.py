@@ -132,7 +132,7 @@ class RunLock:
     def _owned(self, owner: dict[str, Any]) -> ValueError:
         who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
         return ValueError(
-            f"{self.folder} belongs to a run that goes on: {who} writes to it. Wait for its end, stop it, or choose "
+            f"{self.folder} belongs to a run that is still going: {who} writes to it. Wait for it, stop it, or choose "
             "another --output_dir"
         )
 
