@@ -62,12 +62,12 @@ def contents(folder):
 def start(folder, resume_step=None, overwrite=True):
     """A start up to its first step."""
     folder.begin(resume_step, 0, may_replace=overwrite)
-    (folder.path / "config.yaml").write_text("tracker_project_name: new")
+    (folder.path / "config.yaml").write_text("seed: 0")
     (folder.path / "environment.json").write_text("{}")
     (folder.path / "warmup_from.json").write_text("{}")
     (folder.path / "metrics.jsonl").write_text("")
-    (folder.path / "new").mkdir()
-    (folder.path / "new" / "events.out.tfevents.3.host").write_text("")
+    (folder.path / "erw").mkdir()
+    (folder.path / "erw" / "events.out.tfevents.3.host").write_text("")
 
 
 def make_step(folder):
@@ -84,7 +84,7 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else_once_a_step_is_ma
         }
         make_step(owner)
         assert not (folder / ".overwritten").exists()
-    new = {"config.yaml", "environment.json", "warmup_from.json", "metrics.jsonl", "new/events.out.tfevents.3.host"}
+    new = {"config.yaml", "environment.json", "warmup_from.json", "metrics.jsonl", "erw/events.out.tfevents.3.host"}
     assert set(contents(folder)) == {*OWN, *new}
     assert all(contents(folder)[name] == before[name] for name in OWN)
 

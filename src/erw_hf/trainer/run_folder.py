@@ -31,6 +31,7 @@ from erw_hf.trainer.ema import later_snapshots
 from erw_hf.trainer.processes import decided_by_main
 from erw_hf.trainer.run_lock import RunLock
 from erw_hf.trainer.run_record import read_metrics
+from erw_hf.trainer.trackers import TRACKER_PROJECT
 
 
 logger = logging.getLogger(__name__)
@@ -149,8 +150,9 @@ def written_files(folder: Path) -> Iterator[Path]:
     """
     yield from named_checkpoints(folder)
     patterns = list(_WRITTEN)
-    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError, TypeError):  # without a config, no tracker began
-        project = str(yaml.safe_load((folder / "config.yaml").read_text())["tracker_project_name"])
+    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):  # without a config, no tracker began
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        project = config.get("tracker_project_name", TRACKER_PROJECT)  # a key of earlier versions
         patterns += [
             f"{project}/{name}" for name in ("events.out.tfevents.*", "*/events.out.tfevents.*", "*/hparams.yml")
         ]

@@ -32,7 +32,7 @@ from erw_hf.trainer.phase import Phase
 from erw_hf.trainer.run_folder import RunFolder
 from erw_hf.trainer.run_record import MetricsFile
 from erw_hf.trainer.setup import Inputs, nonfinite_inputs
-from erw_hf.trainer.trackers import ForgivingTracker
+from erw_hf.trainer.trackers import TRACKER_PROJECT, ForgivingTracker
 
 
 @dataclass
@@ -91,7 +91,7 @@ class StepLog:
         if config.report_to != "none":
             # What trackers take as numbers stays one, so that runs can be sorted by it.
             hyperparameters = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in vars(config).items()}
-            accelerator.init_trackers("erw", config=hyperparameters)
+            accelerator.init_trackers(TRACKER_PROJECT, config=hyperparameters)
             accelerator.trackers = [ForgivingTracker(tracker) for tracker in accelerator.trackers]
         self._late: _LateStep | None = None
         self._last_arrival = 0.0  # when the device was done with the last step that was written

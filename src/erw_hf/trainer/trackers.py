@@ -21,6 +21,8 @@ from accelerate.tracking import GeneralTracker
 
 logger = logging.getLogger(__name__)
 
+TRACKER_PROJECT = "erw"
+
 
 class ForgivingTracker:
     """
