@@ -46,14 +46,14 @@ def some_of(names: Sequence[str]) -> Callable[[str], list[str]]:
 
 def add_flags(parser: argparse.ArgumentParser, sections: Sequence[str], batch: int, repeats: int) -> None:
     """Those of a benchmark that has sections, with its defaults."""
-    parser.add_argument("--only", type=some_of(sections), default=sections, help="sections, with commas")
-    parser.add_argument("--sizes", default="S/2,B/2", help="models, with commas")
-    parser.add_argument("--dtypes", default="float32,bfloat16", help="with commas; bfloat16 needs AMX or CUDA")
-    parser.add_argument("--batch", type=int, default=batch, help="images of a step, or of a draw")
-    parser.add_argument("--repeats", type=int, default=repeats, help="rounds that the medians are over")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--only", type=some_of(sections), default=sections, help="sections, separated by commas")
+    parser.add_argument("--sizes", default="S/2,B/2", help="models, separated by commas")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="separated by commas; bfloat16 needs AMX or CUDA")
+    parser.add_argument("--batch", type=int, default=batch, help="images per step, or per draw")
+    parser.add_argument("--repeats", type=int, default=repeats, help="rounds; results are their medians")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, few steps: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, few steps: only checks that it runs")
     parser.add_argument("--output", type=Path, help="where to write JSON and, beside it, Markdown and a plot")
 
 

@@ -91,22 +91,24 @@ class Study:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--data", default="digits", choices=("digits", "glyphs"), help="the recipe to take")
+    parser.add_argument("--data", default="digits", choices=("digits", "glyphs"), help="the recipe to run")
     parser.add_argument("--arms", nargs="+", default=[], help="names of the recipe's arms")
     parser.add_argument("--seeds", type=int, default=0, help="run the reported seeds 0 to N - 1")
     parser.add_argument(
         "--choosing",
         type=int,
         default=0,
-        help=f"run the choosing seeds {FIRST_CHOOSING_SEED} and on, N; measured at their ends alone",
+        help=f"run N choosing seeds from {FIRST_CHOOSING_SEED} on, measured only at their end",
     )
     parser.add_argument("--budget", type=float, help="FLOPs of a run; the recipe's by default")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--max_minutes", type=float, help="stop then; the same command goes on")
+    parser.add_argument("--max_minutes", type=float, help="stop after this time; the same command continues")
     parser.add_argument("--runs", type=Path, default=REPOSITORY / "outputs" / "convergence", help="the runs' folders")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--recipes", type=Path, default=Path(__file__).parent / "recipes")
-    parser.add_argument("--report_only", action="store_true", help="make page and pictures of the results at hand")
+    parser.add_argument(
+        "--report_only", action="store_true", help="only make page and plots from the recorded results"
+    )
     args = parser.parse_args(arguments)
     if not args.report_only and not (args.arms and (args.seeds or args.choosing)):
         parser.error("name --arms, and --seeds or --choosing; or --report_only")

@@ -109,10 +109,12 @@ def memory_in_use() -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5, help="medians are over these")
-    parser.add_argument("--count", type=int, default=2000, help="samples of a repeat")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds; results are their medians")
+    parser.add_argument("--count", type=int, default=2000, help="samples per repeat")
     parser.add_argument("--memory_rows", type=int, default=100_000, help="samples over which memory must stay flat")
-    parser.add_argument("--rows", type=int, default=10_000, help="of the cache; half as many of the images")
+    parser.add_argument(
+        "--rows", type=int, default=10_000, help="rows of the cache; the image dataset has half as many"
+    )
     parser.add_argument("--output", type=Path, help="where to write JSON and, beside it, a Markdown table")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)

@@ -67,23 +67,23 @@ MESH = 4  # cells of the grid that bends it
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/glyphs"))
-    parser.add_argument("--train", type=int, default=1000, help="images of a class")
-    parser.add_argument("--validation", type=int, default=50, help="images of a class")
-    parser.add_argument("--test", type=int, default=50, help="images of a class")
+    parser.add_argument("--train", type=int, default=1000, help="images per class")
+    parser.add_argument("--validation", type=int, default=50, help="images per class")
+    parser.add_argument("--test", type=int, default=50, help="images per class")
     parser.add_argument("--size", type=int, default=64, help="side in pixels")
     parser.add_argument(
-        "--grey", action="store_true", help="one channel: a quarter of the tokens will do, see recipes/glyphs.yaml"
+        "--grey", action="store_true", help="one channel: a quarter of the tokens is enough, see recipes/glyphs.yaml"
     )
     parser.add_argument(
         "--bright_ink",
         action="store_true",
-        help="never dark on bright, whose mean with the other is no character at all: easier to learn to draw",
+        help="never dark on bright, since the mean of both looks like nothing: easier to learn to draw",
     )
     parser.add_argument("--characters", default=CHARACTERS, help="one class each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard_rows", type=int, default=4000)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--grid", type=Path, help="a picture of the first training images")
+    parser.add_argument("--grid", type=Path, help="file for a picture of the first training images")
     return parser.parse_args(arguments)
 
 

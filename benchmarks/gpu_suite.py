@@ -744,9 +744,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, all stages in this process")
-    parser.add_argument("--only", type=some_of(STAGES), default=list(STAGES), help="stages, with commas")
+    parser.add_argument("--only", type=some_of(STAGES), default=list(STAGES), help="stages, separated by commas")
     parser.add_argument(
-        "--stage", choices=tuple(STAGES), help="one stage, in this process: what the suite itself calls"
+        "--stage", choices=tuple(STAGES), help="run one stage in this process; the suite itself calls this"
     )
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -300,7 +300,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_flags(parser, SECTIONS, batch=2, repeats=3)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--samples", type=int, default=500, help="digits of a Fréchet distance")
+    parser.add_argument("--samples", type=int, default=500, help="digits drawn per Fréchet distance")
     args = parser.parse_args(arguments)
     digits_batch, names = 50, tuple(CACHES)
     if args.quick:

@@ -58,9 +58,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--label_column")
     parser.add_argument("--vae", required=True, help="Hub id or folder of a diffusers autoencoder")
     parser.add_argument("--sample_size", type=int, default=32, help="side of the latent")
-    parser.add_argument("--encoder", help="store this encoder's tokens too, in bfloat16: for short warmups, large")
+    parser.add_argument("--encoder", help="also store this encoder's tokens, in bfloat16: large, for short warmups")
     parser.add_argument(
-        "--patch_size", type=int, default=2, help="of the transformer, which sets the grid of the tokens"
+        "--patch_size", type=int, default=2, help="patch size of the transformer; it sets the token grid"
     )
     parser.add_argument("--encoder_image_size", type=int, help="as in training")
     parser.add_argument("--encoder_antialias", action="store_true", help="as in training")
@@ -68,8 +68,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows_per_file", type=int, default=20_000)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--jpeg_quality", type=int, default=95)
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the rows")
-    parser.add_argument("--push_to_hub", action="store_true", help="push the finished cache as a data set")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the rows")
+    parser.add_argument("--push_to_hub", action="store_true", help="push the finished cache as a dataset")
     parser.add_argument("--hub_dataset_id", help="Hub repo; the name of output_dir by default")
     parser.add_argument("--hub_private", action="store_true", help="make the repo private")
     return parser.parse_args()

@@ -63,21 +63,25 @@ NOT_SETTINGS = ("output_dir", "record", "save_reference", "save_npz", "save_png"
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--output_dir", default="outputs/evaluation", help="evaluation.json, and the work until then")
+    parser.add_argument(
+        "--output_dir", default="outputs/evaluation", help="folder for evaluation.json and unfinished work"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", help="Hub id or folder of a pipeline")
-    what.add_argument("--images", help="in place of a model: a folder of images, an npz file, or a data set")
-    what.add_argument("--record", help="an evaluation.json: evaluate again as it says, and compare")
-    parser.add_argument("--split", default="train", help="of --images, if a data set")
-    parser.add_argument("--image_size", type=int, help="crop and resize --images and the reference data set to this")
-    parser.add_argument("--num_samples", type=int, help="50 000 of a model; all of --images")
+    what.add_argument("--images", help="instead of a model: a folder of images, an npz file, or a dataset")
+    what.add_argument("--record", help="an evaluation.json: repeat that evaluation and compare the numbers")
+    parser.add_argument("--split", default="train", help="split of --images, if it is a dataset")
+    parser.add_argument(
+        "--image_size", type=int, help="crop and resize --images and the reference dataset to this side, in pixels"
+    )
+    parser.add_argument("--num_samples", type=int, help="default: 50 000 for a model, all of --images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--labels", choices=("random", "balanced"), default="random")
     parser.add_argument(
         "--sampler",
         choices=("pipeline", "heun", "euler"),
         default="pipeline",
-        help="pipeline: its own, the SDE as a rule",
+        help="pipeline: the sampler saved with it, usually the SDE",
     )
     parser.add_argument("--num_inference_steps", type=int, default=250)
     parser.add_argument("--guidance_scale", type=float, default=1.8)
@@ -87,18 +91,22 @@ def parse_arguments() -> argparse.Namespace:
         "--mixed_precision",
         choices=("no", "fp16", "bf16"),
         default="no",
-        help="of the model, whatever accelerate is set to",
+        help="precision of the model; accelerate's own setting is ignored",
     )
-    parser.add_argument("--reference", help="npz of statistics (ADM's or ours), or a data set to make them from")
+    parser.add_argument("--reference", help="npz of statistics (ADM's or ours), or a dataset to compute them from")
     parser.add_argument("--reference_split", default="train")
-    parser.add_argument("--save_reference", help="npz file: store the statistics of what is evaluated as a reference")
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, help="all that the extractors and labels allow")
+    parser.add_argument(
+        "--save_reference", help="npz file to which the statistics of the evaluated images are written, as a reference"
+    )
+    parser.add_argument(
+        "--metrics", nargs="+", choices=METRICS, help="default: all that the extractors and labels allow"
+    )
     parser.add_argument("--extractor", default="inception", help="inception, or the folder of a ResNet classifier")
     parser.add_argument("--inception_weights", help="torch-fidelity's file; downloaded by default")
     parser.add_argument("--dinov2", help="Hub id or folder of a DINOv2, facebook/dinov2-large for the usual FD-DINOv2")
     parser.add_argument("--save_npz", action="store_true", help="write the images as ADM's sample file, samples.npz")
     parser.add_argument("--save_png", action="store_true", help="write the images into samples/")
-    parser.add_argument("--save_steps", type=int, default=10, help="batches between two saves of the work")
+    parser.add_argument("--save_steps", type=int, default=10, help="batches between two saves of unfinished work")
     args = parser.parse_args()
     if args.record is not None:
         parser.set_defaults(

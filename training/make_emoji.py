@@ -54,12 +54,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--packages", type=Path, help="folder of the two .tgz; npm fetches them into output_dir by default"
     )
-    parser.add_argument("--classes", choices=CLASSES, default="subcategory", help="what names a class folder")
+    parser.add_argument("--classes", choices=CLASSES, default="subcategory", help="what class folders are named after")
     parser.add_argument(
-        "--skin_tones", action="store_true", help="add the skin tones: twice as many pictures, of people and hands"
+        "--skin_tones", action="store_true", help="add skin tones of people and hands: twice as many pictures"
     )
     parser.add_argument("--held_out", type=float, default=1 / 6, help="share of the concepts in the split validation")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of these concepts")
+    parser.add_argument("--seed", type=int, default=0, help="seed for choosing these concepts")
     return parser.parse_args()
 
 

@@ -43,7 +43,9 @@ MEAN, STD = 0.3, 0.35  # about those of the digits, and near enough elsewhere
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default="outputs/digits-classifier")
-    parser.add_argument("--dataset_name", default="digits", help="or a data set with the splits train and test")
+    parser.add_argument(
+        "--dataset_name", default="digits", help="default: the digits; or a dataset with the splits train and test"
+    )
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch_size", type=int, default=128)

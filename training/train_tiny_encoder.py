@@ -53,10 +53,12 @@ KNN_IMAGES = 4000  # of each split, at most
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default="outputs/dinov2-tiny-digits")
-    parser.add_argument("--dataset_name", default="digits", help="or a data set with the splits train and test")
+    parser.add_argument(
+        "--dataset_name", default="digits", help="default: the digits; or a dataset with the splits train and test"
+    )
     parser.add_argument(
         "--view_column",
-        help="of another image of the same thing; by default two augmentations of an image are its views",
+        help="column with another image of the same thing; by default two augmentations of one image are the views",
     )
     parser.add_argument(
         "--resnet",

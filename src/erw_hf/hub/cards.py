@@ -486,7 +486,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def main() -> None:
     """`python -m erw_hf.hub.cards`."""
-    parser = argparse.ArgumentParser(prog="python -m erw_hf.hub.cards", description="Print the card of a preset.")
+    parser = argparse.ArgumentParser(prog="python -m erw_hf.hub.cards", description="Print the card of a recipe.")
     parser.add_argument("--config", type=Path, required=True, help="YAML file of training/configs")
     print(preset_card(parser.parse_args().config))
 

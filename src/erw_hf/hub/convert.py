@@ -48,7 +48,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, help=".pt or .safetensors file")
     parser.add_argument("--output_dir", required=True, help="folder for the model and projectors.safetensors")
     parser.add_argument(
-        "--architecture", type=_json_dict, default={}, help="JSON, for instance '{\"num_attention_heads\": 8}'"
+        "--architecture",
+        type=_json_dict,
+        default={},
+        help="JSON of what is inferred wrongly, for instance '{\"num_attention_heads\": 8}'",
     )
     args = parser.parse_args(arguments)
     try:

@@ -73,7 +73,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m erw_hf.hub.space", description="Publish the demo of a model.")
     parser.add_argument("--model", required=True, help="Hub id of a pushed pipeline")
     parser.add_argument("--space", required=True, help="Hub id of the Space")
-    parser.add_argument("--folder", type=Path, default=DEMO, help="the demo; spaces/erw of the checkout by default")
+    parser.add_argument(
+        "--folder", type=Path, default=DEMO, help="the demo's folder; spaces/erw of the checkout by default"
+    )
     parser.add_argument("--hub_private", action="store_true", help="make the Space private")
     args = parser.parse_args()
     try:

@@ -58,9 +58,9 @@ def _key(
     source: str | None = None,
 ) -> Any:
     """
-    A key. `range`, of a number, is an interval. `fixed`: stays as it was when a run is resumed, since its losses depend on
-    it. `path`: names a local folder, or a Hub id as well; `~` and `$HOME` are read as a shell reads them. `source`: the
-    argument of `load_source` that it is.
+    A key. `range`: interval of a number. `fixed`: must not change when a run resumes, since its losses depend on it.
+    `path`: a local folder, or either a folder or a Hub id; `~` and `$HOME` are expanded. `source`: the argument of
+    `load_source` that it becomes.
     """
     metadata = {"help": help, "range": range, "fixed": fixed, "path": path, "source": source}
     return field(default=default, metadata=metadata)
@@ -95,7 +95,7 @@ class DataConfig:
     dataset_split: str = _key("train", "Split to train on.", fixed=True, source="split")
     streaming: bool = _key(
         False,
-        "Read the data as it comes, from the Hub or from disk, without downloading it first.",
+        "Read row by row, from the Hub or from disk, without downloading first.",
         fixed=True,
         source="streaming",
     )
@@ -106,16 +106,19 @@ class DataConfig:
         fixed=True,
         source="label_column",
     )
-    random_flip: bool = _key(False, "Mirror half of the images. ERW and REPA do not.", fixed=True)
+    random_flip: bool = _key(False, "Mirror half of the images; ERW and REPA do not.", fixed=True)
     stream_retry_seconds: int = _key(
         300,
-        "How long a stream that gives no data is retried; below the 10 minutes after which NCCL gives up.",
+        "How long reading is retried before the run stops; keep it below the 10 minutes after which NCCL gives up.",
         range=AT_LEAST_0,
         source="retry_seconds",
     )
-    dataloader_num_workers: int = _key(4, "Loader processes for each training process.", range=AT_LEAST_0)
+    dataloader_num_workers: int = _key(4, "Loader processes per rank.", range=AT_LEAST_0)
     vae: str | None = _key(
-        None, "Hub id or folder of a diffusers autoencoder; none trains on pixels.", fixed=True, path="or_id"
+        None,
+        "Hub id or folder of a diffusers autoencoder; without one the model trains on pixels.",
+        fixed=True,
+        path="or_id",
     )
 
 
@@ -125,19 +128,23 @@ class ModelConfig:
 
     model: str | None = _key(
         "SiT-XL/2",
-        "Published size, SiT-S, B, L or XL with the side of its patches; what the four keys below say wins over it.",
+        "Published size: SiT-S, B, L or XL with the side of its patches. The four keys below override it.",
     )
-    num_layers: int = _key(None, "Transformer blocks; by model.", range=AT_LEAST_1, fixed=True)
-    num_attention_heads: int = _key(None, "Attention heads; by model.", range=AT_LEAST_1, fixed=True)
-    attention_head_dim: int = _key(None, "Channels of each head; by model.", range=AT_LEAST_1, fixed=True)
-    patch_size: int = _key(None, "Side of the patch that becomes one token; by model.", range=AT_LEAST_1, fixed=True)
+    num_layers: int = _key(None, "Transformer blocks; set by model.", range=AT_LEAST_1, fixed=True)
+    num_attention_heads: int = _key(None, "Attention heads; set by model.", range=AT_LEAST_1, fixed=True)
+    attention_head_dim: int = _key(None, "Channels of each head; set by model.", range=AT_LEAST_1, fixed=True)
+    patch_size: int = _key(
+        None, "Side of the patch that becomes one token; set by model.", range=AT_LEAST_1, fixed=True
+    )
     sample_size: int = _key(
         32, "Side of the latent (without a vae: of the image, in pixels).", range=AT_LEAST_1, fixed=True
     )
     in_channels: int = _key(
         4, "Channels of the latent (without a vae: 3 for RGB, 1 for grey).", range=AT_LEAST_1, fixed=True
     )
-    mlp_ratio: float = _key(4.0, "Width of the feed-forward over the width of the model.", range=ABOVE_0, fixed=True)
+    mlp_ratio: float = _key(
+        4.0, "Width of the feed-forward layers, as a multiple of the width of the model.", range=ABOVE_0, fixed=True
+    )
     num_classes: int | None = _key(
         None,
         "Number of classes; taken from the dataset by default.",
@@ -148,7 +155,9 @@ class ModelConfig:
     class_dropout_prob: float = _key(
         0.1, "Probability of dropping a label, for classifier-free guidance.", range="[0, 1)", fixed=True
     )
-    use_rope: bool = _key(False, "Rotary position embeddings beside the sin-cos ones, in both phases.", fixed=True)
+    use_rope: bool = _key(
+        False, "Rotary position embeddings in addition to the sin-cos ones, in both phases.", fixed=True
+    )
     qk_norm: Literal["none", "layer_norm", "rms_norm"] = _key("none", "Norm of queries and keys.", fixed=True)
     norm_type: Literal["layer_norm", "rms_norm"] = _key("layer_norm", "Norm of the blocks.", fixed=True)
     activation_fn: Literal["gelu-approximate", "swiglu"] = _key(
@@ -156,7 +165,7 @@ class ModelConfig:
     )
     prediction_type: Literal["velocity", "sample"] = _key(
         "velocity",
-        "What the network predicts: the velocity, or the clean sample, as JiT on pixels. The loss is of velocities either way.",
+        "What the network predicts: the velocity, or the clean sample, as JiT does on pixels. The loss compares velocities either way.",
         fixed=True,
     )
 
@@ -167,7 +176,7 @@ class AlignmentConfig:
 
     encoder: str | None = _key(
         None,
-        "Hub id or folder of the vision encoder to align with, or several with commas; none trains a plain SiT.",
+        "Hub id or folder of the vision encoder to align with; several are separated by commas. Without one it trains a plain SiT.",
         fixed=True,
         path="or_id",
     )
@@ -175,30 +184,30 @@ class AlignmentConfig:
         None, "Side of the encoder's input; token grid x its patch size by default.", range=AT_LEAST_1, fixed=True
     )
     encoder_antialias: bool = _key(
-        False, "Resample the encoder's position table with antialias, as REPA's code.", fixed=True
+        False, "Resample the encoder's position table with antialiasing, as REPA's code does.", fixed=True
     )
     alignment_loss: Literal["cosine", "nt_xent", "structural"] = _key(
         "cosine",
-        "cosine: patch-wise, as published; nt_xent: in-batch negatives, as ERW's text; structural: as SARA.",
+        "cosine: patch-wise, as published; nt_xent: in-batch negatives, as in ERW's text; structural: as in SARA.",
         fixed=True,
     )
     alignment_temperature: float = _key(0.1, "Temperature of nt_xent.", range=ABOVE_0, fixed=True)
-    spatial_norm: bool = _key(False, "Normalise the encoder's tokens over the grid, as iREPA.", fixed=True)
+    spatial_norm: bool = _key(False, "Normalise the encoder's tokens over the grid, as in iREPA.", fixed=True)
     projector: Literal["mlp", "conv"] = _key(
-        "mlp", "mlp: three layers on each token, as REPA; conv: 3x3, as iREPA.", fixed=True
+        "mlp", "mlp: three layers per token, as in REPA; conv: 3x3, as in iREPA.", fixed=True
     )
     projector_dim: int = _key(2048, "Width of the mlp projector's hidden layers.", range=AT_LEAST_1, fixed=True)
     warmup_steps: int = _key(
-        0, "Steps of phase 1, the representation warmup; 0 goes without.", range=AT_LEAST_0, fixed=True
+        0, "Steps of phase 1, the representation warmup; 0 for none.", range=AT_LEAST_0, fixed=True
     )
     warmup_depth: int = _key(5, "Blocks that are warmed up.", range=AT_LEAST_1, fixed=True)
-    warmup_noised: bool = _key(False, "Warm up on noised latents in place of clean ones at t = 0.", fixed=True)
+    warmup_noised: bool = _key(False, "Warm up on noised latents instead of clean ones at t = 0.", fixed=True)
     warmup_from: str | None = _key(
         None, "Start phase 2 from the `warmup` folder (or Hub repo) of an earlier run.", path="or_id"
     )
     init_from: str | None = _key(
         None,
-        "Fine-tune the pipeline of an earlier run (folder or Hub repo); data, classes and sample_size may be others.",
+        "Fine-tune the pipeline of an earlier run (folder or Hub repo); data, classes and sample_size may differ.",
         path="or_id",
     )
     hand_over_projector: bool = _key(True, "Hand the warmup's projector over to phase 2.", fixed=True)
@@ -231,8 +240,7 @@ class ObjectiveConfig:
     )
     class_token_weight: float = _key(
         0.0,
-        "Weight of drawing the first encoder's class token beside the image, as REG; 0.03 as published, 0 for a model "
-        "without one.",
+        "Weight of drawing the first encoder's class token together with the image, as in REG; 0.03 as published, 0 for none.",
         range=AT_LEAST_0,
         fixed=True,
     )
@@ -242,28 +250,28 @@ class ObjectiveConfig:
 class OptimisationConfig:
     """Optimisation"""
 
-    train_batch_size: int = _key(32, "Samples of one process in one forward.", range=AT_LEAST_1)
-    gradient_accumulation_steps: int = _key(1, "Forwards of one process in one step.", range=AT_LEAST_1)
+    train_batch_size: int = _key(32, "Samples per rank and forward pass.", range=AT_LEAST_1)
+    gradient_accumulation_steps: int = _key(1, "Forward passes per step.", range=AT_LEAST_1)
     max_train_steps: int = _key(400_000, "Steps of both phases together.", range=AT_LEAST_1)
-    learning_rate: float = _key(1e-4, "Peak learning rate of phase 2; 0 moves nothing.", range=AT_LEAST_0)
+    learning_rate: float = _key(1e-4, "Peak learning rate of phase 2; 0 trains nothing.", range=AT_LEAST_0)
     warmup_learning_rate: float | None = _key(
         None, "Peak learning rate of phase 1; learning_rate by default.", range=AT_LEAST_0
     )
     lr_scheduler: Literal["constant", "linear", "cosine"] = _key(
-        "constant", "Learning rate after lr_warmup_steps, in each phase."
+        "constant", "Course of the learning rate after lr_warmup_steps, in each phase."
     )
     lr_warmup_steps: int = _key(
-        0, "Steps in which the learning rate rises, at the start of each phase.", range=AT_LEAST_0
+        0, "Steps over which the learning rate rises, at the start of each phase.", range=AT_LEAST_0
     )
     optimizer: Literal["adamw", "muon"] = _key(
-        "adamw", "muon: for the matrices of the blocks; AdamW for the others.", fixed=True
+        "adamw", "adamw for all weights; muon for the matrices of the blocks and AdamW for the others.", fixed=True
     )
     adam_beta1: float = _key(0.9, "AdamW beta 1.", range="[0, 1)")
     adam_beta2: float = _key(0.999, "AdamW beta 2.", range="[0, 1)")
     adam_epsilon: float = _key(1e-8, "AdamW epsilon.", range=ABOVE_0)
     adam_weight_decay: float = _key(0.0, "AdamW weight decay.", range=AT_LEAST_0)
     max_grad_norm: float = _key(
-        1.0, "Norm to which gradients are clipped; a large one, as 1e9, clips none.", range=ABOVE_0
+        1.0, "Norm to which gradients are clipped; a large one such as 1e9 clips none.", range=ABOVE_0
     )
     ema_decay: float = _key(
         0.9999, "Decay of the exponential moving average of the weights, in phase 2.", range="[0, 1)"
@@ -271,27 +279,25 @@ class OptimisationConfig:
     ema_ramp: bool = _key(
         True,
         "Let the decay rise to ema_decay as (1 + n) / (10 + n), so that a short run forgets its initial weights; false "
-        "is constant from the first step, as published.",
+        "keeps it constant from the first step, as published.",
     )
     ema_sigma_rel: float | None = _key(
         None,
-        "In place of ema_decay: relative width of a power-function average (EDM2), 0.05 to 0.15.",
+        "Instead of ema_decay: relative width of a power-function average (EDM2), 0.05 to 0.15.",
         range="(0, 0.2886)",
         fixed=True,
     )
     ema_snapshot_steps: int = _key(
         0,
-        "Steps between stored power-function averages, from which any width is rebuilt later; 0 for none.",
+        "Steps between stored power-function averages, from which any width can be computed later; 0 for none.",
         range=AT_LEAST_0,
         fixed=True,
     )
-    gradient_checkpointing: bool = _key(
-        False, "Recompute blocks in the backward pass: less memory, a third more time."
-    )
+    gradient_checkpointing: bool = _key(False, "Recompute blocks in the backward pass: less memory, a third slower.")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = _key(
         "auto",
-        "auto: what accelerate launch says, else bf16 where the device is fast at it (CUDA since Ampere, CPUs with AMX), "
-        "fp16 on older GPUs, else float32.",
+        "auto: what accelerate launch says, otherwise bf16 where it is fast (CUDA since Ampere, CPUs with AMX), "
+        "fp16 on older GPUs, and float32 elsewhere.",
     )
     torch_compile: Literal["auto", "yes", "no"] = _key(
         "auto",
@@ -317,28 +323,26 @@ class CheckpointsConfig:
 class MonitoringConfig:
     """Logging, pictures and quality during training"""
 
-    report_to: str = _key("tensorboard", "Trackers of accelerate: tensorboard, trackio, wandb, all; none for none.")
+    report_to: str = _key("tensorboard", "Trackers of accelerate: tensorboard, trackio, wandb, all, or none.")
     validation_steps: int = _key(5_000, "Steps between sample grids in phase 2; 0 for none.", range=AT_LEAST_0)
-    num_validation_images: int = _key(16, "Images of a sample grid.", range=AT_LEAST_1)
-    num_inference_steps: int = _key(50, "Sampling steps of a sample grid.", range=AT_LEAST_1)
-    guidance_scale: float = _key(1.8, "Guidance of a sample grid.", range=AT_LEAST_0)
+    num_validation_images: int = _key(16, "Images per sample grid.", range=AT_LEAST_1)
+    num_inference_steps: int = _key(50, "Sampling steps for a sample grid.", range=AT_LEAST_1)
+    guidance_scale: float = _key(1.8, "Guidance scale for a sample grid.", range=AT_LEAST_0)
     evaluation_steps: int = _key(0, "Steps between measurements of FID in phase 2; 0 for none.", range=AT_LEAST_0)
-    evaluation_samples: int = _key(1000, "Images drawn for a measurement, without guidance.", range="[2, inf)")
+    evaluation_samples: int = _key(1000, "Images drawn per measurement, without guidance.", range="[2, inf)")
     evaluation_reference: str | None = _key(
-        None, "What FID compares with: npz of statistics, or a dataset.", path="or_id"
+        None, "What FID compares with: an npz of statistics, or a dataset.", path="or_id"
     )
     evaluation_extractor: str = _key(
         "inception", "Network behind FID: inception, or the folder of a classifier.", path="or_id"
     )
     probe_steps: int = _key(
-        0, "Steps between probes of every block, by CKNNA and linear probe; 0 for none.", range=AT_LEAST_0
+        0, "Steps between probes of every block (CKNNA and linear probe); 0 for none.", range=AT_LEAST_0
     )
-    probe_dataset: str | None = _key(
-        None, "Dataset of images to probe with; by default the one trained on.", path="or_id"
-    )
+    probe_dataset: str | None = _key(None, "Dataset to probe with; the training dataset by default.", path="or_id")
     probe_split: str = _key("validation", "Held-out split of the dataset to probe with.")
     probe_samples: int = _key(
-        1000, "Held-out images of a probe, and as many training images to fit it on.", range=AT_LEAST_1
+        1000, "Held-out images per probe, and as many training images to fit it on.", range=AT_LEAST_1
     )
 
 
@@ -346,18 +350,18 @@ class MonitoringConfig:
 class HubConfig:
     """Hub"""
 
-    push_to_hub: bool = _key(False, "Push to the Hub, beside the training. A failed push never ends a run.")
+    push_to_hub: bool = _key(False, "Push to the Hub while training. A failed push never ends a run.")
     hub_model_id: str | None = _key(None, "Hub repo; the name of output_dir by default.")
     hub_private: bool = _key(False, "Make the repo private.")
     hub_strategy: Literal["end", "every_save", "checkpoint"] = _key(
         "end",
-        "end: once; every_save: the EMA's pipeline with each checkpoint too; checkpoint: and the checkpoint, as "
-        "last-checkpoint, to resume from.",
+        "end: the finished run; every_save: also the EMA's pipeline with each checkpoint; checkpoint: also the checkpoint, "
+        "as last-checkpoint, to resume from.",
     )
-    hub_license: str = _key("apache-2.0", "Licence of the weights, by the Hub's identifier.")
+    hub_license: str = _key("apache-2.0", "Licence of the weights, as the Hub's identifier.")
 
 
-# From the last to the first: dataclasses collect the fields of their bases so.
+# In reverse order, because dataclasses collect the fields of their bases from the last to the first.
 @dataclass
 class TrainingConfig(
     HubConfig,
@@ -372,7 +376,7 @@ class TrainingConfig(
 ):
     """Every key of a run. A YAML file sets them, flags override it, and the resolved set is saved with the run.
 
-    A function that needs one group takes it by its type, [`ModelConfig`] for example: a run's configuration is one.
+    A function that needs one group declares its type, for example [`ModelConfig`], and takes the whole configuration.
     """
 
     def __post_init__(self) -> None:
@@ -407,8 +411,8 @@ class TrainingConfig(
             raise ValueError(f"sample_size={self.sample_size} is not a multiple of patch_size={self.patch_size}")
         if self.prediction_type == "sample" and self.path_type != "linear":
             raise ValueError(
-                'prediction_type "sample" needs path_type "linear": on the cosine path a clean sample gives no velocity by '
-                "a division by t"
+                'prediction_type "sample" needs path_type "linear": on the cosine path dividing by t does not turn a '
+                "clean sample into a velocity"
             )
         if self.vae is None and self.in_channels not in (1, 3):
             raise ValueError(f"without a vae, in_channels is 1 (grey) or 3 (RGB), got {self.in_channels}; or set vae")
@@ -417,7 +421,7 @@ class TrainingConfig(
         if self.warmup_from is not None and self.warmup_steps > 0:
             raise ValueError("warmup_from starts phase 2 from an earlier warmup: set warmup_steps to 0")
         if self.init_from is not None and (self.warmup_steps > 0 or self.warmup_from is not None):
-            raise ValueError("init_from starts from a whole model: set warmup_steps to 0 and leave warmup_from out")
+            raise ValueError("init_from starts from a whole model: set warmup_steps to 0 and omit warmup_from")
         if self.encoder is not None and self.projector_depth > self.num_layers:
             raise ValueError(f"projector_depth={self.projector_depth} must lie in [1, num_layers={self.num_layers}]")
         if self.warmup_steps > 0 and self.warmup_depth > self.num_layers:
@@ -500,7 +504,7 @@ class TrainingConfig(
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """
-        Writes the resolved configuration as YAML, which `--config` takes again.
+        Writes the resolved configuration as YAML that `--config` accepts.
 
         Args:
             path (`str` or `os.PathLike`): File to write.
@@ -517,14 +521,13 @@ class TrainingConfig(
 
     def check_resumable(self, path: str | os.PathLike[str]) -> None:
         """
-        Compares what must not change when a run is resumed. The ramp of its average stays what it was: off in a run that
-        began before there was one.
+        Compares what must not change when a run resumes. `ema_ramp` keeps its old value: false for a run older than the key.
 
         Args:
             path (`str` or `os.PathLike`): The `config.yaml` of the run so far.
 
         Raises:
-            ValueError: if the model, the data, the seed or the length of the warmup is another.
+            ValueError: if the model, the data, the seed or the length of the warmup differs.
         """
         before = read_config_file(Path(path))
         for key in fields(self):
@@ -533,15 +536,15 @@ class TrainingConfig(
             was, now = before[key.name], getattr(self, key.name)
             same = was == now
             if not same and key.metadata["path"]:
-                # A run that comes from the Hub names models and data without the folders of the machine that it ran on.
+                # The configuration of a run from the Hub holds the bare folder names of local models and data.
                 names = [[Path(part).name for part in split_names(value or "")] for value in (was, now)]
                 same = names[0] == names[1]
             if key.name == "dataset_name" and os.path.isdir(str(now)):
                 same = True  # perhaps a copy: check_same_data compares what it holds
             if not same:
                 raise ValueError(
-                    f"{key.name} is {now!r}, the run so far had {was!r}: a resumed run keeps what it began with; "
-                    "start another one in another --output_dir"
+                    f"{key.name} is {now!r}, the run so far had {was!r}: this cannot change when a run resumes; "
+                    "start a new run in another --output_dir"
                 )
         ramp = before.get("ema_ramp", False)
         if ramp != self.ema_ramp:
@@ -561,14 +564,14 @@ def local_names(config: Mapping[str, Any]) -> list[str]:
         config (`Mapping[str, Any]`): Configuration of a run, as `vars` or its `config.yaml` gives it.
 
     Returns:
-        `list[str]`: What it names of models and data that lies on this machine, not on the Hub.
+        `list[str]`: The models and data in it that lie on this machine, not on the Hub.
     """
     return [part for name in PATH_OR_ID for part in split_names(config.get(name) or "") if Path(part).exists()]
 
 
 def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
     """
-    Reads `--config FILE.yaml` and flags; a flag wins over the file, and `--model` over the size that the file sets.
+    Reads `--config FILE.yaml` and flags. Flags override the file; `--model` overrides any size keys in it.
 
     Args:
         arguments (`list[str]`, *optional*): Command line without the program's name. Defaults to `sys.argv[1:]`.
@@ -577,7 +580,7 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
         [`TrainingConfig`]: The configuration.
 
     Raises:
-        SystemExit: for an unknown key or an impossible value, with a message that says which.
+        SystemExit: for an unknown key or an impossible value, with a message that names it.
     """
     parser = _parser()
     namespace, unknown = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
@@ -597,8 +600,8 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
 
 def read_config_file(path: Path) -> dict[str, Any]:
     """
-    Reads a YAML file of flat keys. A value is read by the type of its key, as a flag is, whatever YAML takes it for: `1e-4`
-    is a number, `no` a choice of `mixed_precision`, `123` a name. A path with a leading dot lies beside the file.
+    Reads a YAML file of flat keys. A value is read by the type of its key, like a flag, whatever YAML makes of it: `1e-4`
+    is a number, `no` a choice of `mixed_precision`, `123` a name. A path with a leading dot is relative to the file.
 
     Args:
         path (`Path`): The file.
@@ -607,7 +610,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         `dict[str, Any]`: Values of the keys that it sets.
 
     Raises:
-        ValueError: for what is not such a file, an unknown key, a key twice or an impossible value, with the line.
+        ValueError: for another kind of file, or an unknown key, a repeated key or an impossible value, with its line.
         OSError: if it cannot be read.
     """
     try:
@@ -622,7 +625,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "malformed"
         if "\\t" in problem:
-            problem = "a tab where YAML takes spaces only"
+            problem = "a tab where YAML allows only spaces"
         raise ValueError(f"{where}: not YAML: {problem}; a line is `key: value`") from error
     if node is None or node.tag == "tag:yaml.org,2002:null":
         return {}
@@ -644,7 +647,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
                 raise ValueError(f"{name} is set twice, first on line {lines[name]}")
             lines[name] = line
             if not isinstance(value, yaml.ScalarNode):
-                raise ValueError(f"{name} takes one value, not a list or a section; several names go with commas")
+                raise ValueError(
+                    f"{name} takes one value, not a list or a section; separate several names with commas"
+                )
             empty = value.tag == "tag:yaml.org,2002:null"
             values[name] = _read_value(name, "" if empty else value.value, path.parent, quoted=value.style is not None)
         except ValueError as error:
@@ -658,7 +663,7 @@ def _parser() -> argparse.ArgumentParser:
         usage="accelerate launch training/train_erw.py [--config FILE.yaml] [--any_key value ...]",
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", help="YAML file with any of the keys below; flags win over it.")
+    parser.add_argument("--config", help="YAML file with any of the keys below; flags override it.")
     for group in reversed(TrainingConfig.__bases__):
         section = parser.add_argument_group(group.__doc__)
         for key in fields(group):
@@ -681,13 +686,13 @@ def _kind(name: str) -> type:
 
 
 def _read_value(name: str, text: str, folder: Path | None = None, quoted: bool = False) -> Any:
-    """The value that a text means for a key, checked; `folder` is where a path with a leading dot starts."""
+    """Parses and checks the text of a key; `folder` is where a path with a leading dot starts."""
     kind, word = _kind(name), text.strip().lower()
     value: Any = text
     if type(None) in get_args(TYPES[name]) and word in ("none", "null", "~", ""):
         return None
     if word == "":
-        raise ValueError(f"{name} has no value: leave it out for its default")
+        raise ValueError(f"{name} has no value: omit it to get its default")
     if _is_choice(name):
         if text not in get_args(TYPES[name]):  # YAML's words for a boolean
             value = "yes" if word in YES else "no" if word in NO else text
@@ -695,7 +700,7 @@ def _read_value(name: str, text: str, folder: Path | None = None, quoted: bool =
         value = True if word in YES else False if word in NO else text
     elif kind is str:
         if not quoted and word in (*YES[:3], *NO[:3]):
-            none = " (write none for none)" if type(None) in get_args(TYPES[name]) else ""
+            none = " (write none to unset it)" if type(None) in get_args(TYPES[name]) else ""
             raise ValueError(f"{name} takes a name, got {text}{none}. {KEYS[name].metadata['help']}")
         if KEYS[name].metadata["path"] is not None:
             value = ",".join(_expand_path(part, folder) for part in text.split(",")) if text else text
@@ -703,7 +708,7 @@ def _read_value(name: str, text: str, folder: Path | None = None, quoted: bool =
         try:
             value = kind(text)
         except ValueError:
-            hint = "; decimals take a point" if kind is float and "," in text else ""
+            hint = "; write decimals with a point" if kind is float and "," in text else ""
             raise ValueError(f"{name} must be {NAMED[kind]}, got {text!r}{hint}") from None
     _check_value(name, value)
     return value
@@ -716,14 +721,14 @@ def _expand_path(text: str, folder: Path | None = None) -> str:
     if unset := re.search(r"\$\{?(\w+)", expanded):
         raise ValueError(f"{text!r} names ${unset[1]}, which is not set")
     if expanded.startswith("~"):
-        raise ValueError(f"{text!r} names the home of a user that this machine does not have")
+        raise ValueError(f"{text!r} names the home of a user who does not exist on this machine")
     if folder is not None and expanded.startswith(("./", "../")):
         return os.path.normpath(folder / expanded)
     return expanded
 
 
 def _check_value(name: str, value: Any) -> None:
-    """Type and range of one key; a YAML file, a flag and Python code all come by here."""
+    """Type and range of one key, from a YAML file, a flag or Python code."""
     kind: Any = _kind(name)
     metadata = KEYS[name].metadata
     if value is None and type(None) in get_args(TYPES[name]):
@@ -748,7 +753,7 @@ def _check_value(name: str, value: Any) -> None:
 def _lies_in(value: float, interval: str) -> bool:
     low, high = (float(end) for end in interval[1:-1].split(","))
     above = low <= value if interval[0] == "[" else low < value
-    return above and (value <= high if interval[-1] == "]" else value < high)  # NaN lies in none
+    return above and (value <= high if interval[-1] == "]" else value < high)  # always false for NaN
 
 
 def _in_words(interval: str, value: float) -> str:
