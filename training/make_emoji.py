@@ -22,6 +22,7 @@ of a held-out concept is in `train`, nor is any of its skin tones.
 
     outputs/emoji/train/animal-bird/1f424-noto.png
     outputs/emoji/validation/food-fruit/1f34e-twemoji.png
+    outputs/emoji/concepts.json                        names and categories of the code points
 """
 
 import argparse
@@ -87,6 +88,11 @@ def main() -> None:
                 if (content := images[artist].get(variant["image"])) is not None:
                     (folder / f"{Path(variant['image']).stem}-{artist}.png").write_bytes(content)
                     counts[split] += 1
+    words = {
+        emoji["unified"].lower(): {key: emoji[key] for key in ("name", "category", "subcategory")}
+        for emoji in concepts
+    }
+    (args.output_dir / "concepts.json").write_text(json.dumps(words, indent=1))
     (args.output_dir / "ATTRIBUTION.txt").write_text(ATTRIBUTION.format(version=VERSION))
     classes = len({path.name for path in args.output_dir.glob("*/*/")})
     print(

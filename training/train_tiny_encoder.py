@@ -11,36 +11,42 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Train a tiny DINOv2 or ResNet without labels: the teacher that ERW aligns with, on data anyone has.
+"""Train a tiny vision encoder, the teacher that ERW aligns with, on data anyone has.
 
     python training/train_tiny_encoder.py --output_dir pipelines/dinov2-tiny-digits
-    python training/train_tiny_encoder.py --dataset_name outputs/glyphs --view_column view --resnet --num_layers 2 \\
-        --learning_rate 2e-3 --steps 3000 --output_dir pipelines/resnet-tiny-glyphs
+    python training/train_tiny_encoder.py --dataset_name outputs/emoji --pairs --resnet --output_dir outputs/emoji-resnet
+    python training/train_tiny_encoder.py --dataset_name outputs/emoji --teacher outputs/emoji-resnet --output_dir outputs/emoji-vit
 
-It has no use for labels. Two augmented views of each image must find each other in the batch (SimCLR's NT-Xent, arXiv
-2002.05709, Eq. 1), once by their class token and once by the mean of their patch tokens. DINOv2's own self-distillation
-needs far longer to leave its uniform start on 1 438 digits. A few minutes on 2 CPU cores for those. The result is an ordinary
-transformers folder, which `AutoModel.from_pretrained` and `RepresentationEncoder.from_pretrained` load. The images of the
-split `test` serve for the k-NN accuracy that is printed, and for nothing else.
+Without labels by default: two augmented views of each image must find each other in the batch (SimCLR's NT-Xent, arXiv
+2002.05709, Eq. 1), once by their class token and once by the mean of their patch tokens. DINOv2's self-distillation takes far longer to
+leave its uniform start on 1 438 digits. `--pairs` takes as views the pictures of one concept by different artists, whose file
+names agree up to the last hyphen. `--names` adds what no picture says: the words of the concepts' names, from the `concepts.json` that
+make_emoji.py writes. `--teacher` distils another encoder instead: patch tokens and their mean, by cosine. `--resnet` trains a
+convolutional network.
 
-Data may bring the second view of each image itself (`--view_column`), which nothing augments then. That of the glyphs has the
-character and font of the first: no label is seen, but the pairs share one, a hint that DINOv2 does not have. `--resnet` trains
-basic blocks of convolutions, by their mean. It knew the glyphs' characters, in fonts that it had not seen, after 500 steps (k-NN
-0.84 in grey; 0.95 after 3000); a ViT with the same views knew none (0.03).
+The held-out images serve for the accuracy that is printed and recorded, and for nothing else: 10 nearest neighbours, or with
+`--pairs` how often the other artist's picture is the nearest one. The result is a transformers folder, which
+`AutoModel.from_pretrained` and `RepresentationEncoder.from_pretrained` load, and `training.json` with what it took.
 """
 
 import argparse
+import json
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from datasets import Image, load_dataset
 from tqdm.auto import tqdm
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel
 
-from erw_hf.data.decoding import decode_image
+from erw_hf import RepresentationEncoder
+from erw_hf.data.decoding import decode_image, prepare_image
 from erw_hf.data.digits import load_digits_dataset
+from erw_hf.data.source import load_source
+from erw_hf.files import write_record
+from erw_hf.provenance import device_name
 
 
 # Loading, `normalise` and the processor are copied in train_classifier.py: no script imports another, and the
@@ -53,13 +59,11 @@ KNN_IMAGES = 4000  # of each split, at most
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default="outputs/dinov2-tiny-digits")
-    parser.add_argument(
-        "--dataset_name", default="digits", help="default: the digits; or a dataset with the splits train and test"
-    )
-    parser.add_argument(
-        "--view_column",
-        help="column with another image of the same thing; by default two augmentations of one image are the views",
-    )
+    parser.add_argument("--dataset_name", default="digits", help="or a folder that make_emoji.py made")
+    parser.add_argument("--view_column", help="column of another image of the same thing, the second view of each")
+    parser.add_argument("--pairs", action="store_true", help="views are pictures of one concept by different artists")
+    parser.add_argument("--names", action="store_true", help="predict the words of a concept's name too")
+    parser.add_argument("--teacher", help="folder of an encoder to distil, in place of the two views")
     parser.add_argument(
         "--resnet",
         action="store_true",
@@ -80,40 +84,46 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     torch.manual_seed(args.seed)
-    splits = load_digits_dataset() if args.dataset_name == "digits" else load_dataset(args.dataset_name)
-    train, train_labels = load_images(splits["train"], args.image_size)
-    test, test_labels = load_images(splits["test"], args.image_size)
-    second = None
-    if args.view_column is not None:
-        second, _ = load_images(splits["train"], args.image_size, args.view_column)
+    train, train_labels, train_names = load_images(args, "train")
+    test, test_labels, test_names = load_images(args, "test" if args.dataset_name == "digits" else "validation")
+    second = None if args.view_column is None else load_images(args, "train", args.view_column)[0]
+    groups = views_of(train_names) if args.pairs else torch.arange(len(train))[:, None]
+    has_concepts = (Path(args.dataset_name) / "concepts.json").is_file()
 
     backbone = build_backbone(args)
+    targets = Targets(args, train_names)
     with torch.no_grad():
-        heads = nn.ModuleDict({name: head(x.shape[1]) for name, x in pooled(backbone, train[:1] / 255).items()})
-    parameters = [*backbone.parameters(), *heads.parameters()]
+        targets.build_heads(backbone, train[:1] / 255)
+    parameters = [*backbone.parameters(), *targets.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.04)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.1
     )
+    backbone.train()
 
-    bar = tqdm(range(args.steps), mininterval=5)
+    bar, accuracy = tqdm(range(args.steps), mininterval=5), {}
     for step in bar:
-        rows = torch.randperm(len(train))[: args.batch_size]
-        images = train[rows].float() / 255
+        chosen = groups[torch.randperm(len(groups))[: args.batch_size]]  # (B, artists)
+        rows = [chosen[:, 0], chosen[:, 0]]
+        if args.pairs:
+            order = torch.rand(chosen.shape).argsort(dim=1)
+            rows = [chosen.gather(1, order[:, i : i + 1]).squeeze(1) for i in (0, 1)]
         if second is None:
-            views = torch.cat([augment(images), augment(images)])
+            views = torch.cat([augment(train[r].float() / 255, recoloured=not args.pairs) for r in rows])
         else:
-            views = torch.cat([images, second[rows].float() / 255])
-        features = pooled(backbone, views)
-        loss = sum(nt_xent(heads[name](x), args.temperature) for name, x in features.items())
+            views = torch.cat([train[rows[0]].float() / 255, second[rows[1]].float() / 255])
+        loss = targets.loss(backbone, views, torch.cat(rows))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        if step % 250 == 249:
-            accuracy = knn_accuracy(backbone, train, train_labels, test, test_labels)
-            tqdm.write(f"step {step + 1}: loss {loss.item():.3f}, k-NN accuracy on the held-out images {accuracy}")
+        if step % 250 == 249 or step == args.steps - 1:
+            if not has_concepts:
+                accuracy = knn_accuracy(backbone, train, train_labels, test, test_labels)
+            else:
+                accuracy = retrieval_accuracy(backbone, test, test_names)
+            tqdm.write(f"step {step + 1}: loss {loss.item():.3f}, accuracy on the held-out images {accuracy}")
 
     backbone.save_pretrained(args.output_dir)
     size = args.image_size
@@ -123,6 +133,81 @@ def main() -> None:
         image_mean=[MEAN] * 3,
         image_std=[STD] * 3,
     ).save_pretrained(args.output_dir)
+    record = {
+        "arguments": vars(args),
+        "held_out_accuracy": accuracy,
+        "images_seen": 2 * args.steps * args.batch_size,
+        "device": device_name("cpu"),
+    }
+    write_record(Path(args.output_dir) / "training.json", record)
+
+
+class Targets(nn.Module):
+    """What the encoder learns from, and the heads that are thrown away afterwards."""
+
+    def __init__(self, args: argparse.Namespace, names: list[str]) -> None:
+        super().__init__()
+        self.temperature = args.temperature
+        self.heads = nn.ModuleDict()
+        self.teacher = None
+        if args.teacher is not None:
+            self.teacher = RepresentationEncoder.from_pretrained(args.teacher, args.image_size // args.patch_size)
+        self.words = word_targets(Path(args.dataset_name), names) if args.names else None
+
+    def build_heads(self, backbone: nn.Module, images: torch.Tensor) -> None:
+        features = pooled(backbone, images)
+        if self.teacher is None:
+            self.heads.update({name: head(x.shape[1]) for name, x in features.items()})
+        else:
+            width = next(iter(features.values())).shape[1]
+            self.heads["tokens"] = nn.Linear(width, self.teacher.embed_dim)
+            self.heads["mean"] = nn.Linear(width, self.teacher.embed_dim)
+        if self.words is not None:
+            self.heads.update(
+                {f"{name}_words": nn.Linear(x.shape[1], self.words.shape[1]) for name, x in features.items()}
+            )
+
+    def loss(self, backbone: nn.Module, views: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        hidden = backbone(normalise(views)).last_hidden_state
+        features = pool(hidden)
+        if self.teacher is not None:
+            with torch.no_grad():
+                wanted = self.teacher(views.expand(-1, 3, -1, -1))  # (B, N, D)
+            tokens = hidden.flatten(2).mT if hidden.ndim == 4 else hidden[:, 1:]
+            loss = 1 - F.cosine_similarity(self.heads["tokens"](tokens), wanted, dim=-1).mean()
+            for x in features.values():
+                loss = loss + 1 - F.cosine_similarity(self.heads["mean"](x), wanted.mean(1), dim=-1).mean()
+        else:
+            loss = sum(nt_xent(self.heads[name](x), self.temperature) for name, x in features.items())
+        if self.words is not None:
+            for name, x in features.items():
+                loss = loss + 20 * F.binary_cross_entropy_with_logits(self.heads[f"{name}_words"](x), self.words[rows])
+        return loss
+
+
+def word_targets(folder: Path, names: list[str]) -> torch.Tensor:
+    """(N, words) of zeros and ones: words of a concept's name, category and subcategory that at least three concepts share."""
+    concepts = json.loads((folder / "concepts.json").read_text())
+    words = {}
+    for key, concept in concepts.items():
+        text = " ".join(concept.values()).lower()
+        words[key] = {word for word in "".join(c if c.isalnum() else " " for c in text).split() if len(word) > 1}
+    counts = Counter(word for found in words.values() for word in found)
+    vocabulary = sorted(word for word, count in counts.items() if count >= 3)
+    return torch.tensor([[word in words[concept_of(name)] for word in vocabulary] for name in names]).float()
+
+
+def concept_of(name: str) -> str:
+    """`1f424` of `1f424-noto`: what all artists call it."""
+    return name.rsplit("-", 1)[0]
+
+
+def views_of(names: list[str]) -> torch.Tensor:
+    """Rows (concepts, artists) of the pictures of each concept."""
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        rows.setdefault(concept_of(name), []).append(row)
+    return torch.tensor(list(rows.values()))
 
 
 def build_backbone(args: argparse.Namespace) -> nn.Module:
@@ -151,8 +236,12 @@ def build_backbone(args: argparse.Namespace) -> nn.Module:
 
 
 def pooled(backbone: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Features (B, D) of images in [0, 1]: of a ViT the class token and the mean patch token, of a ResNet its mean cell."""
-    hidden = backbone(normalise(images)).last_hidden_state
+    """Features (B, D) of images in [0, 1]."""
+    return pool(backbone(normalise(images)).last_hidden_state)
+
+
+def pool(hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of a ViT the class token and the mean patch token, of a ResNet its mean cell."""
     if hidden.ndim == 4:  # (B, D, h, w)
         return {"cells": hidden.mean(dim=(2, 3))}
     return {"class": hidden[:, 0], "patches": hidden[:, 1:].mean(1)}
@@ -174,7 +263,7 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
     return ((images - MEAN) / STD).expand(-1, 3, -1, -1)
 
 
-def augment(images: torch.Tensor) -> torch.Tensor:
+def augment(images: torch.Tensor, recoloured: bool = True) -> torch.Tensor:
     """Random rotation, scale, shear and shift; contrast; noise; of colour images the colours. No flip: a mirrored 2 is
     another sign."""
     n = len(images)
@@ -193,7 +282,8 @@ def augment(images: torch.Tensor) -> torch.Tensor:
     if images.shape[1] == 1:
         images = F.grid_sample(images, grid, align_corners=False)
     else:
-        images = recolour(F.grid_sample(images, grid, padding_mode="reflection", align_corners=False))
+        images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        images = recolour(images) if recoloured else images
     images = images.clamp(0, 1) ** (0.6 + 0.9 * torch.rand(n, 1, 1, 1))
     return (images + 0.05 * torch.randn_like(images)).clamp(0, 1)
 
@@ -206,13 +296,44 @@ def recolour(images: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.rand(n, 1, 1, 1) < 0.5, images, 1 - images)
 
 
-def load_images(split, size: int, column: str = "image") -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (N, C, H, W), uint8, and labels."""
-    images = [decode_image(image)[0] for image in split.cast_column(column, Image(decode=False))[column]]
-    images = np.stack([np.asarray(image.resize((size, size), resample=3)) for image in images])
-    return torch.from_numpy(images).reshape(len(images), size, size, -1).movedim(-1, 1), torch.tensor(
-        list(split["label"])
-    )
+def load_images(
+    args: argparse.Namespace, split: str, column: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Images (N, C, H, W), uint8, their labels, and their files' names."""
+    size = (args.image_size, args.image_size)
+    if args.dataset_name == "digits":
+        rows = load_digits_dataset()[split]
+        images, names = [image.resize(size, resample=3) for image in rows["image"]], [""] * len(rows)
+        labels = list(rows["label"])
+    else:
+        source = load_source(args.dataset_name, split, image_column=column)
+        images, labels, names = [], [], []
+        for row in tqdm(source.dataset, desc=split):
+            encoded = row[source.image_column]
+            image, _ = decode_image(encoded)
+            channels = 1 if image.mode == "L" else 3
+            images.append(prepare_image(image, args.image_size, channels))
+            labels.append(row[source.label_column])
+            names.append(Path(encoded["path"] or "").stem)
+    pixels = np.stack([np.asarray(image) for image in images]).reshape(len(images), *size, -1)
+    return torch.from_numpy(pixels).movedim(-1, 1), torch.tensor(labels), names
+
+
+@torch.no_grad()
+def retrieval_accuracy(backbone: nn.Module, images: torch.Tensor, names: list[str]) -> dict[str, float]:
+    """How often the nearest picture of the other artist is of the same concept, both ways."""
+    backbone.eval()
+    batches = [pooled(backbone, batch.float() / 255) for batch in images.split(500)]
+    backbone.train()
+    first, second = views_of(names).T  # (concepts,) each
+    accuracy = {}
+    for name in batches[0]:
+        features = torch.cat([batch[name] for batch in batches])
+        features = F.normalize(features - features.mean(0), dim=-1)
+        similarity = features[first] @ features[second].T
+        right = [similarity.argmax(dim) == torch.arange(len(first)) for dim in (0, 1)]
+        accuracy[name] = round(torch.cat(right).float().mean().item(), 4)
+    return accuracy
 
 
 @torch.no_grad()

@@ -21,6 +21,8 @@ import pytest
 from helpers import run_script
 from PIL import Image
 
+from erw_hf import RepresentationEncoder
+
 
 CONCEPTS = 12
 
@@ -30,7 +32,7 @@ def packages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packages")
     emojis = [
         {
-            "unified": f"1F4{i:02}", "image": f"1f4{i:02}.png", "category": "Animals & Nature", "subcategory": f"animal-{i % 3}",
+            "name": f"ANIMAL NUMBER {i % 2}", "unified": f"1F4{i:02}", "image": f"1f4{i:02}.png", "category": "Animals & Nature", "subcategory": f"animal-{i % 3}",
             "has_img_google": True, "has_img_twitter": i != 5,
         }
         for i in range(CONCEPTS + 1)
@@ -84,3 +86,21 @@ def test_what_exists_is_not_mixed_with(tmp_path, packages):
     (tmp_path / "train").mkdir()
     with pytest.raises(SystemExit, match="exists: delete it"):
         run_script("make_emoji", f"--packages={packages}", f"--output_dir={tmp_path}")
+
+
+def test_teachers_learn_from_what_two_artists_drew(tmp_path, packages):
+    run_script("make_emoji", f"--packages={packages}", f"--output_dir={tmp_path}/emoji", "--held_out=0.25")
+    shared = [
+        f"--dataset_name={tmp_path}/emoji",
+        "--image_size=16",
+        "--patch_size=4",
+        "--hidden_size=32",
+        "--num_layers=1",
+    ]
+    shared += ["--steps=2", "--batch_size=4"]
+    run_script("train_tiny_encoder", *shared, "--pairs", "--names", "--resnet", f"--output_dir={tmp_path}/resnet")
+    run_script("train_tiny_encoder", *shared, f"--teacher={tmp_path}/resnet", f"--output_dir={tmp_path}/vit")
+    for name in ("resnet", "vit"):
+        assert RepresentationEncoder.from_pretrained(tmp_path / name, token_grid=4).embed_dim == 32
+        record = json.loads((tmp_path / name / "training.json").read_text())
+        assert record["images_seen"] == 16 and all(0 <= value <= 1 for value in record["held_out_accuracy"].values())
