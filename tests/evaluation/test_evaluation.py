@@ -262,7 +262,13 @@ def test_a_sample_that_is_not_finite_is_named(model, value):
 
 
 def test_evaluating_a_run_does_not_change_it_and_is_what_evaluate_py_finds(tiny_flags, tmp_path):
-    flags = [*tiny_flags, "--probe_samples=60", "--probe_dataset=digits", "--evaluation_samples=40"]
+    flags = [
+        *tiny_flags,
+        "--lr_scheduler=constant",
+        "--probe_samples=60",
+        "--probe_dataset=digits",
+        "--evaluation_samples=40",
+    ]
     monitor = ["--evaluation_steps=5", "--probe_steps=3", f"--evaluation_extractor={CLASSIFIER}"]
     train(*flags, f"--output_dir={tmp_path}/plain")
     finished = tmp_path / "run" / "evaluation" / "evaluation.json"  # where evaluate.py's docstring puts it
@@ -291,6 +297,34 @@ def test_evaluating_a_run_does_not_change_it_and_is_what_evaluate_py_finds(tiny_
         "accuracy",
     )  # fmt: skip
     assert found["metrics"] == {name: records[-1][name] for name in ("fid", "accuracy")}
+
+
+def test_what_a_run_shows_of_itself_never_ends_it(tiny_flags, tmp_path, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    for name in (
+        "snapshots.image_grid",
+        "snapshots.plot_losses",
+        "quality_monitor.plot_probes",
+        "quality_monitor.measure",
+    ):
+        monkeypatch.setattr(f"erw_hf.trainer.{name}", fail)
+    train(
+        *tiny_flags, f"--output_dir={tmp_path}", "--evaluation_steps=5", "--probe_steps=3", "--validation_steps=6",
+        f"--evaluation_extractor={CLASSIFIER}", "--probe_samples=20", "--probe_dataset=digits", "--evaluation_samples=4",
+    )  # fmt: skip
+    assert ERWPipeline.from_pretrained(tmp_path / "pipeline").transformer.config.num_layers == 3
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 8))
+    records = read_metrics(tmp_path / "evaluations.jsonl")
+    assert [(record["step"], "fid" in record, "probes" in record) for record in records] == [
+        (3, False, True), (5, False, False), (6, False, True),
+    ]  # fmt: skip
+    for missing in (
+        "step 3 has no picture of its evaluation", "step 5 has no evaluation", "step 6 has no pictures", "no grid.png",
+        "no loss_curve.png",
+    ):  # fmt: skip
+        assert sum(f"{missing}, the run goes on: OSError" in message for message in caplog.messages) == 1, missing
 
 
 def test_a_run_that_could_not_evaluate_does_not_start(tiny_flags, tmp_path):

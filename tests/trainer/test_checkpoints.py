@@ -228,12 +228,12 @@ def test_all_processes_resume_what_the_main_one_chose(tmp_path, monkeypatch):
         save(main, tmp_path, step)
     other = SimpleNamespace(is_main_process=False)
     chosen = tmp_path / "checkpoint-2"  # the other process would take 4
-    monkeypatch.setattr("erw_hf.trainer.processes.broadcast_object_list", lambda objects: [chosen, False])
+    monkeypatch.setattr("erw_hf.processes.broadcast_object_list", lambda objects: [chosen, False])
     monkeypatch.setattr(checkpoints, "gather_object", lambda objects: [*objects, True])
     assert agree_on_checkpoint(other, tmp_path, "latest") == chosen
     monkeypatch.setattr(checkpoints, "gather_object", lambda objects: [*objects, False])
     with pytest.raises(ValueError, match=r"the processes \[1\] do not see .*checkpoint-2"):
         agree_on_checkpoint(other, tmp_path, "latest")
-    monkeypatch.setattr("erw_hf.trainer.processes.broadcast_object_list", lambda objects: [None, True])
+    monkeypatch.setattr("erw_hf.processes.broadcast_object_list", lambda objects: [None, True])
     with pytest.raises(SystemExit):  # the main process says why
         agree_on_checkpoint(other, tmp_path, "latest")

@@ -21,6 +21,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tqdm.auto import tqdm
 
 from erw_hf.evaluation.images import ImageSet
 from erw_hf.files import written_whole
+from erw_hf.processes import done_by_all
 
 
 class FeatureStatistics:
@@ -144,46 +146,47 @@ def extract_features(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = _read_parts(folder)
-    accelerator.wait_for_everyone()  # all have read before anyone writes
+    parts = done_by_all(accelerator, partial(_read_parts, folder))  # before anyone writes
     done = {batch for part in parts.values() for batch in part["done"]}
     rank, processes = accelerator.process_index, accelerator.num_processes
     path = folder / f"part-{rank:05d}.pt"
     part = parts.get(path.name, {"done": [], "seconds": {"read": 0.0, "extract": 0.0}, "sums": {}})
     mine = [b for b in range(math.ceil(images.count / batch_size)) if b % processes == rank and b not in done]
 
-    bar = tqdm(
-        total=images.count,
-        initial=min(len(done) * batch_size, images.count),
-        desc=description,
-        unit="img",
-        disable=not accelerator.is_main_process,
-    )
-    for number, batch in enumerate(mine, start=1):
-        indices = range(batch * batch_size, min((batch + 1) * batch_size, images.count))
-        started = time.perf_counter()
-        pixels, labels = images.read(indices)
-        if write is not None:
-            write(indices, pixels)
-        read = time.perf_counter()
-        layers = _layers(extractors, pixels.to(accelerator.device))
-        for layer, features in layers.items():
-            if layer != "logits":
-                part["sums"].setdefault(layer, FeatureStatistics(features.shape[1])).update(features)
-        kept = {layer: layers[layer] for layer in keep}
-        if labels is not None:
-            kept["labels"] = labels
-        for layer, values in kept.items():
-            np.save(folder / f"{layer}-{batch:07d}.npy", values.numpy())
-        part["seconds"]["read"] += read - started
-        part["seconds"]["extract"] += time.perf_counter() - read
-        part["done"].append(batch)
-        if number % save_steps == 0 or number == len(mine):
-            _save_part(part, path)
-        bar.update(min(len(indices) * processes, bar.total - bar.n))
-    bar.close()
-    accelerator.wait_for_everyone()
-    return _merge(list(_read_parts(folder).values()), folder)
+    def read_mine() -> None:
+        bar = tqdm(
+            total=images.count,
+            initial=min(len(done) * batch_size, images.count),
+            desc=description,
+            unit="img",
+            disable=not accelerator.is_main_process,
+        )
+        for number, batch in enumerate(mine, start=1):
+            indices = range(batch * batch_size, min((batch + 1) * batch_size, images.count))
+            started = time.perf_counter()
+            pixels, labels = images.read(indices)
+            if write is not None:
+                write(indices, pixels)
+            read = time.perf_counter()
+            layers = _layers(extractors, pixels.to(accelerator.device))
+            for layer, features in layers.items():
+                if layer != "logits":
+                    part["sums"].setdefault(layer, FeatureStatistics(features.shape[1])).update(features)
+            kept = {layer: layers[layer] for layer in keep}
+            if labels is not None:
+                kept["labels"] = labels
+            for layer, values in kept.items():
+                np.save(folder / f"{layer}-{batch:07d}.npy", values.numpy())
+            part["seconds"]["read"] += read - started
+            part["seconds"]["extract"] += time.perf_counter() - read
+            part["done"].append(batch)
+            if number % save_steps == 0 or number == len(mine):
+                _save_part(part, path)
+            bar.update(min(len(indices) * processes, bar.total - bar.n))
+        bar.close()
+
+    done_by_all(accelerator, read_mine)
+    return done_by_all(accelerator, lambda: _merge(list(_read_parts(folder).values()), folder))
 
 
 def _layers(extractors: Sequence[torch.nn.Module], pixels: torch.Tensor) -> dict[str, torch.Tensor]:

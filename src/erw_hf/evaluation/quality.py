@@ -33,6 +33,7 @@ from erw_hf.evaluation.feature_statistics import Features, extract_features
 from erw_hf.evaluation.images import ImageSet, npz_images, open_npz, take
 from erw_hf.evaluation.metrics import frechet_distance
 from erw_hf.files import written_whole
+from erw_hf.processes import done_by_all
 
 
 METRICS = ("fid", "sfid", "inception_score", "precision_recall", "kid", "fd_dinov2", "accuracy")
@@ -392,10 +393,11 @@ def measure(
             description="reference",
         )  # fmt: skip
         pool, seconds["reference_images"] = features.layer("pool"), sum(features.seconds.values())
-    results = {}
-    if accelerator.is_main_process:
-        started = time.perf_counter()
-        results = quality_metrics(metrics, samples, reference, pool)
-        seconds["metrics"] = time.perf_counter() - started
-    accelerator.wait_for_everyone()
+
+    def compute() -> dict[str, float]:
+        return quality_metrics(metrics, samples, reference, pool) if accelerator.is_main_process else {}
+
+    started = time.perf_counter()
+    results = done_by_all(accelerator, compute)
+    seconds["metrics"] = time.perf_counter() - started
     return results, seconds

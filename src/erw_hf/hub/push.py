@@ -96,17 +96,16 @@ class BackgroundPush:
             write_pipeline (`Callable`, *optional*): Writes the pipeline into a folder; `None` if there is none yet.
             checkpoint (`Path`, *optional*): Checkpoint to push with it.
         """
+        self._staged = False
         try:
             stage(self.run_dir, step, write_pipeline, checkpoint)
+            self._came_late = self._process is not None and self._process.poll() is None
+            if not self._came_late:
+                self._process = self._start()
             self._staged = True
         except Exception as error:  # a full disk: OSError, and what safetensors makes of one
             logger.warning(f"no snapshot of step {step} to push: {error}")
             shutil.rmtree(self.run_dir / "hub" / ".writing", ignore_errors=True)
-            self._staged = False
-            return
-        self._came_late = self._process is not None and self._process.poll() is None
-        if not self._came_late:
-            self._process = self._start()
 
     def wait(self) -> bool:
         """

@@ -30,8 +30,8 @@ from accelerate.utils import gather_object
 from erw_hf.data.identity import data_identity, describe_changes
 from erw_hf.data.source import Source
 from erw_hf.files import sync, sync_tree
+from erw_hf.processes import decided_by_main
 from erw_hf.trainer.phase import Phase
-from erw_hf.trainer.processes import decided_by_main
 from erw_hf.trainer.run_record import read_metrics
 
 

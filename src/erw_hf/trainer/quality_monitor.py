@@ -14,6 +14,7 @@
 """Quality during training: FID of a few images and probes of every block, by the code that evaluates finished models."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,12 @@ from erw_hf.evaluation.quality import (
     reference_file,
 )
 from erw_hf.pipeline_erw import ERWPipeline
+from erw_hf.processes import done_by_all
 from erw_hf.trainer.phase import Phase
 from erw_hf.trainer.plots import plot_probes, plot_quality
 from erw_hf.trainer.run_record import MetricsFile, read_metrics
 from erw_hf.trainer.setup import Inputs
+from erw_hf.trainer.trackers import forgiven
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
 
@@ -114,17 +117,21 @@ class QualityMonitor:
     def _probes(self, step: int) -> bool:
         return self.config.probe_steps > 0 and step % self.config.probe_steps == 0
 
-    def measure(self, phase: Phase, step: int, images_seen: int, pipe: ERWPipeline) -> None:
-        """Measures what is due of a pipeline in evaluation mode, writes it down and hands it to the trackers."""
+    def measure(self, phase: Phase, step: int, images_seen: int, make_pipeline: Callable[[], ERWPipeline]) -> None:
+        """Measures what is due of the pipeline, writes it down and hands it to the trackers; what fails is left out."""
         record: dict[str, Any] = {"step": step, "phase": phase.name, "images_seen": images_seen}
-        if self._draws(phase, step):
-            record |= self._measure_images(pipe)
-        if self._probes(step) and self.accelerator.is_main_process:
-            record["probes"] = self._probe(pipe.transformer)
+        with forgiven(f"step {step} has no evaluation"):  # which all processes make together, or none of them
+            pipe = done_by_all(self.accelerator, make_pipeline)
+            if self._draws(phase, step):
+                record |= self._measure_images(pipe)
+            if self._probes(step) and self.accelerator.is_main_process:
+                record["probes"] = self._probe(pipe.transformer)
         self.accelerator.wait_for_everyone()
         if self.file is not None:
-            self.file.write(record)
-            self._plot()
+            with forgiven(f"step {step} has no line in evaluations.jsonl"):
+                self.file.write(record)
+            with forgiven(f"step {step} has no picture of its evaluation"):
+                self._plot()
         logged = {name: value for name, value in record.items() if name in ("fid", "accuracy")}
         for result in record.get("probes", []):
             for measure_name in ("cknna", "accuracy"):

@@ -26,9 +26,9 @@ import yaml
 from accelerate import Accelerator
 
 from erw_hf.files import sync
+from erw_hf.processes import decided_by_main
 from erw_hf.trainer.checkpoints import find_damage, holds_run, is_within_streak, named_checkpoints, step_of
 from erw_hf.trainer.ema import later_snapshots
-from erw_hf.trainer.processes import decided_by_main
 from erw_hf.trainer.run_lock import RunLock
 from erw_hf.trainer.run_record import read_metrics
 from erw_hf.trainer.trackers import TRACKER_PROJECT

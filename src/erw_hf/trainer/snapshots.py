@@ -14,6 +14,7 @@
 """What a run shows of itself, made with the averaged weights: pictures, measurements, pushes, and its pipeline at the end."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from erw_hf.trainer.phase import Phase
 from erw_hf.trainer.plots import image_grid, plot_losses
 from erw_hf.trainer.quality_monitor import QualityMonitor
 from erw_hf.trainer.setup import Inputs
+from erw_hf.trainer.trackers import forgiven
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
 
@@ -63,27 +65,29 @@ class Snapshots:
         if self._draws(phase):
             self._draw(phase)
         if self.quality.is_due(phase, self.progress.step):
-            pipeline = self._pipeline(phase, everywhere=True)
-            assert pipeline is not None
-            self.quality.measure(phase, self.progress.step, self.progress.images_seen, pipeline)
+            make_pipeline = self._pipeline(phase)
+            self.quality.measure(phase, self.progress.step, self.progress.images_seen, make_pipeline)
 
     def push_checkpoint(self, phase: Phase) -> None:
         """Hands the pipeline of phase 2 and, by strategy, the checkpoint of this step to the process that pushes."""
-        pipeline = None if phase.warmup else self._pipeline(phase)
-        checkpoint = self._checkpoint()
-        if self.push is not None and (pipeline is not None or checkpoint is not None):
-            self.push.submit(self.progress.step, pipeline and pipeline.save_pretrained, checkpoint)
+        make_pipeline = None if phase.warmup else self._pipeline(phase)
+        checkpoint, step = self._checkpoint(), self.progress.step
+        if self.push is not None and (make_pipeline is not None or checkpoint is not None):
+            with forgiven(f"the pipeline of step {step} is not pushed"):
+                self.push.submit(step, make_pipeline and make_pipeline().save_pretrained, checkpoint)
 
     def finish(self, phase: Phase | None) -> None:
         """Leaves the pipeline, a grid of its pictures and the loss curve, and has them pushed; `None`: a warmup alone."""
-        folder, pipeline = self.folder, None if phase is None else self._pipeline(phase)
-        if pipeline is not None:
-            grid = self._grid(pipeline)
-            if grid is not None:
-                grid.save(folder / "grid.png")
+        folder, make_pipeline = self.folder, None if phase is None else self._pipeline(phase)
+        if make_pipeline is not None and self.inputs.accelerator.is_main_process:
+            pipeline = make_pipeline()
             pipeline.save_pretrained(folder / "pipeline")
-            plot_losses(folder / "metrics.jsonl", folder / "loss_curve.png")
-            logger.info(f"done: {folder}/pipeline, {folder}/grid.png, {folder}/loss_curve.png")
+            with forgiven("there is no grid.png"):
+                self._grid(pipeline).save(folder / "grid.png")
+            with forgiven("there is no loss_curve.png"):
+                plot_losses(folder / "metrics.jsonl", folder / "loss_curve.png")
+            pictures = [f", {folder / name}" for name in ("grid.png", "loss_curve.png") if (folder / name).is_file()]
+            logger.info(f"done: {folder}/pipeline{''.join(pictures)}")
         if self.push is not None and phase is None:
             self.push.submit(self.progress.step, None, None)
         elif self.push is not None:
@@ -112,29 +116,29 @@ class Snapshots:
             return None
         return self.folder / f"checkpoint-{self.progress.step}"
 
-    def _pipeline(self, phase: Phase, everywhere: bool = False) -> ERWPipeline | None:
-        """The pipeline with the EMA weights, those of the warmup, which has no EMA, as they are; on the main process alone
-        unless it is wanted everywhere."""
-        inputs = self.inputs
+    def _pipeline(self, phase: Phase) -> Callable[[], ERWPipeline]:
+        """What makes the pipeline with the EMA weights, those of the warmup, which has no EMA, as they are. All processes call
+        it, since weights may be sharded; what it returns concerns one alone."""
         weights = whole_state_dict(phase.transformer) if phase.ema is None else phase.ema.weights()
-        if not (everywhere or inputs.accelerator.is_main_process):
-            return None
-        # In the warmup it is a model of fewer blocks.
-        num_layers = phase.transformer.config.num_layers
-        transformer = ERWTransformer2DModel(**inputs.model_config | {"num_layers": num_layers})
-        transformer.load_state_dict(weights, strict=False)  # buffers are no weights
-        pipeline = ERWPipeline(
-            transformer=transformer.to(inputs.accelerator.device).eval(),
-            vae=inputs.vae,
-            scheduler=FlowMatchEulerMaruyamaScheduler(path_type=inputs.config.path_type),
-            id2label=inputs.source.id2label,
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        inputs = self.inputs
+        num_layers = phase.transformer.config.num_layers  # in the warmup it is a model of fewer blocks
 
-    def _grid(self, pipeline: ERWPipeline) -> Image.Image | None:
-        """The same labels and the same noise at every step of the run; `None` where the model gives NaN, which a run may
-        outlive."""
+        def make() -> ERWPipeline:
+            transformer = ERWTransformer2DModel(**inputs.model_config | {"num_layers": num_layers})
+            transformer.load_state_dict(weights, strict=False)  # buffers are no weights
+            pipeline = ERWPipeline(
+                transformer=transformer.to(inputs.accelerator.device).eval(),
+                vae=inputs.vae,
+                scheduler=FlowMatchEulerMaruyamaScheduler(path_type=inputs.config.path_type),
+                id2label=inputs.source.id2label,
+            )
+            pipeline.set_progress_bar_config(disable=True)
+            return pipeline
+
+        return make
+
+    def _grid(self, pipeline: ERWPipeline) -> Image.Image:
+        """The same labels and the same noise at every step of the run."""
         config, num_classes = self.inputs.config, self.inputs.source.num_classes
         count = config.num_validation_images
         if num_classes == 0:
@@ -143,31 +147,28 @@ class Snapshots:
             labels = [i % num_classes for i in range(count)]  # all of them, in turn
         else:
             labels = [i * num_classes // count for i in range(count)]  # evenly spaced ones
-        try:
-            with self.inputs.accelerator.autocast():
-                images = pipeline(
-                    class_labels=labels,
-                    num_inference_steps=config.num_inference_steps,
-                    guidance_scale=config.guidance_scale,
-                    generator=[torch.Generator().manual_seed(config.seed + i) for i in range(count)],
-                ).images
-        except ValueError as error:
-            logger.warning(f"step {self.progress.step} has no pictures: {error}")
-            return None
+        with self.inputs.accelerator.autocast():
+            images = pipeline(
+                class_labels=labels,
+                num_inference_steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale,
+                generator=[torch.Generator().manual_seed(config.seed + i) for i in range(count)],
+            ).images
         columns = num_classes if 4 <= num_classes <= count else math.ceil(math.sqrt(count))
         return image_grid(images, columns=columns)
 
     def _draw(self, phase: Phase) -> None:
         """Writes `samples/step-N.png` and hands it to the trackers."""
         accelerator, step = self.inputs.accelerator, self.progress.step
-        pipeline = self._pipeline(phase)
-        grid = None if pipeline is None else self._grid(pipeline)
-        if grid is not None:
-            path = self.folder / "samples" / f"step-{step:07d}.png"
-            path.parent.mkdir(exist_ok=True)
-            grid.save(path)
-            for tracker in accelerator.trackers:
-                if hasattr(tracker, "log_images"):
-                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=step, **layout)
+        make_pipeline = self._pipeline(phase)
+        if accelerator.is_main_process:
+            with forgiven(f"step {step} has no pictures"):
+                grid = self._grid(make_pipeline())
+                path = self.folder / "samples" / f"step-{step:07d}.png"
+                path.parent.mkdir(exist_ok=True)
+                grid.save(path)
+                for tracker in accelerator.trackers:
+                    if hasattr(tracker, "log_images"):
+                        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                        tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=step, **layout)
         accelerator.wait_for_everyone()

@@ -11,9 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Trackers that never end a run."""
+"""What a run shows of itself never ends it: pictures, plots, measurements and trackers that fail cost a warning."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from accelerate.tracking import GeneralTracker
@@ -22,6 +24,23 @@ from accelerate.tracking import GeneralTracker
 logger = logging.getLogger(__name__)
 
 TRACKER_PROJECT = "erw"
+
+
+@contextlib.contextmanager
+def forgiven(missing: str) -> Iterator[None]:
+    """
+    Lets what is nice to have fail. Not for what processes do together, unless it fails on all of them.
+
+    Args:
+        missing (`str`): What is not there if it does, for the warning.
+
+    Returns:
+        `contextlib.AbstractContextManager`: The block that may fail.
+    """
+    try:
+        yield
+    except Exception as error:
+        logger.warning(f"{missing}, the run goes on: {type(error).__name__}: {error}")
 
 
 class ForgivingTracker:

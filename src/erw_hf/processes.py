@@ -11,13 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What one process decides for all."""
+"""What processes do together: one decides for all, or what fails in one fails in all, so that none waits for it."""
 
 from collections.abc import Callable
 from typing import TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 
 T = TypeVar("T")
@@ -50,3 +50,32 @@ def decided_by_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
     if failed:
         raise SystemExit(1)
     return answer
+
+
+def done_by_all(accelerator: Accelerator, do: Callable[[], T]) -> T:
+    """
+    Lets each process do its part, and waits for all. Where a part fails, all processes raise, so that none goes on alone.
+    All processes call it.
+
+    Args:
+        accelerator (`Accelerator`): The processes.
+        do (`Callable`): The part of this process, in which it does not wait for others.
+
+    Returns:
+        `T`: What `do` returned here.
+
+    Raises:
+        Exception: what `do` raised here.
+        RuntimeError: on the other processes then, with the first failure.
+    """
+    error = None
+    try:
+        result = do()
+    except Exception as raised:
+        error = raised
+    failures = gather_object([None if error is None else f"process {accelerator.process_index}: {error!r}"])
+    if error is not None:
+        raise error
+    if failure := next((failure for failure in failures if failure is not None), None):
+        raise RuntimeError(failure)
+    return result
