@@ -14,11 +14,11 @@
 """Gradio demo of exported ERW pipelines: choose a class, see pictures, compare checkpoints, watch a picture form.
 
 Environment variables, which only the owner of the demo sets:
-    ERW_MODEL: A Hub id or folder of an exported pipeline. By default the digits of the erw-hf repository.
-    ERW_MODELS: More of them, separated by commas or lines, to choose from and to compare with.
+    ERW_MODEL: Hub id or folder of an exported pipeline; by default the digits of the erw-hf repository.
+    ERW_MODELS: More of them, separated by commas or lines, to choose from and to compare.
 
-A pipeline is loaded through the code that travels in its repo, so nothing of erw_hf is needed here. That code is run:
-visitors choose among the models that were loaded at the start and can name no other.
+A pipeline is loaded by running the code in its repo, so erw_hf need not be installed. Visitors choose among the models
+loaded at the start and cannot load others.
 """
 
 import functools
@@ -42,7 +42,7 @@ from typing import NamedTuple
 
 
 try:
-    from spaces import GPU  # has to come before torch: ZeroGPU lends a GPU to each call of what this marks
+    from spaces import GPU  # must come before torch: ZeroGPU lends a GPU to each call of a function marked with it
 except ImportError:
     GPU = None
 
@@ -56,7 +56,7 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 DEFAULT_MODEL = HERE / "../../pipelines/erw-digits"
 MAX_IMAGES, MAX_SEED, MAX_STEPS, MAX_REMEMBERED = 16, 2**31 - 1, 250, 48
-FRAMES = 7  # pictures of the way; with the end they fill two rows
+FRAMES = 7  # pictures on the way; with the final one they fill two rows
 SAMPLERS = {"sde": "SDE, Euler-Maruyama", "euler": "ODE, Euler", "heun": "ODE, Heun"}
 # What a slider allows and the API accepts: lowest, highest, step, default, what the visitor reads.
 RANGES = {
@@ -67,16 +67,16 @@ RANGES = {
     "guidance_high": (0.0, 1.0, 0.05, 0.7, "Guidance up to t"),
     "num_inference_steps": (1, MAX_STEPS, 1, 50, "Steps"),
 }
-NO_CLASS = "no class"  # the one choice of an unconditional model
+NO_CLASS = "no class"  # the only choice of an unconditional model
 LINKED = ["label", *RANGES, "sampler", "model"]  # what a link holds, in the order of the controls
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # cuda first: ZeroGPU stands in for it
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # cuda first: ZeroGPU emulates it
 if DEVICE == "cpu" and torch.accelerator.is_available():
     DEVICE = torch.accelerator.current_accelerator().type
 
 
 class Frame(NamedTuple):
-    """A moment of a run: after `call` model calls of `calls`, x_t at time `t`, and the x_0 that the model sees in it."""
+    """After `call` of `calls` model calls: x_t at time `t`, and the x_0 that the model predicts from it."""
 
     call: int
     calls: int
@@ -86,7 +86,7 @@ class Frame(NamedTuple):
 
 
 def load_models() -> dict[str, DiffusionPipeline]:
-    """Loads what the owner serves, by short name, the default one first."""
+    """Loads the models that the owner serves, by short name, the default one first."""
     first = os.environ.get("ERW_MODEL", "").strip() or str(DEFAULT_MODEL)
     if first == str(DEFAULT_MODEL) and not DEFAULT_MODEL.is_dir():
         raise SystemExit("set ERW_MODEL to the Hub id or the folder of an exported ERW pipeline")
@@ -105,7 +105,7 @@ def load_model(source: str) -> DiffusionPipeline:
         pipe = DiffusionPipeline.from_pretrained(source, custom_pipeline=source, trust_remote_code=True, dtype=dtype)
         if not hasattr(pipe, "get_label_ids"):
             raise ValueError(f"it is a {type(pipe).__name__}")
-    except Exception as error:  # the owner reads it in the Space's log, where a traceback says less
+    except Exception as error:  # for the owner, in the Space's log
         reason = " ".join(str(error).split())[:300]
         raise SystemExit(f"{source!r} (ERW_MODEL or ERW_MODELS) is not an exported ERW pipeline: {reason}") from error
     pipe.set_progress_bar_config(disable=True)
@@ -114,7 +114,7 @@ def load_model(source: str) -> DiffusionPipeline:
 
 
 def class_choices(pipe: DiffusionPipeline) -> list[tuple[str, str]]:
-    """(what the list shows and the search looks through, value) of every class, in the order of the ids."""
+    """(text in the searchable list, value) of every class, in the order of the ids."""
     names = pipe.config.id2label or {}
     choices = []
     for class_id in range(pipe.transformer.config.num_classes):
@@ -125,7 +125,7 @@ def class_choices(pipe: DiffusionPipeline) -> list[tuple[str, str]]:
 
 
 def samplers_of(pipe: DiffusionPipeline) -> list[str]:
-    """Those that a model can be drawn by, its default first: SDE and Heun come with it, if its scheduler is one of them."""
+    """Samplers for a model, its default first. SDE and Heun travel in the model's repo, if its scheduler is one of them."""
     shipped = sys.modules[type(pipe.scheduler).__module__]
     return list(SAMPLERS) if hasattr(shipped, "FlowMatchHeunScheduler") else ["euler"]
 
@@ -177,27 +177,27 @@ def checked_class(model: str, label) -> str:
 
 
 def checked(label, *numbers_sampler_model) -> dict:
-    """The settings by name, each as it should be, or a `gr.Error` that says what to do."""
+    """The settings by name, checked; raises a `gr.Error` that says what to do."""
     *numbers, sampler, model = numbers_sampler_model
     for title, value, known in (("Model", model, MODELS), ("Sampler", sampler, SAMPLERS)):
         if not isinstance(value, str) or value not in known:
             raise refuse(f"{title} must be one of {', '.join(known)}, got {str(value)[:40]!r}")
     values = {name: checked_number(name, value) for name, value in zip(RANGES, numbers, strict=True)}
     if values["guidance_low"] > values["guidance_high"]:
-        raise refuse("Guidance from t must not lie above Guidance up to t")
+        raise refuse("Guidance from t must not be greater than Guidance up to t")
     return {"label": checked_class(model, label), **values, "sampler": sampler, "model": model}
 
 
 def new_scheduler(pipe: DiffusionPipeline, sampler: str):
-    """A scheduler of its own for each call, since it keeps count of the steps."""
+    """A new scheduler for each call, since it counts the steps."""
     config = pipe.scheduler.config
     if sampler == "euler":
         if isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
             return type(pipe.scheduler).from_config(config)
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps)
     if sampler not in samplers_of(pipe):
-        raise refuse(f"this model brings no {SAMPLERS[sampler]} sampler: choose {SAMPLERS['euler']}")
-    shipped = sys.modules[type(pipe.scheduler).__module__]  # the file that travels with the model holds both others
+        raise refuse(f"This model has no {SAMPLERS[sampler]} sampler: choose {SAMPLERS['euler']}")
+    shipped = sys.modules[type(pipe.scheduler).__module__]  # the file in the model's repo defines both
     arguments = {"num_train_timesteps": config.num_train_timesteps, "path_type": config.get("path_type", "linear")}
     if sampler == "heun":
         return shipped.FlowMatchHeunScheduler(**arguments)
@@ -215,12 +215,12 @@ def clean_prediction(path_type: str, velocity: torch.Tensor, latents: torch.Tens
 def decoded(pipe: DiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
     images = pipe.decode_latents(latents).float()
     if not torch.isfinite(images).all():  # 8 bits would show it as black
-        raise ValueError("the model gives NaN or infinity, its weights are broken or its precision is too low")
+        raise ValueError("the model returned NaN or infinity: its weights are broken or its precision is too low")
     return pipe.image_processor.postprocess(images, output_type="pil")
 
 
 def watch(pipe: DiffusionPipeline, frames: queue.Queue, stopped: threading.Event) -> None:
-    """Makes the scheduler's step put what it sees into `frames`, images a few times a run, and raise once `stopped` is set."""
+    """Makes the scheduler's step put frames into a queue, some with images, and raise once `stopped` is set."""
     path_type, made = getattr(pipe.scheduler.config, "path_type", "linear"), itertools.count()
     step = type(pipe.scheduler).step
 
@@ -229,7 +229,7 @@ def watch(pipe: DiffusionPipeline, frames: queue.Queue, stopped: threading.Event
             latents, _ = pipe.split_state(latents)
         return decoded(pipe, latents)
 
-    @functools.wraps(step)  # the pipeline reads the arguments off it
+    @functools.wraps(step)  # the pipeline inspects its arguments
     def watched(scheduler, velocity, timestep, latents, **kwargs):
         if stopped.is_set():
             raise InterruptedError
@@ -241,16 +241,16 @@ def watch(pipe: DiffusionPipeline, frames: queue.Queue, stopped: threading.Event
         frames.put(Frame(call, calls, t, *images))
         return step(scheduler, velocity, timestep, latents, **kwargs)
 
-    # A method, which the copy that a call steps takes with it.
+    # Bound, because the pipeline steps a copy of the scheduler.
     pipe.scheduler.step = types.MethodType(watched, pipe.scheduler)
 
 
 @(GPU or (lambda function: function))
 def sample(settings: dict) -> Iterator[Frame]:
-    """Yields a frame a model call, a few of them with pictures; the last one, at t = 0, holds the images.
+    """Yields one frame per model call, some with pictures; the last one, at t = 0, holds the images.
 
-    The pipeline runs in a thread, so that frames come out while it works and closing this generator, which is what
-    Stop does, ends it within a step. It is a new pipeline object around the shared weights: calls share no state.
+    The pipeline runs in a thread, so that frames arrive while it works. Stop closes this generator and so ends the
+    pipeline within one step. Each call has a new pipeline object around the shared weights, so calls share no state.
     """
     shared, count = MODELS[settings["model"]], settings["num_images"]
     scheduler = new_scheduler(shared, settings["sampler"])
@@ -271,7 +271,7 @@ def sample(settings: dict) -> Iterator[Frame]:
             ).images
             images = decoded(pipe, latents)
             frames.put(Frame(pipe.num_timesteps, pipe.num_timesteps, 0.0, images, images))
-        except Exception as error:  # raised again below, in the thread that answers the visitor
+        except Exception as error:  # raised below, in the thread that answers the visitor
             frames.put(error)
 
     threading.Thread(target=work, daemon=True).start()
@@ -290,7 +290,7 @@ def sample(settings: dict) -> Iterator[Frame]:
 
 
 def pictures(settings: dict, progress: gr.Progress, part=0, parts=1, pause: float = 0.2) -> Iterator[Frame]:
-    """The frames that have pictures, `pause` seconds apart; the progress of `part` of `parts` goes on between them."""
+    """The frames with pictures, at least `pause` seconds apart; the progress bar covers part `part` of `parts`."""
     shown = time.monotonic()
     for frame in sample(settings):
         call, calls = part * frame.calls + frame.call, parts * frame.calls
@@ -301,7 +301,7 @@ def pictures(settings: dict, progress: gr.Progress, part=0, parts=1, pause: floa
 
 
 def nth_seed(settings: dict, index: int) -> int:
-    """The seed of an image of a run; after the highest one comes 0."""
+    """The seed of the image at `index`; 0 follows the highest seed."""
     return (settings["seed"] + index) % (MAX_SEED + 1)
 
 
@@ -310,7 +310,7 @@ def caption(settings: dict, index: int = 0) -> str:
 
 
 def stored(image: Image.Image, name: str) -> str:
-    """The path of an image in gradio's cache. gradio itself would write a file again that is on its way to someone."""
+    """Path of an image in gradio's cache. gradio itself would rewrite a file while someone downloads it."""
     data = encode_pil_to_bytes(image, "png")
     path = Path(gallery.GRADIO_CACHE) / hash_bytes(data) / f"{name}.png"
     if not path.exists():
@@ -322,7 +322,7 @@ def stored(image: Image.Image, name: str) -> str:
 
 
 def saved(images: list, settings: dict) -> list[tuple[str, str, dict]]:
-    """(file, caption, settings that draw it alone) of each image. The PNG holds the settings too, as its text `erw`."""
+    """(file, caption, settings that draw this image alone) for each image. The PNG also holds the settings, in its text `erw`."""
     entries = []
     for i, image in enumerate(images):
         own = {**settings, "seed": nth_seed(settings, i), "num_images": 1}
@@ -332,15 +332,15 @@ def saved(images: list, settings: dict) -> list[tuple[str, str, dict]]:
     return entries
 
 
-# The events below get raw values (`preprocess=False`), since gradio's own checks of them answer in Python's words.
-# Their argument names are those of the API, and their docstrings what an MCP client reads.
+# The events below get raw values (`preprocess=False`), since gradio's own checks answer with Python errors.
+# Their argument names form the API, and MCP clients read their docstrings.
 
 
 def generate(
     label, num_images, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler, model,
     progress=gr.Progress()
 ):  # fmt: skip
-    """Draws several images of a class, one for each seed from `seed` on. Arguments as of `draw`, and
+    """Draws several images of a class, one per seed from `seed` on. Arguments as for `draw`, and
 
     Args:
         num_images: Number of images, 1 to 16.
@@ -377,7 +377,7 @@ def compare(
     label, num_images, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler, model,
     second_model, progress=gr.Progress()
 ):  # fmt: skip
-    """Draws the same class with the same seeds by two models. Arguments as of `generate`.
+    """Draws the same class and seeds with two models. Arguments as for `generate`.
 
     Args:
         second_model: Name of the model to compare with.
@@ -395,9 +395,9 @@ def form(
     label, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler, model,
     progress=gr.Progress()
 ):  # fmt: skip
-    """Shows how one image forms: x_t, and the picture that the model sees in it, from t = 1 (noise) to t = 0.
+    """Shows how one image forms: x_t, and the picture that the model predicts from it, from t = 1 (noise) to t = 0.
 
-    Arguments as of `draw`.
+    Arguments as for `draw`.
     """
     settings = checked(
         label, 1, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler, model
@@ -410,7 +410,7 @@ def form(
 
 
 def classes(model: str = MODEL) -> dict[str, int]:
-    """Lists the classes of a model, with the id of each.
+    """Lists the classes of a model with their ids.
 
     Args:
         model: Name of one of the models served.
@@ -426,7 +426,7 @@ def remember(entries, remembered):
 
 
 def controls_of(settings: dict) -> dict:
-    """What puts settings into the controls, with the choices of their model, in the order of `LINKED`."""
+    """Updates that put settings into the controls, with the choices of their model, in the order of `LINKED`."""
     model = settings["model"]
     label = gr.Dropdown(CHOICES[model], value=settings["label"])
     return {**settings, "label": label, "sampler": gr.Radio(radio(model), value=settings["sampler"])}
@@ -434,12 +434,12 @@ def controls_of(settings: dict) -> dict:
 
 def copy_back(remembered, event: gr.SelectData):
     settings = remembered[event.index][2]
-    gr.Info(f"Settings of {caption(settings)} are back.", duration=3)
+    gr.Info(f"Settings of {caption(settings)} restored.", duration=3)
     return *(value for name, value in controls_of(settings).items() if name != "num_images"), False
 
 
 def read_link(request: gr.Request):
-    """The settings that the page's address holds, and whether it holds any."""
+    """The settings in the page's address, and whether there are none."""
     known = request.query_params.get("model") in MODELS
     model = request.query_params["model"] if known else MODEL
     defaults = {"label": CHOICES[model][0][1], **{name: row[3] for name, row in RANGES.items()}}
@@ -448,7 +448,7 @@ def read_link(request: gr.Request):
     try:
         settings = checked(*({**defaults, **linked}[name] for name in LINKED))
     except gr.Error as error:
-        gr.Warning(f"The link was not understood, here are the defaults. {html.escape(error.message)}")
+        gr.Warning(f"The settings in this link do not work, so the defaults are shown. {html.escape(error.message)}")
         settings, linked = defaults, {}
     return *controls_of(settings).values(), not linked
 
@@ -456,7 +456,7 @@ def read_link(request: gr.Request):
 SIDE = MODELS[MODEL].transformer.config.sample_size * MODELS[MODEL].vae_scale_factor
 LOOK = ["pictures", "pixels"] if SIDE <= 64 else ["pictures"]  # style.css
 GALLERY = {"columns": 4, "object_fit": "contain", "format": "png", "interactive": False, "elem_classes": LOOK}
-BUTTONS = {"buttons": ["download", "download_all", "fullscreen"]}  # no "share", which asks another host
+BUTTONS = {"buttons": ["download", "download_all", "fullscreen"]}  # without "share", which contacts another host
 
 
 def radio(model: str) -> list[tuple[str, str]]:
@@ -464,7 +464,7 @@ def radio(model: str) -> list[tuple[str, str]]:
 
 
 def of_model(model: str, label, sampler: str):
-    """The controls whose choices depend on the model; what it has too stays chosen."""
+    """The controls whose choices depend on the model; a choice stays if the new model has it."""
     try:
         label = checked_class(model, label)
     except gr.Error:
@@ -482,7 +482,7 @@ def slider(name: str) -> gr.Slider:
 with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
     gr.Markdown(
         "# Draw with ERW\nChoose a class and press **Generate**. A diffusion transformer turns noise (t = 1) into "
-        "pictures (t = 0); its early layers were [warmed up](https://arxiv.org/abs/2504.10188) before it trained.",
+        "pictures (t = 0); its early layers were [warmed up](https://arxiv.org/abs/2504.10188) first.",
         elem_id="title",
     )
     with gr.Row():
@@ -516,7 +516,7 @@ with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_ca
                 others = list(MODELS)[1:] or list(MODELS)
                 second = gr.Dropdown(
                     list(MODELS), value=others[0], label="Second model", elem_id="second",
-                    info="Draws the same class and seeds." if others != [MODEL] else "This demo serves one (ERW_MODELS adds more).",
+                    info="Draws the same class and seeds." if others != [MODEL] else "This demo has one model; its owner can add more (ERW_MODELS).",
                 )  # fmt: skip
                 with gr.Row():
                     run_compare = gr.Button(
@@ -536,13 +536,11 @@ with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_ca
                         "Watch it form", variant="primary", min_width=140, elem_id="form", elem_classes="go"
                     )
                     stop_form = gr.Button("Stop", variant="stop", min_width=100)
-                noisy = gr.Gallery(label="x_t: what the sampler holds", elem_id="noisy", **GALLERY, **BUTTONS)
-                clean = gr.Gallery(
-                    label="x_0: the picture that the model sees in it", elem_id="clean", **GALLERY, **BUTTONS
-                )
+                noisy = gr.Gallery(label="x_t: the noisy image", elem_id="noisy", **GALLERY, **BUTTONS)
+                clean = gr.Gallery(label="x_0: what the model predicts from it", elem_id="clean", **GALLERY, **BUTTONS)
             link = gr.Button("Copy link to these settings", size="sm", elem_id="link")
     history = gr.Gallery(
-        label="Made so far (choose to reuse)", elem_id="history", allow_preview=False,
+        label="Made so far (click to reuse the settings)", elem_id="history", allow_preview=False,
         buttons=[], **{**GALLERY, "columns": 8, "elem_classes": [*LOOK, "remembered"]},
     )  # fmt: skip
     made, remembered = gr.State(), gr.State([], time_to_live=3600)
@@ -578,7 +576,7 @@ demo.queue(max_size=128, default_concurrency_limit=1)
 THEME = gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono="monospace")
 LAUNCH = {"theme": THEME.set(checkbox_border_color="*neutral_400"), "ssr_mode": False}
 LAUNCH |= {"css_paths": HERE / "style.css", "head_paths": HERE / "page.html", "footer_links": ["api", "settings"]}
-LAUNCH |= {"mcp_server": importlib.util.find_spec("mcp") is not None}  # Spaces bring it
+LAUNCH |= {"mcp_server": importlib.util.find_spec("mcp") is not None}  # installed on Spaces
 
 if __name__ == "__main__":
     demo.launch(**LAUNCH)

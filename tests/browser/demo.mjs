@@ -128,7 +128,7 @@ const checks = {
     await page.waitForFunction(() => document.querySelector("#seed input").value === "12");
     assert.equal(await field(page, "#label").inputValue(), "3");
     assert.equal(await page.getByLabel("ODE, Heun").isChecked(), true);
-    await page.getByText("Settings of 3, seed 12 are back.").waitFor();
+    await page.getByText("Settings of 3, seed 12 restored.").waitFor();
     await page.click("#generate");
     await remembered(page, 4);
     const made = await pictures(page, "#history");
@@ -208,9 +208,9 @@ const checks = {
   async "a hostile link is refused and not run"(page, url) {
     const hostile = "<img src=x onerror='window.harm = true'>";
     await ready(page, url + link({ label: hostile, model: "/etc", num_images: "9e9" }));
-    await page.getByText("The link was not understood").first().waitFor();
+    await page.getByText("The settings in this link do not work").first().waitFor();
     await ready(page, url + link({ label: hostile }));
-    await page.getByText("The link was not understood").first().waitFor();
+    await page.getByText("The settings in this link do not work").first().waitFor();
     assert.equal(await page.evaluate(() => window.harm), undefined);
     assert.equal(await field(page, "#label").inputValue(), "0");
   },

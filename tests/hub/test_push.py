@@ -477,7 +477,7 @@ def test_a_run_that_has_only_warmed_up_is_pushed_as_that(hub, run, tmp_path):
     push.push_run(run, "user/m")
     files = hub.files("models", "user/m")
     assert "warmup/projectors.safetensors" in files and "model_index.json" not in files
-    assert len(files["metrics.jsonl"].splitlines()) == 3 and "draws nothing yet" in files["README.md"].decode()
+    assert len(files["metrics.jsonl"].splitlines()) == 3 and "cannot draw yet" in files["README.md"].decode()
     shutil.rmtree(run / "warmup")
     with pytest.raises(ValueError, match="neither a pipeline nor a warmup"):
         push.push_run(run, "user/m")

@@ -324,7 +324,7 @@ def save_tiny(folder, scheduler, vae=None, **config):
 
 
 def test_an_unconditional_and_a_latent_pipeline_draw_at_the_first_click(tmp_path, vae_path, monkeypatch, capsys):
-    """The first one with a scheduler of diffusers, whose repo brings no SDE, and a folder's name with a line break."""
+    """The first one with a scheduler of diffusers, whose repo has no SDE, and a folder's name with a line break."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
     unconditional = save_tiny(tmp_path / "unconditional", scheduler, num_classes=0)
     vae = AutoencoderKL.from_pretrained(vae_path)
@@ -354,7 +354,7 @@ def test_an_unconditional_and_a_latent_pipeline_draw_at_the_first_click(tmp_path
         assert [image.tobytes() for image in frame.clean] == expected, (name, sampler)
     label, radio = app.of_model("unconditional", "7", "sde")
     assert (label.value, radio.value) == ("no class", "euler")
-    with pytest.raises(app.gr.Error, match="brings no SDE"):
+    with pytest.raises(app.gr.Error, match="has no SDE"):
         list(app.sample({**settings, "model": "unconditional", "label": "no class", "sampler": "sde"}))
     with pytest.raises(app.gr.Error, match="Class must be 'no class', unconditional is unconditional"):
         app.checked("7", *numbers, "euler", "unconditional")

@@ -171,7 +171,7 @@ def test_a_line_is_read_by_the_type_of_its_key(tmp_path, line, name, value):
         ("streaming: maybe", ("line 2", "streaming must be true or false, got 'maybe'")),
         ("resume_from_checkpoint: true", ("line 2", "resume_from_checkpoint takes a name, got true", '"latest"')),
         ("vae: no", ("line 2", "vae takes a name, got no (write none to unset it)")),
-        ("report_to: false", ("line 2", "report_to takes a name, got false", "none for none")),
+        ("report_to: false", ("line 2", "report_to takes a name, got false", "all, or none")),
         ("mixed_precision: bf61", ("line 2", "mixed_precision must be one of ['auto', 'no', 'fp16', 'bf16']")),
         ("mixed_precision:", ("line 2", "mixed_precision has no value")),
         ("dataset_name: ''", ("line 2", "dataset_name has no value")),
