@@ -128,7 +128,7 @@ def test_the_maths_knows_no_files(name):
         ("data", {"pipeline_erw"}),
         ("encoders", set()),
         ("objective", {"alignment", "encoders", "flow", "transformer_erw"}),
-        ("warmup", {"objective", "transformer_erw"}),
+        ("warmup", {"encoders", "objective", "sizes", "transformer_erw"}),
         ("evaluation", {"data", "encoders", "files", "flow", "pipeline_erw", "provenance", "transformer_erw"}),
     ],
 )

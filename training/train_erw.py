@@ -59,7 +59,7 @@ from erw_hf.trainer.initialization import find_warmup, load_initial, load_warmup
 from erw_hf.trainer.phase import Phase
 from erw_hf.trainer.run_folder import RunFolder, check_vacant
 from erw_hf.trainer.run_record import describe_environment
-from erw_hf.trainer.setup import Inputs, build_full_model, build_warmup_model, open_inputs
+from erw_hf.trainer.setup import Inputs, build_full_model, build_warmup_model, fit_to_encoder, open_inputs
 from erw_hf.trainer.snapshots import Snapshots
 from erw_hf.trainer.step_log import Step, StepLog
 from erw_hf.warmup import check_hand_over, hand_over
@@ -104,6 +104,7 @@ def train(
     config: TrainingConfig, accelerator: Accelerator, folder: RunFolder, precision: tuple[str, str]
 ) -> Snapshots | None:
     """A run, by the owner of its folder; returns what is still being pushed, `None` if the run was told to stop."""
+    fit_to_encoder(config)
     checkpoint, progress = find_checkpoint(config, accelerator)
     if config.push_to_hub and accelerator.is_main_process:
         config.hub_model_id = prepare_repo(
@@ -116,6 +117,8 @@ def train(
         data = summary_of(inputs.source, inputs.image_size, inputs.image_channels)
         print(start_report(config, data, precision, accelerator.device, accelerator.num_processes), flush=True)
     stop_requested = stop_on_signals()
+    if inputs.warmup_teacher is not inputs.teacher:
+        logger.info("the patch embedding before the encoder's blocks is a new one, which the warmup teaches")
     begin_folder(inputs, folder, checkpoint, progress)
 
     batches, snapshots = Batches(inputs), Snapshots(inputs, progress)
@@ -143,7 +146,7 @@ def warmup_phase(inputs: Inputs) -> Phase:
     """Phase 1: the embedders, the first `warmup_depth` blocks and a projector learn what images mean."""
     config = inputs.config
     set_seed(config.seed)
-    model = build_warmup_model(config, inputs.source.num_classes, inputs.teacher.encoders)
+    model = build_warmup_model(config, inputs.source.num_classes, inputs.teacher.encoders, inputs.start_encoder)
     rate = config.learning_rate if config.warmup_learning_rate is None else config.warmup_learning_rate
     return Phase(inputs, model, range(config.warmup_steps), rate)
 
@@ -165,11 +168,12 @@ def full_phase(inputs: Inputs, start: State | None) -> Phase:
     """Phase 2: the whole model learns to draw, from the handed-over early blocks, lambda keeping them aligned."""
     config = inputs.config
     set_seed(config.seed)  # the later blocks start the same whatever the warmup was
-    model = build_full_model(config, inputs.source.num_classes, inputs.teacher.encoders)
+    start_encoder = inputs.start_encoder if config.warmup_steps == 0 else None
+    model = build_full_model(config, inputs.source.num_classes, inputs.teacher.encoders, start_encoder)
     if start is not None and config.init_from is not None:
         model.transformer.load_state_dict(start)
     elif start is not None:
-        names = hand_over(start, model, config.hand_over_projector)
+        names = hand_over(start, model, hands_over_projector(config, start))
         logger.info(f"hand-over: {len(names)} tensors of the warmup are the full model's, verified one by one")
     if config.gradient_checkpointing:
         model.transformer.enable_gradient_checkpointing()
@@ -212,7 +216,7 @@ def train_step(phase: Phase, batches: Batches, step: int) -> Step:
     for _ in range(config.gradient_accumulation_steps):
         samples = batches.next()
         with accelerator.accumulate(model):
-            batch = make_batch(inputs, to_device(samples, accelerator.device), aligned=weight > 0, noised=phase.noised)
+            batch = make_batch(phase, to_device(samples, accelerator.device), aligned=weight > 0)
             losses = phase.loss(model, batch, weight)
             accelerator.backward(losses.loss)
             for name, value in losses.values.items():
@@ -231,18 +235,19 @@ def train_step(phase: Phase, batches: Batches, step: int) -> Step:
     return Step(started, batches.waited - waited, weight, learning_rate, flops, sums, grad_norm)
 
 
-def make_batch(inputs: Inputs, samples: Samples, aligned: bool, noised: bool) -> Batch:
+def make_batch(phase: Phase, samples: Samples, aligned: bool) -> Batch:
     """What the loss sees of samples as they were read; the teacher runs if the step aligns, or for a class token."""
+    inputs = phase.inputs
     if "moments" in samples:  # of a latent cache
         x0 = moments_to_latents(samples["moments"], inputs.vae, samples["posterior_noise"])
     else:
         x0 = pixels_to_latents(samples["pixels"], inputs.vae, samples["posterior_noise"])  # (B, C, h, w)
     t = inputs.objective.flow_time(samples["time_normal"])  # (B,)
-    targets, class_token = inputs.teacher(samples, aligned)  # (B, N, D) of each encoder, (B, E)
+    targets, class_token = phase.teacher(samples, aligned)  # (B, N, D) of each encoder, (B, E)
     return Batch(
         x0=x0,
         noise=samples["noise"],
-        t=t if noised else torch.zeros_like(t),
+        t=t if phase.noised else torch.zeros_like(t),
         class_labels=samples["label"],
         drop=samples["drop"],
         targets=targets,
@@ -277,11 +282,17 @@ def load_start(inputs: Inputs, checkpoint: Path | None) -> State | None:
         state = load_warmup(config.warmup_from, inputs.model_config)
         with torch.device("meta"):
             model = build_full_model(config, inputs.source.num_classes, inputs.teacher.encoders)
-            check_hand_over(state, model, config.hand_over_projector)
+            check_hand_over(state, model, hands_over_projector(config, state))
         return state
     if config.init_from is not None and checkpoint is None:
         return load_initial(config.init_from, inputs.model_config, inputs.source.id2label)
     return None
+
+
+def hands_over_projector(config: TrainingConfig, state: State) -> bool:
+    """A warmup that taught a new patch embedding before an encoder's blocks has none."""
+    has_none = config.start_from_encoder > 0 and not any(name.startswith("projectors.") for name in state)
+    return config.hand_over_projector and not has_none
 
 
 def begin_folder(inputs: Inputs, folder: RunFolder, checkpoint: Path | None, progress: Progress) -> None:

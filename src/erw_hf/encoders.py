@@ -45,9 +45,12 @@ class RepresentationEncoder(nn.Module):
         antialias_positions (`bool`, *optional*, defaults to `False`):
             Resample the model's position table once, with antialias, as REPA-type code does by way of timm. By default
             transformers resamples it in its own way, which gives other tokens where the grid is not the model's own.
+        depth (`int`, *optional*):
+            Give the tokens after this block, without the last norm; the later blocks are cut off the model. Of a ViT only.
+            By default the model's last tokens.
 
     Raises:
-        ValueError: if the model cannot give `token_grid` x `token_grid` patch tokens.
+        ValueError: if the model cannot give `token_grid` x `token_grid` patch tokens, or has no block `depth`.
     """
 
     image_mean: torch.Tensor
@@ -61,10 +64,13 @@ class RepresentationEncoder(nn.Module):
         token_grid: int,
         image_size: int | None = None,
         antialias_positions: bool = False,
+        depth: int | None = None,
     ) -> None:
         super().__init__()
         if antialias_positions:
             _resample_positions(model, token_grid)
+        if depth is not None:
+            _cut(model, depth)
         self.model = model.eval().requires_grad_(False)
         # ViT, MAE, I-JEPA, CLIP and SigLIP resample their position tables only when told to.
         accepted = inspect.signature(model.forward).parameters
@@ -74,7 +80,7 @@ class RepresentationEncoder(nn.Module):
             model.config.mask_ratio = 0.0
         self.token_grid = token_grid
         is_timm = getattr(model.config, "model_type", None) == "timm_wrapper"
-        patch_size = _patch_size(model)
+        self.patch_size = patch_size = _patch_size(model)
         self.image_size = token_grid * patch_size if image_size is None else image_size
         if is_timm and hasattr(model.timm_model, "set_input_size"):
             model.timm_model.set_input_size(self.image_size)  # resamples the position table with antialias
@@ -122,6 +128,7 @@ class RepresentationEncoder(nn.Module):
         dtype: torch.dtype = torch.float32,
         antialias_positions: bool = False,
         revision: str | None = None,
+        depth: int | None = None,
     ) -> "RepresentationEncoder":
         """
         Loads an encoder from the Hub or from a folder.
@@ -133,6 +140,7 @@ class RepresentationEncoder(nn.Module):
             dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of the weights.
             antialias_positions (`bool`, *optional*, defaults to `False`): See the class.
             revision (`str`, *optional*): Commit, branch or tag of the Hub repo.
+            depth (`int`, *optional*): See the class.
 
         Returns:
             [`RepresentationEncoder`]: The encoder, frozen, on the CPU.
@@ -156,7 +164,7 @@ class RepresentationEncoder(nn.Module):
             mean, std = processor.data_config["mean"], processor.data_config["std"]
         else:
             mean, std = processor.image_mean, processor.image_std
-        return cls(model, mean, std, token_grid, image_size, antialias_positions)
+        return cls(model, mean, std, token_grid, image_size, antialias_positions, depth)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -271,6 +279,39 @@ class RepresentationEncoder(nn.Module):
         if images.shape[-1] != self.image_size:
             images = F.interpolate(images, size=(self.image_size, self.image_size), mode="bicubic")
         return self._hidden_states(images.to(self.dtype))
+
+
+def vit_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """
+    Args:
+        model (`transformers.PreTrainedModel`): A ViT.
+
+    Returns:
+        `nn.ModuleList`: Its blocks.
+
+    Raises:
+        ValueError: if it is not a ViT.
+    """
+    count = getattr(model.config, "num_hidden_layers", None)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(f"{type(model).__name__} is not a ViT of transformers: it has no list of blocks")
+
+
+def _cut(model: PreTrainedModel, depth: int) -> None:
+    """Leaves the first blocks of a ViT, and no norm after them."""
+    blocks = vit_blocks(model)
+    if not 1 <= depth <= len(blocks):
+        raise ValueError(
+            f"the encoder's depth {depth} must lie in [1, {len(blocks)}], the blocks of {type(model).__name__}"
+        )
+    del blocks[depth:]
+    model.config.num_hidden_layers = depth
+    for module in list(model.modules()):
+        for name, _ in list(module.named_children()):
+            if name in ("layernorm", "norm", "post_layernorm"):
+                setattr(module, name, nn.Identity())
 
 
 @torch.no_grad()

@@ -129,8 +129,9 @@ class ERWAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(dim, inner_dim)
         self.to_v = nn.Linear(dim, inner_dim)
         self.to_out = nn.ModuleList([nn.Linear(inner_dim, dim), nn.Dropout(0.0)])
-        self.norm_q = None if qk_norm is None else _norm(qk_norm, head_dim, affine=True)
-        self.norm_k = None if qk_norm is None else _norm(qk_norm, head_dim, affine=True)
+        eps = 1e-5 if qk_norm == "layer_norm" else 1e-6  # PyTorch's default in the published checkpoints
+        self.norm_q = None if qk_norm is None else _norm(qk_norm, head_dim, affine=True, eps=eps)
+        self.norm_k = None if qk_norm is None else _norm(qk_norm, head_dim, affine=True, eps=eps)
         self.set_processor(self._default_processor_cls())
 
     def forward(
@@ -154,14 +155,15 @@ class ERWTransformerBlock(nn.Module):
         qk_norm: str | None = None,
         norm_type: str = "layer_norm",
         activation_fn: str = "gelu-approximate",
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         # A gated feed-forward has three matrices for two: two thirds of the width keep its parameter count.
         inner_dim = int(dim * mlp_ratio * 2 / 3) if activation_fn == "swiglu" else int(dim * mlp_ratio)
         # RMSNorm carries a weight, as in LightningDiT; LayerNorm has none, as in DiT and SiT.
-        self.norm1 = _norm(norm_type, dim, affine=norm_type == "rms_norm")
+        self.norm1 = _norm(norm_type, dim, affine=norm_type == "rms_norm", eps=norm_eps)
         self.attn = ERWAttention(dim, heads, head_dim, qk_norm)
-        self.norm2 = _norm(norm_type, dim, affine=norm_type == "rms_norm")
+        self.norm2 = _norm(norm_type, dim, affine=norm_type == "rms_norm", eps=norm_eps)
         self.ff = FeedForward(dim, inner_dim=inner_dim, activation_fn=activation_fn)
         # Tensor parallelism splits SwiGLU's two halves each by itself, or a rank would gate with another's values.
         self.ff.net[0].proj._tp_packed_col_blocks = [inner_dim] * (2 if activation_fn == "swiglu" else 1)
@@ -228,15 +230,22 @@ class ERWClassTokenEmbedding(nn.Module):
 
 
 class ERWRotaryPosEmbed(nn.Module):
-    """2D rotary embedding: the first half of each head turns with the row, the second with the column. A class token,
-    which has no place in the grid, does not turn."""
+    """2D rotary embedding: the first half of each head turns with the row, the second with the column, each times `scale`.
+    A class token, which has no place in the grid, does not turn."""
 
     cos: torch.Tensor
     sin: torch.Tensor
 
-    def __init__(self, head_dim: int, grid_size: int, with_class_token: bool = False, theta: float = 10000.0) -> None:
+    def __init__(
+        self,
+        head_dim: int,
+        grid_size: int,
+        with_class_token: bool = False,
+        theta: float = 10000.0,
+        scale: float = 1.0,
+    ) -> None:
         super().__init__()
-        axis = torch.arange(grid_size).float()
+        axis = torch.arange(grid_size).float() * scale
         cos, sin = get_1d_rotary_pos_embed(head_dim // 2, axis, theta=theta, use_real=True)  # (grid, head_dim / 2)
         rows = torch.arange(grid_size).repeat_interleave(grid_size)
         columns = torch.arange(grid_size).repeat(grid_size)
@@ -255,9 +264,9 @@ class ERWRotaryPosEmbed(nn.Module):
 class ERWAdaLayerNormOut(nn.Module):
     """The final modulated norm. Shift comes before scale in the projection, as in the published SiT checkpoints."""
 
-    def __init__(self, dim: int, norm_type: str) -> None:
+    def __init__(self, dim: int, norm_type: str, norm_eps: float) -> None:
         super().__init__()
-        self.norm = _norm(norm_type, dim, affine=norm_type == "rms_norm")
+        self.norm = _norm(norm_type, dim, affine=norm_type == "rms_norm", eps=norm_eps)
         self.modulation = nn.Linear(dim, 2 * dim)
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
@@ -265,12 +274,11 @@ class ERWAdaLayerNormOut(nn.Module):
         return self.norm(hidden_states) * (1 + scale) + shift
 
 
-def _norm(norm_type: str, dim: int, affine: bool) -> nn.Module:
+def _norm(norm_type: str, dim: int, affine: bool, eps: float) -> nn.Module:
     if norm_type == "layer_norm":
-        # Only QK-norm has weights, and in the published checkpoints PyTorch's default epsilon.
-        return nn.LayerNorm(dim, eps=1e-5 if affine else 1e-6, elementwise_affine=affine)
+        return nn.LayerNorm(dim, eps=eps, elementwise_affine=affine)
     if norm_type == "rms_norm":
-        return nn.RMSNorm(dim, eps=1e-6, elementwise_affine=affine)
+        return nn.RMSNorm(dim, eps=eps, elementwise_affine=affine)
     raise ValueError(f'a norm must be "layer_norm" or "rms_norm", got {norm_type!r}')
 
 
@@ -293,8 +301,8 @@ def velocity_from_sample(x_t: torch.Tensor, sample: torch.Tensor, t: torch.Tenso
     return ((x_t.float() - sample.float()) / t).to(sample.dtype)
 
 
-def _patch_embed(sample_size: int, patch_size: int, in_channels: int, dim: int) -> PatchEmbed:
-    """Its table of positions is computed on the CPU, in float64, which not every device has."""
+def _patch_embed(sample_size: int, patch_size: int, in_channels: int, dim: int, learned: bool) -> PatchEmbed:
+    """Its table of positions is computed on the CPU, in float64, which not every device has; a learned one starts from it."""
     arguments = {"patch_size": patch_size, "in_channels": in_channels, "embed_dim": dim}
     embed = PatchEmbed(height=sample_size, width=sample_size, pos_embed_type=None, **arguments)
     del embed.pos_embed
@@ -302,7 +310,11 @@ def _patch_embed(sample_size: int, patch_size: int, in_channels: int, dim: int) 
     table = (
         get_2d_sincos_pos_embed(dim, grid, base_size=grid, device="cpu", output_type="pt").float().unsqueeze(0)
     )  # (1, N, D)
-    embed.register_buffer("pos_embed", table.to(torch.get_default_device()), persistent=False)
+    table = table.to(torch.get_default_device())
+    if learned:
+        embed.pos_embed = nn.Parameter(table)
+    else:
+        embed.register_buffer("pos_embed", table, persistent=False)
     return embed
 
 
@@ -332,7 +344,9 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         use_rope (`bool`, defaults to `False`): Add 2D rotary embeddings to the fixed sin-cos ones.
         qk_norm (`str`, *optional*): `"layer_norm"` or `"rms_norm"` over each head's queries and keys; `None` for none.
         norm_type (`str`, defaults to `"layer_norm"`): `"layer_norm"` without or `"rms_norm"` with weights.
-        activation_fn (`str`, defaults to `"gelu-approximate"`): `"gelu-approximate"` or `"swiglu"`.
+        activation_fn (`str`, defaults to `"gelu-approximate"`):
+            As diffusers names them: `"gelu-approximate"` (by tanh), `"gelu"` (exact), `"geglu-approximate"` (x times the
+            sigmoid of 1.702 x, CLIP's) or `"swiglu"`.
         class_token_dim (`int`, *optional*):
             Width of an encoder's class token that is noised and denoised beside the latents, as one more token (REG,
             arXiv 2507.01467); `None` for none. Where that makes an odd number of tokens, context parallelism needs
@@ -340,6 +354,11 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         prediction_type (`str`, defaults to `"velocity"`):
             What the last layer predicts: the `"velocity"`, or the clean `"sample"` (JiT, arXiv 2511.13720), class token
             included, which [`velocity_from_sample`] then turns into the velocity of the linear path.
+        pos_embed_type (`str`, defaults to `"sincos"`):
+            `"sincos"`, a fixed table of positions, or `"learned"`, a trained one that starts from it.
+        norm_eps (`float`, defaults to 1e-6): Epsilon of the norms of blocks and final layer.
+        rope_theta (`float`, defaults to 10000.0): Base of the rotary embeddings' periods.
+        rope_scale (`float`, defaults to 1.0): What rows and columns are multiplied by before they turn.
 
     Raises:
         ValueError: if `sample_size` is not a multiple of `patch_size`, or an option is none of its values.
@@ -386,17 +405,26 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         activation_fn: str = "gelu-approximate",
         class_token_dim: int | None = None,
         prediction_type: str = "velocity",
+        pos_embed_type: str = "sincos",
+        norm_eps: float = 1e-6,
+        rope_theta: float = 10000.0,
+        rope_scale: float = 1.0,
     ) -> None:
         super().__init__()
         if prediction_type not in ("velocity", "sample"):
             raise ValueError(f'prediction_type must be "velocity" or "sample", got {prediction_type!r}')
         if sample_size % patch_size != 0:
             raise ValueError(f"sample_size={sample_size} is not a multiple of patch_size={patch_size}")
-        if activation_fn not in ("gelu-approximate", "swiglu"):
-            raise ValueError(f'activation_fn must be "gelu-approximate" or "swiglu", got {activation_fn!r}')
+        if activation_fn not in ("gelu-approximate", "gelu", "geglu-approximate", "swiglu"):
+            raise ValueError(
+                'activation_fn must be "gelu-approximate", "gelu", "geglu-approximate" or "swiglu", '
+                f"got {activation_fn!r}"
+            )
+        if pos_embed_type not in ("sincos", "learned"):
+            raise ValueError(f'pos_embed_type must be "sincos" or "learned", got {pos_embed_type!r}')
         dim = num_attention_heads * attention_head_dim
 
-        self.pos_embed = _patch_embed(sample_size, patch_size, in_channels, dim)
+        self.pos_embed = _patch_embed(sample_size, patch_size, in_channels, dim, pos_embed_type == "learned")
         self.time_class_embed = ERWTimeClassEmbedding(dim, num_classes, class_dropout_prob)
         self.class_token_embed = None
         if class_token_dim is not None:
@@ -411,19 +439,30 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             if attention_head_dim % 4 != 0:
                 raise ValueError(f"use_rope needs attention_head_dim divisible by 4, got {attention_head_dim}")
             self.rope = ERWRotaryPosEmbed(
-                attention_head_dim, sample_size // patch_size, with_class_token=class_token_dim is not None
+                attention_head_dim,
+                sample_size // patch_size,
+                with_class_token=class_token_dim is not None,
+                theta=rope_theta,
+                scale=rope_scale,
             )
             rope_input = ContextParallelInput(split_dim=0, expected_dims=2, split_output=True)
             self._cp_plan = {"rope": {0: rope_input, 1: rope_input}, **self._cp_plan}
         self.transformer_blocks = nn.ModuleList(
             [
                 ERWTransformerBlock(
-                    dim, num_attention_heads, attention_head_dim, mlp_ratio, qk_norm, norm_type, activation_fn
+                    dim,
+                    num_attention_heads,
+                    attention_head_dim,
+                    mlp_ratio,
+                    qk_norm,
+                    norm_type,
+                    activation_fn,
+                    norm_eps,
                 )
                 for _ in range(num_layers)
             ]
         )
-        self.norm_out = ERWAdaLayerNormOut(dim, norm_type)
+        self.norm_out = ERWAdaLayerNormOut(dim, norm_type, norm_eps)
         self.proj_out = nn.Linear(dim, patch_size * patch_size * in_channels)
         self.class_token_out = None if class_token_dim is None else nn.Linear(dim, class_token_dim)
 
@@ -496,8 +535,8 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             [`ERWTransformer2DModelOutput`] or `tuple`: the velocity `(B, C, H, W)`, and the tokens asked for.
 
         Raises:
-            ValueError: if a depth lies outside the model, `tokens_only` comes without a depth, or a class token is given
-                to a model that has none or missing where it has one.
+            ValueError: if a depth lies outside the model, `tokens_only` comes without a depth, a class token is given
+                to a model that has none or missing where it has one, or the size is not that of a learned table.
         """
         num_layers = len(self.transformer_blocks)
         if any(not 1 <= depth <= num_layers for depth in hidden_states_depths):
@@ -516,6 +555,9 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         depth_to_run = max(hidden_states_depths) if tokens_only else num_layers
         x_t, class_token_t = hidden_states, class_token
         height, width = hidden_states.shape[-2:]
+        side = self.config.sample_size
+        if self.config.pos_embed_type == "learned" and (height, width) != (side, side):
+            raise ValueError(f"a learned table of positions has one size: {side}x{side}, got {height}x{width}")
 
         hidden_states = self.pos_embed(hidden_states)  # (B, N, D)
         temb = self.time_class_embed(timestep, class_labels, force_drop_ids, hidden_states.dtype)  # (B, D)

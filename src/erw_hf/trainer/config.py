@@ -160,8 +160,18 @@ class ModelConfig:
     )
     qk_norm: Literal["none", "layer_norm", "rms_norm"] = _key("none", "Norm of queries and keys.", fixed=True)
     norm_type: Literal["layer_norm", "rms_norm"] = _key("layer_norm", "Norm of the blocks.", fixed=True)
-    activation_fn: Literal["gelu-approximate", "swiglu"] = _key(
-        "gelu-approximate", "Feed-forward activation.", fixed=True
+    norm_eps: float = _key(1e-6, "Epsilon of the blocks' norms.", range=ABOVE_0, fixed=True)
+    activation_fn: Literal["gelu-approximate", "gelu", "geglu-approximate", "swiglu"] = _key(
+        "gelu-approximate",
+        "Feed-forward activation, as diffusers names them: GELU by tanh, exact, by sigmoid as CLIP's; or gated.",
+        fixed=True,
+    )
+    pos_embed_type: Literal["sincos", "learned"] = _key(
+        "sincos", "Table of positions: fixed, or trained from there.", fixed=True
+    )
+    rope_theta: float = _key(10000.0, "Base of the rotary embeddings' periods.", range=ABOVE_0, fixed=True)
+    rope_scale: float = _key(
+        1.0, "Factor of the positions that the rotary embeddings turn by.", range=ABOVE_0, fixed=True
     )
     prediction_type: Literal["velocity", "sample"] = _key(
         "velocity",
@@ -197,11 +207,22 @@ class AlignmentConfig:
         "mlp", "mlp: three layers per token, as in REPA; conv: 3x3, as in iREPA.", fixed=True
     )
     projector_dim: int = _key(2048, "Width of the mlp projector's hidden layers.", range=AT_LEAST_1, fixed=True)
+    start_from_encoder: int = _key(
+        0,
+        "Number of blocks that start as the first encoder's (a ViT of the model's width); 0 for none. Sets activation_fn, "
+        "norm_eps and the keys of positions. On pixels, with patches of the encoder's size, the patch embedding starts as the "
+        "encoder's too; otherwise the warmup trains a new one to give the encoder's tokens after these blocks.",
+        range=AT_LEAST_0,
+        fixed=True,
+    )
     warmup_steps: int = _key(
         0, "Steps of phase 1, the representation warmup; 0 for none.", range=AT_LEAST_0, fixed=True
     )
     warmup_depth: int = _key(5, "Blocks that are warmed up.", range=AT_LEAST_1, fixed=True)
     warmup_noised: bool = _key(False, "Warm up on noised latents instead of clean ones at t = 0.", fixed=True)
+    warmup_trains_blocks: bool = _key(
+        True, "Train the blocks of start_from_encoder in the warmup too; false keeps them frozen there.", fixed=True
+    )
     warmup_from: str | None = _key(
         None, "Start phase 2 from the `warmup` folder (or Hub repo) of an earlier run.", path="or_id"
     )
@@ -418,6 +439,22 @@ class TrainingConfig(
             raise ValueError(f"without a vae, in_channels is 1 (grey) or 3 (RGB), got {self.in_channels}; or set vae")
         if self.encoder is None and self.warmup_steps > 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} needs an encoder to align with")
+        if self.start_from_encoder > 0:
+            if not split_names(self.encoder or ""):
+                raise ValueError("start_from_encoder needs an encoder, whose blocks the model starts from")
+            if self.start_from_encoder > self.num_layers:
+                raise ValueError(
+                    f"start_from_encoder={self.start_from_encoder} must lie in [0, num_layers={self.num_layers}]"
+                )
+            if 0 < self.warmup_steps and self.warmup_depth < self.start_from_encoder:
+                raise ValueError(
+                    f"start_from_encoder={self.start_from_encoder} blocks do not fit in warmup_depth={self.warmup_depth}: "
+                    "set warmup_depth to as many at least"
+                )
+            if self.init_from is not None:
+                raise ValueError("init_from starts from a whole model: leave start_from_encoder out")
+        if not self.warmup_trains_blocks and (self.start_from_encoder == 0 or self.warmup_steps == 0):
+            raise ValueError("warmup_trains_blocks: false needs a warmup of start_from_encoder's blocks")
         if self.warmup_from is not None and self.warmup_steps > 0:
             raise ValueError("warmup_from starts phase 2 from an earlier warmup: set warmup_steps to 0")
         if self.init_from is not None and (self.warmup_steps > 0 or self.warmup_from is not None):

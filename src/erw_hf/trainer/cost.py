@@ -38,12 +38,23 @@ from erw_hf.data.source import (
     load_source,
 )
 from erw_hf.encoders import VISION_TOWERS, RepresentationEncoder
+from erw_hf.objective import Teacher
 from erw_hf.pipeline_erw import ERWPipeline
 from erw_hf.provenance import device_name
 from erw_hf.trainer.config import TrainingConfig
 from erw_hf.trainer.device import choose_precision, found_device
 from erw_hf.trainer.flops import PEAK_FLOPS, count_step_flops
-from erw_hf.trainer.setup import build_full_model, build_teacher, build_warmup_model, check_cache, choose_attention
+from erw_hf.trainer.run_record import split_names
+from erw_hf.trainer.setup import (
+    build_full_model,
+    build_teacher,
+    build_warmup_model,
+    check_cache,
+    check_start,
+    choose_attention,
+    fit_to_encoder,
+    teaches_embedding,
+)
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
 
@@ -116,6 +127,7 @@ def start_report(
         ("classes", classes),
         ("model", f"{name}{size}, {config.token_grid}x{config.token_grid} tokens"),
         ("encoder", ", ".join(config.encoders) or "none"),
+        *([("start", _start(config))] if config.start_from_encoder else []),
         (
             "batch",
             f"{processes} process{'es' * (processes > 1)} x {batch} x {accumulation} accumulated = "
@@ -127,6 +139,14 @@ def start_report(
         ("steps", f"{config.warmup_steps} warmup + {config.max_train_steps - config.warmup_steps} full"),
         ("writes to", config.output_dir),
     ])  # fmt: skip
+
+
+def _start(config: TrainingConfig) -> str:
+    frozen = "" if config.warmup_trains_blocks else ", frozen in the warmup"
+    return (
+        f"the first {config.start_from_encoder} blocks of {split_names(config.encoder or '')[0]}{frozen}; "
+        f"{config.activation_fn}, norm_eps {config.norm_eps:g}, {config.pos_embed_type} positions"
+    )
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
@@ -148,21 +168,28 @@ def cost_report(config: TrainingConfig) -> str:
         ValueError: for columns, depths, grids or classes that do not fit, with what to change.
         OSError: for a data set, encoder or autoencoder that does not exist or that this account may not read.
     """
+    fit_to_encoder(config)
     precision = choose_precision(config.mixed_precision)
     data = _check_data(config)
     num_classes, num_images = data.num_classes, data.num_images
     start = start_report(config, data, precision, found_device(), int(os.environ.get("WORLD_SIZE", 1)))
     with torch.device("meta"):
-        encoders = _encoders_on_meta(config)
+        encoders = [_encoder_on_meta(config, name) for name in config.encoders]
         full = build_full_model(config, num_classes, encoders)
         teacher = build_teacher(config, encoders, data.has_features)
         full_flops = count_step_flops(full, teacher.running(aligned=bool(full.projectors)))
         unaligned_flops = count_step_flops(full, teacher.running(aligned=False))
         warmup_flops = 0
+        warmup_teacher, start_encoder = teacher, None
+        if config.start_from_encoder > 0 and config.warmup_from is None:
+            name = split_names(config.encoder or "")[0]
+            start_encoder = _encoder_on_meta(config, name)
+            check_start(config, start_encoder, data.has_features)
+            if teaches_embedding(config, start_encoder):
+                warmup_teacher = Teacher([_encoder_on_meta(config, name, config.start_from_encoder)])
         if config.warmup_steps > 0:
-            warmup_flops = count_step_flops(
-                build_warmup_model(config, num_classes, encoders), teacher.running(aligned=True)
-            )
+            warmup = build_warmup_model(config, num_classes, encoders, start_encoder)
+            warmup_flops = count_step_flops(warmup, warmup_teacher.running(aligned=True))
 
     batch = config.step_batch_size(processes=1)
     full_steps = config.max_train_steps - config.warmup_steps
@@ -262,20 +289,17 @@ def _rows(info: DatasetInfo, config: TrainingConfig) -> int | None:
     return None if split is None else split.num_examples
 
 
-def _encoders_on_meta(config: TrainingConfig) -> list[RepresentationEncoder]:
-    encoders = []
-    for name in config.encoders:
-        with hub_or_cache(name, "encoder"):
-            encoder_config = AutoConfig.from_pretrained(name)
-        tower = VISION_TOWERS.get(encoder_config.model_type)
-        if tower is not None:
-            model = tower(encoder_config.vision_config)
-        else:
-            model = AutoModel.from_config(encoder_config)
-        encoders.append(
-            RepresentationEncoder(model, [0.5] * 3, [0.5] * 3, config.token_grid, config.encoder_image_size)
-        )
-    return encoders
+def _encoder_on_meta(config: TrainingConfig, name: str, depth: int | None = None) -> RepresentationEncoder:
+    with hub_or_cache(name, "encoder"):
+        encoder_config = AutoConfig.from_pretrained(name)
+    tower = VISION_TOWERS.get(encoder_config.model_type)
+    if tower is not None:
+        model = tower(encoder_config.vision_config)
+    else:
+        model = AutoModel.from_config(encoder_config)
+    return RepresentationEncoder(
+        model, [0.5] * 3, [0.5] * 3, config.token_grid, config.encoder_image_size, depth=depth
+    )
 
 
 def _activations(config: TrainingConfig, batch: int) -> float:

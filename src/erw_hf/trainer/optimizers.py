@@ -70,10 +70,10 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """`"adamw"`, fused, or `"muon"`, for the parameters of a model that are not frozen."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if name == "adamw":
-        return torch.optim.AdamW(trained.values(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
     # Muon is for hidden matrices: not for embeddings, gains, biases and the output (Jordan et al., 2024).
-    matrices = {name for name, parameter in trained.items() if ".transformer_blocks." in name and parameter.ndim == 2}
+    matrices = {n for n, parameter in trained.items() if ".transformer_blocks." in n and parameter.ndim == 2}
+    if name == "adamw" or not matrices:  # none: a warmup whose blocks are frozen
+        return torch.optim.AdamW(trained.values(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
     return MuonWithAdamW(
         [parameter for name, parameter in trained.items() if name in matrices],
         [parameter for name, parameter in trained.items() if name not in matrices],

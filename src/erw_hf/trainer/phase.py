@@ -47,8 +47,9 @@ class Phase:
         self.name = "warmup" if model.warmup else "full"
         self.loss = inputs.objective.warmup_loss if model.warmup else inputs.objective.full_loss
         self.noised = config.warmup_noised or not model.warmup
+        self.teacher = inputs.warmup_teacher if model.warmup else inputs.teacher
         self.flops = {  # of an image, by whether the step aligns
-            aligned: count_step_flops(model, inputs.teacher.running(aligned)) for aligned in (False, True)
+            aligned: count_step_flops(model, self.teacher.running(aligned)) for aligned in (False, True)
         }
         choose_attention(model.transformer, accelerator.device.type, accelerator.mixed_precision)
         if config.compiles(accelerator.device.type):

@@ -26,17 +26,20 @@ from diffusers import AutoModel, ModelMixin
 from diffusers.models.attention_dispatch import AttentionBackendName
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from transformers import AutoConfig
 
 from erw_hf.alignment import ConvProjector, MLPProjector, choose_alignment_loss
 from erw_hf.data.latents import check_autoencoder, check_finite, image_channels, moments_to_latents, pixels_to_latents
+from erw_hf.data.retrying import hub_or_cache
 from erw_hf.data.source import Source, check_cache_files, load_source
-from erw_hf.encoders import RepresentationEncoder
+from erw_hf.encoders import RepresentationEncoder, vit_blocks
 from erw_hf.objective import AlignedTransformer, Objective, Teacher
 from erw_hf.pipeline_erw import ERWPipeline
 from erw_hf.trainer.config import TrainingConfig
 from erw_hf.trainer.device import to_device
+from erw_hf.trainer.run_record import split_names
 from erw_hf.transformer_erw import ERWTransformer2DModel
-from erw_hf.warmup import build_warmup_transformer
+from erw_hf.warmup import build_warmup_transformer, encoder_options, start_from_encoder, takes_patch_embedding
 
 
 Encoders = Sequence[RepresentationEncoder]
@@ -53,6 +56,9 @@ class Inputs:
         source ([`~data.source.Source`]): The data.
         vae (a diffusers autoencoder, *optional*): `None` for a run on pixels.
         teacher ([`~objective.Teacher`]): What is aligned with.
+        warmup_teacher ([`~objective.Teacher`]): What the warmup aligns with: the same, or with a new patch embedding before an
+            encoder's blocks the tokens after these.
+        start_encoder ([`RepresentationEncoder`], *optional*): Whose blocks the model starts from, in float32 on the CPU.
         objective ([`~objective.Objective`]): What is minimised.
         model_config (`dict`): Arguments of the full [`ERWTransformer2DModel`].
         image_size (`int`): Side of the images, in pixels.
@@ -64,6 +70,8 @@ class Inputs:
     source: Source
     vae: ModelMixin | None
     teacher: Teacher
+    warmup_teacher: Teacher
+    start_encoder: RepresentationEncoder | None
     objective: Objective
     model_config: dict[str, Any]
     image_size: int
@@ -82,10 +90,67 @@ def open_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
     vae, image_size, channels = load_vae(config, accelerator.device)
     encoders = load_encoders(config, accelerator.device, accelerator.mixed_precision)
     model_config = config.model_config(source.num_classes, class_token_dim(config, encoders))
-    teacher = build_teacher(config, encoders, source.has_features)
+    teacher = warmup_teacher = build_teacher(config, encoders, source.has_features)
+    start_encoder = None
+    if config.start_from_encoder > 0 and config.warmup_from is None:
+        start_encoder = _load_encoder(config, split_names(config.encoder or "")[0], torch.float32)
+        check_start(config, start_encoder, source.has_features)
+        if teaches_embedding(config, start_encoder):
+            dtype = _encoder_dtype(accelerator.mixed_precision)
+            early = _load_encoder(config, config.encoders[0], dtype, accelerator.device, config.start_from_encoder)
+            warmup_teacher = Teacher([early])
     return Inputs(
-        config, accelerator, source, vae, teacher, build_objective(config), model_config, image_size, channels
+        config=config,
+        accelerator=accelerator,
+        source=source,
+        vae=vae,
+        teacher=teacher,
+        warmup_teacher=warmup_teacher,
+        start_encoder=start_encoder,
+        objective=build_objective(config),
+        model_config=model_config,
+        image_size=image_size,
+        image_channels=channels,
     )
+
+
+def fit_to_encoder(config: TrainingConfig) -> None:
+    """Sets the keys of the model that the blocks of `start_from_encoder` need: the configuration is then what is trained."""
+    if config.start_from_encoder == 0:
+        return
+    name = split_names(config.encoder or "")[0]
+    with hub_or_cache(name, "encoder"):
+        encoder_config = AutoConfig.from_pretrained(name)
+    for key, value in encoder_options(encoder_config, config.model_config(num_classes=0), name).items():
+        setattr(config, key, value)
+
+
+def teaches_embedding(config: TrainingConfig, encoder: RepresentationEncoder) -> bool:
+    """Whether the patch embedding before the blocks of `start_from_encoder` is a new one, which the warmup teaches."""
+    return config.vae is not None or not takes_patch_embedding(encoder, config.patch_size)
+
+
+def check_start(config: TrainingConfig, encoder: RepresentationEncoder, cached: bool) -> None:
+    """Raises where the encoder has fewer blocks than `start_from_encoder`, or a new patch embedding would not be taught."""
+    depth, blocks = config.start_from_encoder, len(vit_blocks(encoder.model))
+    if depth > blocks:
+        raise ValueError(f"start_from_encoder={depth}: the encoder {config.encoder} has {blocks} blocks")
+    if not teaches_embedding(config, encoder):
+        return
+    new = f"start_from_encoder={depth}: the patch embedding before the encoder's blocks is a new one"
+    if config.warmup_steps == 0:
+        raise ValueError(
+            f"{new}, which only a warmup can teach: set warmup_steps, to some hundreds, and warmup_depth={depth}"
+        )
+    if config.warmup_depth != depth:
+        raise ValueError(f"{new}, taught by the encoder's tokens after block {depth}: set warmup_depth={depth}")
+    if cached:
+        raise ValueError(
+            f"{new}, taught by the encoder's tokens after block {depth}, and the latent cache holds the last ones: make it by "
+            "cache_latents.py without --encoder (the run then encodes its images)"
+        )
+    if config.class_token_weight > 0:
+        raise ValueError(f"{new}, whose warmup has no class token: set class_token_weight to 0")
 
 
 @torch.no_grad()
@@ -137,16 +202,25 @@ def load_vae(config: TrainingConfig, device: torch.device) -> tuple[ModelMixin |
 
 def load_encoders(config: TrainingConfig, device: torch.device, mixed_precision: str) -> list[RepresentationEncoder]:
     """The teachers, in the precision of the run and compiled if it compiles; none for a run that aligns nowhere."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
-    encoders = []
-    for name in config.encoders:
-        encoder = RepresentationEncoder.from_pretrained(
-            name, config.token_grid, config.encoder_image_size, dtype, config.encoder_antialias
-        ).to(device)
+    return [_load_encoder(config, name, _encoder_dtype(mixed_precision), device) for name in config.encoders]
+
+
+def _encoder_dtype(mixed_precision: str) -> torch.dtype:
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
+
+
+def _load_encoder(
+    config: TrainingConfig, name: str, dtype: torch.dtype, device: torch.device | None = None, depth: int | None = None
+) -> RepresentationEncoder:
+    """To run on a device, or for its weights alone."""
+    encoder = RepresentationEncoder.from_pretrained(
+        name, config.token_grid, config.encoder_image_size, dtype, config.encoder_antialias, depth=depth
+    )
+    if device is not None:
+        encoder = encoder.to(device)
         if config.compiles(device.type):
             encoder.model.compile()
-        encoders.append(encoder)
-    return encoders
+    return encoder
 
 
 def check_cache(config: TrainingConfig, source: Source) -> None:
@@ -199,26 +273,47 @@ def check_cache(config: TrainingConfig, source: Source) -> None:
     check_cache_files(folder)
 
 
-def build_warmup_model(config: TrainingConfig, num_classes: int, encoders: Encoders) -> AlignedTransformer:
-    """The model of phase 1."""
+def build_warmup_model(
+    config: TrainingConfig, num_classes: int, encoders: Encoders, start_encoder: RepresentationEncoder | None = None
+) -> AlignedTransformer:
+    """
+    The model of phase 1. With `start_encoder` its blocks are those to begin with; before a new patch embedding they are aligned
+    with that encoder's own tokens, without a projector.
+    """
     model_config = config.model_config(num_classes, class_token_dim(config, encoders))
     transformer = build_warmup_transformer(model_config, config.warmup_depth)
+    projectors = _projectors(config, encoders)
+    if start_encoder is not None:
+        _start(transformer, config, start_encoder)
+        if teaches_embedding(config, start_encoder):
+            projectors = [torch.nn.Identity()]
+        if not config.warmup_trains_blocks:
+            transformer.transformer_blocks[: config.start_from_encoder].requires_grad_(False)
     return AlignedTransformer(
         transformer,
-        _projectors(config, encoders),
+        projectors,
         config.warmup_depth,
         warmup=True,
         aligns_class_token=_aligns_class_token(config),
     )
 
 
-def build_full_model(config: TrainingConfig, num_classes: int, encoders: Encoders) -> AlignedTransformer:
-    """The model of phase 2, without projectors where nothing is aligned."""
+def build_full_model(
+    config: TrainingConfig, num_classes: int, encoders: Encoders, start_encoder: RepresentationEncoder | None = None
+) -> AlignedTransformer:
+    """The model of phase 2, without projectors where nothing is aligned; with `start_encoder` its first blocks are that one's."""
     transformer = ERWTransformer2DModel(**config.model_config(num_classes, class_token_dim(config, encoders)))
+    if start_encoder is not None:
+        _start(transformer, config, start_encoder)
     projectors = _projectors(config, encoders) if config.alignment_weight > 0 else []
     return AlignedTransformer(
         transformer, projectors, config.projector_depth, aligns_class_token=_aligns_class_token(config)
     )
+
+
+def _start(transformer: ERWTransformer2DModel, config: TrainingConfig, encoder: RepresentationEncoder) -> None:
+    with_patch_embedding = not teaches_embedding(config, encoder)
+    start_from_encoder(transformer, encoder, config.start_from_encoder, with_patch_embedding)
 
 
 def compile_blocks(transformer: ERWTransformer2DModel, device_type: str) -> None:
