@@ -159,7 +159,8 @@ def end_warmup(phase: Phase, progress: Progress) -> State:
     if accelerator.is_main_process:
         folder = Path(config.output_dir) / "warmup"
         save_warmup(state, inputs.model_config, config.warmup_depth, folder)
-        write_warmup_record(folder, vars(config), vars(progress), inputs.model_config)
+        taught = inputs.warmup_teacher is not inputs.teacher
+        write_warmup_record(folder, vars(config), vars(progress), inputs.model_config, taught)
     accelerator.free_memory(phase.model)
     return state
 

@@ -330,14 +330,26 @@ def _patch_size(model: PreTrainedModel) -> int:
 
 @torch.no_grad()
 def _resample_positions(model: PreTrainedModel, token_grid: int) -> None:
-    """Bicubic with antialias, in float32, of the grid part of the table; class and register positions stay."""
+    """The grid part of the table; class and register positions stay."""
     embeddings: Any = getattr(model, "embeddings", None)
     table = getattr(embeddings, "position_embeddings", None)
     if not isinstance(table, nn.Parameter):
         raise ValueError(f"{type(model).__name__} has no position table that antialias_positions could resample")
-    side = math.isqrt(table.shape[1])
-    prefix, grid = table[:, : table.shape[1] - side**2], table[:, table.shape[1] - side**2 :]
-    grid = grid.float().transpose(1, 2).unflatten(2, (side, side))  # (1, D, side, side)
-    grid = F.interpolate(grid, size=(token_grid, token_grid), mode="bicubic", antialias=True)
-    resampled = torch.cat([prefix, grid.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+    prefix = table.shape[1] - math.isqrt(table.shape[1]) ** 2
+    resampled = torch.cat([table[:, :prefix], resample_positions(table[:, prefix:], token_grid)], dim=1)
     embeddings.position_embeddings = nn.Parameter(resampled)
+
+
+def resample_positions(table: torch.Tensor, token_grid: int) -> torch.Tensor:
+    """
+    Args:
+        table (`torch.Tensor` of shape `(1, N, D)`): A table of positions of a square grid.
+        token_grid (`int`): Side of the wanted grid.
+
+    Returns:
+        `torch.Tensor` of shape `(1, token_grid ** 2, D)`: Bicubic with antialias, in float32.
+    """
+    side = math.isqrt(table.shape[1])
+    grid = table.float().transpose(1, 2).unflatten(2, (side, side))  # (1, D, side, side)
+    grid = F.interpolate(grid, size=(token_grid, token_grid), mode="bicubic", antialias=True)
+    return grid.flatten(2).transpose(1, 2).to(table.dtype)

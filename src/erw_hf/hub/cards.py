@@ -39,7 +39,7 @@ from safetensors import safe_open
 from erw_hf.files import write_record
 from erw_hf.hub.public import is_hub_id, public_name
 from erw_hf.licences import check_licence
-from erw_hf.trainer.run_record import training_cost
+from erw_hf.trainer.run_record import split_names, training_cost
 
 
 TEMPLATES = Path(__file__).parent / "model_cards"
@@ -173,6 +173,7 @@ def _model_card(
     data, encoder = str(config["dataset_name"]), config["encoder"]
     aligned = encoder is not None and (config["warmup_steps"] > 0 or config["alignment_weight"] > 0)
     draws_class_token = config.get("class_token_weight", 0) > 0
+    start = config.get("start_from_encoder", 0)
     is_erw = config["warmup_steps"] > 0 or config.get("warmup_from") is not None
     method = "ERW" if is_erw else "REPA" if aligned else "SiT"
     size = f"{config['sample_size']}x{config['sample_size']}"
@@ -190,15 +191,21 @@ def _model_card(
         "warmed up against a pretrained vision encoder",
         "REPA": "with representation alignment ([REPA](https://arxiv.org/abs/2410.06940)), without a warmup",
         "SiT": "by velocity matching ([SiT](https://arxiv.org/abs/2401.08740)), without "
-        + ("alignment" if draws_class_token else "an encoder"),
+        + ("alignment" if draws_class_token or start else "an encoder"),
     }
     summary = (
         f"A {kind} flow-matching transformer ({count}{space}), {verb} on `{public_name(data)}` {descriptions[method]}."
     )
+    if start:
+        summary += f" Its first {start} blocks started as those of `{public_name(split_names(encoder)[0])}`."
     if draws_class_token:
         summary += " It draws the encoder's class token beside the image ([REG](https://arxiv.org/abs/2507.01467))."
     check_licence(config["hub_license"])  # of a run that is older than the check of its configuration
     licence = f"Weights: {config['hub_license']}." if cost else "Recipe and code: apache-2.0."
+    if start:
+        licence += (
+            f" They grew from those of `{public_name(split_names(encoder)[0])}`, whose licence may bind them too."
+        )
     card_data = ModelCardData(
         license=config["hub_license"],
         library_name="diffusers",
@@ -269,7 +276,8 @@ def _recipe(config: Mapping[str, Any], method: str) -> str:
 
 def _settings(config: Mapping[str, Any], num_classes: int | None, aligned: bool) -> list[tuple[str, object]]:
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    has_encoder = aligned or config.get("class_token_weight", 0) > 0
+    start = config.get("start_from_encoder", 0)
+    has_encoder = aligned or start > 0 or config.get("class_token_weight", 0) > 0
     alignment = f"{config['alignment_loss']}, {config['projector']}, {config['spatial_norm']}"
     ema = config["ema_decay"] if config["ema_sigma_rel"] is None else f"σ_rel {config['ema_sigma_rel']}"
     return [
@@ -277,6 +285,7 @@ def _settings(config: Mapping[str, Any], num_classes: int | None, aligned: bool)
         ("classes", "taken from the data" if num_classes is None else num_classes or "none"),
         ("autoencoder", f"`{public_name(config['vae'])}`" if config["vae"] else "none: pixels"),
         ("encoder", f"`{public_name(config['encoder'])}`" if has_encoder else "none"),
+        ("blocks that started as the encoder's", start or "none"),
         ("alignment loss, projector, spatial norm of the encoder's tokens", alignment if aligned else "none"),
         ("weight of the contrastive term", config["contrastive_weight"] or "none"),
         ("weight of the class token's velocity", config.get("class_token_weight", 0.0) or "none"),
@@ -284,6 +293,7 @@ def _settings(config: Mapping[str, Any], num_classes: int | None, aligned: bool)
         ("patch size", config["patch_size"]),
         ("rotary embeddings, QK-norm", f"{config['use_rope']}, {config['qk_norm']}"),
         ("norm, activation", f"{config['norm_type']}, {config['activation_fn']}"),
+        ("positions", config.get("pos_embed_type", "sincos")),
         ("path, times", f"{config['path_type']}, {_times(config)}"),
         ("prediction", f"{config.get('prediction_type', 'velocity')}; the loss is of velocities"),
         ("batch of one process", config["train_batch_size"] * config["gradient_accumulation_steps"]),
@@ -304,7 +314,11 @@ def _times(config: Mapping[str, Any]) -> str:
 
 
 def write_warmup_record(
-    folder: Path, config: Mapping[str, Any], progress: Mapping[str, Any], model_config: Mapping[str, Any]
+    folder: Path,
+    config: Mapping[str, Any],
+    progress: Mapping[str, Any],
+    model_config: Mapping[str, Any],
+    taught: bool = False,
 ) -> None:
     """
     Makes a saved warmup a thing that others can use: `warmup.json`, what it cost, and its card.
@@ -314,13 +328,18 @@ def write_warmup_record(
         config (`Mapping[str, Any]`): Configuration of the run.
         progress (`Mapping[str, Any]`): `step`, `images_seen` and `flops` at the end of the warmup.
         model_config (`Mapping[str, Any]`): Configuration of the full transformer.
+        taught (`bool`, *optional*, defaults to `False`):
+            Whether it taught a new patch embedding before the encoder's blocks, by its tokens after these, without a projector.
     """
+    target = f"tokens after block {config['warmup_depth']}" if taught else "patch tokens"
     record = {
         "steps": progress["step"],
         "images_seen": progress["images_seen"],
         "flops": progress["flops"],
         "depth": config["warmup_depth"],
         "encoder": public_name(config["encoder"]),
+        "target": target,
+        "start_from_encoder": config["start_from_encoder"],
         "dataset": public_name(config["dataset_name"]),
     }
     write_record(folder / "warmup.json", record)
@@ -334,12 +353,13 @@ def write_warmup_record(
     )
     settings = [
         ("blocks", config["warmup_depth"]),
-        ("encoder", f"`{record['encoder']}`"),
+        ("encoder", f"`{record['encoder']}`, {target}"),
+        ("blocks that started as the encoder's", record["start_from_encoder"] or "none"),
         ("data", f"`{record['dataset']}`"),
         ("autoencoder", f"`{public_name(config['vae'])}`" if config["vae"] else "none: pixels"),
         ("inputs", "noised, t drawn" if config["warmup_noised"] else "clean, t = 0"),
         ("loss", config["alignment_loss"]),
-        ("projector", config["projector"]),
+        ("projector", "none" if taught else config["projector"]),
         *((name, value) for name, value in model_config.items() if name not in ("num_layers", "class_dropout_prob")),
     ]
     cost = [
@@ -353,6 +373,8 @@ def write_warmup_record(
         title=f"ERW warmup: {record['depth']} blocks on {record['dataset']}",
         depth=record["depth"],
         encoder=record["encoder"],
+        target=target,
+        taught=taught,
         settings=settings,
         cost=cost,
         licence=f"Weights: {config['hub_license']}. {_data_licence(data)}",

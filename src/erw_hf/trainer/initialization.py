@@ -24,11 +24,13 @@ from safetensors.torch import load_file, save_file
 
 from erw_hf.conversion import read_checkpoint
 from erw_hf.data.folder import nfc
+from erw_hf.encoders import resample_positions
 from erw_hf.transformer_erw import ERWTransformer2DModel
 from erw_hf.warmup import build_warmup_transformer
 
 
 CLASS_TABLE = "time_class_embed.class_embedder.weight"
+POSITIONS = "pos_embed.pos_embed"  # where they are learned
 
 
 def save_warmup(
@@ -105,7 +107,7 @@ def load_initial(
     Returns:
         `dict[str, torch.Tensor]`: State dict of the [`ERWTransformer2DModel`]. A class that the pipeline knows by name
         keeps its embedding; where either has no names, the number is the name, and only an equal count means the same
-        classes. Any other class starts with the embedding of the null class.
+        classes. Any other class starts with the embedding of the null class. A learned table of positions is resampled.
 
     Raises:
         ValueError: if it is no pipeline, or one of another model.
@@ -134,6 +136,10 @@ def load_initial(
     known = {label: int(class_id) for class_id, label in theirs.items()}
     rows = [known.get(ours.get(str(class_id)), null_class) for class_id in range(count)]
     state[CLASS_TABLE] = state[CLASS_TABLE][[*rows, null_class]]
+    if POSITIONS in state:
+        state[POSITIONS] = resample_positions(
+            state[POSITIONS], model_config["sample_size"] // model_config["patch_size"]
+        )
     return state
 
 
