@@ -86,8 +86,8 @@ def configuration() -> str:
 def key_row(node: ast.AnnAssign, intervals: dict[str, str]) -> str:
     default, text = (ast.literal_eval(argument) for argument in node.value.args)
     about = {keyword.arg: keyword.value for keyword in node.value.keywords}
-    kind = ast.unparse(node.annotation).removesuffix(" | None").removeprefix("Literal")
-    values = ", ".join(f"`{value}`" for value in kind.strip("[]").split(", "))
+    kind = re.sub(r"Literal\[(.*)\]", r"\1", ast.unparse(node.annotation).removesuffix(" | None"))
+    values = ", ".join(f"`{value}`" for value in re.split(r", | \| ", kind))
     if "range" in about:
         interval = about["range"]
         values += f" in {intervals[interval.id] if isinstance(interval, ast.Name) else ast.literal_eval(interval)}"

@@ -104,6 +104,9 @@ MUTANTS = [
     Mutant("objective", "Term(-self.contrastive_weight,", "Term(self.contrastive_weight,", WARMUP),
     Mutant("objective", "torch.stack(losses).mean()", "losses[-1]", WARMUP),
     Mutant("objective", "[class_token.unsqueeze(1), tokens[0]]", "[tokens[0], class_token.unsqueeze(1)]", CLASS_TOKEN),
+    Mutant(
+        "alignment", "(length - num_tokens, 0)).long()", "(length - num_tokens, 0)).logical_not().long()", ALIGNMENT
+    ),
     Mutant("warmup", "model.load_state_dict(tensors, strict=False)", "pass", WARMUP),
     Mutant("warmup", "missing = sorted(embedders - set(tensors))", "missing = []", WARMUP),
     Mutant(

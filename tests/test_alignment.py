@@ -19,8 +19,11 @@ import torch
 from erw_hf.alignment import (
     ConvProjector,
     MLPProjector,
+    TransformerProjector,
     cosine_alignment_loss,
+    hidden_count,
     nt_xent_alignment_loss,
+    seen_tokens,
     spatial_normalize,
     structural_alignment_loss,
 )
@@ -137,3 +140,36 @@ def test_projector_maps_each_token_alone():
     projected = projector(tokens)
     assert projected.shape == (2, 5, 10)
     torch.testing.assert_close(projector(tokens[:, 3:4]), projected[:, 3:4])
+
+
+def test_seen_tokens_are_the_others_in_their_order():
+    tokens = torch.arange(2 * 5 * 1.0).reshape(2, 5, 1)  # a class token, then a grid of 4
+    hidden = torch.tensor([[False, True, False, False], [False, False, False, True]])
+    assert seen_tokens(tokens, hidden, 0.25).squeeze(-1).tolist() == [[0, 1, 3, 4], [5, 6, 7, 8]]
+    assert seen_tokens(tokens[:, 1:], hidden, 0.25).squeeze(-1).tolist() == [[1, 3, 4], [6, 7, 8]]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ratio", "count"),
+    [(256, 0.2, 51), (16, 0.0, 0), (16, 0.01, 0), (4, 0.99, 3), (1, 0.9, 0), (10, 0.25, 2)],
+)
+def test_at_least_one_token_is_seen(tokens, ratio, count):
+    assert hidden_count(tokens, ratio) == count
+
+
+@pytest.mark.parametrize("lead", [0, 1])  # a class token
+def test_the_transformer_projector_predicts_a_hidden_token_from_the_others(lead):
+    torch.manual_seed(0)
+    projector, tokens = TransformerProjector(16, 12, heads=2, num_tokens=4), torch.randn(3, lead + 4, 16)
+    projected = projector(tokens)
+    assert projected.shape == (3, lead + 4, 12)
+    empty = projector(torch.zeros_like(tokens))
+    assert (empty[:, lead] - empty[:, lead + 1]).abs().max() > 1e-3  # a hidden token knows where it is
+    changed = tokens.clone()
+    changed[:, lead + 1] = torch.randn(3, 16)
+    assert (projector(changed)[:, lead] - projected[:, lead]).abs().max() > 1e-3
+    assert set(projector.state_dict()) == {
+        name for name, _ in projector.named_parameters()
+    }  # positions are not weights
+    blocks = [block.linear1.weight for block in projector.blocks]
+    assert len(blocks) == 2 and not torch.equal(*blocks)

@@ -193,6 +193,37 @@ def test_latents_of_an_encoder():
     assert model(torch.randn(1, 768, 4, 4), torch.rand(1)).sample.shape == (1, 768, 4, 4)
 
 
+def test_a_bottleneck_is_a_patch_embedding_of_low_rank(tmp_path):
+    """JiT's: the two layers are one matrix, of no more rank than the bottleneck has channels."""
+    whole = randomize(ERWTransformer2DModel(**TINY_MODEL)).eval()
+    narrow = randomize(ERWTransformer2DModel(**TINY_MODEL, patch_bottleneck_dim=3)).eval()
+    first, second = narrow.pos_embed.proj
+    assert (first.weight.shape, second.weight.shape) == ((3, 1, 2, 2), (16, 3, 1, 1))
+    assert first.bias is None and second.bias is not None
+    product = second.weight.flatten(1) @ first.weight.flatten(1)  # (D, p * p * C)
+    assert torch.linalg.matrix_rank(product) == 3
+    others = {name: tensor for name, tensor in narrow.state_dict().items() if "pos_embed" not in name}
+    whole.load_state_dict(others, strict=False)
+    whole.pos_embed.proj.weight.data, whole.pos_embed.proj.bias.data = product.view(16, 1, 2, 2), second.bias
+    x, t, labels = inputs()
+    torch.testing.assert_close(narrow(x, t, labels).sample, whole(x, t, labels).sample, atol=1e-5, rtol=1e-5)
+    narrow.save_pretrained(tmp_path)
+    assert torch.equal(
+        ERWTransformer2DModel.from_pretrained(tmp_path)(x, t, labels).sample, narrow(x, t, labels).sample
+    )
+
+
+def test_a_bottleneck_starts_as_two_linear_layers():
+    torch.manual_seed(0)
+    first, second = ERWTransformer2DModel(
+        sample_size=64, patch_size=16, in_channels=3, num_layers=0, patch_bottleneck_dim=128
+    ).pos_embed.proj
+    for layer, fan_in, fan_out in ((first, 768, 128), (second, 128, 1152)):
+        bound = (6 / (fan_in + fan_out)) ** 0.5
+        assert 0.99 * bound < layer.weight.abs().max() <= bound
+    assert second.bias.abs().max() == 0
+
+
 def test_lora_trains_apart_from_the_model(transformer):
     from peft import LoraConfig
 

@@ -16,7 +16,7 @@ import torch
 from helpers import TINY_MODEL, randomize
 
 from erw_hf import ERWTransformer2DModel
-from erw_hf.alignment import MLPProjector
+from erw_hf.alignment import ConvProjector, MLPProjector, TransformerProjector
 from erw_hf.objective import AlignedTransformer, Batch, Objective
 from erw_hf.warmup import build_warmup_transformer, hand_over
 
@@ -209,6 +209,37 @@ def test_several_encoders_have_a_projector_each_and_count_alike():
     torch.testing.assert_close(losses["alignment"], (each[0] + each[1]) / 2)
     with pytest.raises(ValueError, match="zip"):
         Objective().full_loss(model, Batch(**{**data, "targets": data["targets"][:1]}), 0.3)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv", "transformer"])
+def test_masked_alignment_against_its_statement(kind):
+    """PixelREPA (arXiv 2603.14366): the projector does not see some tokens; a transformer predicts them, others leave them."""
+    torch.manual_seed(3)
+    projector = {
+        "mlp": lambda: MLPProjector(WIDTH, ENCODER_WIDTH, 16),
+        "conv": lambda: ConvProjector(WIDTH, ENCODER_WIDTH),
+        "transformer": lambda: TransformerProjector(WIDTH, ENCODER_WIDTH, heads=2, num_tokens=16),
+    }[kind]()
+    model, data = AlignedTransformer(randomize(ERWTransformer2DModel(**TINY_MODEL)), [projector], depth=2), batch()
+    hidden = torch.zeros(4, 16, dtype=torch.bool)
+    for i in range(4):
+        hidden[i, torch.randperm(16)[:4]] = True
+    taps = []
+    model.transformer.transformer_blocks[1].register_forward_hook(
+        lambda _, __, tokens: tokens.retain_grad() or taps.append(tokens)
+    )
+    objective = Objective(projector=kind, alignment_mask_ratio=0.25)
+    loss = objective.full_loss(model, Batch(**data, hidden=hidden), 0.3).terms["alignment"].value
+    loss.backward()
+
+    projected = projector(taps[0].detach() * ~hidden.unsqueeze(-1))
+    similarity = torch.cosine_similarity(projected, data["targets"][0], dim=-1)  # (B, N)
+    expected = 1 - (similarity if kind == "transformer" else similarity[~hidden]).mean()
+    torch.testing.assert_close(loss, expected)
+    gradients = taps[0].grad.norm(dim=-1)
+    assert (gradients[hidden] == 0).all() and (gradients[~hidden] > 0).all()
+    warmup = objective.warmup_loss(model, Batch(**data, hidden=hidden)).loss
+    assert warmup != objective.warmup_loss(model, Batch(**data, hidden=hidden.roll(1, dims=1))).loss
 
 
 def test_contrastive_flow_matching_against_its_statement():

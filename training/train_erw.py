@@ -254,6 +254,7 @@ def make_batch(phase: Phase, samples: Samples, aligned: bool) -> Batch:
         targets=targets,
         class_token=class_token,
         class_noise=samples.get("class_noise"),
+        hidden=samples.get("hidden"),
     )
 
 

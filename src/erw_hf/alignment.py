@@ -69,6 +69,65 @@ class ConvProjector(nn.Module):
         return self.conv(image).flatten(2).transpose(1, 2)  # (B, N, out_dim)
 
 
+class TransformerProjector(nn.Module):
+    """
+    PixelREPA's adapter (arXiv 2603.14366): a shallow transformer, which can predict an encoder's token from those around it
+    where its own is hidden. Theirs is also told the time and the class, which the tokens of the model hold already.
+
+    Args:
+        in_dim (`int`): Width of the transformer.
+        out_dim (`int`): Width of the encoder.
+        heads (`int`): Attention heads.
+        num_tokens (`int`): Tokens of an image.
+        num_layers (`int`, *optional*, defaults to 2): Blocks.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, heads: int, num_tokens: int, num_layers: int = 2) -> None:
+        super().__init__()
+        # A hidden token is zeros, and its position all that it has.
+        self.positions = nn.Parameter(0.02 * torch.randn(num_tokens, in_dim))
+        block = partial(nn.TransformerEncoderLayer, dropout=0.0, activation=F.gelu, batch_first=True, norm_first=True)
+        self.blocks = nn.ModuleList(block(in_dim, heads, 4 * in_dim) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(in_dim)
+        self.proj = nn.Linear(in_dim, out_dim)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        # A class token, which has no place in the grid, comes first.
+        tokens = tokens + F.pad(self.positions, (0, 0, tokens.shape[1] - len(self.positions), 0))
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.proj(self.norm(tokens))  # (B, N, out_dim)
+
+
+def hidden_count(num_tokens: int, ratio: float) -> int:
+    """
+    Args:
+        num_tokens (`int`): Tokens of an image.
+        ratio (`float`): Share that is hidden, in [0, 1).
+
+    Returns:
+        `int`: How many those are, the nearest whole number; at least one token is seen.
+    """
+    return min(round(ratio * num_tokens), num_tokens - 1)
+
+
+def seen_tokens(tokens: torch.Tensor, hidden: torch.Tensor, ratio: float) -> torch.Tensor:
+    """
+    The tokens that an alignment on a subset compares.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(B, L, D)`): Tokens; those before the last N, as a class token, are always seen.
+        hidden (`torch.Tensor` of shape `(B, N)`, bool): Which are hidden, [`hidden_count`] of each sample.
+        ratio (`float`): Their share.
+
+    Returns:
+        `torch.Tensor` of shape `(B, L - hidden, D)`: The others, in their order.
+    """
+    length, num_tokens = tokens.shape[1], hidden.shape[1]
+    order = F.pad(hidden, (length - num_tokens, 0)).long().argsort(dim=1, stable=True)  # a count needs no device sync
+    return tokens.take_along_dim(order[:, : length - hidden_count(num_tokens, ratio), None], dim=1)
+
+
 def cosine_alignment_loss(projected: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """
     Patch-wise alignment, one minus the cosine similarity of each token pair (REPA, arXiv 2410.06940, Eq. 8; ERW, arXiv

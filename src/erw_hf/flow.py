@@ -20,8 +20,6 @@ import math
 
 import torch
 
-from erw_hf.transformer_erw import MIN_TIME
-
 
 SAMPLE_LOSS_TIME = 0.05  # JiT's clamp (arXiv 2511.13720, table 9)
 
@@ -107,7 +105,7 @@ def timestep_from_normal(
 
 def sample_loss_weight(t: torch.Tensor) -> torch.Tensor:
     """
-    The weight of the velocity loss of a model that predicts clean samples, by [`~transformer_erw.velocity_from_sample`]. That
+    The weight of the velocity loss of a model that predicts clean samples ([`~transformer_erw.velocity_from_sample`]). That
     loss is |x - x_0|^2 / t^2, which must not grow without bound near the data: with this weight it is JiT's,
     |x - x_0|^2 / max(t, 0.05)^2 (arXiv 2511.13720, §4). JiT clamps the velocity itself, and so samples with a shortened one.
 
@@ -117,4 +115,4 @@ def sample_loss_weight(t: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of the shape of `t`: The weight, 1 for t of at least 0.05.
     """
-    return (t.clamp(min=MIN_TIME) / t.clamp(min=SAMPLE_LOSS_TIME)).square()
+    return (t / t.clamp(min=SAMPLE_LOSS_TIME)).square()

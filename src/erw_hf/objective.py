@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from erw_hf.alignment import AlignmentLoss, cosine_alignment_loss, spatial_normalize
+from erw_hf.alignment import AlignmentLoss, cosine_alignment_loss, seen_tokens, spatial_normalize
 from erw_hf.encoders import RepresentationEncoder
 from erw_hf.flow import interpolate, sample_loss_weight, timestep_from_normal
 from erw_hf.transformer_erw import MIN_TIME, ERWTransformer2DModel
@@ -46,6 +46,7 @@ class Batch:
             Tokens to align with, of each encoder; `None` in a step that does not align.
         class_token (`torch.Tensor` of shape `(B, E)`, *optional*): The first encoder's class token, for a model with one.
         class_noise (`torch.Tensor` of shape `(B, E)`, *optional*): Standard normal noise, for the class token.
+        hidden (`torch.Tensor` of shape `(B, N)`, bool, *optional*): Tokens that are hidden from the projectors.
     """
 
     x0: torch.Tensor
@@ -56,6 +57,7 @@ class Batch:
     targets: Sequence[torch.Tensor] | None = None
     class_token: torch.Tensor | None = None
     class_noise: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ class AlignedTransformer(nn.Module):
         class_labels: torch.Tensor | None,
         drop: torch.Tensor,
         class_token: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
     ) -> AlignedOutput:
         """
         Args:
@@ -176,6 +179,7 @@ class AlignedTransformer(nn.Module):
             class_labels (`torch.LongTensor` of shape `(B,)`, *optional*): Class ids.
             drop (`torch.Tensor` of shape `(B,)`): Non-zero where the label is dropped.
             class_token (`torch.Tensor` of shape `(B, E)`, *optional*): Noised class token, for a model with one.
+            hidden (`torch.Tensor` of shape `(B, N)`, bool, *optional*): Tokens in whose place the projectors see zeros.
 
         Returns:
             [`AlignedOutput`]: Velocities and projected tokens.
@@ -190,7 +194,11 @@ class AlignedTransformer(nn.Module):
             tokens_only=self.warmup,
             class_token=class_token,
         )
-        inputs = [output.hidden_states[0]] * len(self.projectors) if depths else []  # (B, N, D)
+        inputs = []
+        if depths:
+            tokens = output.hidden_states[0]  # (B, N, D)
+            tokens = tokens if hidden is None else tokens.masked_fill(hidden.unsqueeze(-1), 0)
+            inputs = [tokens] * len(self.projectors)
         if depths and self.aligns_class_token:
             inputs[0] = torch.cat([output.class_hidden_states[0].unsqueeze(1), inputs[0]], dim=1)  # (B, 1 + N, D)
         projected = [projector(tokens) for projector, tokens in zip(self.projectors, inputs, strict=True)]
@@ -243,6 +251,8 @@ class Objective:
         timestep_shift (`float`, *optional*, defaults to 1.0): Likewise.
         contrastive_weight (`float`, *optional*, defaults to 0.0): Weight of contrastive flow matching.
         class_token_weight (`float`, *optional*, defaults to 0.0): Weight of the class token's velocity.
+        projector (`str`, *optional*, defaults to `"mlp"`): `"transformer"` is compared at hidden tokens too.
+        alignment_mask_ratio (`float`, *optional*, defaults to 0.0): Share of the hidden tokens.
         alignment_schedule (`str`, *optional*, defaults to `"constant"`): See [`alignment_weight`].
         alignment_weight (`float`, *optional*, defaults to 0.5): lambda at the first step of phase 2.
         alignment_half_life (`int`, *optional*): See [`alignment_weight`].
@@ -258,6 +268,8 @@ class Objective:
     timestep_shift: float = 1.0
     contrastive_weight: float = 0.0
     class_token_weight: float = 0.0
+    projector: str = "mlp"
+    alignment_mask_ratio: float = 0.0
     alignment_schedule: str = "constant"
     alignment_weight: float = 0.5
     alignment_half_life: int | None = None
@@ -352,13 +364,15 @@ class Objective:
             class_t, class_velocity = interpolate(
                 batch.class_token, batch.class_noise, batch.t, self.path_type
             )  # (B, E)
-        return model(x_t, batch.t, batch.class_labels, batch.drop, class_t), velocity, class_velocity
+        return model(x_t, batch.t, batch.class_labels, batch.drop, class_t, batch.hidden), velocity, class_velocity
 
     def _alignment(self, output: AlignedOutput, batch: Batch) -> torch.Tensor:
         """The mean over samples and encoders."""
-        losses = [
-            self.align(ours, theirs).mean() for ours, theirs in zip(output.projected, batch.targets or (), strict=True)
-        ]
+        pairs = list(zip(output.projected, batch.targets or (), strict=True))
+        if batch.hidden is not None and self.projector != "transformer":
+            hidden, ratio = batch.hidden, self.alignment_mask_ratio
+            pairs = [(seen_tokens(ours, hidden, ratio), seen_tokens(theirs, hidden, ratio)) for ours, theirs in pairs]
+        losses = [self.align(ours, theirs).mean() for ours, theirs in pairs]
         return torch.stack(losses).mean()
 
 

@@ -19,7 +19,7 @@ SIZES = {  # blocks, heads, channels of a head (DiT, arXiv 2212.09748, table 1; 
     "SiT-L": (24, 16, 64),
     "SiT-XL": (28, 16, 72),
 }
-PATCH_SIZES = (1, 2, 4, 8)
+PATCH_SIZES = (1, 2, 4, 8, 16, 32)  # the last two of JiT (arXiv 2511.13720), whose B and L have these numbers too
 
 
 def size_config(name: str) -> dict[str, int]:
@@ -35,7 +35,9 @@ def size_config(name: str) -> dict[str, int]:
     """
     size, _, patch_size = name.partition("/")
     if size not in SIZES or patch_size not in map(str, PATCH_SIZES):
-        raise ValueError(f"{name!r} is not a published size: {', '.join(SIZES)}, then /1, /2, /4 or /8, as SiT-XL/2")
+        raise ValueError(
+            f"{name!r} is not a published size: {', '.join(SIZES)}, then /1, /2, /4, /8, /16 or /32, as SiT-XL/2"
+        )
     num_layers, heads, head_dim = SIZES[size]
     return {
         "num_layers": num_layers,

@@ -301,10 +301,17 @@ def velocity_from_sample(x_t: torch.Tensor, sample: torch.Tensor, t: torch.Tenso
     return ((x_t.float() - sample.float()) / t).to(sample.dtype)
 
 
-def _patch_embed(sample_size: int, patch_size: int, in_channels: int, dim: int, learned: bool) -> PatchEmbed:
+def _patch_embed(
+    sample_size: int, patch_size: int, in_channels: int, dim: int, learned: bool, bottleneck_dim: int | None
+) -> PatchEmbed:
     """Its table of positions is computed on the CPU, in float64, which not every device has; a learned one starts from it."""
     arguments = {"patch_size": patch_size, "in_channels": in_channels, "embed_dim": dim}
     embed = PatchEmbed(height=sample_size, width=sample_size, pos_embed_type=None, **arguments)
+    if bottleneck_dim is not None:
+        embed.proj = nn.Sequential(
+            nn.Conv2d(in_channels, bottleneck_dim, kernel_size=patch_size, stride=patch_size, bias=False),
+            nn.Conv2d(bottleneck_dim, dim, kernel_size=1),
+        )
     del embed.pos_embed
     grid = sample_size // patch_size
     table = (
@@ -359,6 +366,9 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         norm_eps (`float`, defaults to 1e-6): Epsilon of the norms of blocks and final layer.
         rope_theta (`float`, defaults to 10000.0): Base of the rotary embeddings' periods.
         rope_scale (`float`, defaults to 1.0): What rows and columns are multiplied by before they turn.
+        patch_bottleneck_dim (`int`, *optional*):
+            Channels that a patch passes on its way to the width of the model: a linear embedding of low rank (JiT, §4.3),
+            for patches of many pixels. `None` for the one matrix of DiT.
 
     Raises:
         ValueError: if `sample_size` is not a multiple of `patch_size`, or an option is none of its values.
@@ -409,6 +419,7 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         norm_eps: float = 1e-6,
         rope_theta: float = 10000.0,
         rope_scale: float = 1.0,
+        patch_bottleneck_dim: int | None = None,
     ) -> None:
         super().__init__()
         if prediction_type not in ("velocity", "sample"):
@@ -424,7 +435,8 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             raise ValueError(f'pos_embed_type must be "sincos" or "learned", got {pos_embed_type!r}')
         dim = num_attention_heads * attention_head_dim
 
-        self.pos_embed = _patch_embed(sample_size, patch_size, in_channels, dim, pos_embed_type == "learned")
+        learned = pos_embed_type == "learned"
+        self.pos_embed = _patch_embed(sample_size, patch_size, in_channels, dim, learned, patch_bottleneck_dim)
         self.time_class_embed = ERWTimeClassEmbedding(dim, num_classes, class_dropout_prob)
         self.class_token_embed = None
         if class_token_dim is not None:
@@ -478,9 +490,12 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                 nn.init.xavier_uniform_(module.weight, gain=0.5**0.5 if in_one_matrix else 1.0)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        # The patch embedding is a linear layer in a convolution's clothes.
-        nn.init.xavier_uniform_(self.pos_embed.proj.weight.view(self.pos_embed.proj.out_channels, -1))
-        nn.init.zeros_(self.pos_embed.proj.bias)
+        # The patch embedding is a linear layer in a convolution's clothes, or two.
+        for layer in self.pos_embed.proj.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.xavier_uniform_(layer.weight.view(layer.out_channels, -1))
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         nn.init.normal_(self.time_class_embed.class_embedder.weight, std=0.02)
         nn.init.normal_(self.time_class_embed.timestep_embedder.linear_1.weight, std=0.02)
         nn.init.normal_(self.time_class_embed.timestep_embedder.linear_2.weight, std=0.02)

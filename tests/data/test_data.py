@@ -166,6 +166,18 @@ def test_draws_have_their_distributions():
     assert 0.42 < np.mean(flipped) < 0.58
 
 
+def test_hidden_tokens_are_drawn_after_all_else_and_are_as_many_in_every_sample():
+    source = load_source("digits")
+    plain, hiding = samples_of(source), samples_of(source, num_tokens=16, num_hidden=4)
+    hidden = torch.stack([hiding[0, i]["hidden"] for i in range(400)])
+    assert hidden.dtype == torch.bool and (hidden.sum(dim=1) == 4).all()
+    assert ((hidden.float().mean(dim=0) - 0.25).abs() < 0.08).all()  # every place alike
+    first = plain[2, 17]
+    assert all(torch.equal(hiding[2, 17][name], value) for name, value in first.items())
+    assert torch.equal(hiding[2, 17]["hidden"], samples_of(source, num_tokens=16, num_hidden=4)[2, 17]["hidden"])
+    assert not torch.equal(hiding[2, 17]["hidden"], hiding[3, 17]["hidden"]) and "hidden" not in first
+
+
 def positions(processes: int, batch: int, accumulation: int, start: int = 0, end: int = 12, rows: int = 50):
     """Samples of each step over all processes, as sorted lists."""
     loaders = [list(StepSampler(rows, batch, accumulation, processes, r, start, end, 0)) for r in range(processes)]

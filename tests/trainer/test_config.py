@@ -335,6 +335,52 @@ def test_the_group_of_model_keys_is_what_the_transformer_takes():
         ERWTransformer2DModel(**config | {"num_layers": 1})
 
 
+def test_a_shift_by_the_dimension_is_for_latents(tmp_path):
+    """RAE (arXiv 2510.11690), §4.2: sqrt(numbers of a latent / 4096)."""
+    latents = ["--vae=x/y", "--model=SiT-B/1", "--timestep_shift=auto"]
+    config = parse_text(tmp_path, b"in_channels: 768\nsample_size: 16", *latents)
+    assert config.timestep_shift == pytest.approx(48**0.5)
+    config.save(tmp_path / "config.yaml")  # resolved: what a resumed run compares with
+    assert parse_config([f"--config={tmp_path}/config.yaml"]) == config
+    config.check_resumable(tmp_path / "config.yaml")
+    assert parse_text(tmp_path, b"vae: x/y\ntimestep_shift: auto").timestep_shift == 1  # of SD's 4x32x32
+    assert parse_text(tmp_path, b"vae: x/y\ntimestep_shift: 1.5").timestep_shift == 1.5
+
+
+@pytest.mark.parametrize("value", ["auto", "AUTO"])
+def test_pixels_have_no_shift_by_the_dimension(tmp_path, capsys, value):
+    text = f"in_channels: 3\nsample_size: 256\npatch_size: 16\ntimestep_shift: {value}"
+    refused(lambda: parse_text(tmp_path, text.encode()), capsys, "timestep_shift auto is for latents")
+
+
+@pytest.mark.parametrize("value", ["automatic", "0", "-1", "nan", "true"])
+def test_a_shift_is_auto_or_a_number_above_0(tmp_path, capsys, value):
+    refused(lambda: parse_text(tmp_path, f"timestep_shift: {value}"), capsys, "timestep_shift must")
+
+
+def test_a_model_is_as_wide_as_what_a_patch_holds(tmp_path, caplog, capsys):
+    """RAE (arXiv 2510.11690), §4.1: a velocity holds noise, which does not pass a narrower layer."""
+    latents = "vae: x/y\nin_channels: 768\nsample_size: 16\n"
+    parse_text(tmp_path, (latents + "model: SiT-B/1").encode())
+    for narrow in ("model: SiT-S/1", "model: SiT-XL/2"):
+        refused(
+            lambda text=latents + narrow: parse_text(tmp_path, text.encode()), capsys, "too narrow for their noise"
+        )
+    parse_text(tmp_path, (latents + "model: SiT-S/1\nprediction_type: sample").encode())
+    pixels = "in_channels: 3\nsample_size: 64\n"
+    caplog.clear()
+    parse_text(tmp_path, (pixels + "model: SiT-B/16").encode())
+    assert not caplog.records
+    parse_text(tmp_path, (pixels + "model: SiT-S/16").encode())
+    assert "384 wide, too narrow" in caplog.text
+
+
+def test_masked_alignment_and_in_batch_negatives_exclude_each_other(tmp_path, capsys):
+    text = "in_channels: 1\nencoder: x/y\nalignment_mask_ratio: 0.2\nalignment_loss: nt_xent\n"
+    refused(lambda: parse_text(tmp_path, text.encode()), capsys, "leaves each sample other tokens")
+    assert parse_text(tmp_path, (text + "projector: transformer").encode()).alignment_mask_ratio == 0.2
+
+
 # --- Earlier runs
 
 

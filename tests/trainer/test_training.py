@@ -152,6 +152,21 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, uninterrupted, k
         assert torch.equal(weights(cut)[name], tensor), name
 
 
+def test_a_resumed_run_with_hidden_tokens_is_bitwise_too(tmp_path, tiny_flags):
+    """With PixelREPA's adapter, and JiT's patch embedding and prediction."""
+    flags = [*tiny_flags, "--alignment_mask_ratio=0.25", "--projector=transformer", "--prediction_type=sample",
+             "--patch_bottleneck_dim=3", "--checkpointing_steps=2", "--checkpoints_total_limit=9"]  # fmt: skip
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(*flags, f"--output_dir={whole}")
+    shutil.copytree(whole, cut)
+    for step in (6, 7):
+        shutil.rmtree(cut / f"checkpoint-{step}")
+    train(*flags, f"--output_dir={cut}", "--resume_from_checkpoint=latest")
+    assert losses(cut) == losses(whole)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(cut)[name], tensor), name
+
+
 @pytest.mark.parametrize("file", ["training_state.pt", "optimizer.bin", "random_states_0.pkl"])
 def test_no_file_of_a_checkpoint_can_execute_code(tmp_path, uninterrupted, file):
     class Trap:

@@ -63,6 +63,8 @@ class SampleMaker:
         class_dropout_prob (`float`): Probability of the null class.
         random_flip (`bool`): Mirror half of the images; the latents of a cache stay as they are, so not with one.
         class_token_dim (`int`, *optional*): Width of the class token that is noised too; `None` for none.
+        num_tokens (`int`, *optional*, defaults to 0): Tokens of the transformer, of which some may be hidden.
+        num_hidden (`int`, *optional*, defaults to 0): How many of each sample the alignment does not see.
     """
 
     def __init__(
@@ -75,6 +77,8 @@ class SampleMaker:
         class_dropout_prob: float,
         random_flip: bool,
         class_token_dim: int | None = None,
+        num_tokens: int = 0,
+        num_hidden: int = 0,
     ) -> None:
         self.source = source
         self.image_size = image_size
@@ -84,6 +88,8 @@ class SampleMaker:
         self.class_dropout_prob = class_dropout_prob
         self.random_flip = random_flip
         self.class_token_dim = class_token_dim
+        self.num_tokens = num_tokens
+        self.num_hidden = num_hidden
 
     def __call__(
         self,
@@ -105,8 +111,8 @@ class SampleMaker:
 
         Returns:
             `dict[str, torch.Tensor]`: `pixels` (C, H, W) uint8 where there is an image, `label`, `drop`, `time_normal`,
-            `noise` (c, h, w), `posterior_noise` (c, h, w), with a class token `class_noise` (E,) and, from a cache,
-            `moments` (2 c, h, w) float16 and `features` (N D,) bfloat16.
+            `noise` (c, h, w), `posterior_noise` (c, h, w), with a class token `class_noise` (E,), with hidden tokens
+            `hidden` (N,) bool and, from a cache, `moments` (2 c, h, w) float16 and `features` (N D,) bfloat16.
         """
         rng = sample_rng(self.seed, epoch, key)
         # The order of the draws is part of the reproducibility promise: append, never insert.
@@ -125,6 +131,9 @@ class SampleMaker:
         }
         if self.class_token_dim is not None:
             sample["class_noise"] = torch.from_numpy(rng.standard_normal(self.class_token_dim, dtype=np.float32))
+        if self.num_hidden > 0:
+            sample["hidden"] = torch.zeros(self.num_tokens, dtype=torch.bool)
+            sample["hidden"][rng.permutation(self.num_tokens)[: self.num_hidden]] = True
         if image is not None:
             image = prepare_image(image, self.image_size, self.channels)
             if flip and self.random_flip:

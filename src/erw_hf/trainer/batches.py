@@ -24,6 +24,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from erw_hf.alignment import hidden_count
 from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples
 from erw_hf.data.streaming import StreamingSamples, stream_loader
 from erw_hf.trainer.setup import Inputs
@@ -55,6 +56,8 @@ class Batches:
             class_dropout_prob=config.class_dropout_prob,
             random_flip=config.random_flip,
             class_token_dim=inputs.model_config["class_token_dim"],
+            num_tokens=config.token_grid**2,
+            num_hidden=hidden_count(config.token_grid**2, config.alignment_mask_ratio),
         )
         self.waited = 0.0  # seconds, for data
         self.error: str | None = None  # why there is no next batch

@@ -178,6 +178,12 @@ class ModelConfig:
         "What the network predicts: the velocity, or the clean sample, as JiT does on pixels. The loss compares velocities either way.",
         fixed=True,
     )
+    patch_bottleneck_dim: int | None = _key(
+        None,
+        "Rank of the patch embedding, for patches of many pixels (JiT: 128); none for a full one.",
+        range=AT_LEAST_1,
+        fixed=True,
+    )
 
 
 @dataclass
@@ -203,8 +209,17 @@ class AlignmentConfig:
     )
     alignment_temperature: float = _key(0.1, "Temperature of nt_xent.", range=ABOVE_0, fixed=True)
     spatial_norm: bool = _key(False, "Normalise the encoder's tokens over the grid, as in iREPA.", fixed=True)
-    projector: Literal["mlp", "conv"] = _key(
-        "mlp", "mlp: three layers per token, as in REPA; conv: 3x3, as in iREPA.", fixed=True
+    projector: Literal["mlp", "conv", "transformer"] = _key(
+        "mlp",
+        "mlp: three layers per token, as in REPA; conv: 3x3, as in iREPA; transformer: two blocks, as in PixelREPA.",
+        fixed=True,
+    )
+    alignment_mask_ratio: float = _key(
+        0.0,
+        "Share of the tokens that are hidden from the projector, drawn anew for each sample; 0.2 in PixelREPA. A transformer "
+        "projector predicts them too; with another they are left out of the loss.",
+        range="[0, 1)",
+        fixed=True,
     )
     projector_dim: int = _key(2048, "Width of the mlp projector's hidden layers.", range=AT_LEAST_1, fixed=True)
     start_from_encoder: int = _key(
@@ -251,7 +266,12 @@ class ObjectiveConfig:
     timestep_distribution: Literal["uniform", "logit_normal"] = _key("uniform", "Distribution of t.", fixed=True)
     timestep_logit_mean: float = _key(0.0, "Mean of logit(t); logit_normal.", range=FINITE, fixed=True)
     timestep_logit_std: float = _key(1.0, "Standard deviation of logit(t); logit_normal.", range=ABOVE_0, fixed=True)
-    timestep_shift: float = _key(1.0, "Shift of t towards the noise; 1 for none.", range=ABOVE_0, fixed=True)
+    timestep_shift: float | Literal["auto"] = _key(
+        1.0,
+        "Shift of t towards the noise; 1 for none; auto: sqrt(numbers of a latent / 4096), as RAE.",
+        range=ABOVE_0,
+        fixed=True,
+    )
     contrastive_weight: float = _key(
         0.0,
         "Weight of contrastive flow matching, which pushes the velocities of a batch's samples apart; 0.05 as published, "
@@ -410,6 +430,15 @@ class TrainingConfig(
         for key in fields(self):
             _check_value(key.name, getattr(self, key.name))
         self.model = size_name(*(getattr(self, name) for name in MODEL_KEYS))
+        if self.timestep_shift == "auto":
+            if self.vae is None:
+                raise ValueError(
+                    "timestep_shift auto is for latents. Neighbouring pixels are alike, so their number says too little: set a "
+                    "number, or timestep_distribution logit_normal with timestep_logit_mean 0.8 and timestep_logit_std 0.8, as JiT"
+                )
+            self.timestep_shift = math.sqrt(
+                self.in_channels * self.sample_size**2 / 4096
+            )  # RAE (arXiv 2510.11690), §4.2
         if not 0 <= self.warmup_steps <= self.max_train_steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} must lie in [0, max_train_steps={self.max_train_steps}]: "
@@ -426,6 +455,11 @@ class TrainingConfig(
             raise ValueError(
                 "contrastive_weight needs a train_batch_size of at least 2: it compares samples of a batch"
             )
+        if self.alignment_mask_ratio > 0 and self.alignment_loss == "nt_xent" and self.projector != "transformer":
+            raise ValueError(
+                'alignment_mask_ratio leaves each sample other tokens, and alignment_loss "nt_xent" compares those at one place '
+                'of the grid: set the ratio to 0, another loss, or projector "transformer", which predicts all tokens'
+            )
         if self.class_token_weight > 0 and self.encoder is None:
             raise ValueError("class_token_weight needs an encoder, whose class token the model learns to draw")
         if self.sample_size % self.patch_size != 0:
@@ -435,6 +469,16 @@ class TrainingConfig(
                 'prediction_type "sample" needs path_type "linear": on the cosine path dividing by t does not turn a '
                 "clean sample into a velocity"
             )
+        numbers, width = self.in_channels * self.patch_size**2, self.num_attention_heads * self.attention_head_dim
+        if self.prediction_type == "velocity" and numbers > width:
+            # A velocity holds noise, of full rank, which does not pass a narrower layer (RAE, arXiv 2510.11690, §4.1).
+            text = (
+                f"a patch holds {numbers} numbers and the model is {width} wide, too narrow for their noise: choose a wider model, "
+                'a smaller patch_size, or prediction_type "sample"'
+            )
+            if self.vae is not None:
+                raise ValueError(text)
+            logger.warning(text)
         if self.vae is None and self.in_channels not in (1, 3):
             raise ValueError(f"without a vae, in_channels is 1 (grey) or 3 (RGB), got {self.in_channels}; or set vae")
         if self.encoder is None and self.warmup_steps > 0:
@@ -706,12 +750,18 @@ def _parser() -> argparse.ArgumentParser:
         for key in fields(group):
             choices = [str(value) for value in get_args(TYPES[key.name])] if _is_choice(key.name) else []
             text = f"{key.metadata['help']} (default: {'none' if key.default is None else key.default})"
-            metavar = f"{{{','.join(choices)}}}" if choices else _kind(key.name).__name__
+            kinds = "|".join((_kind(key.name).__name__, *_words(key.name)))
+            metavar = f"{{{','.join(choices)}}}" if choices else kinds
             options: dict[str, Any] = {"nargs": "?", "const": "true"} if _kind(key.name) is bool else {}
             section.add_argument(f"--{key.name}", help=text, metavar=metavar, **options)
             if key.default is True:
                 section.add_argument(f"--no_{key.name}", dest=key.name, action="store_const", const="false")
     return parser
+
+
+def _words(name: str) -> tuple[str, ...]:
+    """The words that a number may be in place of one."""
+    return tuple(word for kind in get_args(TYPES[name]) if get_origin(kind) is Literal for word in get_args(kind))
 
 
 def _is_choice(name: str) -> bool:
@@ -728,6 +778,8 @@ def _read_value(name: str, text: str, folder: Path | None = None, quoted: bool =
     value: Any = text
     if type(None) in get_args(TYPES[name]) and word in ("none", "null", "~", ""):
         return None
+    if word in _words(name):
+        return word
     if word == "":
         raise ValueError(f"{name} has no value: omit it to get its default")
     if _is_choice(name):
@@ -768,7 +820,7 @@ def _check_value(name: str, value: Any) -> None:
     """Type and range of one key, from a YAML file, a flag or Python code."""
     kind: Any = _kind(name)
     metadata = KEYS[name].metadata
-    if value is None and type(None) in get_args(TYPES[name]):
+    if (value is None and type(None) in get_args(TYPES[name])) or value in _words(name):
         return
     if _is_choice(name):
         allowed = get_args(TYPES[name])

@@ -28,7 +28,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig
 
-from erw_hf.alignment import ConvProjector, MLPProjector, choose_alignment_loss
+from erw_hf.alignment import ConvProjector, MLPProjector, TransformerProjector, choose_alignment_loss
 from erw_hf.data.latents import check_autoencoder, check_finite, image_channels, moments_to_latents, pixels_to_latents
 from erw_hf.data.retrying import hub_or_cache
 from erw_hf.data.source import Source, check_cache_files, load_source
@@ -367,11 +367,14 @@ def build_objective(config: TrainingConfig) -> Objective:
 
 def _aligns_class_token(config: TrainingConfig) -> bool:
     """REG does; iREPA's convolution over the grid has no place for it."""
-    return config.class_token_weight > 0 and config.projector == "mlp"
+    return config.class_token_weight > 0 and config.projector != "conv"
 
 
 def _projectors(config: TrainingConfig, encoders: Encoders) -> list[torch.nn.Module]:
     width = config.num_attention_heads * config.attention_head_dim
     if config.projector == "conv":
         return [ConvProjector(width, encoder.embed_dim) for encoder in encoders]
+    if config.projector == "transformer":
+        heads, tokens = config.num_attention_heads, config.token_grid**2
+        return [TransformerProjector(width, encoder.embed_dim, heads, tokens) for encoder in encoders]
     return [MLPProjector(width, encoder.embed_dim, config.projector_dim) for encoder in encoders]
