@@ -55,12 +55,12 @@ from common import (
     write,
 )
 
-from erw_hf.trainer.flops import PEAK_FLOPS
+from erw_hf.trainer.flops import CARDS
 from erw_hf.trainer.run_record import read_metrics
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PEAK = PEAK_FLOPS["H100"]  # and an H200's
+PEAK = CARDS["H100"].flops  # and an H200's
 LIMIT = 180  # seconds of a stage
 
 

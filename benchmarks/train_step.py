@@ -22,6 +22,7 @@ and memory with and without gradient checkpointing). Latents are given, so no au
 """
 
 import argparse
+import gc
 import math
 import statistics
 from collections.abc import Callable
@@ -515,30 +516,33 @@ def plain_step(
 
 def measure_memory(size: str, setting: Setting) -> dict[str, dict[str, float]]:
     """Most bytes that tensors held in a step: the weights' state (weights, gradients, moments, average) and the rest."""
-    found = {}
-    for name, checkpointing in (("without checkpointing", False), ("with checkpointing", True)):
-        config, batch = model_config(size), 64 if setting.quick else setting.batch
-        if setting.device == "cuda":
-            torch.cuda.empty_cache()
-            before = torch.cuda.memory_allocated()
-        step, _ = plain_step(config, batch, setting, checkpointing)
-        step()  # the optimizer's moments exist from here on
-        if setting.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            state = torch.cuda.memory_allocated() - before
-            seconds = seconds_of(step, setting.device)
-            peak = torch.cuda.max_memory_allocated() - before
-        else:
-            model = build_ours(config)
-            state = 16 * sum(parameter.numel() for parameter in model.parameters())
-            seconds = seconds_of(step)
-            tracker = MemTracker()
-            with tracker:
-                step()
-            snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-            peak = state + next(value for key, value in snapshot.items() if "Total" in str(key))
-        found[name] = {"peak": peak, "state": state, "seconds": seconds}
-    return found
+    ways = {"without checkpointing": False, "with checkpointing": True}
+    return {name: memory_of(size, setting, checkpointing) for name, checkpointing in ways.items()}
+
+
+def memory_of(size: str, setting: Setting, checkpointing: bool) -> dict[str, float]:
+    """Of one way; its model is gone on return."""
+    config, batch = model_config(size), 64 if setting.quick else setting.batch
+    if setting.device == "cuda":
+        gc.collect()  # a model that ended in a cycle would be in `before`, and not in what follows
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+    step, _ = plain_step(config, batch, setting, checkpointing)
+    step()  # the optimizer's moments exist from here on
+    if setting.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        state = torch.cuda.memory_allocated() - before
+        seconds = seconds_of(step, setting.device)
+        return {"peak": torch.cuda.max_memory_allocated() - before, "state": state, "seconds": seconds}
+    model = build_ours(config)
+    state = 16 * sum(parameter.numel() for parameter in model.parameters())
+    seconds = seconds_of(step)
+    tracker = MemTracker()
+    with tracker:
+        step()
+    snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    peak = state + next(value for key, value in snapshot.items() if "Total" in str(key))
+    return {"peak": peak, "state": state, "seconds": seconds}
 
 
 # Reporting

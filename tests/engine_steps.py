@@ -28,6 +28,7 @@ from helpers import TINY_MODEL, randomize
 from erw_hf import ERWTransformer2DModel
 from erw_hf.trainer.ema import whole_tensor
 from erw_hf.trainer.engines import autocast_forward, check_engine, close_accelerator, open_accelerator
+from erw_hf.trainer.optimizers import orthogonalized, orthogonalized_together
 
 
 def gloo_threads() -> int:
@@ -56,6 +57,7 @@ def steps(accelerator) -> dict[str, object]:
         gradients = [whole_tensor(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
         optimizer.step()
         optimizer.zero_grad()
+    matrices = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(0))
     group = dist.group.WORLD._get_backend(torch.device("cpu"))
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     return {
@@ -64,6 +66,7 @@ def steps(accelerator) -> dict[str, object]:
         "dtype": str(velocity.dtype),
         "losses": losses,
         "gradients_of_bf16": (flat == flat.bfloat16().float()).float().mean().item(),
+        "orthogonalised_alike": torch.allclose(orthogonalized_together(matrices), orthogonalized(matrices), atol=0.02),
         "timeout": group.options._timeout.total_seconds(),
     }
 

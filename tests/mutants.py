@@ -133,7 +133,12 @@ MUTANTS = [
     # what is kept and restored on resuming: averages, checkpoints, samples, streams
     Mutant("trainer.ema", "(1 - 1 / step)", "(1 - 1 / (step + 1))", EMA),
     Mutant("trainer.ema", 'self.step_count = state["step_count"]', "pass", EMA),
-    Mutant("trainer.ema", "[self.weights(i) for i in", "[self.weights(0) for i in", EMA),
+    Mutant(
+        "trainer.ema",
+        "for average in self.averages:\n            saved",
+        "for average in self.averages[:1]:\n            saved",
+        EMA,
+    ),
     Mutant("trainer.phase", 'self.lr_scheduler.load_state_dict(state["lr_scheduler"])', "pass", RESUMING),
     Mutant("trainer.phase", 'self.ema.load_state_dict(state["ema"])', "pass", RESUMING),
     Mutant("trainer.checkpoints", "return sorted(found, key=step_of)", "return sorted(found)", CHECKPOINTS),

@@ -17,6 +17,7 @@ from helpers import TINY_MODEL, randomize
 
 from erw_hf import ERWTransformer2DModel
 from erw_hf.sizes import size_config
+from erw_hf.transformer_erw import ERWAttnProcessor
 
 
 VARIANTS = {
@@ -136,6 +137,58 @@ def test_fused_qkv_changes_nothing(transformer):
     transformer.fuse_qkv_projections()
     assert transformer.transformer_blocks[0].attn.fused_projections
     torch.testing.assert_close(transformer(x, t, labels).sample, expected, atol=1e-5, rtol=1e-5)
+
+
+class OnCuda(torch.Tensor):
+    """Says that it lies on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_on_a_gpu_projects_once_and_changes_nothing(variant, monkeypatch):
+    model = randomize(ERWTransformer2DModel(**{**TINY_MODEL, **VARIANTS[variant]}))
+    attn = model.transformer_blocks[0].attn
+    x, rotary = torch.randn(2, 16, attn.to_q.in_features), None if model.rope is None else model.rope(torch.empty(0))
+    products, gradients = [], []
+    linear = torch.nn.functional.linear
+    for cls in (torch.Tensor, OnCuda):
+        calls = []
+        monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: calls.append(1) or linear(*args))  # noqa: B023
+        model.zero_grad()
+        output = attn(x.as_subclass(cls), rotary).as_subclass(torch.Tensor)
+        output.square().sum().backward()
+        products.append(len(calls))
+        gradients.append([output, *(parameter.grad for parameter in attn.parameters())])
+    assert products == [4, 2]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_not_torchs_own_layer_is_called_itself(transformer):
+    """LoRA, hooks of diffusers and torch, packed weights: their work would be left out."""
+    attn = transformer.train().transformer_blocks[0].attn
+    plain = ERWAttnProcessor._are_plain
+    assert plain(attn) and not plain(attn.eval())
+    attn.train()
+    handle = attn.to_k.register_forward_hook(lambda *_: None)
+    assert not plain(attn)
+    handle.remove()
+    handle = attn.to_v.register_forward_pre_hook(lambda *_: None)
+    assert not plain(attn)
+    handle.remove()
+    assert plain(attn)
+    attn.to_q.forward = attn.to_q.forward  # diffusers' hooks
+    assert not plain(attn)
+    del attn.to_q.forward
+    attn.to_q.weight = torch.nn.Parameter(attn.to_q.weight.detach().as_subclass(OnCuda))  # DTensor, torchao
+    assert not plain(attn)
+    lora = randomize(ERWTransformer2DModel(**TINY_MODEL)).train()
+    pytest.importorskip("peft")
+    from peft import LoraConfig
+
+    lora.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    assert not plain(lora.transformer_blocks[0].attn)
 
 
 def test_blocks_compile_without_a_recompile_between_steps(transformer):

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, Features, Image, Value
+from datasets.arrow_writer import ArrowWriter
 from diffusers import AutoModel
 from tqdm.auto import tqdm
 
@@ -170,45 +171,51 @@ def write_file(
         features[FEATURES_COLUMN] = Value("binary")
     if source.label_column is not None:
         features["label"] = source.dataset.features[source.label_column]
-    columns: dict[str, list] = {name: [] for name in features}
     sums, squares, count = torch.zeros(()), torch.zeros(()), 0  # of each channel, once there is an image
-    for start in range(0, len(indices), args.batch_size):
-        pixels = []
-        for index in indices[start : start + args.batch_size].tolist():
-            row, flip = index % len(source.dataset), index >= len(source.dataset)
-            record = source.dataset[row]
-            try:
-                image, _ = decode_image(record[source.image_column])
-            except BadImageError as error:
-                tqdm.write(f"left out row {row}: {error}")
+    # Batch by batch to the disk: 20,000 images' tokens are 8 GB.
+    batches = path.with_name(f".{path.stem}.arrow")
+    with ArrowWriter(path=str(batches), features=Features(features)) as writer:
+        for start in range(0, len(indices), args.batch_size):
+            pixels = []
+            columns: dict[str, list] = {name: [] for name in features}
+            for index in indices[start : start + args.batch_size].tolist():
+                row, flip = index % len(source.dataset), index >= len(source.dataset)
+                record = source.dataset[row]
+                try:
+                    image, _ = decode_image(record[source.image_column])
+                except BadImageError as error:
+                    tqdm.write(f"left out row {row}: {error}")
+                    continue
+                image = prepare_image(image, side, channels)
+                image = image.transpose(0) if flip else image  # 0: left and right exchanged
+                buffer = io.BytesIO()
+                image.save(buffer, "JPEG", quality=args.jpeg_quality, subsampling=0)
+                pixels.append(to_pixels(image))
+                columns["image"].append({"bytes": buffer.getvalue(), "path": None})
+                columns[KEY_COLUMN].append(f"{row}{'-flipped' if flip else ''}")
+                if source.label_column is not None:
+                    columns["label"].append(record[source.label_column])
+            if not pixels:
                 continue
-            image = prepare_image(image, side, channels)
-            image = image.transpose(0) if flip else image  # 0: left and right exchanged
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=args.jpeg_quality, subsampling=0)
-            pixels.append(to_pixels(image))
-            columns["image"].append({"bytes": buffer.getvalue(), "path": None})
-            columns[KEY_COLUMN].append(f"{row}{'-flipped' if flip else ''}")
-            if source.label_column is not None:
-                columns["label"].append(record[source.label_column])
-        if not pixels:
-            continue
-        batch = torch.stack(pixels).to(vae.device)
-        moments = encode_moments(batch, vae)
-        check_finite(moments.half(), args.vae, vae, columns[KEY_COLUMN][-len(pixels) :])
-        mean, std = moments.cpu().double().chunk(2, dim=1)  # not every device has float64
-        sums = sums + mean.sum(dim=(0, 2, 3))
-        squares = squares + (mean.square() + std.square()).sum(dim=(0, 2, 3))  # of a draw, in expectation
-        count += mean[:, 0].numel()
-        if encoder is not None:
-            tokens = encoder(batch.float() / 255).bfloat16().cpu().view(torch.int16)  # NumPy has no bfloat16
-            columns[FEATURES_COLUMN] += [row.tobytes() for row in tokens.numpy()]
-        columns[MOMENTS_COLUMN] += [row.tobytes() for row in moments.half().cpu().numpy()]
+            batch = torch.stack(pixels).to(vae.device)
+            moments = encode_moments(batch, vae)
+            check_finite(moments.half(), args.vae, vae, columns[KEY_COLUMN])
+            mean, std = moments.cpu().double().chunk(2, dim=1)  # not every device has float64
+            sums = sums + mean.sum(dim=(0, 2, 3))
+            squares = squares + (mean.square() + std.square()).sum(dim=(0, 2, 3))  # of a draw, in expectation
+            count += mean[:, 0].numel()
+            if encoder is not None:
+                tokens = encoder(batch.float() / 255).bfloat16().cpu().view(torch.int16)  # NumPy has no bfloat16
+                columns[FEATURES_COLUMN] = [row.tobytes() for row in tokens.numpy()]
+            columns[MOMENTS_COLUMN] = [row.tobytes() for row in moments.half().cpu().numpy()]
+            writer.write_batch(columns)
+        writer.finalize()
     with written_whole(path) as temporary:
-        Dataset.from_dict(columns, features=Features(features)).to_parquet(temporary)
+        Dataset.from_file(str(batches)).to_parquet(temporary)
         statistics = {"sum": sums.tolist(), "square": squares.tolist(), "count": count}
         with written_whole(path.with_suffix(".json")) as record:
             record.write_text(json.dumps(statistics))
+    batches.unlink()
 
 
 def merge_statistics(folder: Path, output_dir: Path) -> dict[str, list[float]]:

@@ -53,9 +53,10 @@ from erw_hf.trainer.checkpoints import (
 from erw_hf.trainer.config import TrainingConfig, local_names, parse_config
 from erw_hf.trainer.cost import cost_report, start_report, summary_of
 from erw_hf.trainer.device import choose_precision, to_device
-from erw_hf.trainer.ema import save_snapshots, whole_state_dict, whole_tensor
+from erw_hf.trainer.ema import save_snapshots, whole_state_dict
 from erw_hf.trainer.engines import check_engine, close_accelerator, open_accelerator, stop_on_signals
 from erw_hf.trainer.initialization import find_warmup, load_initial, load_warmup, save_warmup
+from erw_hf.trainer.optimizers import clip_gradients
 from erw_hf.trainer.phase import Phase
 from erw_hf.trainer.run_folder import RunFolder, check_vacant
 from erw_hf.trainer.run_record import describe_environment
@@ -223,8 +224,7 @@ def train_step(phase: Phase, batches: Batches, step: int) -> Step:
             for name, value in losses.values.items():
                 sums[name] = sums.get(name, 0) + value.detach() / config.gradient_accumulation_steps
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                grad_norm = torch.as_tensor(whole_tensor(grad_norm), device=accelerator.device)
+                grad_norm = clip_gradients(accelerator, optimizer.optimizer, phase.parameters, config.max_grad_norm)
                 # The optimizer leaves out a non-finite step on the device, as it does for fp16's loss scaler.
                 optimizer.optimizer.found_inf = (~grad_norm.isfinite()).float()
                 optimizer.step()

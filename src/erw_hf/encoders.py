@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.func import functional_call
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 
 
@@ -95,10 +96,10 @@ class RepresentationEncoder(nn.Module):
                 f"Leave encoder_image_size out, or set it to {token_grid * patch_size}"
             )
         self._seen_range = False
-        zeros = torch.zeros(1, 3, self.image_size, self.image_size, dtype=self.dtype)
+        zeros = torch.zeros(1, 3, self.image_size, self.image_size, dtype=self.dtype, device="meta")
         try:
             with torch.no_grad():
-                tokens = self._hidden_states(zeros)
+                tokens = self._hidden_states(zeros, on_meta(self.model))
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
                 f"{type(model).__name__} does not take images of {self.image_size} px, which {token_grid}x{token_grid} "
@@ -187,13 +188,17 @@ class RepresentationEncoder(nn.Module):
             )
         return self.embed_dim
 
-    def _hidden_states(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def _hidden_states(
+        self, pixel_values: torch.Tensor, parameters: dict[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Of the model as it is, or with other parameters and buffers."""
         kwargs: dict[str, Any] = dict(self._forward_kwargs)
         if self._shuffles:
             # MAE orders its tokens by this noise even when it masks none.
             order = torch.arange(self.token_grid**2, device=pixel_values.device, dtype=torch.float32)
             kwargs["noise"] = order.expand(len(pixel_values), -1)
-        output = self.model(pixel_values=pixel_values, **kwargs)
+        kwargs["pixel_values"] = pixel_values
+        output = self.model(**kwargs) if parameters is None else functional_call(self.model, parameters, (), kwargs)
         hidden_states = output.last_hidden_state
         if not isinstance(hidden_states, torch.Tensor) or hidden_states.ndim not in (3, 4):
             raise ValueError(
@@ -314,6 +319,24 @@ def _cut(model: PreTrainedModel, depth: int) -> None:
                 setattr(module, name, nn.Identity())
 
 
+def on_meta(module: nn.Module) -> dict[str, torch.Tensor]:
+    """
+    What lets a module run without computing anything, by `torch.func.functional_call`: the shapes of its outputs are right. Not
+    a FakeTensor, which a module that caches tensors by device would find again in its first real forward.
+
+    Args:
+        module (`nn.Module`): Any, on any device.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Its parameters and buffers by name, on the meta device.
+    """
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {
+        name: torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad)
+        for name, tensor in tensors.items()
+    }
+
+
 @torch.no_grad()
 def _patch_size(model: PreTrainedModel) -> int:
     """Of a network of stages, whose config names no patch size or only its stem's, the stride of its last map."""
@@ -322,7 +345,8 @@ def _patch_size(model: PreTrainedModel) -> int:
     if hasattr(model.config, "patch_size") and not hasattr(model.config, "depths"):
         return model.config.patch_size
     side = 256
-    hidden_states = model(pixel_values=torch.zeros(1, 3, side, side, dtype=model.dtype)).last_hidden_state
+    zeros = torch.zeros(1, 3, side, side, dtype=model.dtype, device="meta")
+    hidden_states = functional_call(model, on_meta(model), (), {"pixel_values": zeros}).last_hidden_state
     # DINOv3's ConvNeXt puts its map in a row, after a class token.
     cells = hidden_states.shape[-1] if hidden_states.ndim == 4 else math.isqrt(hidden_states.shape[1])
     return side // cells

@@ -88,6 +88,11 @@ class ERWAttnProcessor:
     ) -> torch.Tensor:
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        elif self._are_plain(attn) and hidden_states.is_cuda:
+            # Training on a GPU, one product in place of three; casting the weights copies them anyway.
+            linears = (attn.to_q, attn.to_k, attn.to_v)
+            weight, bias = torch.cat([part.weight for part in linears]), torch.cat([part.bias for part in linears])
+            query, key, value = nn.functional.linear(hidden_states, weight, bias).chunk(3, dim=-1)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
 
@@ -107,6 +112,17 @@ class ERWAttnProcessor:
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
         return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2, 3)))  # (B, N, D)
+
+    @staticmethod
+    def _are_plain(attn: "ERWAttention") -> bool:
+        """In training, and query, key and value are torch's own layers: no LoRA, hooks, shards of heads or packed weights."""
+        return attn.training and all(
+            type(part) is nn.Linear
+            and type(part.weight) is nn.Parameter
+            and "forward" not in part.__dict__  # diffusers' hooks replace it
+            and not (part._forward_hooks or part._forward_pre_hooks)
+            for part in (attn.to_q, attn.to_k, attn.to_v)
+        )
 
 
 class ERWAttention(nn.Module, AttentionModuleMixin):

@@ -13,6 +13,7 @@
 # limitations under the License.
 """The benchmarks run, compare what is equal, and write what they promise. No timing is asserted."""
 
+import gc
 import json
 import sys
 
@@ -133,3 +134,32 @@ def test_gpu_suite_in_tiny_sizes_on_a_cpu(script, tmp_path, monkeypatch, capsys)
     capsys.readouterr()
     suite.main(flags)
     assert "| FSDP2, one process | skipped | not here |" in capsys.readouterr().out
+
+
+def test_the_memory_of_a_second_model_is_its_own(script, monkeypatch):
+    """What a GPU would report, imitated by the tensors that are alive: the first model must be gone by then."""
+    train_step = script("train_step")
+
+    def alive() -> int:
+        storages = {}
+        for found in gc.get_objects():
+            if type(found) in (torch.Tensor, torch.nn.Parameter):
+                storages[found.untyped_storage().data_ptr()] = found.untyped_storage().nbytes()
+        return sum(storages.values())
+
+    on_cpu = train_step.Setting("cpu", torch.float32, 2, 1, quick=True)
+    plain_step = train_step.plain_step
+    monkeypatch.setattr(
+        train_step,
+        "plain_step",
+        lambda config, batch, _, checkpointing: plain_step(config, batch, on_cpu, checkpointing),
+    )
+    monkeypatch.setattr(train_step, "seconds_of", lambda step, device: step() or 0.0)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, alive)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    first, second = train_step.measure_memory(
+        "tiny", train_step.Setting("cuda", torch.float32, 2, 1, quick=True)
+    ).values()
+    assert second["state"] == pytest.approx(first["state"], rel=0.05) and first["state"] > 10**5

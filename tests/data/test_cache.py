@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, load_dataset
+from datasets.arrow_writer import ArrowWriter
 from diffusers import AutoencoderKL
-from helpers import REPOSITORY, train
+from helpers import REPOSITORY, run_script, train
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 
@@ -149,6 +150,23 @@ def test_a_file_of_broken_images_alone_is_no_end(vae_path, tmp_path):
     )
     assert load_dataset(str(tmp_path / "cache"), split="train")["key"] == ["0"]
     assert len(json.loads((tmp_path / "cache" / "latent_statistics.json").read_text())["latents_mean"]) == 4
+
+
+def test_tokens_wait_in_memory_for_one_batch_alone(vae_path, encoder_path, tmp_path, monkeypatch):
+    """Those of a file of 20,000 images are 8 GB."""
+    sizes = []
+    write = ArrowWriter.write_batch
+    monkeypatch.setattr(
+        ArrowWriter, "write_batch", lambda self, batch: sizes.append(len(batch["features"])) or write(self, batch)
+    )
+    run_script(
+        "cache_latents", "--dataset_name=digits", "--dataset_split=test", f"--vae={vae_path}", "--sample_size=8",
+        f"--encoder={encoder_path}", "--rows_per_file=200", "--batch_size=32", f"--output_dir={tmp_path}/cache",
+    )  # fmt: skip
+    assert max(sizes) == 32 and sum(sizes) == 359
+    rows = load_dataset(str(tmp_path / "cache"), split="train")
+    assert sorted(map(int, rows["key"])) == list(range(359)) and len(rows[0]["features"]) == 4 * 4 * 16 * 2
+    assert not list((tmp_path / "cache" / "data").glob(".*"))
 
 
 def test_cached_features_stand_in_for_the_encoder(vae_path, encoder_path, tmp_path, tiny_flags, monkeypatch):

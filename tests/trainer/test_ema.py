@@ -11,6 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -158,3 +160,23 @@ def test_the_width_is_chosen_after_training(tmp_path, tiny_flags, monkeypatch):
     monkeypatch.setattr("sys.argv", [*arguments[:1], str(tmp_path), *arguments[2:]])
     with pytest.raises(ValueError, match="train with ema_snapshot_steps"):
         main()
+
+
+def test_a_checkpoint_gathers_one_tensor_at_a_time_and_the_main_process_keeps_them(monkeypatch):
+    """As under FSDP2, where each `whole_tensor` takes memory of the GPU."""
+    on_gpu, most = weakref.WeakSet(), []
+
+    class Gathered:
+        def __init__(self, tensor):
+            self.cpu = tensor.clone
+            on_gpu.add(self)
+            most.append(len(on_gpu))
+
+    ema = EMA(torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(4))), [EMAProfile(decay=0.9)] * 3)
+    monkeypatch.setattr("erw_hf.trainer.ema.whole_tensor", Gathered)
+    saved = ema.state_dict()
+    assert max(most) <= 2
+    assert [list(average) for average in saved["averages"]] == [ema.names] * 3
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    assert ema.state_dict() == {"step_count": 0, "averages": [{}] * 3}

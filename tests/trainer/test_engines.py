@@ -111,6 +111,7 @@ def test_the_engines_train_alike_in_bf16_and_leave_no_thread(tmp_path):
     ddp, fsdp2 = results["DistributedType.MULTI_CPU"], results["DistributedType.FSDP"]
     for result in (ddp, fsdp2):
         assert result["times"] == [True, True]
+        assert result["orthogonalised_alike"]  # Muon's shares
         assert result["gradients_of_bf16"] < 0.9  # sums in bf16 would be bf16 numbers, all of them
         assert result["timeout"] == engines.PATIENCE.total_seconds() >= 3600
         assert result["threads"][1] == 0

@@ -17,7 +17,7 @@ import torch
 from erw_hf import ERWTransformer2DModel
 from erw_hf.alignment import MLPProjector
 from erw_hf.objective import AlignedTransformer
-from erw_hf.trainer.flops import count_step_flops
+from erw_hf.trainer.flops import card_of, count_step_flops, peak_flops
 from erw_hf.warmup import build_warmup_transformer
 
 
@@ -72,3 +72,29 @@ def test_checkpointing_is_left_as_it_was_and_not_counted():
     model.transformer.enable_gradient_checkpointing()
     assert count_step_flops(model, []) == plain
     assert model.transformer.gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", (989, 80)), ("NVIDIA H100 PCIe", (756, 80)), ("NVIDIA H100 NVL", (835, 94)),
+        ("NVIDIA H800", (989, 80)), ("NVIDIA H20", (148, 96)), ("NVIDIA H20-3e", (148, 96)), ("NVIDIA H200", (989, 141)),
+        ("NVIDIA GH200 480GB", (989, 96)), ("NVIDIA A100-SXM4-80GB", (312, 40)), ("NVIDIA A800-SXM4-80GB", (312, 40)),
+        ("NVIDIA RTX A6000", (155, 48)), ("NVIDIA RTX 6000 Ada Generation", (364, 48)),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", (504, 96)), ("NVIDIA GeForce RTX 5090", (210, 32)),
+        ("NVIDIA GeForce RTX 4090", (165, 24)), ("NVIDIA L4", (121, 24)), ("NVIDIA L40S", (362, 48)),
+        ("NVIDIA A10G", (70, 24)), ("NVIDIA A10", (125, 24)), ("Tesla T4", (65, 16)), ("AMD Instinct MI300X", (1307, 192)),
+        # Not what a part of their name says
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None), ("NVIDIA T400", None),
+        ("NVIDIA RTX A4000", None), ("NVIDIA GeForce GTX 1080", None), ("", None),
+    ],
+)  # fmt: skip
+def test_cards_are_known_by_whole_words_of_their_names(name, expected):
+    card = card_of(name)
+    assert (None if card is None else (card.flops / 1e12, card.memory)) == expected
+
+
+def test_mfu_is_a_share_of_the_cards_peak(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 5090")
+    assert peak_flops(torch.device("cuda")) == 210e12
+    assert peak_flops(torch.device("cpu")) is None

@@ -13,6 +13,8 @@
 # limitations under the License.
 """Speed changes nothing else: the trainer's losses are those of a plain loop, compiled or not."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -21,14 +23,18 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from helpers import PRESET, TINY_MODEL, randomize, train
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Dinov2Config, Dinov2Model
 
 from erw_hf import ERWTransformer2DModel, RepresentationEncoder
 from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples
 from erw_hf.data.source import load_source
+from erw_hf.objective import AlignedTransformer
 from erw_hf.trainer.config import parse_config
 from erw_hf.trainer.device import LateValues
 from erw_hf.trainer.run_record import read_metrics
 from erw_hf.trainer.setup import build_full_model, build_warmup_model, choose_attention
+from erw_hf.trainer.snapshots import Snapshots
 
 
 def losses_of(run) -> list[float]:
@@ -177,3 +183,47 @@ def test_bf16_runs_choose_it_and_compile(flags, tmp_path, monkeypatch):
     train(*flags, "--mixed_precision=bf16", "--torch_compile=yes", f"--output_dir={tmp_path}/run")
     assert chosen == [(("cpu", "bf16"), AttentionBackendName._NATIVE_MATH)] * 2  # in both phases
     assert np.isfinite(losses_of(tmp_path / "run")).all()
+
+
+def test_pictures_build_their_model_on_the_device():
+    """On meta here, where XL would take the CPU that stands in for it 20 s, and every process with it."""
+    model = AlignedTransformer(ERWTransformer2DModel(**TINY_MODEL), [], 1)
+    weights = {name: parameter.to("meta") for name, parameter in model.transformer.named_parameters()}
+    built = []
+    inputs = SimpleNamespace(
+        accelerator=SimpleNamespace(is_main_process=True, device=torch.device("meta")),
+        config=SimpleNamespace(path_type="linear"), model_config=TINY_MODEL, vae=None, source=SimpleNamespace(id2label=None),
+    )  # fmt: skip
+    phase = SimpleNamespace(transformer=model.transformer, ema=SimpleNamespace(weights=lambda: weights))
+    with TensorsMadeOn(built):
+        pipeline = Snapshots._pipeline(SimpleNamespace(inputs=inputs), phase)()
+    assert {parameter.device.type for parameter in pipeline.transformer.parameters()} == {"meta"}
+    assert sum(numel for device, numel in built if device == "cpu") < 5000  # the table of positions
+
+
+def test_the_encoder_computes_nothing_when_it_is_made():
+    model = Dinov2Model(
+        Dinov2Config(image_size=28, patch_size=14, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    made = []
+    with TensorsMadeOn(made):
+        encoder = RepresentationEncoder(model, [0.5] * 3, [0.5] * 3, 8)
+    assert {device for device, numel in made if numel > 3} == {"meta"}
+    assert encoder.embed_dim == 16 and encoder.num_prefix_tokens == 1
+    images = torch.rand(1, 3, 112, 112)
+    expected = model(pixel_values=(images - 0.5) / 0.5).last_hidden_state[:, 1:]
+    torch.testing.assert_close(encoder(images), expected)
+
+
+class TensorsMadeOn(TorchDispatchMode):
+    """Notes the device and the size of what each operation gives."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not function.is_view:
+            self.found.append((result.device.type, result.numel()))
+        return result

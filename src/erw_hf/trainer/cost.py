@@ -43,7 +43,7 @@ from erw_hf.pipeline_erw import ERWPipeline
 from erw_hf.provenance import device_name
 from erw_hf.trainer.config import TrainingConfig
 from erw_hf.trainer.device import choose_precision, found_device
-from erw_hf.trainer.flops import PEAK_FLOPS, count_step_flops
+from erw_hf.trainer.flops import CARDS, count_step_flops
 from erw_hf.trainer.run_record import split_names
 from erw_hf.trainer.setup import (
     build_full_model,
@@ -213,7 +213,7 @@ def cost_report(config: TrainingConfig) -> str:
         ("FLOPs in all", f"{total:.3e}, for each process"),
         (
             "GPU-hours",
-            f"{total / PEAK_FLOPS['H100'] / MFU / 3600:.1f} at {MFU:.0%} MFU of 989 TFLOP/s, for each process",
+            f"{total / CARDS['H100'].flops / MFU / 3600:.1f} at {MFU:.0%} MFU of 989 TFLOP/s, for each process",
         ),
         (
             "memory",

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -130,7 +131,18 @@ class EMA:
         return {name: whole_tensor(tensor) for name, tensor in zip(self.names, self.averages[index], strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step_count": self.step_count, "averages": [self.weights(i) for i in range(len(self.averages))]}
+        """On the CPU of the main process; the others, which all call it, get averages without tensors."""
+        keeps = not dist.is_initialized() or dist.get_rank() == 0
+        saved: list[dict[str, torch.Tensor]] = []
+        for average in self.averages:
+            saved.append({})
+            for name, tensor in zip(self.names, average, strict=True):
+                whole = whole_tensor(
+                    tensor
+                )  # one at a time: whole averages would lie on every GPU beside the training
+                if keeps:
+                    saved[-1][name] = whole.cpu()
+        return {"step_count": self.step_count, "averages": saved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if len(state["averages"]) != len(self.averages):

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -53,7 +53,9 @@ def open_accelerator(**arguments: Any) -> Accelerator:
     # A block that is compiled by itself is one graph: torch would cut it where DDP's buckets end, to overlap their reduction
     # with the rest of the graph, which blocks one by one do anyway.
     torch._dynamo.config.optimize_ddp = False
-    return Accelerator(**arguments, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    # Gradients lie in DDP's buckets without a copy beside them; buffers are tables that never change.
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    return Accelerator(**arguments, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), ddp])
 
 
 def close_accelerator(accelerator: Accelerator) -> None:

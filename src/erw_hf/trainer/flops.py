@@ -13,34 +13,80 @@
 # limitations under the License.
 """What a step costs, counted by torch's own FLOP counter on the meta device: nothing is computed or allocated."""
 
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from erw_hf.encoders import RepresentationEncoder
+from erw_hf.encoders import RepresentationEncoder, on_meta
 from erw_hf.objective import AlignedTransformer
 
 
-# Dense bf16 FLOP/s by what a device's name contains, from the makers' data sheets (without sparsity).
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,  # of names that contain another the longer one comes first
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "MI300X": 1307e12,
+class Card(NamedTuple):
+    """
+    A GPU, from its maker's data sheet.
+
+    Args:
+        flops (`float`): Dense FLOP/s in bf16, without sparsity; in fp16 for GPUs older than bf16.
+        memory (`int`): GB of 10^9 bytes; of the smallest, where it comes in several sizes.
+    """
+
+    flops: float
+    memory: int
+
+
+# By the words that a device's name has; of names that fit, the longest holds.
+CARDS = {
+    "B300": Card(2250e12, 270),
+    "GB200": Card(2500e12, 186),
+    "B200": Card(2250e12, 180),
+    "GH200": Card(989e12, 96),
+    "H200 NVL": Card(835e12, 141),
+    "H200": Card(989e12, 141),
+    "H100 NVL": Card(835e12, 94),
+    "H100 PCIe": Card(756e12, 80),
+    "H100": Card(989e12, 80),
+    "H800 PCIe": Card(756e12, 80),
+    "H800": Card(989e12, 80),
+    "H20": Card(148e12, 96),
+    "A100": Card(312e12, 40),
+    "A800": Card(312e12, 40),
+    "A40": Card(150e12, 48),
+    "A30": Card(165e12, 24),
+    "A10G": Card(70e12, 24),
+    "A10": Card(125e12, 24),
+    "L40S": Card(362e12, 48),
+    "L40": Card(181e12, 48),
+    "L4": Card(121e12, 24),
+    "V100": Card(125e12, 16),
+    "T4": Card(65e12, 16),
+    "RTX PRO 6000": Card(504e12, 96),
+    "RTX 6000 Ada": Card(364e12, 48),
+    "RTX A6000": Card(155e12, 48),
+    "RTX 5090": Card(210e12, 32),
+    "RTX 4090": Card(165e12, 24),
+    "RTX 3090": Card(71e12, 24),
+    "MI325X": Card(1307e12, 256),
+    "MI300X": Card(1307e12, 192),
 }
+
+
+def card_of(name: str) -> Card | None:
+    """
+    Args:
+        name (`str`): What a driver calls a GPU, as `"NVIDIA A100-SXM4-80GB"`.
+
+    Returns:
+        [`Card`], *optional*: `None` for a GPU that [`CARDS`] does not know, for a part of one (MIG), and for a laptop's, which
+        has another chip under the same name.
+    """
+    if re.search(r"\b(MIG|Laptop|Max-Q)\b", name):
+        return None
+    found = [card for card in CARDS if re.search(rf"\b{card}\b", name)]
+    return CARDS[max(found, key=len)] if found else None
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -51,13 +97,13 @@ def peak_flops(device: torch.device) -> float | None:
         device (`torch.device`): Where a run computes.
 
     Returns:
-        `float`, *optional*: Dense bf16 FLOP/s of one GPU, whatever the precision of the run; `None` for a device that
-        [`PEAK_FLOPS`] does not know, and for CPUs.
+        `float`, *optional*: Dense bf16 FLOP/s of one GPU, whatever the precision of the run; `None` for one that
+        [`card_of`] does not know, and for CPUs.
     """
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    card = card_of(torch.cuda.get_device_name(device))
+    return None if card is None else card.flops
 
 
 def count_step_flops(model: AlignedTransformer, encoders: Sequence[RepresentationEncoder]) -> int:
@@ -83,19 +129,11 @@ def count_step_flops(model: AlignedTransformer, encoders: Sequence[Representatio
         class_token = None
         if config.class_token_dim is not None:
             class_token = torch.empty(1, config.class_token_dim, device="meta")
-        velocity, projected, class_velocity = functional_call(model, _on_meta(model), (x, t, labels, t, class_token))
+        velocity, projected, class_velocity = functional_call(model, on_meta(model), (x, t, labels, t, class_token))
         outputs = [output for output in (velocity, *projected, class_velocity) if output is not None]
         torch.autograd.backward([output.sum() for output in outputs])
         for encoder in encoders:
             images = torch.empty(1, 3, encoder.image_size, encoder.image_size, device="meta")
-            functional_call(encoder, _on_meta(encoder), (images,))
+            functional_call(encoder, on_meta(encoder), (images,))
     transformer.gradient_checkpointing = checkpointing
     return counter.get_total_flops()
-
-
-def _on_meta(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return {
-        name: torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad)
-        for name, tensor in tensors.items()
-    }

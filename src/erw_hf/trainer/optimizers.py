@@ -13,20 +13,117 @@
 # limitations under the License.
 """AdamW for all weights, or Muon for the matrices of the blocks and AdamW for the others."""
 
+import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
+from accelerate import Accelerator
+
+from erw_hf.trainer.ema import whole_tensor
+
+
+class Muon(torch.optim.Optimizer):
+    """
+    Momentum whose updates are orthogonalised (Jordan et al., 2024), what torch's own does, in fewer and larger kernels: matrices
+    of one shape are one stack, and each process orthogonalises its share of it. Processes must hold the same gradients.
+
+    Args:
+        matrices (`list[nn.Parameter]`): Weights of two dimensions.
+        lr (`float`): Learning rate; updates are scaled to the size of AdamW's (arXiv 2502.16982, Eq. 4).
+        weight_decay (`float`): Decoupled, as AdamW's.
+        momentum (`float`, *optional*, defaults to 0.95): Nesterov's.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        for matrix in matrices:
+            shapes.setdefault(matrix.shape, []).append(matrix)
+        self._stacks = list(shapes.values())
+
+    @torch.no_grad()
+    def step(self, skip: torch.Tensor | None = None) -> None:  # type: ignore[override]  # no closure
+        """One step; none where `skip`, of one element, is not 0, which the host does not wait for."""
+        (group,) = self.param_groups
+        for stack in self._stacks:
+            matrices = [matrix for matrix in stack if matrix.grad is not None]
+            if not matrices:
+                continue
+            gradients = torch.stack([matrix.grad for matrix in matrices])  # (n, rows, columns)
+            state = [self.state[matrix] for matrix in matrices]
+            for of_matrix, matrix in zip(state, matrices, strict=True):
+                of_matrix.setdefault("momentum_buffer", torch.zeros_like(matrix))
+            buffers = [of_matrix["momentum_buffer"] for of_matrix in state]
+            averages = torch.stack(buffers)
+            decay: Any = group["lr"] * group["weight_decay"]
+            if skip is not None:  # an average of itself alone stays as it is
+                gradients, decay = torch.where(skip.bool(), averages, gradients), decay * (1 - skip)
+            averages.lerp_(gradients, 1 - group["momentum"])
+            updates = orthogonalized_together(gradients.lerp_(averages, group["momentum"]))
+            if skip is not None:
+                updates = torch.where(skip.bool(), 0, updates)
+            rate = group["lr"] * 0.2 * math.sqrt(max(stack[0].shape))
+            weights = torch.stack(matrices).mul_(1 - decay).add_(updates, alpha=-rate)
+            torch._foreach_copy_(buffers, averages.unbind())
+            torch._foreach_copy_(matrices, weights.unbind())
+
+
+def orthogonalized_together(matrices: torch.Tensor) -> torch.Tensor:
+    """
+    [`orthogonalized`], of which each process does its share.
+
+    Args:
+        matrices (`torch.Tensor` of shape `(n, rows, columns)`): The same on all processes.
+
+    Returns:
+        `torch.Tensor` of shape `(n, rows, columns)`: bfloat16, the same on all.
+    """
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    if processes == 1:
+        return orthogonalized(matrices)
+    share = math.ceil(len(matrices) / processes)
+    start = share * dist.get_rank()
+    mine = matrices.new_zeros(share, *matrices.shape[1:], dtype=torch.bfloat16)
+    if start < len(matrices):
+        found = orthogonalized(matrices[start : start + share])
+        mine[: len(found)] = found
+    gathered = mine.new_empty(processes * share, *matrices.shape[1:])
+    dist.all_gather_into_tensor(gathered.view(torch.uint8), mine.view(torch.uint8))  # not every backend has bfloat16
+    return gathered[: len(matrices)]
+
+
+def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
+    """
+    Five quintic Newton-Schulz iterations towards U V^T of M = U S V^T, with the coefficients of Jordan et al., whose singular
+    values end near 1.
+
+    Args:
+        matrices (`torch.Tensor` of shape `(n, rows, columns)`): Any.
+
+    Returns:
+        `torch.Tensor` of shape `(n, rows, columns)`: bfloat16.
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.bfloat16()
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values of at most 1
+    for _ in range(5):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return x.mT if tall else x
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
     """
-    torch's Muon and AdamW as one optimizer, whose groups a learning-rate schedule moves together.
+    Muon and AdamW as one optimizer, whose groups a learning-rate schedule moves together.
 
     Args:
-        matrices (`list[nn.Parameter]`): For Muon (Jordan et al., 2024): weights of two dimensions.
+        matrices (`list[nn.Parameter]`): For Muon: weights of two dimensions.
         others (`list[nn.Parameter]`): For AdamW.
-        lr (`float`): Learning rate of both. Muon's updates are scaled to the size of AdamW's (arXiv 2502.16982, Eq. 4).
+        lr (`float`): Learning rate of both.
         betas (`tuple[float, float]`): Of AdamW.
         eps (`float`): Of AdamW.
         weight_decay (`float`): Of both.
@@ -41,7 +138,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         eps: float,
         weight_decay: float,
     ) -> None:
-        self.muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.muon = Muon(matrices, lr, weight_decay)
         self.adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         self.found_inf: torch.Tensor | None = None  # not 0: leave this step out; what torch's fused AdamW has too
         super().__init__([{"params": matrices}, {"params": others}], {})
@@ -49,9 +146,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: neither of the two needs one
         """One step of both."""
-        if self.found_inf is not None and self.found_inf.item():  # torch's Muon cannot decide that on the device
-            return
-        self.muon.step()
+        self.muon.step(self.found_inf)
+        self.adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
         self.adamw.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -63,6 +159,47 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.muon.load_state_dict(state_dict["muon"])
         self.adamw.load_state_dict(state_dict["adamw"])
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]  # loading makes new ones
+
+
+def clip_gradients(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float
+) -> torch.Tensor:
+    """
+    Clips gradients by their norm: on a GPU inside of the optimizer's step where it is AdamW and nothing is sharded or scaled,
+    which leaves out a pass over the gradients. There a gradient is divided where it was multiplied, so its last bit may differ.
+
+    Args:
+        accelerator (`Accelerator`): What prepared the model.
+        optimizer (`torch.optim.Optimizer`): That which steps next, as [`build_optimizer`] made it.
+        parameters (`list[nn.Parameter]`): Of the model, after `accelerator.prepare`.
+        max_norm (`float`): The norm to clip to.
+
+    Returns:
+        `torch.Tensor` of shape `()`: The norm before, on the device; `nan` or `inf` for gradients that are.
+    """
+    fused = isinstance(optimizer, torch.optim.AdamW) and accelerator.scaler is None
+    if fused and accelerator.device.type == "cuda" and accelerator.distributed_type in ("NO", "MULTI_GPU"):
+        return clip_in_step(optimizer, parameters, max_norm)
+    norm = accelerator.clip_grad_norm_(parameters, max_norm)
+    return torch.as_tensor(whole_tensor(norm), device=accelerator.device)
+
+
+def clip_in_step(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """
+    Has the next step of a fused AdamW clip the gradients as it reads them.
+
+    Args:
+        optimizer (`torch.optim.AdamW`): Fused.
+        parameters (`list[nn.Parameter]`): Whose gradients count.
+        max_norm (`float`): The norm to clip to.
+
+    Returns:
+        `torch.Tensor` of shape `()`: The norm before.
+    """
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    # The kernel divides gradients by it, as GradScaler's; 1e-6 is `clip_grad_norm_`'s.
+    optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1)  # type: ignore[attr-defined]
+    return norm
 
 
 def build_optimizer(

@@ -124,10 +124,11 @@ class Snapshots:
         num_layers = phase.transformer.config.num_layers  # in the warmup it is a model of fewer blocks
 
         def make() -> ERWPipeline:
-            transformer = ERWTransformer2DModel(**inputs.model_config | {"num_layers": num_layers})
+            with inputs.accelerator.device:  # initialising XL takes a CPU 20 s
+                transformer = ERWTransformer2DModel(**inputs.model_config | {"num_layers": num_layers})
             transformer.load_state_dict(weights, strict=False)  # buffers are no weights
             pipeline = ERWPipeline(
-                transformer=transformer.to(inputs.accelerator.device).eval(),
+                transformer=transformer.eval(),
                 vae=inputs.vae,
                 scheduler=FlowMatchEulerMaruyamaScheduler(path_type=inputs.config.path_type),
                 id2label=inputs.source.id2label,
