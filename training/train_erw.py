@@ -242,7 +242,8 @@ def make_batch(phase: Phase, samples: Samples, aligned: bool) -> Batch:
     if "moments" in samples:  # of a latent cache
         x0 = moments_to_latents(samples["moments"], inputs.vae, samples["posterior_noise"])
     else:
-        x0 = pixels_to_latents(samples["pixels"], inputs.vae, samples["posterior_noise"])  # (B, C, h, w)
+        with inputs.autocast_vae():
+            x0 = pixels_to_latents(samples["pixels"], inputs.vae, samples["posterior_noise"])  # (B, C, h, w)
     t = inputs.objective.flow_time(samples["time_normal"])  # (B,)
     targets, class_token = phase.teacher(samples, aligned)  # (B, N, D) of each encoder, (B, E)
     return Batch(

@@ -28,6 +28,7 @@ from erw_hf.trainer import device
 from erw_hf.trainer.config import KEYS, PATH_OR_ID, TYPES, ModelConfig, TrainingConfig, local_names, parse_config
 from erw_hf.trainer.cost import DataSummary, start_report
 from erw_hf.trainer.device import choose_precision
+from erw_hf.trainer.run_record import read_metrics
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
 
@@ -533,6 +534,36 @@ def test_the_block_names_latents_size_and_stream(vae_path):
     assert "classes    none: unconditional" in block and "encoder    a, b" in block
     assert "model      SiT-B/4: 12 blocks of width 768, 8x8 tokens" in block
     assert "precision  float32 (auto)" in block and "attention  native, torch chooses the kernel" in block
+
+
+def test_the_block_says_whether_the_autoencoder_runs_and_in_what(monkeypatch):
+    monkeypatch.setattr("erw_hf.trainer.cost.device_name", lambda device_type: "a card")
+    flags = parse_config(["--vae=v", "--model=SiT-B/4", "--output_dir=out"])
+    for device_type, precision, cached, expected in (
+        ("cuda", "bf16", False, "v, in every step in bf16"),
+        ("cuda", "fp16", False, "v, in every step in float32"),
+        ("cpu", "bf16", False, "v, in every step in float32"),
+        ("cuda", "bf16", True, "v, not run: latents are cached"),
+    ):
+        data = DataSummary(None, 0, [], has_features=False, image_size=64, channels=3, has_latents=cached)
+        block = start_report(flags, data, (precision, "auto"), torch.device(device_type), 1).splitlines()
+        assert f"vae        {expected}" in block
+
+
+def test_the_dry_run_and_mfu_count_the_autoencoder(vae_path, tiny_flags, tmp_path, capsys, monkeypatch):
+    flags = [
+        *tiny_flags,
+        f"--vae={vae_path}",
+        "--in_channels=4",
+        "--max_train_steps=4",
+        f"--output_dir={tmp_path}/run",
+    ]
+    train(*flags, "--dry_run")
+    assert "of it autoencoder and encoder, which a latent cache spares" in capsys.readouterr().out
+    monkeypatch.setattr("erw_hf.trainer.phase.count_vae_flops", lambda vae, side: 10**12)
+    train(*flags)
+    first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")[:2]
+    assert second["flops"] - first["flops"] == pytest.approx(4e12, rel=0.01)  # of four images
 
 
 def test_a_precision_that_the_trainer_does_not_know(machine):

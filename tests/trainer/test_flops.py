@@ -13,11 +13,12 @@
 # limitations under the License.
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from erw_hf import ERWTransformer2DModel
 from erw_hf.alignment import MLPProjector
 from erw_hf.objective import AlignedTransformer
-from erw_hf.trainer.flops import card_of, count_step_flops, peak_flops
+from erw_hf.trainer.flops import card_of, count_step_flops, count_vae_flops, peak_flops
 from erw_hf.warmup import build_warmup_transformer
 
 
@@ -98,3 +99,15 @@ def test_mfu_is_a_share_of_the_cards_peak(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 5090")
     assert peak_flops(torch.device("cuda")) == 210e12
     assert peak_flops(torch.device("cpu")) is None
+
+
+def test_the_autoencoder_of_stable_diffusion_is_counted():
+    """A third of XL's step: 2.73e11 an image of 256 px."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        )  # fmt: skip
+    assert count_vae_flops(vae, 256) == pytest.approx(272.7e9, rel=1e-3)
+    assert count_vae_flops(vae, 512) > 4 * count_vae_flops(vae, 256)
+    assert count_vae_flops(None, 256) == 0

@@ -13,12 +13,14 @@
 # limitations under the License.
 """Speed changes nothing else: the trainer's losses are those of a plain loop, compiled or not."""
 
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate.utils import set_seed
+from diffusers import AutoencoderKL
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from helpers import PRESET, TINY_MODEL, randomize, train
 from safetensors.torch import load_file
@@ -26,14 +28,15 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Dinov2Config, Dinov2Model
 
-from erw_hf import ERWTransformer2DModel, RepresentationEncoder
+from erw_hf import ERWPipeline, ERWTransformer2DModel, RepresentationEncoder
+from erw_hf.data.latents import encode_moments, pixels_to_latents
 from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples
 from erw_hf.data.source import load_source
 from erw_hf.objective import AlignedTransformer
 from erw_hf.trainer.config import parse_config
 from erw_hf.trainer.device import LateValues
 from erw_hf.trainer.run_record import read_metrics
-from erw_hf.trainer.setup import build_full_model, build_warmup_model, choose_attention
+from erw_hf.trainer.setup import Inputs, build_full_model, build_warmup_model, choose_attention, vae_precision
 from erw_hf.trainer.snapshots import Snapshots
 
 
@@ -213,6 +216,33 @@ def test_the_encoder_computes_nothing_when_it_is_made():
     images = torch.rand(1, 3, 112, 112)
     expected = model(pixel_values=(images - 0.5) / 0.5).last_hidden_state[:, 1:]
     torch.testing.assert_close(encoder(images), expected)
+
+
+def test_images_are_encoded_in_bf16_on_a_gpu_alone(vae_path, monkeypatch):
+    chosen = {(d, p): vae_precision(d, p) for d in ("cuda", "cpu", "mps") for p in ("bf16", "fp16", "no")}
+    assert [where for where, precision in chosen.items() if precision == "bf16"] == [("cuda", "bf16")]
+    vae = AutoencoderKL.from_pretrained(vae_path)
+    side = 8 * ERWPipeline.vae_scale_factor_of(vae)
+    pixels = torch.randint(256, (2, 3, side, side), dtype=torch.uint8, generator=torch.manual_seed(0))
+    exact = pixels_to_latents(pixels, vae)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16")
+    inputs = Inputs(**dict.fromkeys((field.name for field in fields(Inputs)), None) | {"accelerator": accelerator})
+    with inputs.autocast_vae():
+        assert torch.equal(pixels_to_latents(pixels, vae), exact)
+    monkeypatch.setattr("erw_hf.trainer.setup.vae_precision", lambda *where: "bf16")  # as on a GPU
+    with inputs.autocast_vae():
+        rounded = pixels_to_latents(pixels, vae)
+    assert rounded.dtype == torch.float32 and vae.dtype == torch.float32
+    assert 0 < (rounded - exact).norm() < 0.02 * exact.norm()
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    layouts = []
+    encode = vae.encode
+    vae.encode = lambda x: layouts.append(x.is_contiguous(memory_format=torch.channels_last)) or encode(x)
+    torch.testing.assert_close(encode_moments(pixels.as_subclass(OnCuda), vae), encode_moments(pixels, vae))
+    assert layouts == [True, False]
 
 
 class TensorsMadeOn(TorchDispatchMode):

@@ -39,6 +39,8 @@ def encode_moments(pixels: torch.Tensor, vae: ModelMixin) -> torch.Tensor:
     images = pixels.float() / 255
     if not is_representation_autoencoder(vae):
         images = images * 2 - 1
+    if images.is_cuda:  # tensor cores take convolutions so; weights and results follow
+        images = images.to(memory_format=torch.channels_last)
     with torch.no_grad(), upcast(vae, images.device):
         encoded = vae.encode(images.to(vae.dtype))
     if hasattr(encoded, "latent_dist"):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset, DatasetInfo, load_dataset_builder
 from diffusers import AutoModel as Autoencoder
+from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.utils.constants import DIFFUSERS_ATTN_BACKEND
 from transformers import AutoConfig, AutoModel
@@ -30,6 +31,7 @@ from erw_hf.data.samples import read_row
 from erw_hf.data.source import (
     FEATURES_COLUMN,
     IMAGE_COLUMNS,
+    MOMENTS_COLUMN,
     Source,
     check_split,
     class_columns,
@@ -43,7 +45,7 @@ from erw_hf.pipeline_erw import ERWPipeline
 from erw_hf.provenance import device_name
 from erw_hf.trainer.config import TrainingConfig
 from erw_hf.trainer.device import choose_precision, found_device
-from erw_hf.trainer.flops import CARDS, count_step_flops
+from erw_hf.trainer.flops import CARDS, count_encoder_flops, count_step_flops, count_vae_flops
 from erw_hf.trainer.run_record import split_names
 from erw_hf.trainer.setup import (
     build_full_model,
@@ -54,6 +56,7 @@ from erw_hf.trainer.setup import (
     choose_attention,
     fit_to_encoder,
     teaches_embedding,
+    vae_precision,
 )
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
@@ -73,6 +76,7 @@ class DataSummary:
     has_features: bool  # an encoder's tokens are cached
     image_size: int
     channels: int
+    has_latents: bool = False  # moments are cached
 
 
 def summary_of(source: Source, image_size: int, channels: int) -> DataSummary:
@@ -87,7 +91,9 @@ def summary_of(source: Source, image_size: int, channels: int) -> DataSummary:
     """
     images = len(source.dataset) if isinstance(source.dataset, Dataset) else None
     names = [] if source.id2label is None else [source.id2label[i] for i in sorted(source.id2label)]
-    return DataSummary(images, source.num_classes, names, source.has_features, image_size, channels)
+    return DataSummary(
+        images, source.num_classes, names, source.has_features, image_size, channels, source.is_latent_cache
+    )
 
 
 def start_report(
@@ -120,10 +126,16 @@ def start_report(
     latents = f"latents {config.in_channels}x{config.sample_size}x{config.sample_size}" if config.vae else "no latents"
     size = f"{config.num_layers} blocks of width {config.num_attention_heads * config.attention_head_dim}"
     name = f"{config.model}: " if config.model else ""
+    vae = (
+        f"{config.vae}, in every step in {'bf16' if vae_precision(device.type, precision[0]) == 'bf16' else 'float32'}"
+    )
+    if data.has_latents:
+        vae = f"{config.vae}, not run: latents are cached"
     batch, accumulation = config.train_batch_size, config.gradient_accumulation_steps
     return _table([
         ("data", f"{config.dataset_name}, split {config.dataset_split}"),
         ("images", f"{images}; {side}x{side} px, {channels} channel{'s' * (channels > 1)}; {latents}"),
+        *([("vae", vae)] if config.vae else []),
         ("classes", classes),
         ("model", f"{name}{size}, {config.token_grid}x{config.token_grid} tokens"),
         ("encoder", ", ".join(config.encoders) or "none"),
@@ -190,6 +202,10 @@ def cost_report(config: TrainingConfig) -> str:
         if config.warmup_steps > 0:
             warmup = build_warmup_model(config, num_classes, encoders, start_encoder)
             warmup_flops = count_step_flops(warmup, warmup_teacher.running(aligned=True))
+    vae_flops = 0 if data.has_latents else count_vae_flops(_vae_on_meta(config), data.image_size)
+    encoding_flops = vae_flops + sum(count_encoder_flops(encoder) for encoder in teacher.running(aligned=True))
+    full_flops, unaligned_flops = full_flops + vae_flops, unaligned_flops + vae_flops
+    warmup_flops += vae_flops if config.warmup_steps > 0 else 0
 
     batch = config.step_batch_size(processes=1)
     full_steps = config.max_train_steps - config.warmup_steps
@@ -207,7 +223,11 @@ def cost_report(config: TrainingConfig) -> str:
         ("transformer", f"{parameters / 1e6:.1f} M parameters, {config.token_grid}x{config.token_grid} tokens"),
         ("projector, encoder", f"{(trained - parameters) / 1e6:.1f} M trained, {frozen / 1e6:.1f} M frozen"),
         ("FLOPs of a warmup step", f"{warmup_flops * batch:.3e} ({warmup_flops / full_flops:.3f} of a full one)"),
-        ("FLOPs of a full step", f"{full_flops * batch:.3e}"),
+        (
+            "FLOPs of a full step",
+            f"{full_flops * batch:.3e}, {encoding_flops / full_flops:.0%} of it autoencoder and encoder"
+            + ", which a latent cache spares" * (vae_flops > 0),
+        ),
         ("steps", f"{config.warmup_steps} warmup + {full_steps} full"),
         ("full-step equivalents", f"{total / full_flops / batch:.0f}"),
         ("FLOPs in all", f"{total:.3e}, for each process"),
@@ -226,7 +246,7 @@ def cost_report(config: TrainingConfig) -> str:
         # Mean and deviation in float16
         latents = num_images * 2 * config.in_channels * config.sample_size**2 * 2
         rows.append(("latents, if cached", f"{latents / GIB:.1f} GiB, and the images as JPEG beside them"))
-    return f"{start}\n\n{_table(rows)}\nAutoencoder and optimizer are not in the FLOPs. Nothing wrong was found."
+    return f"{start}\n\n{_table(rows)}\nThe optimizer is not in the FLOPs. Nothing wrong was found."
 
 
 def _check_data(config: TrainingConfig) -> DataSummary:
@@ -259,20 +279,31 @@ def _check_data(config: TrainingConfig) -> DataSummary:
     elif num_classes is None:
         raise ValueError("the dataset does not say how many classes it has: set num_classes")
     return DataSummary(
-        _rows(info, config), num_classes, names or [], FEATURES_COLUMN in columns, *_check_pixels(config)
+        _rows(info, config),
+        num_classes,
+        names or [],
+        FEATURES_COLUMN in columns,
+        *_check_pixels(config),
+        MOMENTS_COLUMN in columns,
     )
 
 
 def _check_pixels(config: TrainingConfig) -> tuple[int, int]:
     """Side and channels of the images, without the autoencoder's weights."""
-    if config.vae is None:
+    vae = _vae_on_meta(config)
+    if vae is None:
         return config.sample_size, config.in_channels
+    return config.sample_size * ERWPipeline.vae_scale_factor_of(vae), image_channels(vae)
+
+
+def _vae_on_meta(config: TrainingConfig) -> ModelMixin | None:
+    if config.vae is None:
+        return None
     with hub_or_cache(config.vae, "vae"):
         vae_config = Autoencoder.load_config(config.vae)
     check_autoencoder(vae_config, config.vae, config.in_channels)
     with torch.device("meta"):
-        vae = Autoencoder.from_config(vae_config)
-    return config.sample_size * ERWPipeline.vae_scale_factor_of(vae), image_channels(vae)
+        return Autoencoder.from_config(vae_config)
 
 
 def _average(config: TrainingConfig, steps: int) -> str:

@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import ModelMixin
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from erw_hf.data.latents import encode_moments, image_channels
 from erw_hf.encoders import RepresentationEncoder, on_meta
 from erw_hf.objective import AlignedTransformer
 
@@ -132,8 +134,42 @@ def count_step_flops(model: AlignedTransformer, encoders: Sequence[Representatio
         velocity, projected, class_velocity = functional_call(model, on_meta(model), (x, t, labels, t, class_token))
         outputs = [output for output in (velocity, *projected, class_velocity) if output is not None]
         torch.autograd.backward([output.sum() for output in outputs])
-        for encoder in encoders:
-            images = torch.empty(1, 3, encoder.image_size, encoder.image_size, device="meta")
-            functional_call(encoder, on_meta(encoder), (images,))
     transformer.gradient_checkpointing = checkpointing
+    return counter.get_total_flops() + sum(map(count_encoder_flops, encoders))
+
+
+def count_encoder_flops(encoder: RepresentationEncoder) -> int:
+    """
+    Floating-point operations of the encoder's tokens of one image, counted as in [`count_step_flops`].
+
+    Args:
+        encoder ([`RepresentationEncoder`]): Any.
+
+    Returns:
+        `int`: FLOPs.
+    """
+    with FlopCounterMode(display=False) as counter:
+        images = torch.empty(1, 3, encoder.image_size, encoder.image_size, device="meta")
+        functional_call(encoder, on_meta(encoder), (images,))
+    return counter.get_total_flops()
+
+
+def count_vae_flops(vae: ModelMixin | None, image_size: int) -> int:
+    """
+    Floating-point operations of encoding one image, counted as in [`count_step_flops`].
+
+    Args:
+        vae (a diffusers autoencoder, *optional*): Its configuration is looked at alone.
+        image_size (`int`): Side of the image, in pixels.
+
+    Returns:
+        `int`: FLOPs; 0 without an autoencoder.
+    """
+    if vae is None:
+        return 0
+    with torch.device("meta"):
+        plain = type(vae).from_config(vae.config)  # whose encoder is not compiled
+        images = torch.zeros(1, image_channels(vae), image_size, image_size, dtype=torch.uint8)
+        with FlopCounterMode(display=False) as counter:
+            encode_moments(images, plain)
     return counter.get_total_flops()

@@ -48,10 +48,12 @@ class Muon(torch.optim.Optimizer):
         """One step; none where `skip`, of one element, is not 0, which the host does not wait for."""
         (group,) = self.param_groups
         for stack in self._stacks:
-            matrices = [matrix for matrix in stack if matrix.grad is not None]
+            matrices: list[torch.Tensor] = [matrix for matrix in stack if matrix.grad is not None]
             if not matrices:
                 continue
-            gradients = torch.stack([matrix.grad for matrix in matrices])  # (n, rows, columns)
+            gradients = torch.stack(
+                [matrix.grad for matrix in matrices if matrix.grad is not None]
+            )  # (n, rows, columns)
             state = [self.state[matrix] for matrix in matrices]
             for of_matrix, matrix in zip(state, matrices, strict=True):
                 of_matrix.setdefault("momentum_buffer", torch.zeros_like(matrix))

@@ -20,7 +20,7 @@ from diffusers.optimization import get_scheduler
 from erw_hf.objective import AlignedTransformer
 from erw_hf.trainer.ema import EMA
 from erw_hf.trainer.engines import autocast_forward
-from erw_hf.trainer.flops import count_step_flops
+from erw_hf.trainer.flops import count_step_flops, count_vae_flops
 from erw_hf.trainer.optimizers import build_optimizer
 from erw_hf.trainer.setup import Inputs, choose_attention, compile_blocks
 from erw_hf.transformer_erw import ERWTransformer2DModel
@@ -48,8 +48,9 @@ class Phase:
         self.loss = inputs.objective.warmup_loss if model.warmup else inputs.objective.full_loss
         self.noised = config.warmup_noised or not model.warmup
         self.teacher = inputs.warmup_teacher if model.warmup else inputs.teacher
+        encoding = 0 if inputs.source.is_latent_cache else count_vae_flops(inputs.vae, inputs.image_size)
         self.flops = {  # of an image, by whether the step aligns
-            aligned: count_step_flops(model, self.teacher.running(aligned)) for aligned in (False, True)
+            aligned: encoding + count_step_flops(model, self.teacher.running(aligned)) for aligned in (False, True)
         }
         choose_attention(model.transformer, accelerator.device.type, accelerator.mixed_precision)
         if config.compiles(accelerator.device.type):

@@ -82,6 +82,17 @@ class Inputs:
         """Images of a step, over all processes."""
         return self.config.step_batch_size(self.accelerator.num_processes)
 
+    @property
+    def vae_precision(self) -> str:
+        """`"bf16"` for images that a step encodes on a GPU in bf16, else `"no"`."""
+        return vae_precision(self.accelerator.device.type, self.accelerator.mixed_precision)
+
+    def autocast_vae(self) -> torch.autocast:
+        """Around what encodes a step's images; a latent cache is made in float32."""
+        return torch.autocast(
+            self.accelerator.device.type, torch.bfloat16, enabled=self.vae_precision == "bf16", cache_enabled=False
+        )
+
 
 def open_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
     """Loads everything, and finds out whether it fits together."""
@@ -163,7 +174,9 @@ def nonfinite_inputs(inputs: Inputs, samples: Mapping[str, torch.Tensor]) -> lis
         assert vae is not None
         found[f"the cached latents of {config.dataset_name}"] = moments_to_latents(samples["moments"], vae)
     elif vae is not None:
-        found[f"the latents of the vae {config.vae} (in {vae.dtype})"] = pixels_to_latents(samples["pixels"], vae)
+        with inputs.autocast_vae():
+            latents = pixels_to_latents(samples["pixels"], vae)
+        found[f"the latents of the vae {config.vae} (in {vae.dtype})"] = latents
     if config.encoders:
         targets, _ = inputs.teacher(samples, aligned=True)
         found |= {
@@ -183,7 +196,6 @@ def load_vae(config: TrainingConfig, device: torch.device) -> tuple[ModelMixin |
     if config.vae is None:
         return None, config.sample_size, config.in_channels
     check_autoencoder(AutoModel.load_config(config.vae), config.vae, config.in_channels)
-    # float32: the latents are the data, and bf16 would round them.
     vae = AutoModel.from_pretrained(config.vae).to(device).eval().requires_grad_(False)
     factor = ERWPipeline.vae_scale_factor_of(vae)
     channels = image_channels(vae)
@@ -197,7 +209,24 @@ def load_vae(config: TrainingConfig, device: torch.device) -> tuple[ModelMixin |
             f"the vae makes latents (C, H, W) = {shape} of {side} px images, the config has in_channels="
             f"{config.in_channels} and sample_size={config.sample_size}"
         )
+    if device.type == "cuda" and config.compiles(device.type):
+        vae.encoder.compile()  # after the check, whose batch of one would be a graph of its own
     return vae, side, channels
+
+
+def vae_precision(device_type: str, mixed_precision: str) -> str:
+    """
+    What an autoencoder computes in, in a step; its weights stay float32. bf16 keeps 8 bits of a latent, as the model does that
+    reads it, and has the range of float32; fp16, which may overflow, is not taken. A latent cache is made in float32.
+
+    Args:
+        device_type (`str`): `"cuda"`, `"cpu"` ...
+        mixed_precision (`str`): Of the run.
+
+    Returns:
+        `str`: `"bf16"` or `"no"`.
+    """
+    return "bf16" if device_type == "cuda" and mixed_precision == "bf16" else "no"
 
 
 def load_encoders(config: TrainingConfig, device: torch.device, mixed_precision: str) -> list[RepresentationEncoder]:
