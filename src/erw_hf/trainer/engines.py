@@ -40,12 +40,12 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PARENT = os.getppid()  # as early as this process can know it
 
 
-def open_accelerator(**arguments: Any) -> Accelerator:
+def open_accelerator(**kwargs: Any) -> Accelerator:
     """
     The accelerator of a script, which `close_accelerator` ends.
 
     Args:
-        arguments (`Any`): Of `Accelerator`.
+        kwargs (`Any`): Of `Accelerator`.
 
     Returns:
         `Accelerator`: Its processes wait two hours for one another.
@@ -55,7 +55,7 @@ def open_accelerator(**arguments: Any) -> Accelerator:
     torch._dynamo.config.optimize_ddp = False
     # Gradients lie in DDP's buckets without a copy beside them; buffers are tables that never change.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-    return Accelerator(**arguments, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), ddp])
+    return Accelerator(**kwargs, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), ddp])
 
 
 def close_accelerator(accelerator: Accelerator) -> None:
