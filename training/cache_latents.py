@@ -43,10 +43,13 @@ from erw_hf.data.identity import data_identity, describe_changes
 from erw_hf.data.latents import check_finite, encode_moments, image_channels
 from erw_hf.data.samples import read_row
 from erw_hf.data.source import FEATURES_COLUMN, KEY_COLUMN, MOMENTS_COLUMN, Source, load_source
-from erw_hf.files import write_record, written_whole
+from erw_hf.files import check_folder, write_record, written_whole
 from erw_hf.hub.push import push_cache
 from erw_hf.hub.upload import prepare_repo
+from erw_hf.names import resolve_flags
+from erw_hf.processes import decided_by_main
 from erw_hf.trainer.engines import close_accelerator, open_accelerator
+from erw_hf.trainer.run_lock import RunLock
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -73,13 +76,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--push_to_hub", action="store_true", help="push the finished cache as a dataset")
     parser.add_argument("--hub_dataset_id", help="Hub repo; the name of output_dir by default")
     parser.add_argument("--hub_private", action="store_true", help="make the repo private")
-    return parser.parse_args()
+    args = parser.parse_args()
+    resolve_flags(parser, args, ["output_dir"], ["dataset_name", "vae", "encoder"])
+    try:
+        check_folder(args.output_dir)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def main() -> None:
     args = parse_arguments()
     accelerator = open_accelerator()
-    repo_id = write_cache(args, accelerator)
+    lock = RunLock(Path(args.output_dir))
+    try:
+        decided_by_main(accelerator, lambda: own_folder(lock))
+        repo_id = write_cache(args, accelerator)
+    finally:
+        lock.release()
     close_accelerator(accelerator)
     if args.push_to_hub and accelerator.is_main_process:
         try:
@@ -88,6 +102,11 @@ def main() -> None:
             finish = f"python -m erw_hf.hub.push {args.output_dir} --hub_dataset_id {repo_id}"
             print(f"The cache is whole, its push failed; to finish it: {finish}", flush=True)
             raise
+
+
+def own_folder(lock: RunLock) -> None:
+    lock.folder.mkdir(parents=True, exist_ok=True)
+    lock.acquire()
 
 
 def write_cache(args: argparse.Namespace, accelerator: Accelerator) -> str:

@@ -53,6 +53,7 @@ from erw_hf.evaluation.quality import (
     reference_file,
 )
 from erw_hf.files import check_folder, write_record
+from erw_hf.names import resolve_flags
 from erw_hf.provenance import compare_records, file_hash, hardware, versions
 from erw_hf.trainer.engines import close_accelerator, open_accelerator
 
@@ -108,6 +109,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--save_png", action="store_true", help="write the images into samples/")
     parser.add_argument("--save_steps", type=int, default=10, help="batches between two saves of unfinished work")
     args = parser.parse_args()
+    resolve_flags(parser, args, ["record"], [])
     if args.record is not None:
         parser.set_defaults(
             **recorded_settings(parser, args.record), output_dir=str(Path(args.record).parent / "again")
@@ -115,6 +117,10 @@ def parse_arguments() -> argparse.Namespace:
         args = parser.parse_args()
     elif (args.model is None) == (args.images is None):
         parser.error("name what to evaluate: --model or --images")
+    resolve_flags(
+        parser, args, ["output_dir", "record", "save_reference", "inception_weights"],
+        ["model", "images", "reference", "extractor", "dinov2"],
+    )  # fmt: skip
     if args.reference is None and args.save_reference is None:
         parser.error("name what to compare with, --reference, or what to make, --save_reference")
     if problem := problem_of(args):

@@ -32,6 +32,7 @@ from erw_hf.data.source import load_source
 from erw_hf.evaluation.extractors import weights_hash
 from erw_hf.evaluation.probes import load_probe_images, probe_blocks
 from erw_hf.files import check_folder, write_record
+from erw_hf.names import resolve_flags
 from erw_hf.provenance import hardware, versions
 from erw_hf.trainer.engines import close_accelerator, open_accelerator
 from erw_hf.trainer.plots import plot_probes
@@ -50,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--neighbours", type=int, default=10, help="k of CKNNA")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    resolve_flags(parser, args, ["output_dir"], ["model", "dataset_name", "encoder"])
     for name, fewest in (("num_images", 2), ("neighbours", 1), ("seed", 0)):
         if getattr(args, name) < fewest:
             parser.error(f"--{name} must be at least {fewest}, got {getattr(args, name)}")

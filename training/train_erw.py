@@ -73,6 +73,7 @@ State = dict[str, torch.Tensor]
 
 def main() -> None:
     config = parse_config()
+    config.check_names()
     if config.dry_run:
         try:
             if os.environ.get("RANK", "0") == "0":

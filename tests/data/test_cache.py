@@ -64,6 +64,7 @@ def test_an_encoder_that_overflows_is_upcast_where_it_says_so(vae_path):
 
 def test_cache_holds_every_row_once_shuffled_with_its_moments(cached, vae_path):
     assert len(list((cached / "data").glob("*.parquet"))) == 4
+    assert not (cached / ".lock").exists()
     rows = load_dataset(str(cached), split="train")
     keys = [int(key) for key in rows["key"]]
     assert sorted(keys) == list(range(359)) and keys != list(range(359))
@@ -101,6 +102,16 @@ def test_a_stopped_run_goes_on_and_other_settings_are_refused(cached, vae_path, 
     assert others[0].read_bytes() == expected
     result = cache(folder, vae_path, "--seed=1", check=False)
     assert "was begun with other settings" in result.stderr
+
+
+def test_a_cache_has_one_owner(tmp_path, monkeypatch):
+    def in_use(lock):
+        raise ValueError(f"{lock.folder} belongs to a run that goes on")
+
+    monkeypatch.setattr("erw_hf.trainer.run_lock.RunLock.acquire", in_use)
+    with pytest.raises(ValueError, match="belongs to a run that goes on"):
+        run_script("cache_latents", "--dataset_name=digits", "--vae=no/vae", f"--output_dir={tmp_path}")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("streaming", [False, True])

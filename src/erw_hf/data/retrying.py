@@ -22,7 +22,6 @@ import contextlib
 import functools
 import logging
 import os
-import re
 import tarfile
 import time
 import zipfile
@@ -33,6 +32,8 @@ import datasets
 import huggingface_hub
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+from erw_hf.names import resolve_name
 
 
 logger = logging.getLogger(__name__)
@@ -136,18 +137,6 @@ def retried(seconds: float, call: Callable[[], Result], listed: bool = False) ->
             backoff.failed(error)
 
 
-def may_be_hub_id(name: str) -> bool:
-    """
-    Args:
-        name (`str`): A Hub id or a path.
-
-    Returns:
-        `bool`: Whether it is no more than one or two words, the first of which is not a folder here.
-    """
-    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) is not None
-    return is_id and not os.path.isdir(name.split("/")[0])
-
-
 @contextlib.contextmanager
 def hub_or_cache(name: str, what: str) -> Iterator[None]:
     """
@@ -167,8 +156,7 @@ def hub_or_cache(name: str, what: str) -> Iterator[None]:
     if os.path.isdir(name):
         yield
         return
-    if not may_be_hub_id(name):
-        raise FileNotFoundError(f"{what}={name!r}: there is no folder {os.path.abspath(name)}")
+    resolve_name(name, what)
     constants = huggingface_hub.constants
     absence, was_offline = _why_hub_is_away(constants.ENDPOINT), constants.HF_HUB_OFFLINE
     if absence is None:

@@ -13,7 +13,6 @@
 # limitations under the License.
 """Opening a dataset: which columns it has, which classes, and whether it is a latent cache."""
 
-import difflib
 import errno
 import io
 import logging
@@ -45,7 +44,8 @@ from PIL import Image, UnidentifiedImageError
 
 from erw_hf.data.digits import load_digits_dataset
 from erw_hf.data.folder import LABEL_WORDS, find_label_column, nfc, read_image_folder, say
-from erw_hf.data.retrying import may_be_hub_id, retried
+from erw_hf.data.retrying import retried
+from erw_hf.names import alike, resolve_name
 
 
 logger = logging.getLogger(__name__)
@@ -349,7 +349,7 @@ def _load(
         if "gated" not in str(error):
             raise FileNotFoundError(
                 f"{dataset_name!r} is neither a dataset on the Hub that this account can read nor a folder in "
-                f"{os.getcwd()}{_alike(dataset_name)}: {error}"
+                f"{os.getcwd()}{alike(dataset_name)}: {error}"
             ) from error
         raise PermissionError(
             f"{error} Accept the terms there with your account, then `hf auth login` (or set HF_TOKEN) on this machine. "
@@ -358,12 +358,12 @@ def _load(
     except ConnectionError as error:
         if "OfflineModeIsEnabled" in str(error):
             raise FileNotFoundError(
-                f"{dataset_name!r} is neither a folder in {os.getcwd()}{_alike(dataset_name)} nor in the cache, and "
+                f"{dataset_name!r} is neither a folder in {os.getcwd()}{alike(dataset_name)} nor in the cache, and "
                 "HF_HUB_OFFLINE is set"
             ) from error
-        if _alike(dataset_name):
+        if alike(dataset_name):
             raise FileNotFoundError(
-                f"there is no folder {dataset_name!r} in {os.getcwd()}{_alike(dataset_name)}; and the Hub, which may have "
+                f"there is no folder {dataset_name!r} in {os.getcwd()}{alike(dataset_name)}; and the Hub, which may have "
                 f"a dataset of this name, does not answer ({error})"
             ) from error
         raise
@@ -440,7 +440,7 @@ def resolve_dataset_name(dataset_name: str) -> str:
         ValueError: for a file.
         FileNotFoundError: for what can only be a local folder, and does not exist.
     """
-    name = os.path.expanduser(os.path.expandvars(dataset_name))
+    name = resolve_name(dataset_name, "dataset_name")
     if name == "digits" or os.path.isdir(name):
         return name
     if os.path.isfile(name):
@@ -452,21 +452,7 @@ def resolve_dataset_name(dataset_name: str) -> str:
         else:
             advice = "name a folder of images, of parquet files or of tars, a Hub id, or digits"
         raise ValueError(f"dataset_name={dataset_name!r} is a file: {advice}")
-    if os.path.lexists(name) or not (may_be_hub_id(name) or "://" in name):
-        raise FileNotFoundError(
-            f"dataset_name={dataset_name!r}: there is no folder {os.path.abspath(name)}{_alike(name)}"
-        )
     return name
-
-
-def _alike(path: str) -> str:
-    """A folder beside the one that does not exist, as advice."""
-    parent, name = os.path.split(path.rstrip("/"))
-    folders = (
-        [entry.name for entry in os.scandir(parent or ".") if entry.is_dir()] if os.path.isdir(parent or ".") else []
-    )
-    close = difflib.get_close_matches(name, folders, n=1)
-    return f" (did you mean {os.path.join(parent or '.', close[0])}?)" if close else ""
 
 
 def is_local(dataset_name: str) -> bool:

@@ -23,7 +23,6 @@ import difflib
 import logging
 import math
 import os
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -34,6 +33,7 @@ import yaml
 
 from erw_hf.files import written_whole
 from erw_hf.licences import check_licence
+from erw_hf.names import expand_path, resolve_name
 from erw_hf.sizes import size_config, size_name
 from erw_hf.trainer.ema import SNAPSHOT_SIGMA_RELS, EMAProfile
 from erw_hf.trainer.run_record import split_names
@@ -583,6 +583,17 @@ class TrainingConfig(
         arguments = {key.metadata["source"]: getattr(self, key.name) for key in fields(self) if key.metadata["source"]}
         return arguments | {"needs_images": bool(self.encoders)}
 
+    def check_names(self) -> None:
+        """
+        Looks for the models and data that the run names, as far as the disk tells.
+
+        Raises:
+            FileNotFoundError: for a name that can only be a local path, and does not exist.
+        """
+        for name in PATH_OR_ID:
+            for part in split_names(getattr(self, name) or ""):
+                resolve_name(part, name)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """
         Writes the resolved configuration as YAML that `--config` accepts.
@@ -670,7 +681,7 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
     try:
         if unknown:
             raise ValueError(_unknown("argument", unknown[0], [f"--{name}" for name in TYPES]))
-        values = {} if file is None else read_config_file(Path(_expand_path(file)))
+        values = {} if file is None else read_config_file(Path(expand_path(file)))
         if "model" in flags:
             values = {name: value for name, value in values.items() if name not in MODEL_KEYS}
         values |= {name: _read_value(name, text) for name, text in flags.items()}
@@ -792,7 +803,7 @@ def _read_value(name: str, text: str, folder: Path | None = None, quoted: bool =
             none = " (write none to unset it)" if type(None) in get_args(TYPES[name]) else ""
             raise ValueError(f"{name} takes a name, got {text}{none}. {KEYS[name].metadata['help']}")
         if KEYS[name].metadata["path"] is not None:
-            value = ",".join(_expand_path(part, folder) for part in text.split(",")) if text else text
+            value = ",".join(expand_path(part, folder) for part in text.split(",")) if text else text
     else:
         try:
             value = kind(text)
@@ -801,19 +812,6 @@ def _read_value(name: str, text: str, folder: Path | None = None, quoted: bool =
             raise ValueError(f"{name} must be {NAMED[kind]}, got {text!r}{hint}") from None
     _check_value(name, value)
     return value
-
-
-def _expand_path(text: str, folder: Path | None = None) -> str:
-    if Path(text).exists() and folder is None:
-        return text
-    expanded = os.path.expanduser(os.path.expandvars(text.strip()))
-    if unset := re.search(r"\$\{?(\w+)", expanded):
-        raise ValueError(f"{text!r} names ${unset[1]}, which is not set")
-    if expanded.startswith("~"):
-        raise ValueError(f"{text!r} names the home of a user who does not exist on this machine")
-    if folder is not None and expanded.startswith(("./", "../")):
-        return os.path.normpath(folder / expanded)
-    return expanded
 
 
 def _check_value(name: str, value: Any) -> None:

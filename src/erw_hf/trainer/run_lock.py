@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""One owner at a time for a run's folder."""
+"""One owner at a time for the folder of a run or of a latent cache."""
 
 import contextlib
 import errno
@@ -36,7 +36,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 class RunLock:
     """
-    The file `.lock` of a run's folder, for as long as a process owns the folder.
+    The file `.lock` of a folder, for as long as a process owns the folder.
 
     It holds a lock of the system where the disk has them. That ends with the process, also by kill -9, and is not inherited
     by its children, as `flock` would be. Beside it stand host and process, and the time of the file goes on as a heartbeat: for a

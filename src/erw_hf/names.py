@@ -1,0 +1,116 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Paths and Hub ids as users write them: `~` and `$HOME`, and what can only be a path that was mistyped."""
+
+import argparse
+import difflib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def expand_path(text: str, folder: Path | None = None) -> str:
+    """
+    Args:
+        text (`str`): A path or Hub id.
+        folder (`Path`, *optional*): Where a path with a leading dot starts; by default where the process is.
+
+    Returns:
+        `str`: The same with `~` and variables of the environment filled in, as a shell does.
+
+    Raises:
+        ValueError: for a variable that is not set, or a user that this machine does not have.
+    """
+    if Path(text).exists() and folder is None:
+        return text
+    expanded = os.path.expanduser(os.path.expandvars(text.strip()))
+    if unset := re.search(r"\$\{?(\w+)", expanded):
+        raise ValueError(f"{text!r} names ${unset[1]}, which is not set")
+    if expanded.startswith("~"):
+        raise ValueError(f"{text!r} names the home of a user that this machine does not have")
+    if folder is not None and expanded.startswith(("./", "../")):
+        return os.path.normpath(folder / expanded)
+    return expanded
+
+
+def may_be_hub_id(name: str) -> bool:
+    """
+    Args:
+        name (`str`): A Hub id or a path.
+
+    Returns:
+        `bool`: Whether it is no more than one or two words, the first of which is not a folder here.
+    """
+    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) is not None
+    return is_id and not os.path.isdir(name.split("/")[0])
+
+
+def resolve_name(name: str, key: str) -> str:
+    """
+    Args:
+        name (`str`): A local path or Hub id.
+        key (`str`): What it was given for, for the message.
+
+    Returns:
+        `str`: The same, expanded by [`expand_path`].
+
+    Raises:
+        ValueError: see [`expand_path`].
+        FileNotFoundError: for what can only be a local path, and does not exist: the Hub need not be asked.
+    """
+    expanded = expand_path(name)
+    if os.path.exists(expanded) or (not os.path.lexists(expanded) and (may_be_hub_id(expanded) or "://" in expanded)):
+        return expanded
+    kind = "file" if expanded.endswith((".npz", ".pt", ".pth", ".ckpt", ".safetensors")) else "folder"
+    raise FileNotFoundError(f"{key}={name!r}: there is no {kind} {os.path.abspath(expanded)}{alike(expanded)}")
+
+
+def resolve_flags(
+    parser: argparse.ArgumentParser, flags: argparse.Namespace, paths: Iterable[str], names: Iterable[str]
+) -> None:
+    """
+    Expands flags that hold paths or Hub ids, in place; ends the program for a name that can only be a mistyped path.
+
+    Args:
+        parser (`argparse.ArgumentParser`): What ends it.
+        flags (`argparse.Namespace`): The flags.
+        paths (`Iterable[str]`): Flags that hold a path, there or not.
+        names (`Iterable[str]`): Flags that hold a Hub id or a path that is there.
+    """
+    try:
+        for flag in paths:
+            if getattr(flags, flag) is not None:
+                setattr(flags, flag, expand_path(getattr(flags, flag)))
+        for flag in names:
+            if getattr(flags, flag) is not None:
+                setattr(flags, flag, resolve_name(getattr(flags, flag), f"--{flag}"))
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+
+
+def alike(path: str) -> str:
+    """
+    Args:
+        path (`str`): A path that does not exist.
+
+    Returns:
+        `str`: A folder beside it of nearly that name, as advice; empty if there is none.
+    """
+    parent, name = os.path.split(path.rstrip("/"))
+    folders = (
+        [entry.name for entry in os.scandir(parent or ".") if entry.is_dir()] if os.path.isdir(parent or ".") else []
+    )
+    close = difflib.get_close_matches(name, folders, n=1)
+    return f" (did you mean {os.path.join(parent or '.', close[0])}?)" if close else ""
