@@ -16,7 +16,7 @@ import os
 
 import pytest
 
-from erw_hf.files import sync_tree, write_record, written_whole
+from erw_hf.files import folder_written_whole, sync_tree, write_record, written_whole
 
 
 def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
@@ -46,3 +46,17 @@ def test_a_folder_is_synced_with_all_that_it_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
     sync_tree(tmp_path)
     assert set(synced) == {str(path) for path in (tmp_path, *tmp_path.rglob("*"))}
+
+
+def test_a_folder_is_whole_or_the_one_before(tmp_path):
+    (tmp_path / ".warmup.writing").mkdir()
+    (tmp_path / ".warmup.writing" / "torn").touch()
+    for number in range(2):
+        with folder_written_whole(tmp_path / "warmup") as folder:
+            (folder / f"{number}.txt").touch()
+            assert not (tmp_path / "warmup" / f"{number}.txt").exists()
+        assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["warmup", f"warmup/{number}.txt"]
+    with pytest.raises(OSError, match="full"), folder_written_whole(tmp_path / "warmup") as folder:
+        (folder / "2.txt").touch()
+        raise OSError("disk full")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["warmup", "warmup/1.txt"]

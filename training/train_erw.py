@@ -36,7 +36,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 
 from erw_hf.data.latents import moments_to_latents, pixels_to_latents
-from erw_hf.files import write_record
+from erw_hf.files import folder_written_whole, write_record
 from erw_hf.hub.cards import write_warmup_record
 from erw_hf.hub.upload import prepare_repo
 from erw_hf.objective import Batch
@@ -159,10 +159,10 @@ def end_warmup(phase: Phase, progress: Progress) -> State:
     config, accelerator = inputs.config, inputs.accelerator
     state = whole_state_dict(accelerator.unwrap_model(phase.model))
     if accelerator.is_main_process:
-        folder = Path(config.output_dir) / "warmup"
-        save_warmup(state, inputs.model_config, config.warmup_depth, folder)
         taught = inputs.warmup_teacher is not inputs.teacher
-        write_warmup_record(folder, vars(config), vars(progress), inputs.model_config, taught)
+        with folder_written_whole(Path(config.output_dir) / "warmup") as folder:
+            save_warmup(state, inputs.model_config, config.warmup_depth, folder)
+            write_warmup_record(folder, vars(config), vars(progress), inputs.model_config, taught)
     accelerator.free_memory(phase.model)
     return state
 

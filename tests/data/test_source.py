@@ -21,7 +21,7 @@ import time
 import pyarrow
 import pyarrow.parquet
 import pytest
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from PIL import Image as PILImage
 
 from erw_hf.data import retrying
@@ -122,6 +122,24 @@ def test_images_that_would_all_be_skipped_are_refused_at_once(tmp_path, image, m
     folder = table(tmp_path / "data", image=pyarrow.array(image))
     with pytest.raises(ValueError, match=message):
         load_source(folder, streaming=streaming, num_classes=3)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_damaged_beginning_is_not_a_damaged_dataset(tmp_path, streaming):
+    image = pyarrow.array([{"bytes": b"torn", "path": None}] * 40 + [{"bytes": png(), "path": None}])
+    folder = table(tmp_path / "data", [0] * 41, image=image)
+    assert load_source(folder, streaming=streaming, num_classes=1).num_classes == 1
+
+
+def test_names_have_one_id_in_all_splits(tmp_path):
+    for name, labels in (("train", ["cat", "eel"]), ("test", ["eel", "ant"]), ("validation", ["eel"])):
+        table(tmp_path / "data", pyarrow.array(labels), name)
+    for split, ids in (("train", [1, 2]), ("test", [2, 0]), ("validation", [2]), ("train[:1]", [1])):
+        source = load_source(str(tmp_path / "data"), split)
+        assert source.id2label == {0: "ant", 1: "cat", 2: "eel"} and source.dataset["label"][:] == ids, split
+    DatasetDict({"train": Dataset.from_dict({"image": [png()], "label": ["b"]}),
+                 "test": Dataset.from_dict({"image": [png()], "label": ["a"]})}).save_to_disk(tmp_path / "disk")  # fmt: skip
+    assert load_source(str(tmp_path / "disk")).dataset["label"][:] == [1]
 
 
 def test_one_readable_image_is_enough(tmp_path):

@@ -51,6 +51,7 @@ from erw_hf.names import alike, resolve_name
 logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
+LOOKED_AT = 1000  # rows at most, one of which must begin like an image
 # Columns of a latent cache, beside the image and the label.
 MOMENTS_COLUMN = "moments"  # float16 bytes of (2 c, h, w), in C order
 FEATURES_COLUMN = "features"  # bfloat16 bytes of (N, D), in C order
@@ -123,7 +124,7 @@ def load_source(
         PermissionError: for a gated data set that this account may not read; the message says how to get access.
     """
     dataset_name = resolve_dataset_name(dataset_name)
-    load = partial(_load, dataset_name, split, dataset_config_name, streaming, label_column, num_classes != 0)
+    load = partial(_load, dataset_name, dataset_config_name, streaming, label_column, num_classes != 0, split=split)
     try:
         dataset, first = retried(retry_seconds, partial(_open, load))
     except (DatasetGenerationError, pyarrow.ArrowInvalid) as error:
@@ -172,7 +173,7 @@ def load_source(
     elif streaming:
         num_classes, names = _classes_of_stream(dataset, first, label_column, num_classes)
     else:
-        dataset = _encode_names(dataset, dataset_name, label_column)
+        dataset = _encode_names(dataset, dataset_name, label_column, partial(load, split=None))
         num_classes, names = _classes_of_rows(dataset, dataset_name, label_column, num_classes)
     id2label = {number: nfc(name) for number, name in enumerate(names)} if names else None
     return Source(dataset, image_column, label_column, num_classes, id2label, is_latent_cache, has_features)
@@ -209,20 +210,19 @@ def _check_images(dataset: Dataset | IterableDataset, image_column: str, dataset
     """Refuses what would be skipped row by row: at least one of some rows must begin like an image."""
     rows: Iterable[tuple[int, dict[str, Any]]]
     if isinstance(dataset, IterableDataset):
-        rows = enumerate(dataset.take(16))
+        rows = enumerate(dataset.take(LOOKED_AT))
     else:
-        chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), 16)).astype(int).tolist()
+        chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), LOOKED_AT)).astype(int).tolist()
         images = dataset.select_columns([image_column])
         rows = ((number, images[number]) for number in chosen)
-    reasons = []
+    first, count = "", 0
     for number, row in rows:
         reason = _why_unreadable(row[image_column])
         if reason is None:
             return
-        reasons.append(f"row {number} {reason}")
+        first, count = first or f"row {number} {reason}", count + 1
     raise ValueError(
-        f"none of {len(reasons)} rows of {dataset_name!r} holds a readable image in the column {image_column!r}: "
-        f"{reasons[0]}"
+        f"none of {count} rows of {dataset_name!r} holds a readable image in the column {image_column!r}: {first}"
     )
 
 
@@ -251,8 +251,11 @@ def _why_unreadable(encoded: dict[str, Any] | None) -> str | None:
     return None
 
 
-def _encode_names(dataset: Dataset, dataset_name: str, label_column: str) -> Dataset:
-    """Checks that every row has one label; names become a ClassLabel, in the order of their composed characters."""
+def _encode_names(
+    dataset: Dataset, dataset_name: str, label_column: str, load_splits: Callable[[], Mapping[str, Dataset]]
+) -> Dataset:
+    """Checks that every row has one label; names become a ClassLabel of those of all splits, in the order of their composed
+    characters."""
     labels = dataset[label_column][:]
     missing = [row for row, label in enumerate(labels) if label is None or label == "" or label != label]
     if missing:
@@ -269,7 +272,8 @@ def _encode_names(dataset: Dataset, dataset_name: str, label_column: str) -> Dat
     if not isinstance(labels[0], str):
         return dataset
     labels = [nfc(label) for label in labels]
-    names = sorted(set(labels))
+    others = [part[label_column][:] for part in load_splits().values() if label_column in part.column_names]
+    names = sorted({nfc(label) for part in (labels, *others) for label in part if isinstance(label, str) and label})
     index = {name: number for number, name in enumerate(names)}
     encoded = dataset.remove_columns(label_column)
     return encoded.add_column(label_column, [index[label] for label in labels], feature=ClassLabel(names=names))
@@ -322,13 +326,14 @@ def _open(load: Callable[[], Dataset | IterableDataset]) -> tuple[Dataset | Iter
 
 def _load(
     dataset_name: str,
-    split: str,
     dataset_config_name: str | None,
     streaming: bool,
     label_column: str | None,
     labelled: bool,
+    split: str | None,
     **options: object,
-) -> Dataset | IterableDataset:
+) -> Any:
+    """The rows of a split; all splits, by name, for `None`."""
     splits: Mapping[str, Dataset] | None = None
     shards = 8
     if dataset_name == "digits":
@@ -341,6 +346,8 @@ def _load(
     elif dataset_config_name is None and os.path.isdir(dataset_name):
         splits, shards = read_image_folder(dataset_name, label_column, labelled), 1
     if splits is not None:
+        if split is None:
+            return splits
         dataset = _take_split(splits, split, dataset_name)
         return dataset.to_iterable_dataset(num_shards=min(len(dataset), shards)) if streaming else dataset
     try:
