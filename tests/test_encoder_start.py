@@ -183,8 +183,11 @@ def test_on_latents_the_patch_embedding_stays():
     assert torch.equal(transformer.pos_embed.proj.weight, before) and "pos_embed.pos_embed" in names
     latents = model(4, 4, patch_size=2, sample_size=8)  # other patches: by itself
     assert "pos_embed.proj.weight" not in start_from_encoder(latents, encoder_of(vit()), 1)
-    with pytest.raises(ValueError, match="set with_patch_embedding to False"):
-        start_from_encoder(latents, encoder_of(vit()), 1, with_patch_embedding=True)
+    narrow = model(patch_bottleneck_dim=3)  # whose rank the encoder's has not
+    assert not any("pos_embed.proj" in name for name in start_from_encoder(narrow, encoder_of(vit()), 1))
+    for transformer in (latents, narrow):
+        with pytest.raises(ValueError, match="set with_patch_embedding to False"):
+            start_from_encoder(transformer, encoder_of(vit()), 1, with_patch_embedding=True)
 
 
 @pytest.mark.parametrize(

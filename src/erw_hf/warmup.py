@@ -278,10 +278,14 @@ def start_from_encoder(
             f"{config.sample_size // config.patch_size} a side"
         )
     foldable = takes_patch_embedding(encoder, config.patch_size) and config.in_channels in (1, 3)
+    foldable = (
+        foldable and config.patch_bottleneck_dim is None
+    )  # a matrix of full rank is not a product of narrow ones
     if with_patch_embedding and not foldable:
         raise ValueError(
             f"the patch embedding of {type(encoder.model).__name__}, of {encoder.patch_size} px patches, cannot be that of a "
-            f"model with patch_size={config.patch_size} and in_channels={config.in_channels}: set with_patch_embedding to "
+            f"model with patch_size={config.patch_size}, in_channels={config.in_channels} and "
+            f"patch_bottleneck_dim={config.patch_bottleneck_dim}: set with_patch_embedding to "
             "False, and let a warmup teach a new one"
         )
     tensors = {"pos_embed.pos_embed": _positions(encoder)}

@@ -78,7 +78,8 @@ def test_a_preset_says_what_is_expected_and_claims_nothing(hub, path):
     comment = path.read_text().splitlines()[0].removeprefix("# ")
     assert f"> {comment}" in card.text
     method = next(name for name in ("SiT", "REPA", "ERW") if f": {name} on " in card.text)
-    assert method.lower() in path.stem or (method == "ERW" and path.stem.split("-")[-1] in ("digits", "modern"))
+    others = {"digits": "ERW", "modern": "ERW", "pixels": "SiT", "pixel": "SiT", "rae": "SiT"}
+    assert method.lower() in path.stem or others[path.stem.split("-")[-1]] == method
 
 
 def test_a_run_gives_its_cost_with_the_warmup_counted(hub, run):

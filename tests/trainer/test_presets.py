@@ -17,9 +17,11 @@ import json
 import re
 
 import pytest
+import torch
 import yaml
 from helpers import REPOSITORY, train
 
+from erw_hf import ERWPipeline
 from erw_hf.trainer import cost
 from erw_hf.trainer.config import TrainingConfig, parse_config
 from erw_hf.trainer.cost import cost_report
@@ -41,7 +43,8 @@ def small(encoder_path, vae_path):
         "mixed_precision": "no",
     }  # fmt: skip
     flags = [f"--{name}={value}" for name, value in values.items()]
-    return lambda preset: flags if preset == "digits" else [*flags, f"--vae={vae_path}"]
+    pixels = ("digits", "pixels", "imagenet256-pixel")
+    return lambda preset: flags if preset in pixels else [*flags, f"--vae={vae_path}", "--in_channels=4"]
 
 
 def size_flags(preset: str) -> dict[str, list[str]]:
@@ -58,7 +61,10 @@ SIZED = [(preset, model, flags) for preset in PRESETS for model, flags in size_f
 
 def test_the_presets_that_are_promised_exist():
     recipes = {f"imagenet256-{kind}" for kind in ("erw-paper", "erw-code", "repa", "sit", "modern")}
-    assert {*recipes, "imagenet512-erw", "digits"} == set(PRESETS)
+    spaces = {"imagenet256-pixel": {"SiT-B/16", "SiT-L/16"}, "imagenet256-rae": {"SiT-B/1", "SiT-L/1", "SiT-XL/1"}}
+    assert {*recipes, *spaces, "imagenet512-erw", "digits", "pixels"} == set(PRESETS)
+    for recipe, sizes in spaces.items():
+        assert set(size_flags(recipe)) == sizes
     for recipe in recipes:
         assert set(size_flags(recipe)) == {"SiT-B/2", "SiT-L/2", "SiT-XL/2"}
 
@@ -113,7 +119,9 @@ def test_dry_run_costs_every_preset_without_its_data(preset, model, size, small,
     assert "FLOPs of a full step" in report and "GPU-hours" in report and "Nothing wrong was found" in report
     if model is not None:
         millions = float(re.search(r"transformer +([\d.]+) M", report)[1])
-        low, high = {"SiT-B/2": (125, 135), "SiT-L/2": (450, 465), "SiT-XL/2": (660, 690)}[model]
+        low, high = {"S": (30, 35), "B": (125, 135), "L": (450, 465), "XL": (660, 690)}[
+            model.split("-")[1].split("/")[0]
+        ]
         assert low < millions < high
 
 
@@ -144,6 +152,37 @@ def test_dry_run_of_xl_in_numbers(vae_path):
 def test_dry_run_finds_what_is_wrong(small, flags, message):
     with pytest.raises(ValueError, match=message):
         train(f"--config={CONFIGS}/imagenet256-erw-paper.yaml", *small("imagenet256-erw-paper"), *flags, "--dry_run")
+
+
+@pytest.fixture(scope="module")
+def rae_path(tmp_path_factory):
+    """An AutoencoderRAE of 64 channels on 2x2 cells of 4 px, which carries its statistics."""
+    from diffusers import AutoencoderRAE
+
+    folder = tmp_path_factory.mktemp("rae")
+    torch.manual_seed(0)
+    AutoencoderRAE(
+        encoder_hidden_size=64, encoder_num_hidden_layers=1, encoder_input_size=28, encoder_patch_size=14, patch_size=4,
+        decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=16,
+        image_size=8, latents_mean=torch.zeros(64, 1, 1), latents_std=torch.full((64, 1, 1), 0.5),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def test_the_recipe_of_representation_latents_runs_on_one(small, rae_path, tmp_path, capsys):
+    """From the images to a pipeline that draws, its shift by the dimension, its width checked, its cost in their space."""
+    of_rae = ["--sample_size=2", "--patch_size=1", "--in_channels=64", "--attention_head_dim=32", f"--vae={rae_path}"]
+    flags = [f"--config={CONFIGS}/imagenet256-rae.yaml", *small("imagenet256-rae"), *of_rae]
+    train(*flags, "--dry_run")
+    assert re.search(r"8x8 px, 3 channels; latents 64x2x2\n", capsys.readouterr().out)
+    train(*flags, "--max_train_steps=3", f"--output_dir={tmp_path}/run")
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["timestep_shift"] == 0.25  # sqrt(256 / 4096)
+    pipe = ERWPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert type(pipe.vae).__name__ == "AutoencoderRAE"
+    assert pipe(3, num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 3)
+    with pytest.raises(SystemExit):
+        train(*flags, "--attention_head_dim=8", "--dry_run")
+    assert "a patch holds 64 numbers and the model is 16 wide" in capsys.readouterr().err
 
 
 def test_dry_run_wants_an_autoencoder_whose_latents_are_scaled(small, vae_path, tmp_path):
