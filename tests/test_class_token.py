@@ -533,7 +533,7 @@ def test_what_cannot_work_is_said_before_the_first_step(tmp_path, tiny_flags, va
 def test_dry_run_and_probes_and_fid_during_training(tmp_path, tiny_flags, capsys):
     flags = [*tiny_flags, "--class_token_weight=0.03"]
     train(*flags, "--dry_run")
-    assert "Nothing wrong was found" in capsys.readouterr().out
+    assert "No problem was found" in capsys.readouterr().out
     train(
         *flags, "--probe_steps=3", "--probe_split=test", "--probe_samples=30", "--evaluation_steps=6",
         "--evaluation_samples=4", "--evaluation_reference=digits",

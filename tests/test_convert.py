@@ -232,7 +232,7 @@ def test_parity_of_regs_checkpoints():
     sample, velocity = reference(state, x, t, labels, class_token)
     assert relative_error(ours.sample, sample) < 1e-5 and relative_error(ours.class_token, velocity) < 1e-5
     state["pos_embed"][:, 0] = 1
-    with pytest.raises(ValueError, match="'pos_embed' is another table"):
+    with pytest.raises(ValueError, match="'pos_embed' differs from the fixed table"):
         convert_checkpoint(state, HEADS_GIVEN)
 
 
@@ -291,8 +291,8 @@ def _xl_state():
         ({"blocks.1.attn.rel_pos": torch.zeros(3)}, HEADS_GIVEN, "unknown tensor 'blocks.1.attn.rel_pos'"),
         ({"blocks.1.attn.proj.bias": None}, HEADS_GIVEN, "missing .*transformer_blocks.1.attn.to_out.0.bias"),
         ({"blocks.1.attn.proj.bias": torch.zeros(3)}, HEADS_GIVEN, r"\(3,\) in the checkpoint"),
-        ({"x_embedder.proj.weight": None}, HEADS_GIVEN, "no SiT, REPA, REG, ERW or LightningDiT checkpoint"),
-        ({"pos_embed": torch.ones(1, GRID**2, DIM)}, HEADS_GIVEN, "another table than the fixed one"),
+        ({"x_embedder.proj.weight": None}, HEADS_GIVEN, "not hold a SiT, REPA, REG, ERW or LightningDiT checkpoint"),
+        ({"pos_embed": torch.ones(1, GRID**2, DIM)}, HEADS_GIVEN, "differs from the fixed table"),
         ({"pos_embed": None}, HEADS_GIVEN, "sample_size"),
         ({}, {}, "no published size"),
         ({}, {"num_attention_heads": 5}, "does not divide"),
@@ -338,7 +338,7 @@ def test_checkpoints_of_any_precision_are_read(dtype):
     assert any(fact.startswith(f"dtype: {str(dtype).removeprefix('torch.')}") for fact in converted.facts)
     assert all(torch.equal(tensor, converted.transformer[name]) for name, tensor in exact.state_dict().items())
     state["pos_embed"] = state["pos_embed"].float().flip(1).to(dtype)
-    with pytest.raises(ValueError, match="'pos_embed' is another table"):
+    with pytest.raises(ValueError, match="'pos_embed' differs from the fixed table"):
         convert_checkpoint(state, HEADS_GIVEN)
 
 
@@ -394,12 +394,12 @@ def test_what_was_seen_is_named_where_no_model_is_found():
 def test_dit_is_not_taken_for_sit():
     """Its files have the very tensors; what it trains and SiT does not are the variance channels."""
     dit = state_dict(learn_sigma=True, trained_variance=True)
-    with pytest.raises(ValueError, match="checkpoint of DiT, as its trained variance.*DiTPipeline.*time_reversed"):
+    with pytest.raises(ValueError, match="checkpoint of DiT, since its variance channels.*DiTPipeline.*time_reversed"):
         convert_checkpoint(dit, HEADS_GIVEN)
     with pytest.raises(ValueError, match="checkpoint of DiT-XL/2: .*DDPM"):
         convert_checkpoint({"ema": state_dict(), "args": argparse.Namespace(model="DiT-XL/2")}, HEADS_GIVEN)
     converted = read_checkpoint(dit, {**HEADS_GIVEN, "time_reversed": True})
-    assert "time: t = 1 is data, turned round (as architecture says)" in converted.facts
+    assert "time: t = 1 is data, reversed here (as architecture says)" in converted.facts
 
 
 def test_a_table_without_a_null_class():

@@ -11,16 +11,16 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Encode a data set once, so that training reads latents in place of running the autoencoder in every step.
+"""Encode a dataset once, so that training reads latents instead of running the autoencoder in every step.
 
     accelerate launch training/cache_latents.py --dataset_name ILSVRC/imagenet-1k --vae stabilityai/sd-vae-ft-ema \\
         --sample_size 32 --output_dir caches/imagenet256
 
 Writes `data/train-*.parquet` in a shuffled order: the posterior's moments in float16, the label, a key, and the cropped
-image as JPEG for the encoder that the run aligns with. The folder is a data set like any other: train with
+image as JPEG for the encoder that the run aligns with. The folder is a dataset like any other: train with
 `--dataset_name caches/imagenet256 --vae stabilityai/sd-vae-ft-ema`, streamed or not, or with `--push_to_hub` from the Hub.
 
-Files are written by all processes, each whole or absent; a run that was stopped goes on where it was.
+All ranks write files, each complete or not at all; the same command resumes an interrupted run.
 """
 
 import argparse
@@ -100,7 +100,7 @@ def main() -> None:
             push_cache(Path(args.output_dir), repo_id, args.hub_private)
         except Exception:
             finish = f"python -m erw_hf.hub.push {args.output_dir} --hub_dataset_id {repo_id}"
-            print(f"The cache is whole, its push failed; to finish it: {finish}", flush=True)
+            print(f"The cache is complete, but its push failed. To finish it: {finish}", flush=True)
             raise
 
 
@@ -112,12 +112,12 @@ def own_folder(lock: RunLock) -> None:
 def write_cache(args: argparse.Namespace, accelerator: Accelerator) -> str:
     """The whole cache; returns the repo that it is for."""
     repo_id = args.hub_dataset_id or Path(args.output_dir).resolve().name
-    if args.push_to_hub and accelerator.is_main_process:  # hours before it is needed
+    if args.push_to_hub and accelerator.is_main_process:  # now, not hours later
         repo_id = prepare_repo(repo_id, args.hub_private, repo_type="dataset")
     source = load_source(
         args.dataset_name, args.dataset_split, args.dataset_config_name, args.image_column, args.label_column
     )
-    read_row(source, 0)  # if no image is readable, it is said now
+    read_row(source, 0)  # fails now if no image is readable
     vae = AutoModel.from_pretrained(args.vae).to(accelerator.device).eval().requires_grad_(False)
     side = args.sample_size * ERWPipeline.vae_scale_factor_of(vae)
     encoder = None
@@ -153,7 +153,7 @@ def write_cache(args: argparse.Namespace, accelerator: Accelerator) -> str:
 
 
 def check_same_run(args: argparse.Namespace, folder: Path, data: dict[str, object], accelerator: Accelerator) -> None:
-    """A folder that was begun with other settings, or of other data, is not gone on with."""
+    """Raises ValueError if a folder was begun with other settings or other data."""
     free = ("output_dir", "batch_size", "push_to_hub", "hub_dataset_id", "hub_private")
     settings = {key: value for key, value in vars(args).items() if key not in free}
     path = folder / "cache.json"
@@ -163,7 +163,7 @@ def check_same_run(args: argparse.Namespace, folder: Path, data: dict[str, objec
         if before != settings:
             raise ValueError(f"{folder} was begun with other settings ({path}): use those, or another --output_dir")
         if data_before is None:
-            print(f"{path} does not say which data it was made of: going on without a comparison")
+            print(f"{path} does not record its data: continuing without comparing it")
         elif (changes := describe_changes(data_before, data)) is not None:
             raise ValueError(
                 f"{folder} was begun when {args.dataset_name} held other data: {changes}. Samples would be cached twice or "

@@ -11,14 +11,14 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Evaluate a model, or images that are there already: FID, sFID, Inception score, precision, recall, KID, FD-DINOv2.
+"""Evaluate a model, or existing images: FID, sFID, Inception score, precision, recall, KID, FD-DINOv2.
 
     accelerate launch training/evaluate.py --model outputs/run/pipeline --num_samples 50000 \\
         --reference VIRTUAL_imagenet256_labeled.npz --output_dir outputs/run/evaluation
 
-Noise and label of sample i depend on (seed, i) alone, so any number of processes draws the same images. A run that was
-killed goes on with the same command. `evaluation.json` holds the numbers and all that they depend on, and
-`evaluate.py --record evaluation.json` makes them again and compares.
+Noise and label of sample i depend only on (seed, i), so any number of ranks draws the same images. After a kill the same
+command resumes. `evaluation.json` holds the numbers and everything that they depend on, and
+`evaluate.py --record evaluation.json` repeats the evaluation and compares.
 
     ... --images DIR_OR_NPZ_OR_DATASET --reference R.npz             measures images without a model
     ... --images DATASET --image_size 256 --save_reference R.npz     makes a reference, in ADM's format
@@ -140,7 +140,7 @@ def recorded_settings(parser: argparse.ArgumentParser, path: str) -> dict[str, o
 
 
 def problem_of(args: argparse.Namespace) -> str | None:
-    """What can be told of the flags before anything is loaded."""
+    """A problem that the flags alone show; `None` if there is none."""
     for name, fewest in (("batch_size", 1), ("num_samples", 1), ("num_inference_steps", 1), ("save_steps", 1), ("image_size", 1), ("seed", 0)):  # fmt: skip
         value = getattr(args, name)
         if value is not None and value < fewest:
@@ -311,12 +311,12 @@ def choose_metrics(wanted: list[str] | None, extractors: Sequence[torch.nn.Modul
     available = available_metrics(extractors, images.num_classes)
     wanted = wanted or available
     if unavailable := [metric for metric in wanted if metric not in available]:
-        raise ValueError(f"{unavailable} cannot be had of these extractors and labels; {available} can")
+        raise ValueError(f"{unavailable} cannot be computed from these extractors and labels; {available} can")
     return wanted
 
 
 def leave_out_what_is_not_done(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """The record says what was done: flags that nothing applies are not in it."""
+    """Removes flags without effect from the record, which says only what was done."""
     wanted = {name: getattr(args, name) for name in ("image_size", "mixed_precision")}
     if args.model is not None:
         args.mixed_precision = applied_precision(accelerator)
@@ -355,7 +355,7 @@ def find_reference(
 
 
 def begin(output_dir: Path, settings: dict[str, object], accelerator: Accelerator) -> None:
-    """Work that was begun with other settings, or other weights, is not gone on with; a try that did nothing binds nobody."""
+    """Raises ValueError if unfinished work was begun with other settings or weights; an empty attempt does not count."""
     path, settings = output_dir / "work" / "settings.json", json.loads(json.dumps(settings))
     done = any(file.suffix in (".pt", ".npy") for file in (output_dir / "work").rglob("*"))
     if done and path.exists() and (before := json.loads(path.read_text())) != settings:

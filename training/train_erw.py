@@ -91,7 +91,7 @@ def main() -> None:
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.output_dir,
     )
-    # Everything that can be wrong is found out before the first step, and before an earlier run is touched.
+    # All checks come before the first step, and before an earlier run is touched.
     if config.report_to != "none" and not accelerator.log_with:
         raise ValueError(f"report_to={config.report_to!r} is not installed: pip install it, or --report_to none")
     check_engine(config, accelerator)
@@ -203,7 +203,7 @@ def train_phase(phase: Phase, progress: Progress, batches: Batches, log: StepLog
             if config.push_to_hub and config.hub_strategy != "end" and progress.step < config.max_train_steps:
                 snapshots.push_checkpoint(phase)
         if stopping:
-            logger.info("stopped: go on with --resume_from_checkpoint latest")
+            logger.info("stopped: resume with --resume_from_checkpoint latest")
             return False
         snapshots.take(phase)
     return True

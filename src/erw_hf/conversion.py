@@ -11,10 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Published SiT, REPA, REG, ERW and LightningDiT checkpoints, read into the names of [`ERWTransformer2DModel`].
+"""Conversion of published SiT, REPA, REG, ERW and LightningDiT checkpoints to [`ERWTransformer2DModel`].
 
-Every tensor of a checkpoint is used or named as dropped on purpose; anything else raises. Pickles are opened with
-`weights_only=True` alone, so that a hostile file executes nothing.
+Every tensor of a checkpoint is used, or named as dropped on purpose; anything else raises. Pickles are opened with
+`weights_only=True` only, so a hostile file cannot execute anything.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from erw_hf.sizes import SIZES, published_heads
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
 
-# What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into a name, wherever they wrap.
+# What DistributedDataParallel, torch.compile, FSDP and activation checkpointing insert into names.
 _WRAPPERS = re.compile(
     r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
@@ -51,8 +51,8 @@ _COUNTS = (
     "sample_size", "patch_size", "in_channels", "num_layers", "num_attention_heads", "attention_head_dim", "num_classes",
 )  # fmt: skip
 _NOT_SERVED = (
-    "DiT's files have the tensors of SiT's and predict the noise and the variance of DDPM, which this library does not "
-    "draw with; diffusers' DiTPipeline does"
+    "DiT's files have the same tensors as SiT's but predict DDPM's noise and variance, and this library cannot draw "
+    "with those; diffusers' DiTPipeline can"
 )
 
 _RENAMED = {
@@ -82,16 +82,16 @@ _BLOCK_RENAMED = {
 
 @dataclass
 class Converted:
-    """What a checkpoint holds.
+    """The content of a checkpoint, converted.
 
     Args:
         config (`dict`): Configuration of the [`ERWTransformer2DModel`].
         transformer (`dict[str, torch.Tensor]`): Its state dict; without a final layer if it is a warmup.
         projectors (`dict[str, torch.Tensor]`): State of the projectors, `projectors.<encoder>.layers.<i>.<name>`.
-        dropped (`list[str]`): Tensors left out on purpose: fixed tables that the model computes itself, and for
-            SiT the variance channels.
-        is_warmup (`bool`): Whether it is a warmup, which is no whole model.
-        facts (`list[str]`): What was inferred, a line each: which weights, dtype, size, classes, direction of time.
+        dropped (`list[str]`): Tensors dropped on purpose: fixed tables that the model computes itself, and SiT's
+            variance channels.
+        is_warmup (`bool`): Whether it is a warmup, that is, not a whole model.
+        facts (`list[str]`): What was inferred, one line each: which weights, dtype, size, classes, direction of time.
     """
 
     config: dict[str, Any]
@@ -111,22 +111,22 @@ def convert_checkpoint(
     The architecture is inferred from the tensors. SiT's and LightningDiT's own files run time the other way (t = 1 is
     data) and predict the opposite velocity: the conversion absorbs both exactly, in the time embedding's first linear
     layer and the last one. A file counts as theirs if it has SiT's unused variance channels, or has SwiGLU or RMSNorm
-    blocks and no projectors; `architecture={"time_reversed": True}` or `False` says it outright. DiT's files have the same
-    tensors; they are refused by their variance channels, which are trained.
+    blocks and no projectors; `architecture={"time_reversed": True}` or `False` decides it. DiT's files have the same
+    tensors but are recognised by their trained variance channels and refused.
 
     Args:
         path_or_state_dict (`str`, `os.PathLike` or `Mapping`):
-            A `.pt` or `.safetensors` file, or what such a file holds: a state dict, or a checkpoint dict with one at any
-            depth and behind any prefix; averaged weights are preferred where they are whole. Other entries are ignored.
+            A `.pt` or `.safetensors` file, or its content: a state dict, or a checkpoint dict with one at any depth and
+            behind any prefix. Averaged weights are preferred if they are complete. Other entries are ignored.
         architecture (`Mapping`, *optional*):
-            Configuration values that the tensors do not tell (`num_attention_heads` for an unpublished width,
-            `num_classes` for a table without a null class, or 0 for a model without one), or to be checked against them.
+            Configuration values that the tensors do not determine (`num_attention_heads` for an unpublished width,
+            `num_classes` for a table without a null class, or 0 for an unconditional model), or to check against them.
 
     Returns:
         [`ERWTransformer2DModel`]: The model, float32, in evaluation mode.
 
     Raises:
-        ValueError: for a file that is damaged, refused or of another model, and for a warmup without later blocks.
+        ValueError: for a file that is damaged, refused or holds another model, and for a warmup, which lacks the later blocks.
     """
     return build_model(read_checkpoint(path_or_state_dict, architecture))
 
@@ -197,15 +197,15 @@ def _load(path: Path) -> Mapping[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # Published pickles hold their command line as a Namespace, which is nothing but a bag of values.
+        # Published pickles hold their command line as a Namespace, a plain bag of values.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols, which torch writes itself
+            warnings.simplefilter("ignore")  # about pickle protocols that torch itself writes
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's own message advises weights_only=False, which would execute what the file says.
+        # torch's own message recommends weights_only=False, which would execute code from the file.
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{path} is refused: it is no checkpoint, or holds objects other than tensors and plain values, which "
+            f"{path} is refused: it is not a checkpoint, or holds objects other than tensors and plain values, which "
             f"could execute code{f' (it asks for {found[1]})' if found else ''}. Nothing was executed"
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
@@ -216,7 +216,7 @@ def _load(path: Path) -> Mapping[str, Any]:
 
 
 def _candidates(loaded: Mapping[str, Any], container: str = "") -> dict[str, dict[str, torch.Tensor]]:
-    """Every model in a checkpoint, by where it lies: in nested dicts, and behind prefixes of the names."""
+    """Every model in a checkpoint, by its place: in nested dicts, and behind prefixes of the names."""
     named: dict[str, torch.Tensor] = {}
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in loaded.items():
@@ -234,17 +234,17 @@ def _candidates(loaded: Mapping[str, Any], container: str = "") -> dict[str, dic
 
 
 def _weights(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Number of tensors that every copy of a model holds: an average need not hold tables and projectors."""
+    """Number of tensors that every copy of a model has: an average may lack tables and projectors."""
     return sum(not re.match(r"pos_embed$|feat_rope\.|projectors\.", name) for name in tensors)
 
 
 def _state_dict_of(loaded: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The averaged weights where they are whole, else the others, and what to say of the choice."""
+    """The averaged weights if they are complete, otherwise the others, and facts about the choice."""
     found = _candidates(loaded)
     if not found:
         seen = ", ".join(_key_names(loaded)[:12]) or "nothing"
         raise ValueError(
-            f"there is no SiT, REPA, REG, ERW or LightningDiT checkpoint in it: no state dict with the tensors "
+            f"it does not hold a SiT, REPA, REG, ERW or LightningDiT checkpoint: no state dict has the tensors "
             f"{', '.join(map(repr, _REQUIRED))}. It holds {seen}"
         )
     most = max(map(_weights, found.values()))
@@ -252,13 +252,13 @@ def _state_dict_of(loaded: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], 
     where = next((name for name in whole if _AVERAGED.search(name)), whole[0])
     facts = [f"weights: {repr(where) if where else 'the file itself, a state dict'}"]
     if others := [f"{name or 'the state dict'!r}" for name in found if name != where]:
-        facts[0] += f"; there too and not taken: {', '.join(others)}"
+        facts[0] += f"; also there, not taken: {', '.join(others)}"
     averages = [key for key in loaded if _AVERAGED.search(str(key))]
     if averages and not _AVERAGED.search(where):
-        facts.append(f"averaged weights: not taken, {averages[0]!r} holds no whole model")
+        facts.append(f"averaged weights: not taken, {averages[0]!r} is not a whole model")
     rest = max((found[name] for name in whole), key=len)
     if rest.keys() - found[where].keys():
-        facts.append("tables and projectors: of the weights that were not averaged")
+        facts.append("tables and projectors: from the weights that are not averaged")
     return {**rest, **found[where]}, facts
 
 
@@ -300,7 +300,7 @@ def _checked_architecture(architecture: Mapping[str, Any] | None) -> dict[str, A
 def _shape(tensors: Mapping[str, torch.Tensor], name: str, ndim: int) -> torch.Size:
     if name not in tensors or tensors[name].ndim != ndim:
         found = f"is {tuple(tensors[name].shape)}" if name in tensors else "is missing"
-        raise ValueError(f"{name!r} {found}, a checkpoint of this family has it with {ndim} dimensions")
+        raise ValueError(f"{name!r} {found}; in a checkpoint of this family it has {ndim} dimensions")
     return tensors[name].shape
 
 
@@ -331,7 +331,7 @@ def _infer_config(tensors: Mapping[str, torch.Tensor], architecture: Mapping[str
             heads = max(1, dim // architecture["attention_head_dim"])
         if heads is None:
             raise ValueError(
-                f'the width {dim} is of no published size: pass architecture={{"num_attention_heads": ...}}'
+                f'no published size has the width {dim}: pass architecture={{"num_attention_heads": ...}}'
             )
         if dim % heads != 0:
             raise ValueError(f"num_attention_heads={heads} does not divide the checkpoint's width {dim}")
@@ -347,7 +347,7 @@ def _infer_config(tensors: Mapping[str, torch.Tensor], architecture: Mapping[str
 
 
 def _num_classes(tensors: Mapping[str, torch.Tensor], architecture: Mapping[str, Any]) -> int:
-    """One less than the rows of the table, whose last is the null class, unless `architecture` says that none is."""
+    """Rows of the table minus one for the null class, unless `architecture` says that there is none."""
     said = architecture.get("num_classes")
     if _CLASSES not in tensors:
         if said == 0:
@@ -381,7 +381,7 @@ def _convert(
     dropped: list[str] = []
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() and tensor.ndim > 0:
-            raise ValueError(f"{name!r} is {tensor.dtype}: quantized checkpoints are not served")
+            raise ValueError(f"{name!r} is {tensor.dtype}: quantized checkpoints are not supported")
         tensor = tensor.float()
         if not tensor.isfinite().all():
             raise ValueError(f"{name!r} holds NaN or infinity: the checkpoint is broken")
@@ -405,7 +405,9 @@ def _convert(
             # Theirs is silu(first half) * second half; diffusers' SwiGLU puts the gated half last.
             transformer[f"transformer_blocks.{block[1]}.ff.net.0.proj.{kind}"] = torch.cat(tensor.chunk(2)[::-1])
         else:
-            raise ValueError(f"unknown tensor {name!r} {tuple(tensor.shape)}: this is no checkpoint of this family")
+            raise ValueError(
+                f"unknown tensor {name!r} {tuple(tensor.shape)}: this checkpoint is not of a known family"
+            )
 
     classes = config["num_classes"]
     has_null_class = _add_null_class(transformer, config)
@@ -416,19 +418,19 @@ def _convert(
     if time_reversed is None:
         is_lightning_dit = config["activation_fn"] == "swiglu" or config["norm_type"] == "rms_norm"
         time_reversed = not projectors and not is_warmup and (learns_sigma or is_lightning_dit)
-        why = 'inferred; architecture={"time_reversed": ...} says it outright'
+        why = 'inferred; architecture={"time_reversed": ...} decides it'
     if time_reversed:
         _reverse_time(transformer)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.ndim})
     null_class = ", and the null class" if classes else ""
     if classes and not has_null_class:
-        null_class = "; no null class: their mean stands in, untrained, so draw with guidance_scale=1"
+        null_class = "; no null class: the mean of all classes replaces it, untrained, so draw with guidance_scale=1"
     facts = [
         *facts,
         f"dtype: {', '.join(dtypes)}, float32 here",
         f"size: {_size_name(config)}",
         f"classes: {classes}{null_class}",
-        f"time: t = {int(time_reversed)} is data{', turned round' if time_reversed else ''} ({why})",
+        f"time: t = {int(time_reversed)} is data{', reversed here' if time_reversed else ''} ({why})",
         f"projectors: {len({name.split('.')[1] for name in projectors})}",
     ]
     converted = Converted(config, transformer, projectors, dropped, is_warmup, facts)
@@ -437,7 +439,7 @@ def _convert(
 
 
 def _add_null_class(transformer: dict[str, torch.Tensor], config: dict[str, Any]) -> bool:
-    """Our table always ends with one. Returns whether the checkpoint has it."""
+    """Adds the null class that our table always ends with. Returns whether the checkpoint already has it."""
     name, classes = "time_class_embed.class_embedder.weight", config["num_classes"]
     width = transformer["time_class_embed.timestep_embedder.linear_1.weight"].shape[0]
     table = transformer.get(name, torch.zeros(0, width))
@@ -462,8 +464,8 @@ def _keep_velocity_channels(
     transformer: dict[str, torch.Tensor], config: dict[str, Any], dropped: list[str], may_be_dit: bool
 ) -> bool:
     """
-    SiT's final layer has as many channels again, left from DiT's variance. No loss of SiT's reaches them, so they are the
-    zeros that they start as; DiT trains them, which tells its files, of the same tensors, from SiT's.
+    Drops the second half of the output channels of SiT's final layer, left over from DiT's variance. SiT does not train
+    them, so they are still zero; in DiT's files, which have the same tensors, they are not.
     """
     patches, channels = config["patch_size"] ** 2, config["in_channels"]
     rows = transformer["proj_out.weight"].shape[0]
@@ -477,8 +479,8 @@ def _keep_velocity_channels(
         outputs = transformer[name].unflatten(0, (patches, 2 * channels))
         if may_be_dit and outputs[:, channels:].any():
             raise ValueError(
-                f"this is a checkpoint of DiT, as its trained variance channels tell: {_NOT_SERVED}. If it predicts a "
-                'velocity all the same, pass architecture={"time_reversed": true}, or false if t = 0 is data'
+                f"this is a checkpoint of DiT, since its variance channels are trained: {_NOT_SERVED}. If it predicts a "
+                'velocity nevertheless, pass architecture={"time_reversed": true}, or false if t = 0 is data'
             )
         transformer[name] = outputs[:, :channels].flatten(0, 1).contiguous()
     dropped.append(f"final_layer.linear: channels {channels} to {2 * channels - 1} (variance)")
@@ -487,10 +489,10 @@ def _keep_velocity_channels(
 
 def _reverse_time(transformer: dict[str, torch.Tensor]) -> None:
     """
-    Makes a model of u = 1 - t with velocity dx/du one of t with dx/dt = -dx/du, exactly.
+    Turns a model of u = 1 - t with velocity dx/du into one of t with dx/dt = -dx/du, exactly.
 
     The time embedding is [cos(w t), sin(w t)], and cos(w (1 - t)) = cos(w) cos(w t) + sin(w) sin(w t), sin(w (1 - t)) =
-    sin(w) cos(w t) - cos(w) sin(w t): so the columns of the layer behind it turn by the angles w.
+    sin(w) cos(w t) - cos(w) sin(w t): so the columns of the next layer are rotated by the angles w.
     """
     name = "time_class_embed.timestep_embedder.linear_1.weight"
     cosine, sine = transformer[name].double().chunk(2, dim=1)  # (D, 128) each
@@ -503,11 +505,11 @@ def _reverse_time(transformer: dict[str, torch.Tensor]) -> None:
 
 
 def _check_tables(tensors: Mapping[str, torch.Tensor], converted: Converted) -> None:
-    """The fixed tables that are dropped must be the ones that the model computes: a learned one would be lost."""
+    """Raises unless the dropped tables equal those that the model computes: a learned one would be lost."""
     config = {**converted.config, "num_layers": 0}
     model = ERWTransformer2DModel(**config)
     tables = {"pos_embed": model.pos_embed.pos_embed}
-    if model.class_token_embed is not None:  # which has no place in the grid: zeros
+    if model.class_token_embed is not None:  # outside the grid: zeros
         tables["pos_embed"] = torch.nn.functional.pad(tables["pos_embed"], (0, 0, 1, 0))
     if model.rope is not None:
         tables |= {"feat_rope.freqs_cos": model.rope.cos, "feat_rope.freqs_sin": model.rope.sin}
@@ -515,8 +517,8 @@ def _check_tables(tensors: Mapping[str, torch.Tensor], converted: Converted) -> 
         if name not in tensors:
             continue
         theirs = tensors[name].float().reshape(-1)
-        # Half a unit in the last place of the narrowest dtype that the values went through, whatever they are stored as.
+        # Half a unit in the last place of the narrowest dtype that the values went through, whatever they are stored in.
         rounded = [dtype for dtype in _DTYPES if torch.equal(theirs.to(dtype).float(), theirs)]
         tolerance = max([1e-4, *(torch.finfo(dtype).eps / 2 for dtype in rounded)])
         if theirs.shape != table.reshape(-1).shape or not torch.allclose(theirs, table.reshape(-1), 0, tolerance):
-            raise ValueError(f"{name!r} is another table than the fixed one of this family: it would be lost")
+            raise ValueError(f"{name!r} differs from the fixed table of this family: it would be lost")

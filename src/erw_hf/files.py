@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Files that are whole or absent, through a kill and through a power cut."""
+"""Writing files so that a kill or a power cut never leaves half of one."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from pathlib import Path
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
-    A name to write to, beside the file. The file appears, synced to disk, when the block ends; not at all if it raises.
+    A temporary name beside the file. When the block ends, the file appears, synced to disk; if it raises, nothing appears.
 
     Args:
         path (`str` or `os.PathLike`): The file.
@@ -69,15 +69,7 @@ def folder_written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
-    """
-    Makes nothing: says before the work whether a folder can be made and written to.
-
-    Args:
-        folder (`str` or `os.PathLike`): The folder, there or not.
-
-    Raises:
-        ValueError: if it cannot.
-    """
+    """Raises ValueError if a folder cannot be created or written to. Creates nothing."""
     path = Path(folder).absolute()
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     if not existing.is_dir():
@@ -87,25 +79,13 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def write_record(path: str | os.PathLike[str], record: dict[str, object]) -> None:
-    """
-    Args:
-        path (`str` or `os.PathLike`): The JSON file, whole or absent.
-        record (`dict[str, object]`): The record.
-    """
+    """Writes a record as JSON, by [`written_whole`]."""
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def sync(path: str | os.PathLike[str]) -> None:
-    """
-    Waits until a file, or the names in a folder, are on disk.
-
-    Args:
-        path (`str` or `os.PathLike`): The file or folder.
-
-    Raises:
-        OSError: if the disk cannot write the file.
-    """
+    """Waits until a file, or the names in a folder, are on disk. Raises OSError if the disk cannot write the file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -117,12 +97,7 @@ def sync(path: str | os.PathLike[str]) -> None:
 
 
 def sync_tree(folder: str | os.PathLike[str]) -> None:
-    """
-    [`sync`] for all that a folder holds, and for itself.
-
-    Args:
-        folder (`str` or `os.PathLike`): The folder.
-    """
+    """[`sync`] for a folder and everything in it."""
     for parent, _, names in os.walk(folder):
         for name in names:
             sync(os.path.join(parent, name))

@@ -30,13 +30,7 @@ LICENCES = """
 
 
 def check_licence(name: str) -> None:
-    """
-    Args:
-        name (`str`): What a card is to say, as `"apache-2.0"`.
-
-    Raises:
-        ValueError: if the Hub does not know it; the nearest identifiers are named.
-    """
+    """Raises ValueError if `name` is not a licence identifier of the Hub, with the nearest ones."""
     if name not in LICENCES:
         likely = name.strip().lower().replace(" ", "-")
         nearest = difflib.get_close_matches(likely, LICENCES, n=3)

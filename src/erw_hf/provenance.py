@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a figure was made with: versions, hardware, file hashes."""
+"""What a number was measured with: versions, hardware, file hashes."""
 
 import hashlib
 import importlib.metadata
@@ -31,10 +31,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str | None]:
-    """
-    Returns:
-        `dict[str, str | None]`: Versions of Python and of the libraries that the numbers depend on.
-    """
+    """Versions of Python and of the libraries that the numbers depend on."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -45,13 +42,7 @@ def versions() -> dict[str, str | None]:
 
 
 def hardware(accelerator: Accelerator) -> dict[str, object]:
-    """
-    Args:
-        accelerator (`Accelerator`): The processes.
-
-    Returns:
-        `dict[str, object]`: What the evaluation ran on.
-    """
+    """What an evaluation runs on."""
     device = accelerator.device
     return {
         "device": device_name(device),
@@ -65,13 +56,7 @@ def hardware(accelerator: Accelerator) -> dict[str, object]:
 
 
 def device_name(device: str | torch.device) -> str:
-    """
-    Args:
-        device (`str` or `torch.device`): Where something is computed.
-
-    Returns:
-        `str`: Model of the GPU, or of the CPU.
-    """
+    """Model of the GPU, or of the CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     if sys.platform == "linux":
@@ -82,13 +67,7 @@ def device_name(device: str | torch.device) -> str:
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
-    """
-    Args:
-        path (`str` or `os.PathLike`): A file.
-
-    Returns:
-        `str`: Its SHA-256.
-    """
+    """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

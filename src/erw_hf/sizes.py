@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The published sizes, by the names of the papers: what `SiT-XL/2` stands for, in configs, converter and benchmarks."""
+"""The published model sizes by name: what `SiT-XL/2` stands for in configs, converter and benchmarks."""
 
 SIZES = {  # blocks, heads, channels of a head (DiT, arXiv 2212.09748, table 1; heads of its code)
     "SiT-S": (12, 6, 64),
@@ -24,14 +24,8 @@ PATCH_SIZES = (1, 2, 4, 8, 16, 32)  # the last two of JiT (arXiv 2511.13720), wh
 
 def size_config(name: str) -> dict[str, int]:
     """
-    Args:
-        name (`str`): A size and the side of its patches, as `"SiT-XL/2"`.
-
-    Returns:
-        `dict[str, int]`: `num_layers`, `num_attention_heads`, `attention_head_dim` and `patch_size`.
-
-    Raises:
-        ValueError: for another name.
+    `num_layers`, `num_attention_heads`, `attention_head_dim` and `patch_size` of a name such as `"SiT-XL/2"`. Raises
+    ValueError for another name.
     """
     size, _, patch_size = name.partition("/")
     if size not in SIZES or patch_size not in map(str, PATCH_SIZES):
@@ -48,16 +42,7 @@ def size_config(name: str) -> dict[str, int]:
 
 
 def size_name(num_layers: int, num_attention_heads: int, attention_head_dim: int, patch_size: int) -> str | None:
-    """
-    Args:
-        num_layers (`int`): Blocks.
-        num_attention_heads (`int`): Heads.
-        attention_head_dim (`int`): Channels of a head.
-        patch_size (`int`): Side of a patch.
-
-    Returns:
-        `str`, *optional*: The name that stands for them, as `"SiT-XL/2"`; `None` for a size without one.
-    """
+    """The name for these values, such as `"SiT-XL/2"`; `None` if they are not a published size."""
     numbers = (num_layers, num_attention_heads, attention_head_dim)
     if patch_size not in PATCH_SIZES:
         return None
@@ -65,11 +50,5 @@ def size_name(num_layers: int, num_attention_heads: int, attention_head_dim: int
 
 
 def published_heads(width: int) -> int | None:
-    """
-    Args:
-        width (`int`): Channels of a model.
-
-    Returns:
-        `int`, *optional*: Attention heads of the published size of that width; `None` for another width.
-    """
+    """Attention heads of the published size with that width (channels); `None` for another width."""
     return next((heads for _, heads, head_dim in SIZES.values() if heads * head_dim == width), None)

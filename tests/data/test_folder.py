@@ -117,8 +117,8 @@ def test_what_was_taken_and_what_was_left_is_said(tmp_path, caplog):
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     for part in (
-        "4 in train", "classes by folder: cat, dog", "1 in nested folders are of the class above",
-        "left 1 outside of the class folders (cover.png)", "left 1 .heic, which Pillow does not read", "left the files 1 .txt", "hidden (.trash/1.png)",
+        "4 in train", "classes by folder: cat, dog", "1 in nested folders belong to the class above",
+        "left 1 outside of the class folders (cover.png)", "ignored 1 .heic, which Pillow does not read", "left the files 1 .txt", "hidden (.trash/1.png)",
         "empty folders: fox",
     ):  # fmt: skip
         assert part in record.message

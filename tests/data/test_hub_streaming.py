@@ -79,9 +79,9 @@ def test_a_hub_that_stays_away_ends_all_processes_with_one_message_and_a_checkpo
     hub.fault(r"/resolve/.*\.parquet", method="GET", status=500, times=None, after=14)
     result = launch(environment, flags)
     assert result.returncode != 0
-    messages = re.findall(r"RuntimeError: process \d of 2 could not read its data, so all stop .*", result.stderr)
+    messages = re.findall(r"RuntimeError: rank \d of 2 could not read its data, so all stop .*", result.stderr)
     assert len(messages) == 2 and len({re.sub(r"^\[rank\d\]: ", "", message) for message in messages}) == 1
-    assert "no data for" in messages[0] and "tried again for 3 s at most" in messages[0]
+    assert "no data for" in messages[0] and "retried for at most 3 s" in messages[0]
     assert "--resume_from_checkpoint latest" in result.stderr
     assert len(losses(tmp_path / "run")) > 0  # it had begun
 

@@ -164,7 +164,7 @@ def test_a_run_resumes_with_its_data_alone(tmp_path, tiny_flags, caplog):
     del recorded["data"]  # as before there was one
     progress.write_text(json.dumps(recorded))
     train(*resume, f"--dataset_name={tmp_path}/another name")
-    assert "does not say which data" in caplog.text
+    assert "does not record its data" in caplog.text
 
 
 def cache(folder, dataset, vae_path, *flags):

@@ -85,7 +85,7 @@ def test_labels_that_are_not_classes_name_the_row(tmp_path, labels, message):
     [
         ({"fine_label": [1, 0, 1], "coarse_label": [0, 0, 1]}, r"\['fine_label', 'coarse_label'\] may hold labels.*--label_col"),
         ({"Label": ["a", "b", "c"]}, "--label_column Label, or .* --num_classes 0"),
-        ({"json": [{"label": 1}] * 3}, r"the column 'json' holds \['label'\]: labels inside of a column"),
+        ({"json": [{"label": 1}] * 3}, r"the column 'json' holds \['label'\]: labels inside another column"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("streaming", [False, True])
@@ -98,7 +98,7 @@ def test_labels_under_an_unknown_name_are_not_lost(tmp_path, columns, message, s
 
 def test_other_columns_are_said(tmp_path, caplog):
     load_source(table(tmp_path / "a", species=["x", "y", "z"]))
-    assert "read without labels: none of the columns ['species']" in caplog.text
+    assert "reading without labels: none of the columns ['species']" in caplog.text
     assert load_source(table(tmp_path / "a", species=["x", "y", "z"]), label_column="species").num_classes == 3
     source = load_source(table(tmp_path / "b", label=[0, 1, 0], class_name=["x", "y", "x"]))
     assert source.label_column == "label" and "'label', not from ['class_name']" in caplog.text

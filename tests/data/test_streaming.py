@@ -140,7 +140,7 @@ def test_streams_are_checked_before_training(tmp_path, shards):
     Dataset.from_dict({"image": [PILImage.new("L", (8, 8))], "label": [7]}, features=features).to_parquet(
         tmp_path / "train.parquet"
     )
-    with pytest.raises(ValueError, match="needs num_classes"):
+    with pytest.raises(ValueError, match="for a stream, set num_classes"):
         load_source(str(tmp_path), streaming=True)
     source = load_source(str(tmp_path), streaming=True, num_classes=3)
     maker = SampleMaker(source, 8, 1, (1, 8, 8), 0, 0.1, False)
@@ -156,7 +156,7 @@ def test_truncated_shards_are_left_counted_and_named(tmp_path, caplog):
     shard.write_bytes(shard.read_bytes()[:-40])
     with caplog.at_level(logging.WARNING):
         whole = read(loader(path), 30)
-    assert "left the broken shard" in caplog.text and "train-2.parquet" in caplog.text
+    assert "skipped the rest of the broken shard" in caplog.text and "train-2.parquet" in caplog.text
     assert len({n for batch in whole for n in batch}) == 60 - lost
     # 7 processes: fewer shards than processes, so each reads all of them and keeps each 7th row.
     for processes, rank, cuts in ((1, 0, (3, 7, 9, 13)), (3, 2, (2, 4, 9)), (7, 1, (1, 2, 5))):
@@ -238,7 +238,9 @@ def test_a_truncated_archive_is_left_where_it_breaks(tmp_path, caplog):
         samples = StreamingSamples(maker, 1, 0, block=7)
         epoch = [int(sample["pixels"][0, 0, 0]) for sample in itertools.islice(samples, 22)]
     assert sorted(epoch) == [*range(12), *range(20, 30)]
-    assert "left the broken shard" in caplog.text and "train-1.tar after 2 of its examples" in caplog.text
+    assert (
+        "skipped the rest of the broken shard" in caplog.text and "train-1.tar after 2 of its examples" in caplog.text
+    )
 
 
 def flaky_stream(failures):
@@ -261,7 +263,7 @@ def test_the_reader_goes_on_after_failures_where_it_was(monkeypatch, caplog):
     rows = [row["label"] for _ in range(5) for row in reader.read(9)]
     assert rows == list(range(40))
     assert waits == [1, 1, 2, 4, 1]  # back-off, from the start again once a row has come
-    assert "trying again in 4 s (ConnectionError: connection lost at 5)" in caplog.text
+    assert "retrying in 4 s (ConnectionError: connection lost at 5)" in caplog.text
 
 
 def test_the_reader_gives_up_in_bounded_time(monkeypatch):

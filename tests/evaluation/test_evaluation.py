@@ -213,7 +213,7 @@ def test_all_metrics_with_inception_and_dinov2(inception_weights, encoder_path, 
     assert {"fid", "sfid", "inception_score", "precision", "recall", "kid", "fd_dinov2"} <= set(record["metrics"])
     assert all(np.isfinite(value) for value in record["metrics"].values())
     assert min(record["metrics"][name] for name in ("fid", "sfid", "fd_dinov2")) > 0
-    with pytest.raises(ValueError, match="'fd_dinov2'.* cannot be had"):
+    with pytest.raises(ValueError, match="'fd_dinov2'.* cannot be computed"):
         evaluate(
             tmp_path / "c", f"--images={tmp_path}/a.npz", f"--reference={path}", networks[0], "--metrics=fd_dinov2"
         )
@@ -324,7 +324,7 @@ def test_what_a_run_shows_of_itself_never_ends_it(tiny_flags, tmp_path, monkeypa
         "step 3 has no picture of its evaluation", "step 5 has no evaluation", "step 6 has no pictures", "no grid.png",
         "no loss_curve.png",
     ):  # fmt: skip
-        assert sum(f"{missing}, the run goes on: OSError" in message for message in caplog.messages) == 1, missing
+        assert sum(f"{missing}, the run continues: OSError" in message for message in caplog.messages) == 1, missing
 
 
 def test_a_run_that_could_not_evaluate_does_not_start(tiny_flags, tmp_path):

@@ -370,7 +370,7 @@ def test_an_evaluation_is_pushed_with_the_weights_that_it_measured_and_no_others
     card = ModelCard(files["README.md"].decode())
     assert {r.metric_type: r.metric_value for r in card.data.eval_results} == record["metrics"]
     assert f"| fid | {record['metrics']['fid']:.4g} |" in card.text
-    assert "evaluation.json is left out" in capsys.readouterr().out
+    assert "evaluation.json is not pushed" in capsys.readouterr().out
     names_no_path_of_this_machine(files)
     assert json.loads(files["evaluation.json"])["extractor"]["name"] == "digits-classifier"
 

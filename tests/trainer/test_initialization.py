@@ -58,7 +58,7 @@ def test_another_model_and_what_is_no_pipeline_are_refused(trained, tmp_path):
     folder, _ = trained
     with pytest.raises(ValueError, match="num_layers=3, the config has 4"):
         load_initial(str(folder), {**CONFIG, "num_layers": 4}, NAMES)
-    with pytest.raises(ValueError, match="is no pipeline"):
+    with pytest.raises(ValueError, match="is not a pipeline"):
         load_initial(str(tmp_path), CONFIG, NAMES)
 
 

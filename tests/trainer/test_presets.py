@@ -116,7 +116,7 @@ def test_dry_run_costs_every_preset_without_its_data(preset, model, size, small,
     flags = [flag for flag in small(preset) if flag[2:].split("=")[0] not in keep]
     train(f"--config={CONFIGS / preset}.yaml", *flags, *size, "--dry_run")
     report = capsys.readouterr().out
-    assert "FLOPs of a full step" in report and "GPU-hours" in report and "Nothing wrong was found" in report
+    assert "FLOPs of a full step" in report and "GPU-hours" in report and "No problem was found" in report
     if model is not None:
         millions = float(re.search(r"transformer +([\d.]+) M", report)[1])
         low, high = {"S": (30, 35), "B": (125, 135), "L": (450, 465), "XL": (660, 690)}[

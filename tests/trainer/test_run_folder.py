@@ -148,7 +148,7 @@ def test_what_was_not_begun_is_not_held(tmp_path, name, content, held):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(content)
     if held:
-        with pytest.raises(ValueError, match="holds a run already"):
+        with pytest.raises(ValueError, match="already holds a run"):
             check_vacant(tmp_path, may_replace=False)
     else:
         check_vacant(tmp_path, may_replace=False)

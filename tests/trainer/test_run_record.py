@@ -68,8 +68,8 @@ def test_the_cost_of_a_branch_counts_by_its_last_step(tmp_path):
         cost = training_cost(path, None, warmup_steps=3)
         assert cost["steps"] == 7
         costs.append(dict(cost["rows"]))
-        # 2 s for each of its own steps, by 2 images a second
-        assert costs[-1].pop("hours in steps") == f"{2 * (8 - first) / 3600:.2f} (2 images a second)"
+        # 2 s for each of its own steps, at 2 images per second
+        assert costs[-1].pop("hours in steps") == f"{2 * (8 - first) / 3600:.2f} (2 images per second)"
         assert costs[-1].pop(f"loss, mean of the last {min(4, 8 - first)} steps") == "1.0000"
     assert costs[0]["steps"] == "3 warmup + 4 full" and all(cost == costs[0] for cost in costs)
 
@@ -93,4 +93,4 @@ def test_a_tracker_that_raises_is_told_once_and_tried_again(caplog):
     forgiving.finish({}, step=3)
     assert tracker.calls == 4 and forgiving.name == "wandb" and not hasattr(forgiving, "log_images")
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert "the tracker wandb failed, the run goes on" in warning.message and "no answer" in warning.message
+    assert "the tracker wandb failed, the run continues" in warning.message and "no answer" in warning.message

@@ -366,7 +366,7 @@ def test_latents_of_a_vae_and_data_without_labels(tmp_path, tiny_flags):
     pipe = ERWPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert isinstance(pipe.vae, AutoencoderKL) and pipe.transformer.config.num_classes == 0
     assert pipe(num_inference_steps=2).images[0].size == (16, 16)
-    with pytest.raises(ValueError, match="makes latents of 4 channels: set in_channels to that, not 3"):
+    with pytest.raises(ValueError, match="makes latents with 4 channels: set in_channels to that, not to 3"):
         train(*flags, "--in_channels=3", f"--output_dir={tmp_path}/other")
 
 
@@ -410,7 +410,7 @@ def test_what_would_not_go_on_exactly_is_refused_and_nothing_is_touched(tmp_path
 def test_a_checkpoint_of_another_run_does_not_replace_this_one(tmp_path, uninterrupted):
     whole, flags = uninterrupted
     shutil.copytree(whole, tmp_path / "run")
-    with pytest.raises(ValueError, match="holds another run than"):
+    with pytest.raises(ValueError, match="holds a run other than"):
         train(*flags, f"--output_dir={tmp_path}/run", f"--resume_from_checkpoint={whole}/checkpoint-2")
     assert losses(tmp_path / "run") == losses(whole)
     branch = [*flags, f"--output_dir={tmp_path}/branch", f"--resume_from_checkpoint={whole}/checkpoint-2"]
@@ -471,9 +471,9 @@ def test_several_encoders_at_once(tmp_path, tiny_flags, encoder_path):
         (["--max_train_steps=2"], "warmup_steps=3 must lie in [0, max_train_steps=2]"),
         (["--in_channels=4"], "in_channels is 1 (grey) or 3 (RGB)"),
         (["--resume_from_checkpoint=checkpoint-99"], "'checkpoint-99' is no checkpoint"),
-        (["--warmup_steps=0", "--warmup_from=training"], "is no saved warmup"),
+        (["--warmup_steps=0", "--warmup_from=training"], "is not a saved warmup"),
         (["--config=no/such.yaml"], "cannot read the config"),
-        (["--warmup_steps=0", "--warmup_from=pipelines/erw-digits"], "is no saved warmup"),
+        (["--warmup_steps=0", "--warmup_from=pipelines/erw-digits"], "is not a saved warmup"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_written(tmp_path, tiny_flags, capsys, flags, message):

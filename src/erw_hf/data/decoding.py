@@ -13,7 +13,7 @@
 # limitations under the License.
 """From a row's image to 8-bit pixels: one way for training, caches, evaluation and probes.
 
-What cannot be decoded is a [`BadImageError`], whatever PIL raised; what the system refuses is tried again, then raised.
+An image that cannot be decoded is a [`BadImageError`], whatever PIL raised. System errors are retried, then raised.
 """
 
 import io
@@ -29,7 +29,7 @@ from PIL import Image, UnidentifiedImageError
 from erw_hf.data.retrying import retried
 
 
-# EXIF's eight orientations (CIPA DC-008, tag 0x0112), as what makes them upright; 1 is.
+# What makes each of EXIF's orientations (CIPA DC-008, tag 0x0112) upright; 1 already is.
 ORIENTATION = 0x0112
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,7 +40,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-THIN = 16  # long side over short side, from which on an image is cropped before it is enlarged
+THIN = 16  # long side over short side above which an image is cropped before it is enlarged
 
 
 class BadImageError(ValueError):
@@ -56,7 +56,7 @@ def read_file(path: str) -> bytes:
         `bytes`: Its content.
 
     Raises:
-        BadImageError: if it lies in an archive that is damaged there.
+        BadImageError: if it lies in a damaged archive.
         OSError: naming the file, if the system cannot read it.
     """
     try:
@@ -66,18 +66,12 @@ def read_file(path: str) -> bytes:
         raise BadImageError(f"{path} holds no readable image ({type(error).__name__}: {error})") from error
     except OSError as error:
         if error.errno is not None and error.filename is None:
-            error.filename = path  # which opening sets, and reading does not
+            error.filename = path  # opening sets it, reading does not
         raise
 
 
 def image_name(encoded: dict[str, Any] | None) -> str:
-    """
-    Args:
-        encoded (`dict`, *optional*): What an undecoded image column of `datasets` holds.
-
-    Returns:
-        `str`: Its path, or that it has none.
-    """
+    """The path of an undecoded image, or that it lacks one."""
     return (encoded or {}).get("path") or "an image without a name"
 
 
@@ -89,7 +83,7 @@ def decode_image(encoded: dict[str, Any] | None, retry_seconds: float = 300) -> 
         encoded (`dict`, *optional*):
             `bytes`, or the `path` to read them from, as an undecoded image column of `datasets` has them.
         retry_seconds (`float`, *optional*, defaults to 300):
-            How long to go on trying while the system or the Hub cannot read it.
+            How long to retry while the system or the Hub cannot read it.
 
     Returns:
         `tuple[PIL.Image.Image, bytes]`: The image, in mode L or RGB, and its file's content.
@@ -109,12 +103,12 @@ def decode_image(encoded: dict[str, Any] | None, retry_seconds: float = 300) -> 
         return _to_8_bit(_upright(image)), content
     except MemoryError:
         raise
-    except Exception as error:  # plug-ins raise what they like: struct.error, KeyError, RuntimeError, ...
+    except Exception as error:  # plug-ins raise anything: struct.error, KeyError, RuntimeError, ...
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the system, not of the content, which is in memory
+            raise  # the system's fault, not the content's, which is in memory
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, UnidentifiedImageError):
-            reason = "it is of no format that Pillow reads" if content else "it is empty"
+            reason = "Pillow does not know its format" if content else "it is empty"
         raise BadImageError(f"{image_name(encoded)} holds no readable image ({reason})") from error
 
 
@@ -122,7 +116,7 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation: Any = image.getexif().get(ORIENTATION)
         transpose = UPRIGHT.get(orientation)
-    except Exception:  # the pixels are whole, whatever is broken beside them
+    except Exception:  # broken metadata, but the pixels are readable
         return image
     return image if transpose is None else image.transpose(transpose)
 
@@ -147,7 +141,7 @@ def _levels(values: np.ndarray) -> np.ndarray:
     if values.dtype.kind == "f":
         if low >= 0 and high <= 1:
             return np.round(values * 255).astype(np.uint8)
-        if low >= 0 and 2 <= high <= 255:  # below 2: of the range [0, 1], and resampled beyond it
+        if low >= 0 and 2 <= high <= 255:  # below 2: probably [0, 1] with overshoot from resampling
             return np.round(values).astype(np.uint8)
     elif values.itemsize > 2 and low >= 0 and high <= 255:  # 8 bit in 32
         return values.astype(np.uint8)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The 1 797 handwritten digits inside scikit-learn's wheel, as a `datasets` data set: real data without a download."""
+"""The 1 797 handwritten digits inside scikit-learn's wheel, as a `datasets` dataset: real data without a download."""
 
 from functools import cache
 
@@ -26,11 +26,11 @@ FACTOR = 4  # the source's 8x8 pixels become 32x32
 @cache  # enlarging takes a second
 def load_digits_dataset() -> DatasetDict:
     """
-    Builds the data set of handwritten digits (Alpaydin & Kaynak, UCI 1998, test part; CC BY 4.0).
+    Builds the dataset of handwritten digits (Alpaydin & Kaynak, UCI 1998, test part; CC BY 4.0).
 
-    Images are 32x32, grey, white on black: the source's 8x8 pixels, enlarged smoothly and so that the mean of each 4x4
-    cell is the source's value. Every fifth image is held out as the `test` split, and no training of this
-    repository sees it: not the transformer's and not the tiny encoder's.
+    Images are 32x32, grey, white on black: the source's 8x8 pixels, enlarged smoothly so that the mean of each 4x4 cell is
+    the source's value. Every fifth image is held out as the `test` split; neither the transformer nor the tiny encoder is
+    trained on it.
 
     Returns:
         `DatasetDict`: `train` (1 438 rows) and `test` (359 rows), columns `image` and `label`.

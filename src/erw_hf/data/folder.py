@@ -11,10 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Reading a folder of image files: which folders are splits, which are classes, what is taken and what is left.
+"""Reading a folder of image files: which folders are splits, which are classes, what is taken and what is ignored.
 
-The names in a folder decide as little as possible: top folders are classes. They are splits only if all of them are named
-like splits and hold class folders (or a metadata file) themselves. Where two readings are possible, none is guessed.
+Names decide as little as possible: top folders are classes. They are splits only if all of them are named like splits and
+hold class folders (or a metadata file). If two readings are possible, the folder is refused.
 """
 
 import logging
@@ -48,48 +48,34 @@ _SPLITS = {
 LABEL_WORDS = {"label", "labels", "class", "classes", "cls", "category", "categories", "target", "classname"}
 _ROWS = (".parquet", ".arrow", ".tar", ".tgz", ".gz", ".zip")  # files that hold many images
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-# Pictures that Pillow does not read on its own.
+# Images that Pillow does not read without a plug-in.
 _UNREADABLE = (".heic", ".heif", ".jxl", ".svg", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2")
-# What systems and programs leave behind, beside what starts with a dot.
+# Files that systems and programs leave behind, besides hidden ones.
 _LITTER = {"__macosx", "__pycache__", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found"}
 
 
 def nfc(name: str) -> str:
-    """
-    Args:
-        name (`str`): A name, as a file system or a table has it.
-
-    Returns:
-        `str`: The same with composed characters (NFC): macOS writes "é" as two.
-    """
+    """The name with composed characters (NFC): macOS writes "é" as two."""
     return unicodedata.normalize("NFC", name)
 
 
 def say(to: logging.Logger, message: str, level: int = logging.WARNING) -> None:
-    """
-    Logs what all processes find alike, once.
-
-    Args:
-        to (`logging.Logger`): The logger of the module.
-        message (`str`): What to say.
-        level (`int`, *optional*, defaults to `logging.WARNING`): Its level.
-    """
+    """Logs once what all ranks find alike."""
     if os.environ.get("RANK", "0") == "0":
         to.log(level, message)
 
 
 def find_label_column(columns: Iterable[str], wanted: str | None, class_columns: Iterable[str] = ()) -> str | None:
     """
+    The column of labels that the user named or that looks like one; `None` if none does.
+
     Args:
         columns (`Iterable[str]`): Columns of a dataset.
         wanted (`str`, *optional*): The one that the user named.
-        class_columns (`Iterable[str]`, *optional*, defaults to `()`): Those of them whose type says that they hold classes.
-
-    Returns:
-        `str`, *optional*: The column of labels, `None` if nothing looks like one.
+        class_columns (`Iterable[str]`, *optional*, defaults to `()`): Columns whose type holds classes.
 
     Raises:
-        ValueError: if the named column does not exist; if columns look like labels, and none has a usual name.
+        ValueError: if the named column does not exist, or if columns look like labels but none has a usual name.
     """
     columns = list(columns)
     if wanted is not None:
@@ -112,34 +98,31 @@ def find_label_column(columns: Iterable[str], wanted: str | None, class_columns:
 
 @cache
 def image_extensions() -> frozenset[str]:
-    """
-    Returns:
-        `frozenset[str]`: Extensions of the images that Pillow reads, in lower case, with the dot.
-    """
+    """Extensions of the images that Pillow reads, in lower case, with the dot."""
     Image.init()
     readable = {name for name, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    return frozenset(readable - {".h5", ".hdf", ".mpg", ".mpeg"})  # which Pillow names, but cannot decode
+    return frozenset(readable - {".h5", ".hdf", ".mpg", ".mpeg"})  # listed by Pillow, but it cannot decode them
 
 
 def read_image_folder(
     folder: str, label_column: str | None = None, labelled: bool = True
 ) -> dict[str, Dataset] | None:
     """
-    Reads which images a folder holds and of which classes, and logs it.
+    Reads which images a folder holds and their classes, and logs it.
 
     Args:
         folder (`str`): The folder.
         label_column (`str`, *optional*): Column of `metadata.csv` (`.jsonl`, `.parquet`) that holds the labels.
-        labelled (`bool`, *optional*, defaults to `True`): `False` where no labels are wanted, so that none are missed.
+        labelled (`bool`, *optional*, defaults to `True`): `False` if no labels are wanted, so that missing ones are fine.
 
     Returns:
-        `dict[str, datasets.Dataset]`, *optional*: For each split its rows, in the order of the paths or of the metadata:
-        `image` (undecoded paths), and `label` where there are classes. `None` for a folder that holds other files than
-        images, or says in its `README.md` how it is read.
+        `dict[str, datasets.Dataset]`, *optional*: The rows of each split, in the order of the paths or of the metadata:
+        `image` (undecoded paths), and `label` if there are classes. `None` for a folder with other files than images, or
+        with a `README.md` that says how to read it.
 
     Raises:
-        ValueError: where several readings are possible, where labels are on disk and none was found, or where the images
-            are of kinds that Pillow does not read; with what to do.
+        ValueError: for an ambiguous folder, for labels on disk that are not found, or for images of kinds that Pillow does
+            not read; with what to do.
         OSError: for folders that cannot be read.
     """
     listing = _list(folder)
@@ -153,7 +136,7 @@ def read_image_folder(
         return None
     reader = _Reader(folder, listing, label_column)
     if any(name.endswith(("_file_name", "_file_names")) for name in reader.columns):
-        return None  # several images a row, which the reader of `datasets` knows
+        return None  # several images per row, which the reader of `datasets` handles
     return reader.splits(labelled)
 
 
@@ -183,7 +166,7 @@ def _list(folder: str) -> _Listing:
         for name in files:
             is_image = os.path.splitext(name)[1].lower() in extensions
             if hidden or _is_litter(name):
-                if is_image and not name.startswith("._"):  # macOS keeps a file's attributes there
+                if is_image and not name.startswith("._"):  # macOS keeps attributes of files there
                     listing.hidden.append(prefix + name)
             else:
                 (listing.images if is_image else listing.others).append(prefix + name)
@@ -202,7 +185,7 @@ def _is_litter(name: str) -> bool:
 
 
 def _describes_itself(folder: str) -> bool:
-    """Whether the front matter of the card names the files of each split, which `datasets` then follows."""
+    """Whether the card's front matter names the files of each split; `datasets` then follows it."""
     card = Path(folder) / "README.md"
     front = re.match(r"---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL) if card.is_file() else None
     return front is not None and re.search(r"^configs:", front[1], re.MULTILINE) is not None
@@ -219,7 +202,7 @@ def _shown(names: Iterable[str], most: int = 8) -> str:
 
 
 def _branches(paths: list[str], prefix: str) -> tuple[list[str], dict[str, list[str]]]:
-    """The paths that lie in a folder itself, and those of each folder in it."""
+    """The paths directly in a folder, and those in each of its folders."""
     own: list[str] = []
     below: dict[str, list[str]] = {}
     for path in paths:
@@ -229,13 +212,13 @@ def _branches(paths: list[str], prefix: str) -> tuple[list[str], dict[str, list[
 
 
 def _is_few(own: list[str], below: dict[str, list[str]]) -> bool:
-    """Whether images beside folders are strays, as a cover is: at most three, or one in a hundred."""
+    """Whether images beside folders are strays, such as a cover: at most three, or one in a hundred."""
     nested = sum(len(paths) for paths in below.values())
     return len(own) < nested and len(own) <= max(3, nested // 100)
 
 
 def _split_name(name: str) -> str | None:
-    """`train2017`, `Val`, `test_images` are names of splits, `test_tube` is not."""
+    """`train2017`, `Val`, `test_images` are names of splits; `test_tube` is not."""
     words = re.findall(r"[a-z]+", name.lower())
     plain = len(words) == 1 or (len(words) == 2 and words[1] in ("set", "images", "imgs", "data", "split"))
     return _SPLITS.get(words[0]) if plain and re.fullmatch(r"[\W_\da-zA-Z]+", name) else None
@@ -259,7 +242,7 @@ class _Reader:
         parts = self._find_splits(self.listing.images, "")
         classes: list[str] = []  # the same in all splits
         notes = self.notes
-        for _ in range(2):  # a folder that is alone in its split is a class if another split has it
+        for _ in range(2):  # a split's only folder is a class if another split has it too
             self.notes = list(notes)
             named = {split: self._label(paths, prefix, classes) for split, (paths, prefix) in parts.items()}
             labels = [label for rows in named.values() for _, label in rows]
@@ -269,7 +252,7 @@ class _Reader:
             self._refuse_lost_labels()
         datasets = {split: self._rows(rows, classes) for split, rows in named.items()}
         self._say(datasets, classes)
-        # The folder's own name of a split will do too.
+        # The name of the folder itself may also be the split's.
         own = {prefix.rstrip("/").rpartition("/")[2]: datasets[split] for split, (_, prefix) in parts.items()}
         return datasets | {name: dataset for name, dataset in own.items() if _split_name(name) is not None}
 
@@ -291,7 +274,7 @@ class _Reader:
                 unique = len(set(named.values())) == len(named)
                 return {
                     (named[name] if unique else name): (below[name], f"{prefix}{name}/") for name in named
-                }  # two names of one split, as `dev` and `val`, stay apart
+                }  # two names for one split, such as `dev` and `val`, stay apart
             if parents:
                 raise ValueError(
                     f"{where} holds {_shown(below)}, and {_shown(parents)} holds folders itself: a split, or a class? "
@@ -310,7 +293,7 @@ class _Reader:
         return {"train": (paths, prefix)}
 
     def _label(self, paths: list[str], prefix: str, classes: list[str]) -> list[tuple[str, object]]:
-        """The images that are taken, in their order, and the label of each; `None` for no labels."""
+        """The images to take, in order, and the label of each; `None` without labels."""
         if self.label_column is not None:
             labels = ((path, row[self.label_column]) for path, row in self._described(paths))
             return [(path, nfc(label) if isinstance(label, str) else label) for path, label in labels]
@@ -329,14 +312,14 @@ class _Reader:
         top = next(iter(below))
         if len(below) == 1 and nfc(top) not in classes:
             self._leave(own, f"beside the folder {prefix}{top}")
-            self.notes.append(f"{prefix}{top} is no class, being the only folder")
+            self.notes.append(f"{prefix}{top} is not a class, since it is the only folder")
             return self._label(below[top], f"{prefix}{top}/", classes)
         self._refuse_lost_folders(below, prefix)
         self._refuse_two_levels(below, prefix)
         self._leave(own, "outside of the class folders")
         nested = sum(path.count("/", len(prefix)) > 1 for path in paths)
         if nested:
-            self.notes.append(f"{nested} in nested folders are of the class above")
+            self.notes.append(f"{nested} in nested folders belong to the class above")
         return [(path, nfc(top)) for top, members in below.items() for path in members]
 
     def _described(self, paths: list[str]) -> list[tuple[str, dict[str, Any]]]:
@@ -350,7 +333,9 @@ class _Reader:
             self.notes.append(f"left {len(paths)} {reason} ({_shown(paths, 3)})")
 
     def _refuse_two_levels(self, below: dict[str, list[str]], prefix: str) -> None:
-        """Two levels of folders are classes and parts of them where the parts have the same names: indoor, outdoor."""
+        """
+        Refuses two levels of folders with the same names below (indoor, outdoor): either level may be the classes.
+        """
         inner = []
         for top, paths in below.items():
             own, folders = _branches(paths, f"{prefix}{top}/")
@@ -368,7 +353,7 @@ class _Reader:
             )
 
     def _refuse_lost_folders(self, below: dict[str, list[str]], prefix: str) -> None:
-        """A class whose pictures are all of a kind that is not read would be missing."""
+        """Refuses a class whose pictures are all of an unreadable kind: it would be missing."""
         others = [name for name in self.listing.others if name.startswith(prefix)]
         for top, names in _branches(others, prefix)[1].items():
             unread = _count_extensions(name for name in names if name.lower().endswith(_UNREADABLE))
@@ -379,7 +364,7 @@ class _Reader:
                 )
 
     def _refuse_labels_by_path(self) -> None:
-        """StyleGAN's and EDM's layout: folders of a thousand images each, whose labels are in `dataset.json`."""
+        """Refuses StyleGAN's and EDM's layout: folders of a thousand images each, with labels in `dataset.json`."""
         if "dataset.json" not in self.listing.others:
             return
         with open(os.path.join(self.folder, "dataset.json"), errors="replace") as file:
@@ -390,13 +375,13 @@ class _Reader:
                 )
 
     def _refuse_lost_labels(self) -> None:
-        """Tables that would give labels, if they were read."""
+        """Refuses to ignore tables that look like labels."""
         find_label_column(self.columns, None)
         for name in self.listing.others:
             if name in self.tables or not name.lower().endswith((".csv", ".tsv", ".json", ".jsonl", ".txt")):
                 continue
             words = Path(name).stem.lower()
-            if not name.lower().endswith(".txt"):  # which may be a caption
+            if not name.lower().endswith(".txt"):  # .txt may be a caption
                 with open(os.path.join(self.folder, name), errors="replace") as file:
                     words += " " + file.readline(10_000).lower()
             if LABEL_WORDS & set(re.split(r"[\W_]+", words)):
@@ -409,7 +394,7 @@ class _Reader:
         folder = os.path.abspath(self.folder)
         images, labels = [os.path.join(folder, path) for path, _ in rows], [label for _, label in rows]
         dataset = Dataset.from_dict({"image": images}, features=Features({"image": ImageFeature()}))
-        if self.label_column is not None and not classes:  # numbers, or what is refused as in any other table
+        if self.label_column is not None and not classes:  # numbers, or labels that are refused as in any other table
             return dataset.add_column(self.label_column, labels)
         if all(label is None for label in labels):
             return dataset
@@ -424,7 +409,7 @@ class _Reader:
         )
         what = f"classes by folder: {_shown(classes)}" if classes else "no classes"
         if self.label_column is not None:
-            what = f"labels by the column {self.label_column!r} of {_shown(self.tables, 2)}"
+            what = f"labels from the column {self.label_column!r} of {_shown(self.tables, 2)}"
         elif self.tables:
             self.notes.append(f"the columns {self.columns} of {_shown(self.tables, 2)} are not used")
         others = _count_extensions(
@@ -433,7 +418,7 @@ class _Reader:
         unread = _count_extensions(name for name in self.listing.others if name.lower().endswith(_UNREADABLE))
         notes = [
             *self.notes,
-            *([f"left {unread}, which Pillow does not read: convert them to PNG or JPEG"] if unread else []),
+            *([f"ignored {unread}, which Pillow does not read: convert them to PNG or JPEG"] if unread else []),
             *([f"left the files {others}"] if others else []),
             *([f"left {len(self.listing.hidden)} hidden ({self.listing.hidden[0]})"] if self.listing.hidden else []),
             *([f"empty folders: {_shown(self.listing.empty, 4)}"] if self.listing.empty else []),

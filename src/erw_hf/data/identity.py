@@ -11,10 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Which data a run or a cache was begun with: told from its rows or files, without a pass over pixels.
+"""Recognising the data that a run or a cache was begun with, from its rows or files, without reading pixels.
 
-At hand: each row's label, and its image's name and length, in their order. Streamed: the names of the files and their
-sizes, of the Hub's the hash of their content; so neither a copy elsewhere nor a new card is other data.
+For data that is not streamed: each row's label, and its image's name and length, in order. For a stream: the names and sizes
+of its files, on the Hub the hash of their content. So a copy elsewhere or a new card counts as the same data.
 """
 
 import hashlib
@@ -35,18 +35,20 @@ from erw_hf.data.source import KEY_COLUMN, Source
 
 def data_identity(source: Source, dataset_name: str, retry_seconds: float = 300) -> dict[str, Any]:
     """
+    Identifies the data of a run.
+
     Args:
         source ([`~data.source.Source`]): The data.
-        dataset_name (`str`): What it was opened by.
-        retry_seconds (`float`, *optional*, defaults to 300): How long to go on trying while the system or the Hub fails.
+        dataset_name (`str`): The name it was opened with.
+        retry_seconds (`float`, *optional*, defaults to 300): How long to retry while the system or the Hub fails.
 
     Returns:
-        `dict[str, Any]`: `rows` (`None` of a stream), `classes` (names in order, or how many), `columns`, `fingerprint`;
+        `dict[str, Any]`: `rows` (`None` for a stream), `classes` (names in order, or their number), `columns`, `fingerprint`;
         it survives JSON.
     """
     dataset, classes = source.dataset, list((source.id2label or {}).values())
     if dataset_name == "digits":
-        parts: Iterator[bytes] = iter(())  # encoded at each start, by whatever Pillow is there
+        parts: Iterator[bytes] = iter(())  # encoded anew at each start, depending on Pillow's version
     elif isinstance(dataset, datasets.Dataset):
         parts = _rows(source, dataset, retry_seconds)
     else:
@@ -63,21 +65,14 @@ def data_identity(source: Source, dataset_name: str, retry_seconds: float = 300)
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """
-    Args:
-        before (`Mapping[str, Any]`): A [`data_identity`].
-        now (`Mapping[str, Any]`): Another.
-
-    Returns:
-        `str`, *optional*: What differs, in words; `None` if it is the same data.
-    """
+    """What differs between two [`data_identity`] records, in words; `None` if it is the same data."""
     changes = [
         f"{name} were {_shown(before[name])} and are {_shown(now[name])}"
         for name in ("classes", "rows", "columns")
         if before[name] != now[name]
     ]
     if not changes and before["fingerprint"] != now["fingerprint"]:
-        changes = ["names, sizes or order of its files or rows are not what they were"]
+        changes = ["names, sizes or order of its files or rows have changed"]
     return "; ".join(changes) or None
 
 
@@ -112,7 +107,7 @@ def _rows(source: Source, dataset: datasets.Dataset, retry_seconds: float) -> It
 
 
 def _images(source: Source, batch: pyarrow.Table) -> Iterator[tuple[str | None, int | None]]:
-    """Path, and length of the content where that is in the row."""
+    """The path of each image, and the length of its content if that is in the row."""
     if source.is_latent_cache or source.image_column is None:
         return iter(())
     images = batch[source.image_column]
@@ -177,7 +172,7 @@ def _size(path: str, retry_seconds: float) -> int | None:
     def size() -> int | None:
         try:
             return os.stat(path).st_size
-        except FileNotFoundError:  # a row that names a file which never was there
+        except FileNotFoundError:  # the row names a file that never existed
             return None
 
     return retried(retry_seconds, size, listed=True)

@@ -11,9 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Between pixels and the latents that the transformer is trained on.
+"""Conversion of pixels to the latents that the transformer is trained on.
 
-A latent cache holds the moments as they are made here; its columns are in `data.source`, `training/cache_latents.py` writes it.
+A latent cache holds the moments made here; `training/cache_latents.py` writes it, and `data.source` names its columns.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from erw_hf.pipeline_erw import is_representation_autoencoder, scale_latents, up
 
 def encode_moments(pixels: torch.Tensor, vae: ModelMixin) -> torch.Tensor:
     """
-    The posterior of images: what a latent cache stores, so that training can draw from it anew in every epoch.
+    The posterior of images. A latent cache stores it, so that training can draw from it anew in every epoch.
 
     Args:
         pixels (`torch.Tensor` of shape `(B, C, H, W)`, uint8): Images.
@@ -53,7 +53,7 @@ def check_finite(moments: torch.Tensor, name: str, vae: ModelMixin, samples: Seq
     Args:
         moments (`torch.Tensor` of shape `(B, 2 c, h, w)`): What [`encode_moments`] gave, in the dtype that it is kept in.
         name (`str`): What the autoencoder is called, for the message.
-        vae (a diffusers autoencoder): It.
+        vae (a diffusers autoencoder): The autoencoder.
         samples (`Sequence`): What identifies each sample.
 
     Raises:
@@ -62,7 +62,7 @@ def check_finite(moments: torch.Tensor, name: str, vae: ModelMixin, samples: Seq
     broken = ~moments.isfinite().flatten(1).all(dim=1)
     if broken.any():
         raise ValueError(
-            f"the vae {name} (in {vae.dtype}, kept in {moments.dtype}) gives NaN or infinity for {int(broken.sum())} of "
+            f"the vae {name} (in {vae.dtype}, kept in {moments.dtype}) returns NaN or infinity for {int(broken.sum())} of "
             f"{len(moments)} images, the first is {samples[int(broken.int().argmax())]}: its weights are broken, or it "
             "overflows in this precision"
         )
@@ -70,7 +70,7 @@ def check_finite(moments: torch.Tensor, name: str, vae: ModelMixin, samples: Seq
 
 def check_autoencoder(config: Mapping[str, object], name: str, in_channels: int) -> None:
     """
-    Checks what can be known of an autoencoder without its weights.
+    Checks an autoencoder by its config alone.
 
     Args:
         config (`Mapping[str, object]`): Its `config.json`.
@@ -78,30 +78,24 @@ def check_autoencoder(config: Mapping[str, object], name: str, in_channels: int)
         in_channels (`int`): Channels of the latents that the transformer takes.
 
     Raises:
-        ValueError: if its latents have other channels, or nothing says how they are scaled.
+        ValueError: if its latents have another number of channels, or their scale is unknown.
     """
     channels = config.get("latent_channels") or config.get("encoder_hidden_size")
     if channels is not None and channels != in_channels:
         raise ValueError(
-            f"the vae {name} makes latents of {channels} channels: set in_channels to that, not {in_channels}"
+            f"the vae {name} makes latents with {channels} channels: set in_channels to that, not to {in_channels}"
         )
     scaled = config.get("scaling_factor") not in (None, 1, 1.0) or config.get("latents_std") is not None
     if not scaled:
         raise ValueError(
-            f"the vae {name} says neither scaling_factor nor latents_mean and latents_std, so nothing brings its latents "
+            f"the vae {name} has neither scaling_factor nor latents_mean and latents_std, so its latents cannot be scaled "
             "to unit variance: write the statistics that cache_latents.py leaves in latent_statistics.json into its "
             "config.json"
         )
 
 
 def image_channels(vae: ModelMixin) -> int:
-    """
-    Args:
-        vae (a diffusers autoencoder): Any.
-
-    Returns:
-        `int`: Channels of its images: 3 for RGB.
-    """
+    """Channels of the autoencoder's images: 3 for RGB."""
     return vae.config.num_channels if is_representation_autoencoder(vae) else vae.config.in_channels
 
 

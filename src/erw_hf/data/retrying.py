@@ -11,11 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What to do when data does not come: the one retry policy of reading, from disk or from the Hub.
+"""The retry policy for reading data, from disk or from the Hub. Pushing has its own, in `hub.upload`.
 
-A run waits for a Hub that is away; what only looks, as a dry run does, asks once whether it is there.
-
-Pushing has its own, in `hub.upload`. A run waits for a Hub that is away; a dry run asks once whether it is there.
+A run waits for a Hub that is away; a dry run asks only once.
 """
 
 import contextlib
@@ -40,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# Waiting does not mend these.
+# Waiting does not help against these.
 FATAL = (
     ValueError,
     TypeError,
@@ -61,42 +59,42 @@ FATAL = (
 
 class Backoff:
     """
-    Waits after failures, longer each time, and gives up at a deadline. From the first one in a process on, `datasets`
-    itself tries once.
+    Waits after failures, longer each time, and gives up at a deadline. Once one exists, `datasets` itself no longer retries in
+    this process.
 
     Args:
-        seconds (`float`): How long to go on trying after the first failure.
+        seconds (`float`): How long to retry after the first failure.
         listed (`bool`, *optional*, defaults to `False`):
-            What is read was there before: that it is missing or denied (`ENOENT`, `EACCES`) is then a failure of the
-            system, and tried again like any other.
+            The file existed before: if it is missing or denied now (`ENOENT`, `EACCES`), the system is at fault, and reading
+            is retried.
     """
 
     def __init__(self, seconds: float, listed: bool = False) -> None:
         self.seconds = seconds
         self.listed = listed
         self.succeeded()
-        # `datasets` would wait up to half an hour in each read of some kind, and fail at once on most server errors.
-        # The six tries that huggingface_hub makes within half a minute stay.
+        # `datasets` would wait up to half an hour in some reads and fail at once on most server errors.
+        # huggingface_hub keeps its own six attempts within half a minute.
         config = datasets.config
         config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 1
         config.STREAMING_READ_RETRY_INTERVAL = config.STREAMING_OPEN_RETRY_INTERVAL = 0
         config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
 
     def succeeded(self) -> None:
-        """Begins anew: the next failure is a first one."""
+        """Resets: the next failure counts as the first."""
         self._failing_since: float | None = None
         self._wait = 1.0
 
     def failed(self, error: Exception) -> None:
         """
-        Waits for the next try.
+        Waits before the next attempt.
 
         Args:
             error (`Exception`): What happened.
 
         Raises:
-            Exception: `error` itself, if waiting does not mend it.
-            ConnectionError: if the deadline does not allow another try.
+            Exception: `error` itself, if waiting does not help.
+            ConnectionError: if the deadline does not allow another attempt.
         """
         of_the_system = isinstance(error, OSError) and error.errno is not None
         if isinstance(error, FATAL) and not (self.listed and of_the_system):
@@ -105,10 +103,10 @@ class Backoff:
         self._failing_since = now if self._failing_since is None else self._failing_since
         if now + self._wait > self._failing_since + self.seconds:
             raise ConnectionError(
-                f"no data for {now - self._failing_since:.0f} s, and reading is tried again for {self.seconds:g} s at "
-                f"most; the last error was {type(error).__name__}: {error}"
+                f"no data for {now - self._failing_since:.0f} s, and reading is retried for at most {self.seconds:g} s; "
+                f"the last error was {type(error).__name__}: {error}"
             ) from error
-        logger.warning(f"reading failed, trying again in {self._wait:.0f} s ({type(error).__name__}: {error})")
+        logger.warning(f"reading failed, retrying in {self._wait:.0f} s ({type(error).__name__}: {error})")
         time.sleep(self._wait)
         self._wait = min(2 * self._wait, 60.0)
 
@@ -118,7 +116,7 @@ def retried(seconds: float, call: Callable[[], Result], listed: bool = False) ->
     Calls until it succeeds.
 
     Args:
-        seconds (`float`): How long to go on trying after the first failure.
+        seconds (`float`): How long to retry after the first failure.
         call (`Callable`): What to do.
         listed (`bool`, *optional*, defaults to `False`): See [`Backoff`].
 
@@ -126,8 +124,8 @@ def retried(seconds: float, call: Callable[[], Result], listed: bool = False) ->
         What `call` returned.
 
     Raises:
-        Exception: what `call` raised, if waiting does not mend it.
-        ConnectionError: if the deadline does not allow another try.
+        Exception: what `call` raised, if waiting does not help.
+        ConnectionError: if the deadline does not allow another attempt.
     """
     backoff = Backoff(seconds, listed)
     while True:
@@ -140,18 +138,18 @@ def retried(seconds: float, call: Callable[[], Result], listed: bool = False) ->
 @contextlib.contextmanager
 def hub_or_cache(name: str, what: str) -> Iterator[None]:
     """
-    Makes what reads from the Hub answer within seconds: while the Hub is away, only this machine's cache is read.
+    Makes code that reads from the Hub answer within seconds: while the Hub is away, only this machine's cache is read.
 
     Args:
-        name (`str`): Hub id or folder of what is read; a folder asks no Hub.
-        what (`str`): Name for the message, as "encoder".
+        name (`str`): Hub id or folder to read; a folder never asks the Hub.
+        what (`str`): Its name in messages, such as "encoder".
 
     Returns:
         `contextlib.AbstractContextManager`: The block to read in.
 
     Raises:
-        FileNotFoundError: for what can only be a local folder, and does not exist.
-        ConnectionError: if the Hub does not answer and the cache does not have it.
+        FileNotFoundError: if it can only be a local folder and does not exist.
+        ConnectionError: if the Hub does not answer and the cache lacks it.
     """
     if os.path.isdir(name):
         yield
@@ -165,7 +163,7 @@ def hub_or_cache(name: str, what: str) -> Iterator[None]:
     constants.HF_HUB_OFFLINE = True
     try:
         yield
-    except OSError as error:  # diffusers, transformers and datasets say it in three ways
+    except OSError as error:  # diffusers, transformers and datasets each raise another kind
         raise ConnectionError(
             f"{what}={name!r} is not in the cache of this machine, and {absence}. Connect, or name a local folder"
         ) from error
@@ -179,6 +177,6 @@ def _why_hub_is_away(endpoint: str) -> str | None:
         return "HF_HUB_OFFLINE is set"
     try:
         huggingface_hub.get_session().head(endpoint, timeout=5)
-    except Exception as error:  # of the client, whose kinds depend on its version
+    except Exception as error:  # the kind depends on the version of the client
         return f"the Hub ({endpoint}) does not answer ({error})"
     return None

@@ -11,9 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""From rows to training samples, each random draw a function of (seed, epoch, sample key), and the order of samples.
+"""From rows to training samples: every random draw, as a function of (seed, epoch, sample key), and the order of samples.
 
-Seeds of images that are drawn for an evaluation are in `evaluation.images`.
+The seeds of images drawn for an evaluation are in `evaluation.images`.
 """
 
 import hashlib
@@ -31,17 +31,17 @@ from erw_hf.data.source import FEATURES_COLUMN, MOMENTS_COLUMN, Source
 
 logger = logging.getLogger(__name__)
 
-IN_A_ROW = 10_000  # broken images after which the data, not a file of it, is at fault
+IN_A_ROW = 10_000  # broken images after which the data as a whole is at fault
 
 
 def sample_rng(seed: int, epoch: int, key: str | int) -> np.random.Generator:
     """
-    The random numbers of one sample in one epoch, whoever draws them: any process, any loader worker, any restart.
+    The random numbers of one sample in one epoch: the same on any rank, in any loader worker and after any restart.
 
     Args:
         seed (`int`): Seed of the run.
         epoch (`int`): Epoch, from 0.
-        key (`str` or `int`): What identifies the sample in its data set.
+        key (`str` or `int`): What identifies the sample in its dataset.
 
     Returns:
         `numpy.random.Generator`: A counter-based generator keyed by the three.
@@ -52,7 +52,7 @@ def sample_rng(seed: int, epoch: int, key: str | int) -> np.random.Generator:
 
 class SampleMaker:
     """
-    Turns a row into a training sample: the image and all random draws that training makes of it.
+    Turns a row into a training sample: the image and all random draws for it.
 
     Args:
         source ([`Source`]): The data.
@@ -61,8 +61,8 @@ class SampleMaker:
         latent_shape (`tuple[int, int, int]`): Shape (C, h, w) of the noise.
         seed (`int`): Seed of the run.
         class_dropout_prob (`float`): Probability of the null class.
-        random_flip (`bool`): Mirror half of the images; the latents of a cache stay as they are, so not with one.
-        class_token_dim (`int`, *optional*): Width of the class token that is noised too; `None` for none.
+        random_flip (`bool`): Mirror half of the images; not for a cache, whose latents cannot be mirrored.
+        class_token_dim (`int`, *optional*): Width of the class token that is also noised; `None` for none.
         num_tokens (`int`, *optional*, defaults to 0): Tokens of the transformer, of which some may be hidden.
         num_hidden (`int`, *optional*, defaults to 0): How many of each sample the alignment does not see.
     """
@@ -110,7 +110,7 @@ class SampleMaker:
             features (`bytes`, *optional*): An encoder's tokens from a latent cache.
 
         Returns:
-            `dict[str, torch.Tensor]`: `pixels` (C, H, W) uint8 where there is an image, `label`, `drop`, `time_normal`,
+            `dict[str, torch.Tensor]`: `pixels` (C, H, W) uint8 if there is an image, `label`, `drop`, `time_normal`,
             `noise` (c, h, w), `posterior_noise` (c, h, w), with a class token `class_noise` (E,), with hidden tokens
             `hidden` (N,) bool and, from a cache, `moments` (2 c, h, w) float16 and `features` (N D,) bfloat16.
         """
@@ -152,20 +152,20 @@ def read_row(
     source: Source, index: int, retry_seconds: float = 300, skipped: int = 0
 ) -> tuple[int, dict[str, Any], Image.Image | None, int]:
     """
-    A row and its image; the next readable one's for a broken one, so that batches keep their size and a resumed run its
-    order. Each broken one is named in the log.
+    A row and its image. A broken row is named in the log and replaced by the next readable one, so that batches keep
+    their size and a resumed run keeps its order.
 
     Args:
-        source ([`~data.source.Source`]): Data that is at hand.
+        source ([`~data.source.Source`]): Data that is not streamed.
         index (`int`): Which row.
-        retry_seconds (`float`, *optional*, defaults to 300): How long to go on trying while the system fails.
-        skipped (`int`, *optional*, defaults to 0): Rows skipped before.
+        retry_seconds (`float`, *optional*, defaults to 300): How long to retry while the system fails.
+        skipped (`int`, *optional*, defaults to 0): Rows skipped before, for the log.
 
     Returns:
-        `tuple[int, dict, PIL.Image.Image | None, int]`: Number of the row, the row, its image, rows skipped by now.
+        `tuple[int, dict, PIL.Image.Image | None, int]`: Number of the row, the row, its image, rows skipped so far.
 
     Raises:
-        ValueError: if no row is readable, or none of `IN_A_ROW` in a row.
+        ValueError: if no row is readable, or `IN_A_ROW` rows in a row are not.
         OSError: naming the file, if the system cannot read it.
     """
     rows = len(source.dataset)
@@ -182,18 +182,18 @@ def read_row(
             skipped += 1
             logger.warning(f"skipped row {number}: {error}; {skipped} skipped so far")
     raise ValueError(
-        f"none of {min(rows, IN_A_ROW)} rows in a row holds a readable image: column {source.image_column!r} is of another "
-        f"kind, or its files are damaged; the last one: {error}"
+        f"none of {min(rows, IN_A_ROW)} rows in a row holds a readable image: column {source.image_column!r} holds "
+        f"something else, or its files are damaged; the last one: {error}"
     )
 
 
 class TrainingSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """
-    Training samples of a dataset that is at hand, read in any order.
+    Training samples of a dataset that is not streamed, read in any order.
 
     Args:
         maker ([`SampleMaker`]): Makes samples of rows.
-        retry_seconds (`float`, *optional*, defaults to 300): How long to go on trying while the system fails.
+        retry_seconds (`float`, *optional*, defaults to 300): How long to retry while the system fails.
     """
 
     def __init__(self, maker: SampleMaker, retry_seconds: float = 300) -> None:
@@ -214,18 +214,18 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 class StepSampler(torch.utils.data.Sampler[list[tuple[int, int]]]):
     """
-    The batches of one process as a pure function of the step, so that resuming needs no state but the step.
+    The batches of one rank as a pure function of the step, so that resuming needs only the step.
 
-    The run reads an endless row of positions, each epoch a fresh permutation. Step s takes the positions
-    `[s B, (s + 1) B)`, B being the batch over all processes and accumulation steps; so the same samples make up a step
-    however B is divided.
+    The run reads an endless sequence of positions; each epoch is a fresh permutation. Step s takes the positions
+    `[s B, (s + 1) B)`, where B is the batch over all ranks and accumulation steps. So a step has the same samples however
+    B is divided.
 
     Args:
-        num_samples (`int`): Rows of the data set.
-        batch_size (`int`): Samples of one process in one forward.
-        accumulation_steps (`int`): Forwards of one process in a step.
-        num_processes (`int`): Number of processes.
-        process_index (`int`): This process.
+        num_samples (`int`): Rows of the dataset.
+        batch_size (`int`): Samples per rank and forward pass.
+        accumulation_steps (`int`): Forward passes per step.
+        num_processes (`int`): Number of ranks.
+        process_index (`int`): This rank.
         start_step (`int`): First step, counted from 0.
         end_step (`int`): Step after the last one.
         seed (`int`): Seed of the run.

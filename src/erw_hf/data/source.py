@@ -60,16 +60,17 @@ KEY_COLUMN = "key"  # what identifies the sample
 
 @dataclass(frozen=True)
 class Source:
-    """A data set that has been checked: its columns exist and its labels are classes.
+    """
+    A dataset that has been checked: its columns exist and its labels are classes.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): The rows.
-        image_column (`str`, *optional*): Column of images; `None` where a latent cache is read without them.
+        image_column (`str`, *optional*): Column of images; `None` for a latent cache that is read without them.
         label_column (`str`, *optional*): Column of class ids; `None` for data without labels.
         num_classes (`int`): Number of classes; 0 without labels.
-        id2label (`dict[int, str]`, *optional*): Names of the classes, where the data set has them.
+        id2label (`dict[int, str]`, *optional*): Names of the classes, if the dataset has them.
         is_latent_cache (`bool`): Whether the rows hold VAE moments, as `training/cache_latents.py` writes them.
-        has_features (`bool`): Whether they hold an encoder's tokens too.
+        has_features (`bool`): Whether they also hold an encoder's tokens.
     """
 
     dataset: Dataset | IterableDataset
@@ -93,35 +94,35 @@ def load_source(
     needs_images: bool = True,
 ) -> Source:
     """
-    Opens a data set and checks what can be checked before training.
+    Opens a dataset and checks what can be checked before training.
 
     Args:
         dataset_name (`str`):
             Hub id, local folder (parquet, imagefolder, webdataset, or `save_to_disk`), or `"digits"` for the embedded
             one.
         split (`str`, *optional*, defaults to `"train"`): Split to read.
-        dataset_config_name (`str`, *optional*): Configuration of the Hub data set.
+        dataset_config_name (`str`, *optional*): Configuration of the Hub dataset.
         image_column (`str`, *optional*): Column of images. By default the first of `IMAGE_COLUMNS` that exists.
         label_column (`str`, *optional*):
             Column of labels. By default the one that [`~data.folder.find_label_column`] finds.
         num_classes (`int`, *optional*):
             Number of classes. By default the dataset's own, else the largest label + 1; 0 reads it without labels.
         streaming (`bool`, *optional*, defaults to `False`):
-            Read rows as they come, without downloading the data set first. Labels can then not be looked through
-            beforehand: they must be a ClassLabel, or come with `num_classes`.
-        retry_seconds (`float`, *optional*, defaults to 300): How long to go on trying while the Hub fails.
+            Read row by row, without downloading first. A stream cannot be searched for its classes, so its labels must
+            be a ClassLabel, or `num_classes` must be given.
+        retry_seconds (`float`, *optional*, defaults to 300): How long to retry while the Hub fails.
         needs_images (`bool`, *optional*, defaults to `True`):
-            `False` leaves the images of a latent cache, and their bytes on the Hub, where they are. One that holds an
-            encoder's tokens is always read so.
+            `False` does not read (or download) the images of a latent cache. A cache with an encoder's tokens is always
+            read without images.
 
     Returns:
-        [`Source`]: The data set and what is known of it.
+        [`Source`]: The dataset and its properties.
 
     Raises:
-        ValueError: for a missing column or split, an empty dataset, labels that are not classes, no readable image, or a
-            folder that can be read in two ways.
+        ValueError: for a missing column or split, an empty dataset, labels that are not classes, no readable image, or an
+            ambiguous folder.
         FileNotFoundError: for a folder that does not exist.
-        PermissionError: for a gated data set that this account may not read; the message says how to get access.
+        PermissionError: for a gated dataset that this account may not read; the message says how to get access.
     """
     dataset_name = resolve_dataset_name(dataset_name)
     load = partial(_load, dataset_name, dataset_config_name, streaming, label_column, num_classes != 0, split=split)
@@ -130,7 +131,7 @@ def load_source(
     except (DatasetGenerationError, pyarrow.ArrowInvalid) as error:
         if "BatchSize" not in f"{error} {error.__cause__}":
             raise
-        # A parquet file without rows: the reader takes its batches by the rows of the first group.
+        # A parquet file without rows: by default the reader's batch size is the number of rows of the first group.
         load = partial(load, batch_size=1000)
         dataset, first = retried(retry_seconds, partial(_open, load))
     if first is None:
@@ -141,22 +142,24 @@ def load_source(
         image_column = None
         columns = [name for name in columns if name not in IMAGE_COLUMNS]
         if streaming:
-            # Named when it is opened, since a stream reads all columns and drops what select_columns leaves out.
+            # Passed when opening, since after select_columns a stream still reads all columns.
             dataset = retried(retry_seconds, partial(load, columns=columns))
         else:
             dataset = dataset.select_columns(columns)
     else:
         image_column, features = _find_image_column(columns, image_column), dataset.features or {}
-        # Encoded bytes: a stream's shuffle holds many of them, and the key of a sample is their hash.
+        # Undecoded: a stream's shuffle holds many images, and the key of a sample is the hash of its bytes.
         if streaming:
-            dataset = dataset.decode(False)  # streams of the Hub are decoded in threads, which a cast leaves on
+            dataset = dataset.decode(
+                False
+            )  # also stops the threads that decode a stream from the Hub; a cast does not
         try:
             dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
             retried(retry_seconds, partial(_check_images, dataset, image_column, dataset_name))
         except (TypeError, NotImplementedError, pyarrow.ArrowInvalid) as error:
             raise ValueError(
                 f"the column {image_column!r} of {dataset_name!r} holds {features.get(image_column)}, not images: name "
-                "another one with --image_column"
+                "the column of images with --image_column"
             ) from error
     if is_latent_cache and KEY_COLUMN not in columns:
         raise ValueError(
@@ -166,7 +169,7 @@ def load_source(
     names = None
     label_column = _find_label_column(dataset.features, columns, label_column, num_classes)
     if not streaming and not is_latent_cache:
-        # Reading a row decodes all of its columns, other images too.
+        # Reading a row decodes all of its columns, so drop other images.
         dataset = dataset.select_columns([name for name in (image_column, label_column) if name is not None])
     if label_column is None:
         num_classes = 0
@@ -197,17 +200,20 @@ def _find_label_column(
     for name, feature in (features or {}).items():
         if isinstance(feature, dict) and LABEL_WORDS & set(feature):
             raise ValueError(
-                f"the column {name!r} holds {sorted(feature)}: labels inside of a column are not read. Store them in a "
-                "column of their own (in a webdataset, a file .cls), or train without labels with --num_classes 0"
+                f"the column {name!r} holds {sorted(feature)}: labels inside another column are not read. Store them in "
+                "their own column (in a webdataset, a file .cls), or train without labels with --num_classes 0"
             )
     others = [name for name in columns if name not in IMAGE_COLUMNS and not name.startswith("__")]
     if others:
-        say(logger, f"read without labels: none of the columns {others} looks like labels; --label_column names one")
+        say(
+            logger,
+            f"reading without labels: none of the columns {others} looks like labels; set --label_column if one of them is",
+        )
     return None
 
 
 def _check_images(dataset: Dataset | IterableDataset, image_column: str, dataset_name: str) -> None:
-    """Refuses what would be skipped row by row: at least one of some rows must begin like an image."""
+    """Refuses data whose rows would all be skipped: of up to 16 rows, at least one must begin like an image."""
     rows: Iterable[tuple[int, dict[str, Any]]]
     if isinstance(dataset, IterableDataset):
         rows = enumerate(dataset.take(LOOKED_AT))
@@ -227,7 +233,7 @@ def _check_images(dataset: Dataset | IterableDataset, image_column: str, dataset
 
 
 def _why_unreadable(encoded: dict[str, Any] | None) -> str | None:
-    """Why a value of an undecoded image column cannot be an image, from its first bytes; `None` if it can."""
+    """Why a value of an undecoded image column cannot be an image, judged by its first bytes; `None` if it can."""
     if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
         return "holds none"
     # What JPEG, PNG, GIF, WebP and BMP files, and data URIs, begin with in Base64.
@@ -306,18 +312,18 @@ def _classes_of_stream(
 ) -> tuple[int, list[str] | None]:
     names: list[str] | None = getattr((dataset.features or {}).get(label_column), "names", None)
     if names is None and num_classes is None:
-        raise ValueError(f"column {label_column!r} is not a ClassLabel: a stream needs num_classes")
+        raise ValueError(f"column {label_column!r} is not a ClassLabel: for a stream, set num_classes")
     if not isinstance(first[label_column], int):
         raise ValueError(
             f"labels of a stream must be class ids, row 0 holds {first[label_column]!r} in the column {label_column!r}; "
-            "names become ids where the dataset is read without --streaming"
+            "names can be read only without --streaming"
         )
     num_classes = num_classes if num_classes is not None else len(names or ())
     return num_classes, names[:num_classes] if names is not None else None
 
 
 def _open(load: Callable[[], Dataset | IterableDataset]) -> tuple[Dataset | IterableDataset, dict[str, Any] | None]:
-    """The rows, and the first one with what it holds (of a stream) or by its columns; `None` if there is none."""
+    """The dataset and its first row (of a stream) or its columns without values; `None` if it is empty."""
     dataset = load()
     if isinstance(dataset, IterableDataset):
         return dataset, next(iter(dataset.decode(False).take(1)), None)
@@ -342,7 +348,7 @@ def _load(
         splits = load_from_disk(dataset_name)
     elif os.path.isfile(os.path.join(dataset_name, "state.json")):
         dataset = load_from_disk(dataset_name)
-        splits = {"train": dataset, str(dataset.split or "train"): dataset}  # a single one, whatever it was called
+        splits = {"train": dataset, str(dataset.split or "train"): dataset}  # it has one split, whatever its name
     elif dataset_config_name is None and os.path.isdir(dataset_name):
         splits, shards = read_image_folder(dataset_name, label_column, labelled), 1
     if splits is not None:
@@ -370,12 +376,12 @@ def _load(
             ) from error
         if alike(dataset_name):
             raise FileNotFoundError(
-                f"there is no folder {dataset_name!r} in {os.getcwd()}{alike(dataset_name)}; and the Hub, which may have "
+                f"there is no folder {dataset_name!r} in {os.getcwd()}{alike(dataset_name)}; the Hub, which may have "
                 f"a dataset of this name, does not answer ({error})"
             ) from error
         raise
     except pyarrow.ArrowInvalid:
-        # The schema is read from the first file, which is broken: only the reader of parquet passes over it.
+        # The schema comes from the first file, which is broken; only the parquet reader skips such a file.
         dataset = load_dataset(
             dataset_name, dataset_config_name, split=split, streaming=streaming, on_bad_files="warn", **options
         )
@@ -391,7 +397,7 @@ def _load(
 
 
 def _take_split(splits: Mapping[str, Dataset], split: str, dataset_name: str) -> Dataset:
-    """The rows of a split, or of what `datasets` writes as `train[:10%]` or `train+test`."""
+    """The rows of a split, or of an expression of `datasets` such as `train[:10%]` or `train+test`."""
     check_split({name: len(rows) for name, rows in splits.items()}, split, dataset_name)
     parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
     taken = [
@@ -403,15 +409,7 @@ def _take_split(splits: Mapping[str, Dataset], split: str, dataset_name: str) ->
 
 
 def check_split(rows: Mapping[str, int], split: str, dataset_name: str) -> None:
-    """
-    Args:
-        rows (`Mapping[str, int]`): Number of rows of each split that exists.
-        split (`str`): The split to read, as `load_dataset` takes it.
-        dataset_name (`str`): Name for the message.
-
-    Raises:
-        ValueError: if it does not exist.
-    """
+    """Raises ValueError if `split` is not among the splits in `rows`, which maps their names to numbers of rows."""
     try:
         ReadInstruction.from_spec(split).to_absolute(dict(rows))
     except (ValueError, AssertionError) as error:
@@ -421,7 +419,7 @@ def check_split(rows: Mapping[str, int], split: str, dataset_name: str) -> None:
 
 
 def _say_what_no_split_has(folder: str) -> None:
-    """`datasets` makes splits by the names of files: what is in none of them is not read."""
+    """Warns about files in no split: `datasets` makes splits from file names and does not read the others."""
     files = load_dataset_builder(folder).config.data_files or {}
     used = {os.path.realpath(path) for paths in files.values() for path in paths if "://" not in path}
     kinds = {os.path.splitext(path)[1] for path in used}
@@ -431,21 +429,17 @@ def _say_what_no_split_has(folder: str) -> None:
         say(
             logger,
             f"{len(left)} files of {folder} are in no split and are not read ({', '.join(left[:3])}): the splits "
-            f"{', '.join(map(str, files))} were made of those that are named so. Rename them to be one split, or list them in README.md",
+            f"{', '.join(map(str, files))} consist of the files with their names. Rename all files alike for one split, or list the splits in README.md",
         )
 
 
 def resolve_dataset_name(dataset_name: str) -> str:
     """
-    Args:
-        dataset_name (`str`): See [`load_source`].
-
-    Returns:
-        `str`: The same, with `~` and variables of the environment filled in.
+    The name with `~` and environment variables expanded.
 
     Raises:
-        ValueError: for a file.
-        FileNotFoundError: for what can only be a local folder, and does not exist.
+        ValueError: if it is a file.
+        FileNotFoundError: if it can only be a local folder and does not exist.
     """
     name = resolve_name(dataset_name, "dataset_name")
     if name == "digits" or os.path.isdir(name):
@@ -464,44 +458,27 @@ def resolve_dataset_name(dataset_name: str) -> str:
 
 def is_local(dataset_name: str) -> bool:
     """
-    Args:
-        dataset_name (`str`): See [`load_source`].
-
-    Returns:
-        `bool`: Whether reading it needs no Hub.
+    Whether the data is read without the Hub.
 
     Raises:
-        ValueError: for a file.
-        FileNotFoundError: for what can only be a local folder, and does not exist.
+        ValueError: if it is a file.
+        FileNotFoundError: if it can only be a local folder and does not exist.
     """
     name = resolve_dataset_name(dataset_name)
     return name == "digits" or os.path.isdir(name)
 
 
 def class_columns(features: Features | None) -> list[str]:
-    """
-    Args:
-        features (`datasets.Features`, *optional*): Types of the columns, where they are known.
-
-    Returns:
-        `list[str]`: Those that hold classes.
-    """
+    """The columns whose type holds classes."""
     return [name for name, feature in (features or {}).items() if isinstance(feature, ClassLabel)]
 
 
 def find_column(columns: list[str], wanted: str | None, candidates: tuple[str, ...], option: str) -> str | None:
     """
-    Args:
-        columns (`list[str]`): Columns of a data set.
-        wanted (`str`, *optional*): The one that the user named.
-        candidates (`tuple[str, ...]`): Names to look for otherwise, in order.
-        option (`str`): Name of the user's option, for the message.
-
-    Returns:
-        `str`, *optional*: The column, `None` if none of the candidates exists.
+    The column that the user named, or the first of `candidates` that exists, or `None`.
 
     Raises:
-        ValueError: if the named column does not exist.
+        ValueError: if the named column does not exist; `option` names it in the message.
     """
     if wanted is None:
         return next((name for name in candidates if name in columns), None)
@@ -511,13 +488,7 @@ def find_column(columns: list[str], wanted: str | None, candidates: tuple[str, .
 
 
 def check_cache_files(cache: Path) -> None:
-    """
-    Args:
-        cache (`Path`): A folder that `training/cache_latents.py` writes.
-
-    Raises:
-        ValueError: if it is not done.
-    """
+    """Raises ValueError if a latent cache is not finished."""
     files = sorted((cache / "data").glob("train-*.parquet"))
     if not files or len(files) != int(files[0].stem.split("-of-")[1]):
         raise ValueError(f"{cache} lacks files: run cache_latents.py again to finish it")

@@ -11,10 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Streaming with exact resume: shard order and blocks of rows are shuffled, and the state says where in them a run is.
+"""Streaming with exact resume: shard order and blocks of rows are shuffled, and a small state holds the position.
 
-`datasets` resumes a stream exactly as long as it has no shuffle buffer, whose content is in no state. So only the order
-of shards is its own; rows are shuffled here, in blocks that are read again on resume.
+`datasets` resumes a stream exactly unless it has a shuffle buffer, whose content its state does not include. So `datasets`
+shuffles only the order of shards; rows are shuffled here, in blocks that are read again on resume.
 """
 
 import copy
@@ -41,37 +41,33 @@ from erw_hf.data.source import FEATURES_COLUMN, KEY_COLUMN, MOMENTS_COLUMN
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 1000  # rows shuffled together: 100 MB of ImageNet's JPEG files in each worker, read again at most on resume
+BLOCK = (
+    1000  # rows shuffled together: 100 MB of ImageNet's JPEG files per worker, and at most what a resume reads again
+)
 
-# What a truncated or damaged file makes its reader raise. pyarrow also raises a plain OSError without a number.
+# Errors of readers for a truncated or damaged file. pyarrow also raises a plain OSError without errno.
 _BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, pyarrow.ArrowInvalid, EOFError)
 
 
 def is_broken_shard(error: Exception) -> bool:
-    """
-    Args:
-        error (`Exception`): What reading a shard raised.
-
-    Returns:
-        `bool`: Whether its file is at fault, so that trying again would not help.
-    """
+    """Whether an error in reading a shard is the fault of its file, so that a retry would not help."""
     return isinstance(error, _BROKEN) or (type(error) is OSError and error.errno is None)
 
 
 class RowReader:
     """
-    The rows of one epoch of a stream, over failures of the network and broken shards.
+    The rows of one epoch of a stream, despite network failures and broken shards.
 
-    What fails is tried again with back-off; a shard that is truncated is left where it breaks, counted and named, and the
-    next one goes on. Both leave the order of the other rows as it is, so a run that met them resumes exactly too.
+    Failures are retried with back-off. A truncated shard is counted, named and abandoned where it breaks, and reading
+    continues with the next one. Neither changes the order of the other rows, so such a run also resumes exactly.
 
     Args:
         dataset (`datasets.IterableDataset`): The stream; its epoch is set.
-        state (`dict`, *optional*): Where to begin, of `state_dict`; `None` begins the epoch.
-        retry_seconds (`float`): How long to go on trying while no row comes.
-        stride (`int`, *optional*, defaults to 1): Give each `stride`-th row alone.
-        first (`int`, *optional*, defaults to 0): The first row to give, of the first `stride` ones.
-        image_column (`str`, *optional*): Column of undecoded images; where they are paths, the files are read.
+        state (`dict`, *optional*): Where to begin, from `state_dict`; `None` begins the epoch.
+        retry_seconds (`float`): How long to retry while no row comes.
+        stride (`int`, *optional*, defaults to 1): Return only every `stride`-th row.
+        first (`int`, *optional*, defaults to 0): The first row to return, less than `stride`.
+        image_column (`str`, *optional*): Column of undecoded images; if they are paths, the files are read.
     """
 
     def __init__(
@@ -90,7 +86,7 @@ class RowReader:
         self.image_column = image_column
         self.broken_shards = 0
         self._row = 0 if state is None else state["row"]
-        self._loaded: dict[str, Any] | None = None  # what was loaded, until a row has come
+        self._loaded: dict[str, Any] | None = None  # the loaded state, until the first row
         self._restart(None if state is None else state["upstream"])
 
     def _restart(self, state: dict[str, Any] | None) -> None:
@@ -100,11 +96,11 @@ class RowReader:
         self._rows = iter(self.dataset)
 
     def _upstream(self) -> dict[str, Any]:
-        # Right after loading, `datasets` still reports where its unstarted iterator began: the loaded state holds.
+        # Before its first row, a loaded stream of `datasets` reports the wrong position, so the loaded state is kept.
         return copy.deepcopy(self.dataset.state_dict()) if self._loaded is None else self._loaded
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next row is."""
+        """The position of the next row."""
         return {"upstream": self._upstream(), "row": self._row}
 
     def read(self, count: int) -> list[dict[str, Any]]:
@@ -141,13 +137,13 @@ class RowReader:
                     self._restart(self._upstream())
 
     def _with_content(self, row: dict[str, Any]) -> dict[str, Any]:
-        """An image that is a path becomes the file's content here, where a failure of the network is tried again."""
+        """Replaces the path of an image by the file's content here, where network failures are retried."""
         if self.image_column is None or not (image := row[self.image_column]) or image["bytes"] is not None:
             return row
         try:
             content = retried(self.retry_seconds, lambda: read_file(image["path"]), listed=True)
         except BadImageError:
-            content = b""  # which is skipped and named
+            content = b""  # will be skipped and named
         return row | {self.image_column: {"bytes": content, "path": image["path"]}}
 
     def _skip_shard(self, error: Exception) -> None:
@@ -158,12 +154,12 @@ class RowReader:
         while not hasattr(examples, "kwargs"):
             examples = examples.ex_iterable
         worker = torch.utils.data.get_worker_info()
-        if worker is not None:  # `datasets` deals the shards out to the workers like this
+        if worker is not None:  # how `datasets` assigns shards to workers
             examples = examples.shard_data_sources(worker.num_workers, worker.id, contiguous=False)
         files = next(value for value in examples.kwargs.values() if isinstance(value, list))
         self.broken_shards += 1
         logger.warning(
-            f"left the broken shard {files[broken['shard_idx']]} after {broken['shard_example_idx']} of its examples "
+            f"skipped the rest of the broken shard {files[broken['shard_idx']]} after {broken['shard_example_idx']} of its examples "
             f"({type(error).__name__}: {error}); {self.broken_shards} broken so far in this epoch"
         )
         _innermost(fresh)["shard_idx"] = broken["shard_idx"] + 1
@@ -178,18 +174,18 @@ def _innermost(state: dict[str, Any]) -> dict[str, Any]:
 
 class StreamingSamples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
     """
-    An endless stream of one process's training samples, epoch after epoch, each in another order.
+    An endless stream of one rank's training samples, epoch after epoch, each in another order.
 
-    Each sample of an epoch comes exactly once over all processes and workers. Its random draws depend on the seed, the
-    epoch and the image's own bytes, so neither processes nor workers change them. A file that is no image is skipped,
-    counted and named in the log.
+    Each sample comes exactly once per epoch over all ranks and workers. Its random draws depend on the seed, the epoch and
+    the image's own bytes, so the numbers of ranks and workers do not change them. A file that is not a readable image is
+    skipped, counted and named in the log.
 
     Args:
-        maker ([`SampleMaker`]): Makes samples of rows; its source is a stream.
-        num_processes (`int`): Number of training processes.
-        process_index (`int`): This process.
+        maker ([`SampleMaker`]): Makes samples from rows; its source is a stream.
+        num_processes (`int`): Number of ranks.
+        process_index (`int`): This rank.
         block (`int`, *optional*, defaults to 1000): Rows shuffled together.
-        retry_seconds (`float`, *optional*, defaults to 300): How long to go on trying while no data comes.
+        retry_seconds (`float`, *optional*, defaults to 300): How long to retry while no data comes.
     """
 
     def __init__(
@@ -201,7 +197,7 @@ class StreamingSamples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]
         retry_seconds: float = 300,
     ) -> None:
         dataset = maker.source.dataset
-        # A share of the shards for each process; or, where they are too few, all of them and each N-th row.
+        # Each rank takes its share of the shards or, if there are too few, all of them and every N-th row.
         self.stride = 1 if dataset.num_shards >= num_processes else num_processes
         if self.stride == 1 and num_processes > 1:
             dataset = dataset.shard(num_processes, process_index, contiguous=False)
@@ -214,27 +210,28 @@ class StreamingSamples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]
         self._state: dict[str, Any] = {"epoch": 0, "block": 0, "offset": 0, "reader": None}
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is; less than a kilobyte."""
+        """The position of the stream; less than a kilobyte."""
         return dict(self._state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes there.
+        """
+        Moves the stream to a position.
 
         Args:
-            state (`dict`): What `state_dict` gave.
+            state (`dict`): A state from `state_dict`.
         """
         self._state = dict(state)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = torch.utils.data.get_worker_info()
         worker_id = 0 if worker is None else worker.id
-        # The epoch of a `datasets` stream lies in shared memory: without a copy, workers would move each other's.
+        # `datasets` keeps the epoch in shared memory: without a copy, workers would change each other's.
         dataset = copy.deepcopy(self.dataset)
         image_column = self.maker.source.image_column
         first = self.process_index if self.stride > 1 else 0
         state = self._state
         for epoch in itertools.count(state["epoch"]):
-            dataset.set_epoch(epoch)  # before the state, which is ignored otherwise
+            dataset.set_epoch(epoch)  # must precede loading the state, which is ignored otherwise
             reader = RowReader(dataset, state["reader"], self.retry_seconds, self.stride, first, image_column)
             whole_epoch, samples, in_a_row = state["block"] == state["offset"] == 0, 0, 0
             for block in itertools.count(state["block"]):
@@ -255,7 +252,7 @@ class StreamingSamples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]
                         if in_a_row == IN_A_ROW:
                             raise ValueError(
                                 f"process {self.process_index}, worker {worker_id}: none of {IN_A_ROW} images in a row is "
-                                f"readable: column {image_column!r} is of another kind, or its files are damaged; the "
+                                f"readable: column {image_column!r} holds something else, or its files are damaged; the "
                                 f"last one: {error}"
                             ) from error
                         continue
@@ -283,7 +280,7 @@ class StreamingSamples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]
             image, encoded = decode_image(row[source.image_column], self.retry_seconds)
         except BadImageError as error:
             raise BadImageError(f"sample {key}: {error}" if key else str(error)) from error
-        if source.is_latent_cache:  # drawn alike whether its images are read or not
+        if source.is_latent_cache:  # the same draws whether its images are read or not
             return self.maker(image, label, epoch, key, row[MOMENTS_COLUMN])
         return self.maker(image, label, epoch, hashlib.blake2b(encoded, digest_size=16).hexdigest())
 
@@ -292,15 +289,15 @@ def stream_loader(
     samples: StreamingSamples, batch_size: int, num_workers: int, pin_memory: bool, state: dict[str, Any] | None
 ) -> StatefulDataLoader:
     """
-    A loader whose `state_dict` says exactly which sample comes next, prefetched batches accounted for.
+    A loader whose `state_dict` says exactly which sample comes next, prefetched batches included.
 
     Args:
-        samples ([`StreamingSamples`]): One process's stream.
-        batch_size (`int`): Samples of a batch.
-        num_workers (`int`): Loader processes. No more than the stream has shards: one without a shard would wait for
-            ever.
-        pin_memory (`bool`): Put batches where CUDA copies from fastest.
-        state (`dict`, *optional*): State of an earlier loader with as many workers.
+        samples ([`StreamingSamples`]): One rank's stream.
+        batch_size (`int`): Samples per batch.
+        num_workers (`int`):
+            Loader processes; reduced to the number of shards, since a worker without a shard would wait for ever.
+        pin_memory (`bool`): Allocate batches in pinned memory, from which CUDA copies fastest.
+        state (`dict`, *optional*): State of an earlier loader with the same number of workers.
 
     Returns:
         `StatefulDataLoader`: The loader.

@@ -11,12 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Measures of pictures and of representations.
+"""Metrics of images and of representations.
 
-On the way to an FID each file has one part: `images` reads or draws the pictures, `extractors` are the networks,
-`feature_statistics` runs them and sums up mean and covariance, `metrics` holds the formula, and `quality` says which features a
-metric takes, reads and writes the reference's statistics, and does the whole. `record` keeps what came out. `probes`
-looks into the blocks of a transformer, with the CKNNA of `metrics`.
+For an FID, `images` reads or draws the images, `extractors` holds the networks, `feature_statistics` runs them and sums up mean
+and covariance, `metrics` has the formula, and `quality` puts it all together: which features a metric takes, and the
+reference files. `probes` measures the blocks of a transformer, with the CKNNA of `metrics`.
 """
 
 from erw_hf.evaluation.metrics import cknna, frechet_distance

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Networks behind the metrics: images in, features out."""
+"""The networks behind the metrics: images in, features out."""
 
 import hashlib
 
@@ -40,12 +40,12 @@ class InceptionExtractor(nn.Module):
 
     Raises:
         ImportError: without torch-fidelity.
-        OSError: if the weights are not at hand and cannot be downloaded.
+        OSError: if the weights are missing and cannot be downloaded.
     """
 
     layers = ("pool", "spatial", "logits")
-    _spatial: torch.Tensor  # of the images that the hook saw last
-    num_classes = 0  # TensorFlow's 1 008 are in an order of their own
+    _spatial: torch.Tensor  # from the last images that the hook saw
+    num_classes = 0  # TensorFlow orders its 1 008 classes differently
 
     def __init__(self, weights: str | None = None) -> None:
         super().__init__()
@@ -55,13 +55,13 @@ class InceptionExtractor(nn.Module):
             raise ImportError("Inception comes from torch-fidelity: pip install erw-hf[eval]") from error
         try:
             if weights is not None:
-                torch.load(weights, weights_only=True)  # torch-fidelity would run what a pickle holds: this refuses it
+                torch.load(weights, weights_only=True)  # refuses code in a pickle, which torch-fidelity would run
             self.inception = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
             )
         except OSError as error:
             raise OSError(
-                f"Inception's weights are not at hand ({error}): fetch {INCEPTION_URL} (91 MB) and name the file with "
+                f"Inception's weights are missing ({error}): download {INCEPTION_URL} (91 MB) and name the file with "
                 f"--inception_weights, or put it into {torch.hub.get_dir()}/checkpoints"
             ) from error
         self.inception.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)  # TensorFlow's mixed_6/conv
@@ -84,7 +84,7 @@ class InceptionExtractor(nn.Module):
 
 class ClassifierExtractor(nn.Module):
     """
-    A ResNet classifier of transformers, for data that Inception knows nothing of: its pooled features and its logits.
+    A ResNet classifier of transformers, for data unlike Inception's: its pooled features and its logits.
 
     Args:
         path (`str`): Folder or Hub id of a `ResNetForImageClassification` with its image processor.
@@ -162,13 +162,7 @@ def load_extractor(name: str, inception_weights: str | None = None) -> nn.Module
 
 
 def weights_hash(module: nn.Module) -> str:
-    """
-    Args:
-        module (`torch.nn.Module`): A model, in whatever file format it came.
-
-    Returns:
-        `str`: SHA-256 of its tensors' names, types, shapes and values.
-    """
+    """SHA-256 of a model's tensors (names, types, shapes and values), whatever its file format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         tensor = tensor.detach().cpu().contiguous()

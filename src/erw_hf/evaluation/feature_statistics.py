@@ -11,9 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Features of many images and their mean and covariance, by many processes, and again where an earlier run stopped.
+"""Mean and covariance of the features of many images, divided over ranks and resumable.
 
-What is made of them, FID for one, is in `quality` (against a reference) and `metrics` (the formula).
+`quality` turns them into metrics such as FID, and `metrics` has the formula.
 """
 
 import math
@@ -37,7 +37,7 @@ from erw_hf.processes import done_by_all
 
 class FeatureStatistics:
     """
-    Mean and covariance of features that come in batches: sums in float64, no feature is kept.
+    Mean and covariance of features that arrive in batches: only float64 sums are kept.
 
     Args:
         dim (`int`): Width D of the features.
@@ -126,9 +126,9 @@ def extract_features(
     description: str = "images",
 ) -> Features:
     """
-    Reads images and sums up their features. All processes call it, each taking whole batches: batch b holds the images
-    `[b B, (b + 1) B)` however many processes there are. What is done is kept in `folder`, which all processes must
-    see; a call after a kill goes on from there, and with as many processes its sums are bitwise the uninterrupted ones.
+    Reads images and sums up their features. All ranks call it, and each takes whole batches: batch b holds the images
+    `[b B, (b + 1) B)`, whatever the number of ranks. Finished work is kept in `folder`, which all ranks must see; a call
+    after a kill continues there, and with the same number of ranks its sums are bitwise the uninterrupted ones.
 
     Args:
         images ([`ImageSet`]): The images.
@@ -192,7 +192,7 @@ def extract_features(
 def _layers(extractors: Sequence[torch.nn.Module], pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     """Features of each layer of all networks, float32 on the CPU."""
     layers: dict[str, torch.Tensor] = {}
-    # TF32, cuDNN's default, rounds features to 10 bits. Contiguous: other strides are rounded in another way.
+    # TF32, cuDNN's default, rounds features to 10 bits. Contiguous, because other strides round differently.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for extractor in extractors:
             layers |= extractor(pixels.contiguous())
@@ -200,7 +200,7 @@ def _layers(extractors: Sequence[torch.nn.Module], pixels: torch.Tensor) -> dict
 
 
 def _merge(parts: Sequence[dict[str, Any]], folder: Path) -> Features:
-    """What all processes have done."""
+    """The work of all ranks together."""
     statistics: dict[str, FeatureStatistics] = {}
     for part in parts:
         for layer, sums in part["sums"].items():
@@ -210,14 +210,14 @@ def _merge(parts: Sequence[dict[str, Any]], folder: Path) -> Features:
 
 
 def _save_part(part: dict[str, Any], path: Path) -> None:
-    """Whole or absent."""
+    """Written completely or not at all."""
     state = part | {"sums": {layer: vars(sums) for layer, sums in part["sums"].items()}}
     with written_whole(path) as temporary:
         torch.save(state, temporary)
 
 
 def _read_parts(folder: Path) -> dict[str, dict[str, Any]]:
-    """What each process has done, in an order that does not depend on the file system."""
+    """The work of each rank, in an order that does not depend on the file system."""
     parts = {}
     for path in sorted(folder.glob("part-*.pt")):
         part = torch.load(path, weights_only=True)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Sets of images to be measured: drawn by a pipeline, in an npz file, or in a data set."""
+"""Sets of images to measure: drawn by a pipeline, in an npz file, or in a dataset."""
 
 import contextlib
 import math
@@ -32,7 +32,7 @@ from erw_hf.pipeline_erw import ERWPipeline
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images that can be read by index, in any order and by any process.
+    """Images that can be read by index, in any order and on any rank.
 
     Args:
         count (`int`): Number of images.
@@ -198,7 +198,7 @@ def open_npz(path: str | Path) -> zipfile.ZipFile:
         path (`str` or `Path`): An npz file.
 
     Returns:
-        `zipfile.ZipFile`: It, open.
+        `zipfile.ZipFile`: The open file.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -266,10 +266,10 @@ def take(images: ImageSet, count: int, seed: int) -> ImageSet:
     Args:
         images ([`ImageSet`]): Images.
         count (`int`): How many of them.
-        seed (`int`): Seed of the choice, which is random since data sets are often sorted by class.
+        seed (`int`): Seed of the choice, which is random because datasets are often sorted by class.
 
     Returns:
-        [`ImageSet`]: So many of them, or all, in their order.
+        [`ImageSet`]: That many of them, or all, in their order.
     """
     if count >= images.count:
         return images
@@ -279,7 +279,7 @@ def take(images: ImageSet, count: int, seed: int) -> ImageSet:
 
 class NpzWriter:
     """
-    Writes images as ADM's sample file, by all processes, and again where an earlier run stopped.
+    Writes images as ADM's sample file, on all ranks; resumable.
 
     Args:
         path (`str` or `Path`): The npz file. Until [`close`] the images lie beside it as `.npy`.

@@ -48,11 +48,11 @@ class ProbeImages:
 
 def load_probe_images(source: Source, count: int, image_size: int, channels: int, seed: int) -> ProbeImages:
     """
-    Reads images for probing: of data at hand a random choice, of a stream the first ones.
+    Reads images for probing: a random choice, or from a stream the first ones.
 
     Args:
         source ([`~data.source.Source`]): The data.
-        count (`int`): How many images, at most.
+        count (`int`): Maximum number of images.
         image_size (`int`): Side in pixels.
         channels (`int`): 3 for RGB, 1 for grey.
         seed (`int`): Seed of the choice and of the noise.
@@ -64,7 +64,7 @@ def load_probe_images(source: Source, count: int, image_size: int, channels: int
         ValueError: if none can be read.
     """
     if source.image_column is None:
-        raise ValueError("a latent cache without images cannot be probed with: name a data set of images")
+        raise ValueError("a latent cache without images cannot be used for probing: name a dataset of images")
     rows = source.dataset
     if hasattr(rows, "__len__"):
         rows = rows.select(np.random.default_rng(seed).permutation(len(rows))[:count])
@@ -79,7 +79,7 @@ def load_probe_images(source: Source, count: int, image_size: int, channels: int
         pixels.append(to_pixels(image))
         labels.append(0 if source.label_column is None else row[source.label_column])
     if not pixels:
-        raise ValueError("no image to probe with could be read")
+        raise ValueError("no image for probing could be read")
     return ProbeImages(torch.stack(pixels), None if source.label_column is None else torch.tensor(labels), seed)
 
 
@@ -94,7 +94,7 @@ def block_features(
     encoder: RepresentationEncoder | None = None,
 ) -> torch.Tensor:
     """
-    The mean patch token of each block. No class is given to the model: its embedding would hand the probe the answer.
+    The mean patch token of each block. The model is given no class, since its embedding would tell the probe the answer.
 
     A model with a class token (REG) sees that of the image, noised with the same t: at t = 0 its blocks are shown a
     part of what they are compared with.

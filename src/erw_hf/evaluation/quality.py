@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""From images to the numbers that papers report: which metric takes which features, and the reference files.
+"""The metrics that papers report, from images to numbers: which metric takes which features, and the reference files.
 
 A reference, in ADM's format, holds mean and covariance of real images, which `feature_statistics` sums up, and some of the images.
 The Fréchet distance is in `metrics`; Inception score, KID, precision and recall are torch-fidelity's, called here.
@@ -48,10 +48,10 @@ _NAMES = {
     "pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "dinov2": ("mu_dinov2", "sigma_dinov2"),
 }  # fmt: skip
 _HOW_TO_MAKE = (
-    "make the statistics from a data set with `evaluate.py --images DATASET --save_reference FILE.npz` and the same "
+    "make the statistics from a dataset with `evaluate.py --images DATASET --save_reference FILE.npz` and the same "
     f"--extractor and --dinov2, or take ADM's, which are of Inception: {ADM_REFERENCE}"
 )
-# Fewest images that a metric can be computed of; precision and recall look at 3 neighbours of each.
+# Fewest images for each metric; precision and recall look at 3 neighbours of each.
 _FEWEST = {"fid": 2, "sfid": 2, "fd_dinov2": 2, "kid": 2, "precision_recall": 4}
 REFERENCE_IMAGES = 10_000  # that a reference file holds for precision, recall and KID, as ADM's does
 KID_SUBSET_SIZE = 1000
@@ -169,8 +169,8 @@ def load_reference(
         has_images = "arr_0" in file.files
         if not has_images and ("precision_recall" in metrics or "kid" in metrics):
             raise ValueError(
-                f"{path} has no images (arr_0), which precision, recall and KID need: {_HOW_TO_MAKE}; or leave them "
-                "out by --metrics"
+                f"{path} has no images (arr_0), which precision, recall and KID need: {_HOW_TO_MAKE}; or skip them "
+                "with --metrics"
             )
         if "extractor" in file and str(file["extractor"]) != extractor_hash:
             raise ValueError(f"{path} was made with another extractor or other weights of it: {_HOW_TO_MAKE}")
@@ -212,7 +212,7 @@ def available_metrics(extractors: Sequence[torch.nn.Module], num_classes: int) -
         num_classes (`int`): Number of classes of the images; 0 for images without.
 
     Returns:
-        `list[str]`: Those of `METRICS` that can be had; accuracy where the first network tells the very classes.
+        `list[str]`: Those of `METRICS` that can be computed; accuracy only if the first network knows the same classes.
     """
     layers = {layer for extractor in extractors for layer in extractor.layers}  # type: ignore[union-attr]
     needs = {"inception_score": "logits", "precision_recall": "pool", "kid": "pool", "accuracy": "logits", **_FRECHET}
@@ -298,11 +298,11 @@ def reference_file(
     folder: Path, name: str, split: str, image_size: int, extractors: Sequence[torch.nn.Module], seed: int
 ) -> Path:
     """
-    Where the reference that is made of a data set lies: one of anything else has another file name.
+    The path of the reference made from a dataset; the file name depends on all arguments.
 
     Args:
         folder (`Path`): Folder of the evaluation or of the run.
-        name (`str`): The data set.
+        name (`str`): The dataset.
         split (`str`): Its split.
         image_size (`int`): Side of the images.
         extractors (`Sequence[torch.nn.Module]`): Networks.
@@ -325,7 +325,7 @@ def make_reference(
     seed: int,
 ) -> dict[str, float]:
     """
-    Makes a reference file of images. All processes call it.
+    Makes a reference file from images. All ranks call it.
 
     Args:
         path (`Path`): The npz file.
@@ -339,7 +339,7 @@ def make_reference(
     Returns:
         `dict[str, float]`: Seconds of each stage.
     """
-    # Here, so that what cannot be written fails before the images are read.
+    # Here, so that a failing write shows before the images are read.
     path.parent.mkdir(parents=True, exist_ok=True)
     features = extract_features(images, extractors, accelerator, folder, batch_size, description="reference")
     if accelerator.is_main_process:
@@ -360,7 +360,7 @@ def measure(
     write: Callable[[Sequence[int], torch.Tensor], None] | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """
-    The whole of an evaluation. All processes call it.
+    A whole evaluation. All ranks call it.
 
     Args:
         images ([`ImageSet`]): The samples.
@@ -368,7 +368,7 @@ def measure(
         reference ([`Reference`]): What they are compared with.
         extractors (`Sequence[torch.nn.Module]`): Networks; the first gives `pool`.
         accelerator (`Accelerator`): The processes.
-        folder (`Path`): Folder for the work; a call after a kill goes on from what it holds.
+        folder (`Path`): Folder for the work; a call after a kill continues from its content.
         batch_size (`int`): Images of one batch.
         save_steps (`int`, *optional*, defaults to 10): Batches between two saves.
         write (`Callable`, *optional*): Called with the indices and the pixels of each batch of samples.

@@ -11,9 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The cards of runs, presets, warmups and latent caches, rendered from their own records.
+"""Model and dataset cards of runs, recipes, warmups and latent caches, rendered from their own records.
 
-python -m erw_hf.hub.cards --config training/configs/imagenet256-erw-paper.yaml   # a preset's card, on the screen
+python -m erw_hf.hub.cards --config training/configs/imagenet256-erw-paper.yaml   # prints a recipe's card
 """
 
 import argparse
@@ -71,13 +71,13 @@ DATA_LICENCES = {
 
 def run_card(folder: Path, repo_id: str) -> ModelCard:
     """
-    The card of a run, from what a snapshot of it holds.
+    The card of a run, from a snapshot of it.
 
     Args:
         folder (`Path`):
-            `config.yaml` and `metrics.jsonl`, and where there are any the pipeline, pictures, `evaluation.json`, the
-            warmup and a checkpoint. The records are public already (see [`~hub.public.public_value`]).
-        repo_id (`str`): Hub id that it goes to.
+            `config.yaml` and `metrics.jsonl` and, if there are any, the pipeline, pictures, `evaluation.json`, the warmup and
+            a checkpoint. The records are already public (see [`~hub.public.public_value`]).
+        repo_id (`str`): Hub id of the target repo.
 
     Returns:
         [`~huggingface_hub.ModelCard`]: The card.
@@ -123,13 +123,8 @@ def run_card(folder: Path, repo_id: str) -> ModelCard:
 
 def preset_card(path: Path) -> ModelCard:
     """
-    The card of a recipe that has not been run: what it is and what is expected, without any result.
-
-    Args:
-        path (`Path`): A YAML file of `training/configs`. Its comment says what to expect.
-
-    Returns:
-        [`~huggingface_hub.ModelCard`]: The card.
+    The card of a recipe (a YAML file of `training/configs`) that has not been run: what it is and what its comment
+    expects.
     """
     import torch
 
@@ -141,7 +136,7 @@ def preset_card(path: Path) -> ModelCard:
     num_classes = resolved.num_classes
     if num_classes is None and is_local(resolved.dataset_name):
         num_classes = load_source(**resolved.source_arguments()).num_classes
-    parameters = None  # a class token's layers are as wide as an encoder that is not at hand
+    parameters = None  # a class token's layers are as wide as an encoder, whose width is unknown here
     if resolved.class_token_weight == 0:
         with torch.device("meta"):
             model = ERWTransformer2DModel(**resolved.model_config(num_classes or 0))
@@ -180,7 +175,7 @@ def _model_card(
     space = f"latents of `{public_name(config['vae'])}`, {size}" if config["vae"] else f"pixels, {size}"
     subject = f"the {num_classes or ''} classes of its data".replace("  ", " ")
     if num_classes == 0:
-        subject = "what its data holds, without classes,"
+        subject = "images like those of its data, without classes,"
     kind = "class-conditional" if num_classes != 0 else "unconditional"
     count = ""
     if parameters:
@@ -199,8 +194,10 @@ def _model_card(
     if start:
         summary += f" Its first {start} blocks started as those of `{public_name(split_names(encoder)[0])}`."
     if draws_class_token:
-        summary += " It draws the encoder's class token beside the image ([REG](https://arxiv.org/abs/2507.01467))."
-    check_licence(config["hub_license"])  # of a run that is older than the check of its configuration
+        summary += (
+            " It draws the encoder's class token together with the image ([REG](https://arxiv.org/abs/2507.01467))."
+        )
+    check_licence(config["hub_license"])  # a run may be older than the check of its configuration
     licence = f"Weights: {config['hub_license']}." if cost else "Recipe and code: apache-2.0."
     if start:
         licence += (
@@ -267,7 +264,7 @@ def _recipe(config: Mapping[str, Any], method: str) -> str:
     if config.get("warmup_from") is not None:
         return f"From the warmup `{public_name(config['warmup_from'])}`: {full} steps of {aligned}."
     return (
-        f"1. Warmup, {config['warmup_steps']} steps: the embedders and the first {config['warmup_depth']} blocks alone, "
+        f"1. Warmup, {config['warmup_steps']} steps: the embedders and the first {config['warmup_depth']} blocks only, "
         f"aligned with `{public_name(config['encoder'])}` on {'noised' if config['warmup_noised'] else 'clean'} inputs.\n"
         f"2. Hand-over of those weights to the full model, each tensor checked; a fresh optimizer and EMA.\n"
         f"3. Full training, {full} steps: {aligned}."
@@ -325,7 +322,7 @@ def write_warmup_record(
     taught: bool = False,
 ) -> None:
     """
-    Makes a saved warmup a thing that others can use: `warmup.json`, what it cost, and its card.
+    Completes a saved warmup for others to use: `warmup.json`, its cost, and its card.
 
     Args:
         folder (`Path`): The `warmup` folder of a run.
@@ -388,16 +385,7 @@ def write_warmup_record(
 
 
 def dataset_card(folder: Path, repo_id: str) -> DatasetCard:
-    """
-    The card of a latent cache.
-
-    Args:
-        folder (`Path`): What `training/cache_latents.py` wrote.
-        repo_id (`str`): Hub id that it goes to.
-
-    Returns:
-        [`~huggingface_hub.DatasetCard`]: The card; its metadata tell `datasets` the columns and the number of rows.
-    """
+    """The card of a latent cache in `folder`; its metadata tell `datasets` the columns and the number of rows."""
     import pyarrow.parquet as parquet
     from datasets import DatasetInfo, Features, SplitDict, SplitInfo
     from datasets.info import DatasetInfosDict
@@ -441,13 +429,8 @@ def dataset_card(folder: Path, repo_id: str) -> DatasetCard:
 
 def evaluation_files(folder: Path) -> dict[str, str]:
     """
-    The evaluation record in the Hub's own format, if the reference is a data set of the Hub.
-
-    Args:
-        folder (`Path`): Holds perhaps `evaluation.json`.
-
-    Returns:
-        `dict[str, str]`: Text of `.eval_results/erw.yaml`, or nothing.
+    The evaluation record in the Hub's own format, `.eval_results/erw.yaml`, if the reference is a dataset on the Hub;
+    otherwise empty.
     """
     record = _read_json(folder / "evaluation.json")
     if record is None or not is_hub_id(record["reference"]["name"]):
@@ -475,7 +458,7 @@ def _evaluation_table(record: Mapping[str, Any]) -> dict[str, list[tuple[str, ob
 
 
 def _eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
-    data = record["reference"]["name"]  # what the images were compared with, which need not be what was trained on
+    data = record["reference"]["name"]  # what the images were compared with, not necessarily the training data
     settings = {name: value for name, value in record.items() if not isinstance(value, Mapping)}
     settings |= {name: value for name, value in record.get("settings", {}).items() if value is not None}
     return [
@@ -494,7 +477,7 @@ def _eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def _count_parameters(path: Path) -> int:
-    """Values in a safetensors file, by its header: the weights are not read."""
+    """Number of values in a safetensors file, from its header."""
     with safe_open(path, framework="np") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
 
@@ -503,7 +486,7 @@ def _data_licence(data: str) -> str:
     if data in DATA_LICENCES:
         return f"Data: {DATA_LICENCES[data]}"
     where = f"its [card](https://huggingface.co/datasets/{data})" if is_hub_id(data) else "whoever made it"
-    return f"Data: `{public_name(data)}` is under the terms of {where}, which may bind what is made of it."
+    return f"Data: `{public_name(data)}` is under the terms of {where}; they may also bind what is made from it."
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

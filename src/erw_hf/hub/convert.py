@@ -11,11 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Checkpoints of SiT, REPA, REG, ERW and LightningDiT as models of this library.
+"""Command that converts checkpoints of SiT, REPA, REG, ERW and LightningDiT to models of this library.
 
 python -m erw_hf.hub.convert --checkpoint last.pt --output_dir out
 
-How they are read, tensor by tensor, is in `erw_hf.conversion`.
+`erw_hf.conversion` does the work, tensor by tensor.
 """
 
 import argparse
@@ -36,13 +36,14 @@ __all__ = ["convert_checkpoint", "main"]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line.
+    """
+    The command line.
 
     Args:
         arguments (`list[str]`, *optional*): Arguments. Defaults to `sys.argv[1:]`.
 
     Raises:
-        SystemExit: with a message, for a checkpoint that cannot be converted or written; nothing is left then.
+        SystemExit: with a message, for a checkpoint that cannot be converted or written; nothing is written then.
     """
     parser = argparse.ArgumentParser(prog="python -m erw_hf.hub.convert", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help=".pt or .safetensors file")
@@ -80,7 +81,7 @@ def _json_dict(text: str) -> dict[str, Any]:
 
 
 def _write(model: ERWTransformer2DModel, converted: Converted, output_dir: Path) -> None:
-    """All files or none: an earlier conversion stays whole until this one is, and leaves nothing behind."""
+    """Writes all files or none: an earlier conversion stays until the new one is complete, then it is removed."""
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=output_dir) as folder:
         model.save_pretrained(folder)

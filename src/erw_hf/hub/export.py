@@ -11,9 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A pipeline's folder that loads with and without this package: another name for its `save_pretrained`.
+"""Saving a pipeline so that it loads with and without this package: another name for its `save_pretrained`.
 
-What the repo of a run holds beside it is in `hub.push`.
+`hub.push` adds the rest of a run's repo.
 """
 
 import os
@@ -23,7 +23,7 @@ from erw_hf.pipeline_erw import ERWPipeline
 
 def export_to_hub(pipe: ERWPipeline, folder: str | os.PathLike[str]) -> None:
     """
-    Writes a folder that, uploaded as it is, loads three ways:
+    Writes a folder that can be uploaded as it is and loads in three ways:
 
     * `ERWPipeline.from_pretrained(repo)`, without any trust flag;
     * `DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)`, where erw_hf is not

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What of a record may leave this machine: of a path of its own the name alone. Hub ids stay."""
+"""Making records public: local paths are reduced to their last name, Hub ids stay."""
 
 import os
 import re
@@ -23,15 +23,11 @@ from erw_hf.trainer.run_record import split_names
 
 def public_value(value: object, local: Collection[str] = ()) -> object:
     """
-    What may leave this machine of a record: of each path of its own the name alone. Hub ids stay.
+    A JSON or YAML value with each local path reduced to its last name.
 
     Args:
-        value (`object`): A value of JSON or YAML. A string may name several, separated by commas.
-        local (`Collection[str]`, *optional*, defaults to `()`):
-            Names that are known to be of local folders, whatever they look like.
-
-    Returns:
-        `object`: The same, made public.
+        value (`object`): The value. A string may hold several names, separated by commas.
+        local (`Collection[str]`, *optional*, defaults to `()`): Names known to be local folders, whatever they look like.
     """
     if isinstance(value, Mapping):
         return {key: public_value(entry, local) for key, entry in value.items()}
@@ -43,24 +39,12 @@ def public_value(value: object, local: Collection[str] = ()) -> object:
 
 
 def is_hub_id(name: str) -> bool:
-    """
-    Args:
-        name (`str`): What a key of a run names.
-
-    Returns:
-        `bool`: Whether it is an id of the Hub, `owner/name`, and no folder of this machine.
-    """
+    """Whether a name is a Hub id, `owner/name`, and not a folder of this machine."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not _is_path(name)
 
 
 def public_name(path_or_id: object) -> str:
-    """
-    Args:
-        path_or_id (`object`): What a key of a run names, perhaps several.
-
-    Returns:
-        `str`: A Hub id as it is; of a folder its name alone, which is what means something elsewhere.
-    """
+    """A Hub id as it is; for a folder its last name. `path_or_id` may hold several."""
     return ", ".join(part if is_hub_id(part) else Path(part).name for part in split_names(str(path_or_id)))
 
 

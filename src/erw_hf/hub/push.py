@@ -15,15 +15,15 @@
 
     python -m erw_hf.hub.push outputs/mine --hub_model_id user/mine
 
-pushes what a run folder holds, or finishes a push that was interrupted; so it does for a `warmup` folder of a run and for
-a latent cache (a data set). The push of a run or a warmup is one commit: who downloads meanwhile gets the one before or the one
-after. A cache is hundreds of gigabytes: its settings come first, its files in as many commits as the client makes of them.
+pushes what a run folder holds, or finishes an interrupted push. It does the same for the `warmup` folder of a run and for a
+latent cache (a dataset). A run or a warmup is pushed in one commit, so a concurrent download gets the old state or the new one.
+A cache has hundreds of gigabytes: its settings come first, then its files in as many commits as the client makes.
 
-What is pushed names no path of this machine: of a local data set, encoder or autoencoder it says the folder's name alone.
+Nothing that is pushed names a path of this machine: of local datasets, encoders and autoencoders only the folder's name remains.
 
-The trainer pushes by this command too, in a process of its own, which neither holds the training up nor takes it down. Its
-queue is the folder `hub` of the run: `hub/step-N` is a snapshot that waits, or is being pushed, and goes away once it is on
-the Hub. Only the newest counts.
+The trainer also pushes through this command, in a separate process, so that a push neither delays nor stops the training. Its
+queue is the folder `hub` of the run: `hub/step-N` is a snapshot that waits or is being pushed, and it is removed once it is on
+the Hub. Only the newest snapshot counts.
 """
 
 import argparse
@@ -50,13 +50,13 @@ from erw_hf.trainer.run_record import keep_until, read_metrics
 
 logger = logging.getLogger(__name__)
 
-# Keys of a run that mean nothing to whoever repeats it, or would make them overwrite or push.
+# Keys that are useless to someone who repeats the run, or would make them overwrite or push.
 OWN_KEYS = (
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private",
     "hub_strategy",
 )  # fmt: skip
 
-# Files of a run's record: what the Hub has of an earlier snapshot, and this one lacks, would be of other weights.
+# Files of a run's record, removed from the Hub if this snapshot lacks them: they would belong to other weights.
 RECORD_FILES = (
     "config.yaml", "environment.json", "warmup_from.json", "evaluation.json", ".eval_results/erw.yaml", "grid.png",
     "evaluations.jsonl", "quality_curve.png", "probes.png",
@@ -65,18 +65,18 @@ RECORD_FILES = (
 
 class BackgroundPush:
     """
-    Pushes snapshots of a run while it goes on, by `python -m erw_hf.hub.push` in a process of its own.
+    Pushes snapshots while a run continues, by `python -m erw_hf.hub.push` in a separate process.
 
     Args:
         run_dir (`str` or `os.PathLike`): Folder of the run.
-        resume_step (`int`): Step at which the run starts; snapshots of later steps are of a run that is no more.
+        resume_step (`int`): Step at which the run starts; snapshots of later steps belong to a run that was given up.
     """
 
     def __init__(self, run_dir: str | os.PathLike[str], resume_step: int) -> None:
         self.run_dir = Path(run_dir)
         self._process: subprocess.Popen[bytes] | None = None
-        self._staged = False  # whether the last snapshot could be taken
-        # Whether the last snapshot found a push running, which may have ended without seeing it.
+        self._staged = False  # whether the last snapshot was taken
+        # Whether a push was running at the last snapshot; it may have ended without seeing that snapshot.
         self._came_late = False
         for path in _queue(self.run_dir):
             if _step(path) > resume_step:
@@ -84,12 +84,12 @@ class BackgroundPush:
 
     @property
     def command(self) -> str:
-        """What finishes the push by hand."""
+        """The command that finishes the push by hand."""
         return f"python -m erw_hf.hub.push {self.run_dir}"
 
     def submit(self, step: int, write_pipeline: Callable[[Path], None] | None, checkpoint: Path | None) -> None:
         """
-        Takes a snapshot and sees to it that it gets pushed. It replaces one that still waits.
+        Takes a snapshot and starts its push. It replaces a snapshot that still waits.
 
         Args:
             step (`int`): Steps so far.
@@ -103,17 +103,12 @@ class BackgroundPush:
             if not self._came_late:
                 self._process = self._start()
             self._staged = True
-        except Exception as error:  # a full disk: OSError, and what safetensors makes of one
+        except Exception as error:  # a full disk: OSError, or safetensors' own error
             logger.warning(f"no snapshot of step {step} to push: {error}")
             shutil.rmtree(self.run_dir / "hub" / ".writing", ignore_errors=True)
 
     def wait(self) -> bool:
-        """
-        Waits until the last snapshot is pushed or has failed.
-
-        Returns:
-            `bool`: Whether all is on the Hub.
-        """
+        """Waits until the last snapshot is pushed or has failed; returns whether everything is on the Hub."""
         if self._process is not None:
             self._process.wait()
         if self._came_late and _queue(self.run_dir):
@@ -129,16 +124,13 @@ class BackgroundPush:
 
 def stage(run_dir: Path, step: int, write_pipeline: Callable[[Path], None] | None, checkpoint: Path | None) -> Path:
     """
-    Puts a snapshot into a run's queue, whole or not at all. Files that are never written again are hard links.
+    Puts a snapshot into a run's queue, complete or not at all. Files that never change are hard links.
 
     Args:
         run_dir (`Path`): Folder of the run.
         step (`int`): Steps so far.
         write_pipeline (`Callable`, *optional*): Writes the pipeline into a folder; `None` if there is none yet.
         checkpoint (`Path`, *optional*): Checkpoint to push with it.
-
-    Returns:
-        `Path`: The snapshot.
     """
     final, temporary = run_dir / "hub" / f"step-{step}", run_dir / "hub" / ".writing"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -157,13 +149,7 @@ def stage(run_dir: Path, step: int, write_pipeline: Callable[[Path], None] | Non
 
 
 def link_folder(source: Path, target: Path) -> None:
-    """
-    A copy of a folder that takes no disk, where the file system has hard links.
-
-    Args:
-        source (`Path`): The folder.
-        target (`Path`): Where the copy goes.
-    """
+    """A copy of a folder that takes no disk space if the file system has hard links."""
 
     def link(source: str, target: str) -> None:
         try:
@@ -184,11 +170,11 @@ def _queue(run_dir: Path) -> list[Path]:
 
 def push_run(run_dir: Path, repo_id: str | None = None, private: bool = False) -> None:
     """
-    Pushes what waits in a run's queue, or else the finished run.
+    Pushes the snapshot that waits in a run's queue or, without one, the finished run.
 
     Args:
         run_dir (`Path`): Folder of the run.
-        repo_id (`str`, *optional*): Hub id; by default the config's `hub_model_id`, else the folder's name.
+        repo_id (`str`, *optional*): Hub id; by default the config's `hub_model_id`, otherwise the folder's name.
         private (`bool`, *optional*, defaults to `False`): Make the repo private.
 
     Raises:
@@ -210,12 +196,12 @@ def _push_run(run_dir: Path, repo_id: str | None, private: bool) -> None:
         from erw_hf.trainer.checkpoints import list_checkpoints  # it imports torch
 
         pipeline, checkpoints = run_dir / "pipeline", list_checkpoints(run_dir)
-        records = read_metrics(run_dir / "metrics.jsonl")  # of a branch, from its first step on
+        records = read_metrics(run_dir / "metrics.jsonl")  # for a branch, from its first step on
         is_over = bool(records) and records[-1]["step"] == config["max_train_steps"]
-        # A run that goes on after its end still has the pipeline of before.
+        # A finished run that is continued still has its old pipeline.
         is_trained = is_over and (pipeline / "model_index.json").is_file()
         if not is_trained and not (run_dir / "warmup" / "warmup.json").is_file():
-            raise ValueError(f"{run_dir} holds neither a pipeline nor a warmup yet: train it to its end first")
+            raise ValueError(f"{run_dir} has neither a pipeline nor a warmup yet: finish the training first")
         with_checkpoint = config.get("hub_strategy") == "checkpoint" and bool(checkpoints)
         stage(
             run_dir,
@@ -227,7 +213,7 @@ def _push_run(run_dir: Path, repo_id: str | None, private: bool) -> None:
         repo_id or config.get("hub_model_id") or run_dir.resolve().name, private or config.get("hub_private", False)
     )
     while waiting := _queue(run_dir):
-        snapshot = waiting[-1]  # of several, the newest alone
+        snapshot = waiting[-1]  # only the newest
         complete_snapshot(run_dir, snapshot, repo_id)
         address = upload(snapshot, repo_id, f"Step {_step(snapshot)}", replaced=RECORD_FILES)
         print(f"pushed step {_step(snapshot)}: {address}", flush=True)
@@ -237,12 +223,7 @@ def _push_run(run_dir: Path, repo_id: str | None, private: bool) -> None:
 
 def complete_snapshot(run_dir: Path, snapshot: Path, repo_id: str) -> None:
     """
-    Adds what takes time and changes while a run goes on: its record up to the snapshot's step, pictures, and the card.
-
-    Args:
-        run_dir (`Path`): Folder of the run.
-        snapshot (`Path`): The snapshot.
-        repo_id (`str`): Hub id that it goes to.
+    Adds what takes time or still changes: the record up to the snapshot's step, pictures, and the card for `repo_id`.
     """
     from erw_hf.trainer.plots import plot_losses
 
@@ -269,12 +250,12 @@ def complete_snapshot(run_dir: Path, snapshot: Path, repo_id: str) -> None:
     for name, text in evaluation_files(snapshot).items():
         (snapshot / name).parent.mkdir(exist_ok=True)
         (snapshot / name).write_text(text)
-    (snapshot / "README.md").unlink(missing_ok=True)  # a link, where a pipeline came with one
+    (snapshot / "README.md").unlink(missing_ok=True)  # the pipeline's, as a link
     run_card(snapshot, repo_id).save(snapshot / "README.md")
 
 
 def _add_curves(source: Path, snapshot: Path) -> None:
-    """What the run measured of itself up to the snapshot's step, and the pictures of that."""
+    """The run's own measurements up to the snapshot's step, and their pictures."""
     from erw_hf.trainer.plots import plot_probes, plot_quality
 
     records = [record for record in read_metrics(source) if record["step"] <= _step(snapshot)]
@@ -289,7 +270,7 @@ def _add_curves(source: Path, snapshot: Path) -> None:
 
 
 def _evaluation_of(snapshot: Path, records: Iterable[Path]) -> Path | None:
-    """The newest record that measured these very weights: a run that goes on leaves the one before behind."""
+    """The newest record that measured these very weights: after resuming, a run's earlier record no longer fits."""
     found = None
     records = sorted((path for path in records if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
     if records and (snapshot / "model_index.json").is_file():
@@ -304,41 +285,27 @@ def _evaluation_of(snapshot: Path, records: Iterable[Path]) -> Path | None:
             if model is not None and model["sha256"] == sha256:
                 found = path
             else:
-                print(f"{path} is left out: it measured other weights than those of {snapshot.name}", flush=True)
+                print(f"{path} is not pushed: it measured other weights than those of {snapshot.name}", flush=True)
     return found
 
 
 def push_warmup(folder: Path, repo_id: str, private: bool = False) -> None:
-    """
-    Pushes a run's `warmup` folder as a repo of its own.
-
-    Args:
-        folder (`Path`): The folder; its card is there already.
-        repo_id (`str`): Hub id.
-        private (`bool`, *optional*, defaults to `False`): Make the repo private.
-    """
+    """Pushes a run's `warmup` folder, which already has its card, as a repo of its own."""
     repo_id = prepare_repo(repo_id, private)
     print(f"pushed: {upload(folder, repo_id, 'ERW warmup')}")
 
 
 def push_cache(folder: Path, repo_id: str, private: bool = False) -> None:
     """
-    Pushes a latent cache as a data set with its card. Interrupted, it goes on with the files that are missing.
-
-    Args:
-        folder (`Path`): What `training/cache_latents.py` wrote.
-        repo_id (`str`): Hub id.
-        private (`bool`, *optional*, defaults to `False`): Make the repo private.
-
-    Raises:
-        ValueError: if the cache is not complete.
+    Pushes a latent cache as a dataset with its card; after an interruption, only the missing files. Raises ValueError
+    if the cache is not complete.
     """
     from erw_hf.data.source import check_cache_files
 
     check_cache_files(folder)
     repo_id = prepare_repo(repo_id, private, repo_type="dataset")
     dataset_card(folder, repo_id).save(folder / "README.md")
-    # First what tells whoever goes on with an interrupted push that this is a cache.
+    # First the file that marks the repo as a cache, so that an interrupted push can be finished.
     settings = json.dumps(public_value(json.loads((folder / "cache.json").read_text())), indent=2).encode()
     retry(
         lambda: HfApi().upload_file(
@@ -346,7 +313,7 @@ def push_cache(folder: Path, repo_id: str, private: bool = False) -> None:
             commit_message="Settings of the latent cache",
         )
     )  # fmt: skip
-    # Hundreds of gigabytes: in several commits where the client sees fit, so that none is sent twice.
+    # Hundreds of gigabytes: the client splits them into several commits, so that no file is sent twice.
     patterns = ["README.md", "latent_statistics.json", "data/*.parquet"]
     commit = retry(
         lambda: HfApi().upload_folder(
@@ -385,7 +352,7 @@ def main() -> None:
         elif (args.folder / "config.yaml").is_file():
             push_run(args.folder, args.repo_id, args.hub_private)
         else:
-            parser.error(f"{args.folder} is no folder of a run, no warmup and no latent cache")
+            parser.error(f"{args.folder} is neither the folder of a run nor a warmup nor a latent cache")
     except (ValueError, *HUB_ERRORS) as error:
         raise SystemExit(f"not pushed: {' '.join(str(error).split())}") from error
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Publish the demo for a model of the Hub: `python -m erw_hf.hub.space --model user/model --space user/space`."""
+"""Publishing the demo for a model on the Hub: `python -m erw_hf.hub.space --model user/model --space user/space`."""
 
 import argparse
 import shutil
@@ -23,14 +23,14 @@ from huggingface_hub import HfApi, SpaceCard
 from erw_hf.hub.upload import prepare_repo, upload
 
 
-# Of a checkout: the demo is a script, and no part of the wheel.
+# Exists only in a checkout: the demo is not part of the wheel.
 DEMO = Path(__file__).parents[3] / "spaces" / "erw"
-FILES = ("app.py", "README.md", "requirements.txt")  # at least
+FILES = ("app.py", "README.md", "requirements.txt")  # required
 
 
 def publish_space(model: str, space: str, folder: Path = DEMO, private: bool = False) -> str:
     """
-    Makes or renews a Space that serves a model.
+    Creates or updates a Space that serves a model.
 
     Args:
         model (`str`): Hub id of a pushed pipeline.
@@ -42,16 +42,16 @@ def publish_space(model: str, space: str, folder: Path = DEMO, private: bool = F
         `str`: The Space's id, with its namespace.
 
     Raises:
-        ValueError: if the model is no pipeline on the Hub, the demo is not at hand, or the Space cannot be pushed to.
+        ValueError: if the model is not a pipeline on the Hub, the demo is missing, or the Space cannot be pushed to.
     """
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} lacks {missing}: name the folder `spaces/erw` of a checkout with --folder")
     api = HfApi()
     if not api.repo_exists(model) or not api.file_exists(model, "model_index.json"):
-        raise ValueError(f"{model} is no pipeline on the Hub that this account can read: push it first")
+        raise ValueError(f"{model} is not a pipeline on the Hub that this account can read: push it first")
     space = prepare_repo(space, private, repo_type="space", space_sdk="gradio")
-    # Before the files, whose arrival starts the build.
+    # Before the files, since they start the build.
     api.add_space_variable(space, "ERW_MODEL", model)
     with tempfile.TemporaryDirectory() as name:
         demo = Path(name) / "demo"

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The client of the Hub, as all that publishes uses it: it makes or checks a repo, uploads a folder, tries again."""
+"""The client of the Hub for everything that publishes: creates or checks a repo, uploads a folder, retries."""
 
 import json
 import sys
@@ -32,9 +32,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Offl
 from huggingface_hub.utils import get_session, httpx  # type: ignore[attr-defined]  # httpx2 in huggingface_hub 2
 
 
-RETRY_SECONDS = (2, 4, 8, 16, 32, 64)  # between attempts, beside the client's own of each request
-SILENCE_SECONDS = 120  # the client itself would wait for ever for a server that does not answer
-# What the Hub answers, and that it does not: HfHubHTTPError is both.
+RETRY_SECONDS = (2, 4, 8, 16, 32, 64)  # between attempts, on top of the client's own retries
+SILENCE_SECONDS = 120  # otherwise the client waits for ever for a server that does not answer
+# Error answers of the Hub and missing answers: HfHubHTTPError covers both.
 HUB_ERRORS = (httpx.HTTPError, OSError)
 
 Result = TypeVar("Result")
@@ -42,11 +42,11 @@ Result = TypeVar("Result")
 
 def prepare_repo(repo_id: str, private: bool = False, repo_type: str = "model", **kwargs: Any) -> str:
     """
-    Makes a repo, or finds out that it can be pushed to. The trainer asks before its first step.
+    Creates a repo, or checks that it can be pushed to. The trainer calls it before its first step.
 
     Args:
         repo_id (`str`): Hub id; without a namespace it is the user's.
-        private (`bool`, *optional*, defaults to `False`): Make it private. A repo that exists stays as it is.
+        private (`bool`, *optional*, defaults to `False`): Make it private. An existing repo stays as it is.
         repo_type (`str`, *optional*, defaults to `"model"`): `"model"`, `"dataset"` or `"space"`.
         kwargs: Arguments of [`~huggingface_hub.HfApi.create_repo`].
 
@@ -54,7 +54,7 @@ def prepare_repo(repo_id: str, private: bool = False, repo_type: str = "model", 
         `str`: The id with its namespace.
 
     Raises:
-        ValueError: if there is no token, no permission, no connection, or something else of this name.
+        ValueError: if there is no token, no permission, no connection, or something else with this name.
     """
     try:
         return retry(lambda: _prepare_repo(HfApi(), repo_id, private, repo_type, **kwargs))
@@ -65,7 +65,7 @@ def prepare_repo(repo_id: str, private: bool = False, repo_type: str = "model", 
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403, 404):
             raise ValueError(f"the token does not allow pushing to {repo_id}: {error}") from error
-        raise ValueError(f"the Hub cannot be pushed to now: {error}") from error
+        raise ValueError(f"the Hub does not accept pushes now: {error}") from error
     except HUB_ERRORS as error:
         raise ValueError(f"the Hub cannot be reached: {error}") from error
 
@@ -78,13 +78,13 @@ def _prepare_repo(api: HfApi, repo_id: str, private: bool, repo_type: str, **kwa
             if api.repo_exists(repo_id, repo_type=other):
                 raise ValueError(f"{repo_id} is a {other} on the Hub, not a {repo_type}: choose another id")
     api.create_repo(repo_id, private=private or None, repo_type=repo_type, exist_ok=True, **kwargs)
-    api.auth_check(repo_id, repo_type=repo_type, write=True)  # that it exists does not mean that it is ours
+    api.auth_check(repo_id, repo_type=repo_type, write=True)  # it exists, but may belong to someone else
     _check_content(api, repo_id, repo_type)
     return repo_id
 
 
 def _check_content(api: HfApi, repo_id: str, repo_type: str) -> None:
-    """What is already there must be of the same kind: a push replaces it."""
+    """Raises ValueError if the repo holds something of another kind, since a push replaces the content."""
     names = set(api.list_repo_files(repo_id, repo_type=repo_type)) - {".gitattributes", "README.md"}
     if repo_type == "model":
         same = not names.isdisjoint({"last-checkpoint/progress.json", "warmup/warmup.json", "warmup.json"})
@@ -99,24 +99,24 @@ def _check_content(api: HfApi, repo_id: str, repo_type: str) -> None:
 
 def retry(call: Callable[[], Result]) -> Result:
     """
-    Calls, and tries again with growing pauses where that may help.
+    Calls, and retries with growing pauses if that may help.
 
     Args:
-        call (`Callable`): What asks the Hub; safe to repeat.
+        call (`Callable`): A request to the Hub that is safe to repeat.
 
     Returns:
         `Any`: What it returns.
 
     Raises:
-        HfHubHTTPError: or what else the last attempt raised.
+        HfHubHTTPError: or whatever else the last attempt raised.
     """
     for seconds in (*RETRY_SECONDS, None):
         try:
             return call()
-        except (*HUB_ERRORS, RuntimeError) as error:  # RuntimeError: a file's upload, in the client's threads
+        except (*HUB_ERRORS, RuntimeError) as error:  # RuntimeError: an upload failed in the client's threads
             response = error.response if isinstance(error, HfHubHTTPError) else None
             if response is not None:
-                # 412: somebody else has committed meanwhile.
+                # 412: someone else has committed meanwhile.
                 again = response.status_code in (408, 412, 429) or response.status_code >= 500
             else:
                 again = not isinstance(error, (LocalTokenNotFoundError, OfflineModeIsEnabled))
@@ -124,14 +124,14 @@ def retry(call: Callable[[], Result]) -> Result:
                 raise
             asked = "" if response is None else response.headers.get("Retry-After", "")
             seconds = max(seconds, int(asked)) if asked.isdigit() else seconds
-            print(f"trying again in {seconds} s: {error}", file=sys.stderr, flush=True)
+            print(f"retrying in {seconds} s: {error}", file=sys.stderr, flush=True)
             time.sleep(seconds)
     raise AssertionError("unreachable")
 
 
 def upload(folder: Path, repo_id: str, message: str, repo_type: str = "model", replaced: Collection[str] = ()) -> str:
     """
-    Uploads a folder as one commit, trying again with growing pauses. What is on the Hub already is not sent again.
+    Uploads a folder as one commit, retrying with growing pauses. What is already on the Hub is not sent again.
 
     Args:
         folder (`Path`): The files. In each of its subfolders, files of the repo that it lacks are removed.
@@ -139,7 +139,7 @@ def upload(folder: Path, repo_id: str, message: str, repo_type: str = "model", r
         message (`str`): Message of the commit.
         repo_type (`str`, *optional*, defaults to `"model"`): `"model"`, `"dataset"` or `"space"`.
         replaced (`Collection[str]`, *optional*, defaults to `()`):
-            Other files of the repo that are removed where the folder lacks them.
+            Other files of the repo that are removed if the folder lacks them.
 
     Returns:
         `str`: Address of the commit.

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The samples that a run reads, batch by batch, and its place in them."""
+"""The samples that a run reads, batch by batch, and the position in them."""
 
 import itertools
 import logging
@@ -37,8 +37,8 @@ Samples = dict[str, torch.Tensor]
 
 class Batches:
     """
-    This process's samples in both phases. Of data at hand the step alone decides what is read; a stream has a state, which
-    checkpoints keep and phase 2 goes on from.
+    This rank's samples in both phases. Without streaming, the step alone decides what is read; a stream has a state that
+    checkpoints keep and phase 2 continues.
 
     Args:
         inputs ([`~trainer.setup.Inputs`]): The run.
@@ -59,15 +59,15 @@ class Batches:
             num_tokens=config.token_grid**2,
             num_hidden=hidden_count(config.token_grid**2, config.alignment_mask_ratio),
         )
-        self.waited = 0.0  # seconds, for data
+        self.waited = 0.0  # seconds spent waiting for data
         self.error: str | None = None  # why there is no next batch
         self._stream: StatefulDataLoader | None = None
         self._stream_state: dict[str, Any] | None = None
         self._batches: Iterator[Samples] = iter(())
-        self.last: Samples | None = None  # the one that was read last
+        self.last: Samples | None = None  # the batch read last
 
     def start(self, steps: range) -> None:
-        """Reads the first batch of the steps that are left of a phase; a failure ends the run before a step."""
+        """Reads the first batch of a phase's remaining steps; a failure ends the run before a step."""
         self._batches = iter(self._loader(steps))
         if steps:
             first = self.next()
@@ -77,8 +77,8 @@ class Batches:
 
     def next(self) -> Samples | None:
         """
-        The next batch, as [`~data.samples.SampleMaker`] makes its samples. After a failure the last one again, so that no other
-        process waits for this one's share of a step for ever; [`check`] then ends the run on all of them, and nothing of that
+        The next batch, as [`~data.samples.SampleMaker`] makes its samples. After a failure it returns the last batch again, so that
+        no other rank waits for ever for this one's share of the step; [`check`] then ends the run on all ranks, and nothing from that
         step is kept.
         """
         started = time.perf_counter()
@@ -92,17 +92,19 @@ class Batches:
         return self.last
 
     def check(self, step: int) -> None:
-        """Raises RuntimeError on all processes, before a step (from 1), if any of them has no data. All of them call it."""
+        """
+        Raises RuntimeError on all ranks, before a step (counted from 1), if any of them lacks data. All ranks call it.
+        """
         errors = gather_object([(self.inputs.accelerator.process_index, self.error)])
         for process, error in errors:
             if error is not None:
                 raise RuntimeError(
-                    f"process {process} of {len(errors)} could not read its data, so all stop before step {step}: "
-                    f"{error}\nGo on from the last checkpoint with --resume_from_checkpoint latest"
+                    f"rank {process} of {len(errors)} could not read its data, so all stop before step {step}: "
+                    f"{error}\nResume from the last checkpoint with --resume_from_checkpoint latest"
                 )
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Where the stream is; `None` of data at hand."""
+        """The position of a stream; `None` without streaming."""
         if self._stream is None:
             return None
         self._stream_state = self._stream.state_dict()

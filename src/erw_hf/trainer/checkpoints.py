@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Checkpoints that are whole or absent, and where a run resumes."""
+"""Saving and finding checkpoints: each is complete or not there, and a run resumes exactly or not at all."""
 
 import json
 import logging
@@ -39,21 +39,22 @@ logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STATE_FILE = "training_state.pt"
-# What a run writes at the end of a phase, and so after a checkpoint.
+# What a run writes at the end of a phase, so after a checkpoint.
 _RESULTS = ("pipeline/model_index.json", "warmup/warmup.json", "loss_curve.png")
 
 
 @dataclass
 class Progress:
-    """What a run has done so far, the warmup counted.
+    """
+    What a run has done so far, the warmup counted.
 
     Args:
         step (`int`): Steps of both phases.
-        images_seen (`int`): Images over all processes, the skipped steps' included.
-        flops (`float`): Floating-point operations of training, the encoder's included.
+        images_seen (`int`): Images over all ranks, skipped steps included.
+        flops (`float`): Floating-point operations of training, the encoder included.
         nonfinite_steps (`int`): Steps skipped for a non-finite gradient.
         nonfinite_in_a_row (`int`): The same since the last good step.
-        step_batch_size (`int`): Images of a step, over all processes: what the order of the data rests on.
+        step_batch_size (`int`): Images per step over all ranks; the order of the data depends on it.
         data (`dict`, *optional*): [`~data.identity.data_identity`] of the data.
     """
 
@@ -68,67 +69,42 @@ class Progress:
 
 def check_checkpoint(checkpoint: Path, output_dir: str | os.PathLike[str], step_batch_size: int) -> Progress:
     """
-    A run goes on exactly, or not at all.
-
-    Args:
-        checkpoint (`Path`): The checkpoint to go on from.
-        output_dir (`str` or `os.PathLike`): Folder of the run that goes on.
-        step_batch_size (`int`): Images of a step now.
-
-    Returns:
-        [`Progress`]: What the checkpoint's run has done.
-
-    Raises:
-        ValueError: if the folder holds another run, or a step had another number of images.
+    The [`Progress`] of a checkpoint. Raises ValueError if `output_dir` holds another run, or the number of images per
+    step has changed: a run resumes exactly or not at all.
     """
     if checkpoint.resolve().parent != Path(output_dir).resolve() and holds_run(output_dir):
         raise ValueError(
-            f"{output_dir} holds another run than {checkpoint}: choose another --output_dir to branch off from it"
+            f"{output_dir} holds a run other than that of {checkpoint}: to branch off, choose another --output_dir"
         )
     progress = read_progress(checkpoint)
     if progress.step_batch_size not in (0, step_batch_size):
         raise ValueError(
-            f"a step of {checkpoint} had {progress.step_batch_size} images, now it would have {step_batch_size}, and the order "
-            "of the data would be another: train_batch_size x gradient_accumulation_steps x processes must stay as it was"
+            f"a step of {checkpoint} had {progress.step_batch_size} images, now it would have {step_batch_size}, which "
+            "would change the order of the data: keep train_batch_size x gradient_accumulation_steps x processes as it was"
         )
     return progress
 
 
 def step_of(checkpoint: Path) -> int:
-    """
-    Args:
-        checkpoint (`Path`): A folder `checkpoint-STEP`.
-
-    Returns:
-        `int`: Its step.
-    """
+    """The step of a folder `checkpoint-STEP`."""
     return int(checkpoint.name.split("-")[1])
 
 
 def named_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """
-    Args:
-        output_dir (`str` or `os.PathLike`): Folder of a run.
-
-    Returns:
-        `list[Path]`: What is named as a checkpoint, whole or not, the oldest first.
-    """
+    """All folders named like a checkpoint, complete or not, the oldest first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=step_of)
 
 
 def check_same_data(progress: Progress, source: Source, dataset_name: str, retry_seconds: float = 300) -> None:
     """
-    A run goes on with the data that it began with: class ids and the order of the samples rest on it.
+    Raises ValueError if a checkpoint was trained on other data: class ids and the order of samples depend on it.
 
     Args:
-        progress ([`Progress`]): Of the checkpoint to go on from, or of a new run. Its `data` is set.
+        progress ([`Progress`]): Of the checkpoint, or of a new run. Its `data` is set.
         source ([`~data.source.Source`]): The data now.
-        dataset_name (`str`): What it was opened by.
-        retry_seconds (`float`, *optional*, defaults to 300): How long to go on trying while the data cannot be asked.
-
-    Raises:
-        ValueError: if the checkpoint was trained on other data.
+        dataset_name (`str`): The name it was opened with.
+        retry_seconds (`float`, *optional*, defaults to 300): How long to retry while the data cannot be read.
     """
     data = data_identity(source, dataset_name, retry_seconds)
     if progress.data is not None:
@@ -140,29 +116,19 @@ def check_same_data(progress: Progress, source: Source, dataset_name: str, retry
                 "with its pipeline, and another --output_dir"
             )
     elif progress.step > 0:
-        logger.warning("the checkpoint does not say which data it was trained on: resuming without a comparison")
+        logger.warning("the checkpoint does not record its data: resuming without comparing it")
     progress.data = data
 
 
 def list_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """
-    Args:
-        output_dir (`str` or `os.PathLike`): Folder of a run.
-
-    Returns:
-        `list[Path]`: Its whole checkpoints, the oldest first.
-    """
+    """The complete checkpoints of a run, the oldest first."""
     return [path for path in named_checkpoints(output_dir) if find_damage(path) is None]
 
 
 def holds_run(output_dir: str | os.PathLike[str]) -> bool:
     """
-    Args:
-        output_dir (`str` or `os.PathLike`): A folder.
-
-    Returns:
-        `bool`: Whether it holds work of a run: a checkpoint, a step's line, a warmup or a pipeline. A start that failed before
-        its first step leaves none.
+    Whether a folder holds work of a run: a checkpoint, a step's line, a warmup or a pipeline. A start that failed
+    before its first step leaves none.
     """
     folder = Path(output_dir)
     metrics = folder / "metrics.jsonl"
@@ -175,13 +141,8 @@ def holds_run(output_dir: str | os.PathLike[str]) -> bool:
 
 def find_damage(checkpoint: Path) -> str | None:
     """
-    Looks for what a power cut or a copy that was cut off leaves, by names, sizes and the first bytes of files.
-
-    Args:
-        checkpoint (`Path`): A checkpoint.
-
-    Returns:
-        `str`, *optional*: What is missing, shorter than it was written, or zeros; `None` for a whole checkpoint.
+    What is missing, truncated or zeros in a checkpoint, after a power cut or an interrupted copy, judged by names,
+    sizes and first bytes; `None` if it is complete.
     """
     try:
         record = json.loads((checkpoint / "progress.json").read_text())
@@ -191,7 +152,7 @@ def find_damage(checkpoint: Path) -> str | None:
     except (ValueError, KeyError, TypeError):  # a UnicodeDecodeError is a ValueError
         return "progress.json cannot be read"
     sizes = record.get("files")
-    if sizes is None:  # of a checkpoint from before sizes were recorded
+    if sizes is None:  # a checkpoint from before sizes were recorded
         files = [path for path in checkpoint.rglob("*") if path.is_file()]
         sizes = dict.fromkeys([_STATE_FILE, *(str(path.relative_to(checkpoint)) for path in files)])
     for name, size in sizes.items():
@@ -202,7 +163,7 @@ def find_damage(checkpoint: Path) -> str | None:
         if size not in (None, actual):
             return f"{name} has {actual} bytes of {size}"
         with path.open("rb") as file:
-            if size != 0 and not any(file.read(64)):  # no format that is written here begins so
+            if size != 0 and not any(file.read(64)):  # no format written here begins with zeros
                 return f"{name} is empty" if actual == 0 else f"{name} holds zeros"
     return None
 
@@ -214,14 +175,15 @@ def resolve_checkpoint(output_dir: str | os.PathLike[str], value: str | None) ->
     Args:
         output_dir (`str` or `os.PathLike`): Folder of the run.
         value (`str`, *optional*):
-            `"latest"`, a checkpoint's name in `output_dir`, or a path. `None` starts anew. `"latest"` passes over, with a
-            warning, what is damaged and what was saved within a streak of non-finite steps that no finite one ended.
+            `"latest"`, a checkpoint's name in `output_dir`, or a path. `None` starts a new run. `"latest"` passes over, with a
+            warning, damaged checkpoints and those saved during a streak of non-finite steps that no finite step ended.
 
     Returns:
-        `Path`, *optional*: The checkpoint; `None` for a new run, which `"latest"` means where there is none yet.
+        `Path`, *optional*: The checkpoint; `None` for a new run, also for `"latest"` if there is nothing to resume.
 
     Raises:
-        ValueError: if another value names no checkpoint or a damaged one, or `"latest"` a run that has lost its own.
+        ValueError: if another value names no checkpoint or a damaged one, or if `"latest"` meets a run whose checkpoints
+            have gone.
     """
     if value is None:
         return None
@@ -245,9 +207,9 @@ def _latest(folder: Path) -> Path | None:
     if not found:
         if _lost_its_checkpoints(folder):
             raise ValueError(
-                f"{folder} holds a run without its checkpoints, and `latest` would begin it anew over what is there. To go on, put "
-                "one back or name one with --resume_from_checkpoint; to begin anew, choose another --output_dir, or "
-                "--overwrite_output_dir in place of --resume_from_checkpoint"
+                f"{folder} holds a run whose checkpoints have gone, and `latest` would restart it over its results. To resume, put "
+                "one back or name one with --resume_from_checkpoint; to start anew, choose another --output_dir, or "
+                "--overwrite_output_dir instead of --resume_from_checkpoint"
             )
         logger.warning(f"no checkpoint in {folder}: starting a new run")
         return None
@@ -257,27 +219,23 @@ def _latest(folder: Path) -> Path | None:
         if damage is not None:
             logger.warning(f"passing over {path}, which is damaged: {damage}")
         elif is_within_streak(path):
-            logger.warning(f"passing over {path}, saved within a streak of non-finite steps")
+            logger.warning(f"passing over {path}, saved during a streak of non-finite steps")
             within_streak = within_streak or path
         else:
             return path
     if within_streak is None:
         raise ValueError(
-            f"all checkpoints in {folder} are damaged: {[path.name for path in found]}. To begin anew, choose another "
-            "--output_dir, or --overwrite_output_dir in place of --resume_from_checkpoint"
+            f"all checkpoints in {folder} are damaged: {[path.name for path in found]}. To start anew, choose another "
+            "--output_dir, or --overwrite_output_dir instead of --resume_from_checkpoint"
         )
-    logger.warning(f"there is no better one: going on from {within_streak}")  # its weights are of before the streak
+    logger.warning(
+        f"there is no better one: resuming from {within_streak}"
+    )  # its weights are those from before the streak
     return within_streak
 
 
 def is_within_streak(checkpoint: Path) -> bool:
-    """
-    Args:
-        checkpoint (`Path`): A whole checkpoint.
-
-    Returns:
-        `bool`: Whether non-finite steps led up to it, and no finite one followed as far as the run's lines say.
-    """
+    """Whether a checkpoint was saved after non-finite steps, with no finite step after it in the run's lines."""
     if not json.loads((checkpoint / "progress.json").read_text()).get("nonfinite_in_a_row"):
         return False
     metrics = checkpoint.parent / "metrics.jsonl"
@@ -288,7 +246,7 @@ def is_within_streak(checkpoint: Path) -> bool:
 
 
 def _lost_its_checkpoints(folder: Path) -> bool:
-    """A run that was killed before its first checkpoint begins anew; any other had one."""
+    """Whether a run must have had a checkpoint; one killed before its first may start again."""
     metrics, config = folder / "metrics.jsonl", folder / "config.yaml"
     if any((folder / name).exists() for name in _RESULTS):
         return True
@@ -299,21 +257,15 @@ def _lost_its_checkpoints(folder: Path) -> bool:
         values = yaml.safe_load(config.read_text())
         saves = [values[name] for name in ("checkpointing_steps", "warmup_steps", "max_train_steps") if values[name]]
     except (OSError, yaml.YAMLError, TypeError, KeyError):
-        return True  # it says nothing of when it saves
-    return bool(records[-1]["step"] > min(saves))  # at that very step it may have been killed while saving
+        return True  # it does not say when it saves
+    return bool(records[-1]["step"] > min(saves))  # at that very step it may have been killed during the save
 
 
 def read_progress(checkpoint: Path) -> Progress:
-    """
-    Args:
-        checkpoint (`Path`): A checkpoint.
-
-    Returns:
-        [`Progress`]: How far it is.
-    """
+    """The [`Progress`] of a checkpoint."""
     record = json.loads((checkpoint / "progress.json").read_text())
     progress = Progress(**{field.name: record[field.name] for field in fields(Progress) if field.name in record})
-    progress.nonfinite_in_a_row = 0  # whoever goes on may try as often as before
+    progress.nonfinite_in_a_row = 0  # a resumed run may try as often as before
     return progress
 
 
@@ -321,18 +273,8 @@ def agree_on_checkpoint(
     accelerator: Accelerator, output_dir: str | os.PathLike[str], value: str | None
 ) -> Path | None:
     """
-    [`resolve_checkpoint`] by the main process, for all: two that resume from different ones would train on in silence.
-
-    Args:
-        accelerator (`Accelerator`): The processes.
-        output_dir (`str` or `os.PathLike`): Folder of the run.
-        value (`str`, *optional*): What to resume from.
-
-    Returns:
-        `Path`, *optional*: The checkpoint.
-
-    Raises:
-        ValueError: if it names none, or a process does not see it.
+    [`resolve_checkpoint`] on the main rank, for all: ranks that resumed from different ones would train on silently.
+    Raises ValueError if it finds none, or if a rank does not see it.
     """
     checkpoint = decided_by_main(accelerator, lambda: resolve_checkpoint(output_dir, value))
     if checkpoint is not None:
@@ -355,32 +297,32 @@ def save_checkpoint(
     data_state: dict[str, Any] | None = None,
 ) -> None:
     """
-    Writes `checkpoint-STEP`. All processes call it. A kill or a power cut at any moment leaves the earlier checkpoints
-    whole: this one is written under another name, synced to disk and renamed when it is complete.
+    Writes `checkpoint-STEP`; all ranks call it. A kill or a power cut at any moment leaves the earlier checkpoints intact: this
+    one is written under another name, synced to disk and renamed when it is complete.
 
     Args:
         accelerator (`Accelerator`): Holds what to save.
         output_dir (`str` or `os.PathLike`): Folder of the run.
         progress ([`Progress`]): How far the run is.
         total_limit (`int`, *optional*):
-            Newest checkpoints to keep, this one included. Beside them stays the newest that is known to be good: a finite
-            step came after it. This one may turn out not to be, so that a limit of 1 keeps two.
-        phase ([`~trainer.phase.Phase`]): The phase that runs.
-        data_state (`dict`, *optional*): State of this process's stream of data. accelerate keeps one for all processes.
+            Newest checkpoints to keep, this one included. The newest one known to be good (a finite step followed it) also
+            stays. This one may turn out to be bad, so a limit of 1 keeps two.
+        phase ([`~trainer.phase.Phase`]): The current phase.
+        data_state (`dict`, *optional*): State of this rank's stream; accelerate would keep one for all ranks.
 
     Raises:
-        RuntimeError: if it cannot be written, on a full disk for instance.
+        RuntimeError: if it cannot be written, for instance on a full disk.
     """
     final = Path(output_dir) / f"checkpoint-{progress.step}"
     temporary = Path(output_dir) / f".writing-{final.name}"
     if accelerator.is_main_process:
-        _rotate(output_dir, progress, total_limit)  # so that never more than one is there beside those to keep
+        _rotate(output_dir, progress, total_limit)  # first, so that at most one is there besides those to keep
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(temporary))
-        training_state = phase.state_dict()  # of all processes together, whose weights may be sharded
+        training_state = phase.state_dict()  # called on all ranks, since weights may be sharded
         if data_state is not None:
             torch.save({"processes": accelerator.num_processes, **data_state}, temporary / _data_file(accelerator))
         if accelerator.is_main_process:
@@ -390,15 +332,15 @@ def save_checkpoint(
             files = [path for path in temporary.rglob("*") if path.is_file()]
             sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in files}
             (temporary / "progress.json").write_text(json.dumps({**asdict(progress), "files": sizes}))
-        sync_tree(temporary)  # by all: each host has its own files in memory
+        sync_tree(temporary)  # on all ranks: each host has its own files in memory
         if accelerator.is_main_process and (Path(output_dir) / "metrics.jsonl").exists():
             sync(Path(output_dir) / "metrics.jsonl")  # the lines up to here
-    except Exception as error:  # OSError, and what safetensors and torch make of one
+    except Exception as error:  # OSError, or what safetensors and torch make of it
         shutil.rmtree(temporary, ignore_errors=True)
         raise RuntimeError(
-            f"{final} could not be written ({error}); the whole ones are "
+            f"{final} could not be written ({error}); complete ones: "
             f"{[path.name for path in list_checkpoints(output_dir)] or 'none'}. Make room (one more than "
-            "checkpoints_total_limit must fit), then go on with --resume_from_checkpoint latest"
+            "checkpoints_total_limit must fit), then resume with --resume_from_checkpoint latest"
         ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -421,25 +363,13 @@ def _rotate(output_dir: str | os.PathLike[str], progress: Progress, total_limit:
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, phase: Phase) -> None:
-    """
-    Puts everything that was prepared, and the phase, where a checkpoint was.
-
-    Args:
-        accelerator (`Accelerator`): Holds what to load.
-        checkpoint (`Path`): A checkpoint.
-        phase ([`~trainer.phase.Phase`]): The phase that the checkpoint is of.
-    """
+    """Restores everything that was prepared, and the phase, from a checkpoint."""
     accelerator.load_state(str(checkpoint))
     phase.load_state_dict(torch.load(checkpoint / _STATE_FILE, map_location="cpu", weights_only=True))
 
 
 def remove_checkpoint(path: Path) -> None:
-    """
-    Removes a checkpoint, under another name first: a kill in between leaves none that looks whole.
-
-    Args:
-        path (`Path`): The checkpoint; it need not exist.
-    """
+    """Removes a checkpoint, if it exists, under another name first, so that a kill leaves no half checkpoint."""
     if path.is_symlink():
         path.unlink()
     elif path.exists():
@@ -451,26 +381,18 @@ def remove_checkpoint(path: Path) -> None:
 
 def load_data_state(accelerator: Accelerator, checkpoint: Path, num_workers: int) -> dict[str, Any]:
     """
-    Args:
-        accelerator (`Accelerator`): Says which process this is.
-        checkpoint (`Path`): A checkpoint of a run that streams.
-        num_workers (`int`): Loader processes of each training process.
-
-    Returns:
-        `dict`: What [`~trainer.batches.Batches.state_dict`] gave on this process.
-
-    Raises:
-        ValueError: if the run had another number of processes or workers, whose states cannot be divided anew.
+    This rank's [`~trainer.batches.Batches.state_dict`]. Raises ValueError if the run had another number of ranks or
+    workers, since their states cannot be redistributed.
     """
     any_file = next(iter(sorted(checkpoint.glob("data_rank*.pt"))), None)
     if any_file is None:
-        raise ValueError(f"{checkpoint} is of a run that did not stream: set streaming as it was")
+        raise ValueError(f"{checkpoint} belongs to a run without streaming: set streaming as it was")
     state = torch.load(any_file, weights_only=True)
     if (state["processes"], state["workers"]) != (accelerator.num_processes, num_workers):
         raise ValueError(
             f"{checkpoint} streamed with {state['processes']} processes and dataloader_num_workers={state['workers']}, "
-            f"this run has {accelerator.num_processes} and {num_workers}. A stream goes on exactly only with as many: "
-            "resume with those"
+            f"this run has {accelerator.num_processes} and {num_workers}. A stream resumes exactly only with the same "
+            "numbers: use those"
         )
     return torch.load(checkpoint / _data_file(accelerator), weights_only=True)
 

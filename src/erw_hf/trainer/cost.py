@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a run will cost, and what is wrong with it, without running it and without downloading weights or images."""
+"""The dry run: checks a configuration and computes its cost without running it or downloading weights or images."""
 
 import os
 from dataclasses import dataclass
@@ -168,7 +168,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 def cost_report(config: TrainingConfig) -> str:
     """
-    Checks a configuration and works out its cost: parameters, FLOPs, memory, hours, disk.
+    Checks a configuration and computes its cost: parameters, FLOPs, memory, hours, disk.
 
     Args:
         config ([`TrainingConfig`]): The run.
@@ -178,7 +178,7 @@ def cost_report(config: TrainingConfig) -> str:
 
     Raises:
         ValueError: for columns, depths, grids or classes that do not fit, with what to change.
-        OSError: for a data set, encoder or autoencoder that does not exist or that this account may not read.
+        OSError: for a dataset, encoder or autoencoder that does not exist or that this account may not read.
     """
     fit_to_encoder(config)
     precision = choose_precision(config.mixed_precision)
@@ -233,7 +233,7 @@ def cost_report(config: TrainingConfig) -> str:
         ("FLOPs in all", f"{total:.3e}, for each process"),
         (
             "GPU-hours",
-            f"{total / CARDS['H100'].flops / MFU / 3600:.1f} at {MFU:.0%} MFU of 989 TFLOP/s, for each process",
+            f"{total / CARDS['H100'].flops / MFU / 3600:.1f} at {MFU:.0%} MFU of 989 TFLOP/s, per rank",
         ),
         (
             "memory",
@@ -246,7 +246,7 @@ def cost_report(config: TrainingConfig) -> str:
         # Mean and deviation in float16
         latents = num_images * 2 * config.in_channels * config.sample_size**2 * 2
         rows.append(("latents, if cached", f"{latents / GIB:.1f} GiB, and the images as JPEG beside them"))
-    return f"{start}\n\n{_table(rows)}\nThe optimizer is not in the FLOPs. Nothing wrong was found."
+    return f"{start}\n\n{_table(rows)}\nThe FLOPs do not include the optimizer. No problem was found."
 
 
 def _check_data(config: TrainingConfig) -> DataSummary:

@@ -15,7 +15,7 @@
 
     python -m erw_hf.trainer.ema RUN_DIR --sigma_rel 0.08 --output_dir pipeline-0.08
 
-diffusers' `EMAModel` has neither the power function nor sharded weights, which is why this is ours.
+This exists because diffusers' `EMAModel` has neither the power function nor sharded weights.
 """
 
 import argparse
@@ -47,8 +47,8 @@ class EMAProfile:
     Args:
         decay (`float`, *optional*): Decay, in [0, 1).
         sigma_rel (`float`, *optional*):
-            In place of it, the relative width of a power-function average: it then looks back over a share of the
-            training so far, where a constant decay looks back over a number of steps.
+            Instead of it, the relative width of a power-function average. Such an average looks back over a share of the
+            training so far; a constant decay looks back over a number of steps.
         ramp (`bool`, *optional*, defaults to `False`):
             Whether `decay` is reached along (1 + n) / (10 + n), n the steps before this one, as by diffusers' `EMAModel`.
             The average then looks back over about a ninth of a short training, and forgets its initial weights at once.
@@ -300,7 +300,7 @@ def main() -> None:
     args = parser.parse_args()
     weights = rebuild(args.run_dir / "ema_snapshots", args.sigma_rel, args.step)
     pipeline = ERWPipeline.from_pretrained(args.run_dir / "pipeline")
-    pipeline.transformer.load_state_dict(weights, strict=False)  # buffers are no weights
+    pipeline.transformer.load_state_dict(weights, strict=False)  # the averages lack buffers
     pipeline.save_pretrained(args.output_dir)
 
 

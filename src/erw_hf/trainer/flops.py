@@ -122,7 +122,7 @@ def count_step_flops(model: AlignedTransformer, encoders: Sequence[Representatio
     """
     transformer: Any = model.transformer
     config = transformer.config
-    # What gradient checkpointing computes again is no work of the model's, and would run outside `functional_call`.
+    # Recomputation by gradient checkpointing does not count, and it would run outside `functional_call`.
     checkpointing, transformer.gradient_checkpointing = transformer.gradient_checkpointing, False
     with FlopCounterMode(display=False) as counter:
         x = torch.empty(1, config.in_channels, config.sample_size, config.sample_size, device="meta")

@@ -37,20 +37,20 @@ def save_warmup(
     state: Mapping[str, torch.Tensor], model_config: Mapping[str, Any], warmup_depth: int, folder: Path
 ) -> None:
     """
-    Writes a finished warmup, which `--warmup_from` takes: one warmup can serve many runs. `state` is that of the warmed-up
-    [`AlignedTransformer`], `model_config` the full model's.
+    Writes a finished warmup for `--warmup_from`. `state` is that of the warmed-up [`AlignedTransformer`],
+    `model_config` the full model's.
     """
     transformer = build_warmup_transformer(model_config, warmup_depth)
     first = "transformer."
     transformer.load_state_dict({k.removeprefix(first): v for k, v in state.items() if k.startswith(first)})
     transformer.save_pretrained(folder / "transformer")
-    # The names that converted checkpoints have too; the number is the encoder's.
+    # The same names as in converted checkpoints; the number is the encoder's.
     projectors = {name: tensor.contiguous() for name, tensor in state.items() if name.startswith("projectors.")}
     save_file(projectors, folder / "projectors.safetensors")
 
 
 def find_warmup(path_or_repo_id: str) -> Path:
-    """The folder of a warmup: what is named, a folder or a Hub repo, or the folder `warmup` in it."""
+    """The folder of a warmup: the named folder or Hub repo, or `warmup` in it."""
     folder = Path(path_or_repo_id)
     if not folder.exists():
         folder = Path(snapshot_download(path_or_repo_id, allow_patterns=["warmup/*", "model_index.json"]))
@@ -63,26 +63,27 @@ def find_warmup(path_or_repo_id: str) -> Path:
 
 def load_warmup(path_or_repo_id: str, model_config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """
+    The state dict of a warmed-up [`AlignedTransformer`], for [`~warmup.hand_over`].
+
     Args:
         path_or_repo_id (`str`): A warmup that a run saved, in a folder or on the Hub, or a published `.pt` file of ERW.
-        model_config (`Mapping[str, Any]`): Arguments of the model that it is to start.
-
-    Returns:
-        `dict[str, torch.Tensor]`: State dict of the warmed-up [`AlignedTransformer`], for [`~warmup.hand_over`].
+        model_config (`Mapping[str, Any]`): Arguments of the model that will start from it.
 
     Raises:
-        ValueError: if it is no warmup, or one of another model.
+        ValueError: if it is not a warmup, or belongs to another model.
     """
     path = Path(path_or_repo_id)
     if path.is_file():
         converted = read_checkpoint(path)
         if not converted.is_warmup:
-            raise ValueError(f"{path} is a whole model, no warmup: convert it with `python -m erw_hf.hub.convert`")
+            raise ValueError(f"{path} is a whole model, not a warmup: convert it with `python -m erw_hf.hub.convert`")
         warmup_config, transformer, projectors = converted.config, converted.transformer, converted.projectors
     else:
         folder = find_warmup(path_or_repo_id)
         if not (folder / "transformer").is_dir() or (folder / "model_index.json").exists():
-            raise ValueError(f"warmup_from={path_or_repo_id!r} is no saved warmup: name the `warmup` folder of a run")
+            raise ValueError(
+                f"warmup_from={path_or_repo_id!r} is not a saved warmup: name the `warmup` folder of a run"
+            )
         warmup_config, transformer = _load_transformer(folder / "transformer")
         file = folder / "projectors.safetensors"
         projectors = load_file(file) if file.is_file() else {}
@@ -97,20 +98,20 @@ def load_initial(
     path_or_repo_id: str, model_config: Mapping[str, Any], id2label: Mapping[int, str] | None
 ) -> dict[str, torch.Tensor]:
     """
-    The weights of a trained pipeline, to go on from with other data, other classes or another size of image.
+    The weights of a trained pipeline, to fine-tune on other data, other classes or another image size.
 
     Args:
         path_or_repo_id (`str`): A pipeline's folder, a run's, or a Hub repo.
-        model_config (`Mapping[str, Any]`): Arguments of the model that it is to start.
-        id2label (`Mapping[int, str]`, *optional*): Names of the classes of the new data.
+        model_config (`Mapping[str, Any]`): Arguments of the model that will start from it.
+        id2label (`Mapping[int, str]`, *optional*): Names of the new data's classes.
 
     Returns:
-        `dict[str, torch.Tensor]`: State dict of the [`ERWTransformer2DModel`]. A class that the pipeline knows by name
-        keeps its embedding; where either has no names, the number is the name, and only an equal count means the same
-        classes. Any other class starts with the embedding of the null class. A learned table of positions is resampled.
+        `dict[str, torch.Tensor]`: State dict of the [`ERWTransformer2DModel`]. A class whose name the pipeline knows keeps its
+        embedding. If either side lacks names, ids count as names, and classes are the same only if their number is. Any
+        other class starts with the null class's embedding. A learned table of positions is resampled.
 
     Raises:
-        ValueError: if it is no pipeline, or one of another model.
+        ValueError: if it is not a pipeline, or belongs to another model.
     """
     folder = Path(path_or_repo_id)
     if not folder.exists():
@@ -118,20 +119,20 @@ def load_initial(
     folder = folder / "pipeline" if (folder / "pipeline" / "model_index.json").is_file() else folder
     if not (folder / "model_index.json").is_file():
         raise ValueError(
-            f"init_from={path_or_repo_id!r} is no pipeline: name the `pipeline` folder of a run, or its repo"
+            f"init_from={path_or_repo_id!r} is not a pipeline: name the `pipeline` folder of a run, or its repo"
         )
     config, state = _load_transformer(folder / "transformer")
     _check_same_model(
         config, model_config, "pipeline", may_differ=("sample_size", "num_classes", "class_dropout_prob")
     )
     theirs = json.loads((folder / "model_index.json").read_text()).get("id2label") or {}
-    theirs = {class_id: nfc(label) for class_id, label in theirs.items()}  # ours are read so
+    theirs = {class_id: nfc(label) for class_id, label in theirs.items()}  # as ours are read
     ours = {str(class_id): nfc(label) for class_id, label in (id2label or {}).items()}
     count, null_class = model_config["num_classes"], config["num_classes"]
     if not (theirs and ours):
         numbers = {str(class_id): str(class_id) for class_id in range(count)}
         theirs, ours = (numbers, numbers) if count == null_class else ({}, {})
-    if theirs == ours:  # names that occur twice, as ImageNet's "crane", stay where they are
+    if theirs == ours:  # repeated names, such as ImageNet's "crane", keep their ids
         theirs = ours = {class_id: class_id for class_id in ours}
     known = {label: int(class_id) for class_id, label in theirs.items()}
     rows = [known.get(ours.get(str(class_id)), null_class) for class_id in range(count)]
@@ -145,7 +146,7 @@ def load_initial(
 
 def _load_transformer(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     model, info = ERWTransformer2DModel.from_pretrained(folder, output_loading_info=True)
-    if info["missing_keys"]:  # from_pretrained only warns, and would leave them random
+    if info["missing_keys"]:  # from_pretrained would only warn and leave them random
         raise ValueError(f"{folder} lacks {info['missing_keys']}")
     return dict(model.config), model.state_dict()
 
@@ -153,7 +154,7 @@ def _load_transformer(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Ten
 def _check_same_model(
     theirs: Mapping[str, Any], ours: Mapping[str, Any], kind: str, may_differ: Collection[str]
 ) -> None:
-    """Tensors of one shape can still mean another model: heads, rotary embeddings, norms."""
+    """Tensors of the same shapes can still belong to another model: heads, rotary embeddings, norms."""
     for name, value in ours.items():
         if name not in may_differ and theirs.get(name, value) != value:
             raise ValueError(f"the {kind} was made with {name}={theirs[name]!r}, the config has {value!r}")

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""One of the two trainings of a run, as an object that saves itself."""
+"""A phase of a run (warmup or full training): model, optimizer, schedule, EMA and lambda, as an object that saves itself."""
 
 from typing import Any
 
@@ -30,8 +30,8 @@ class Phase:
     """
     A model with a fresh optimizer, learning-rate schedule and EMA, and the steps of the run that train it.
 
-    It saves what accelerate's own checkpoint lacks. It is not registered with accelerate, which would open it as a pickle
-    that may execute code.
+    It saves what accelerate's own checkpoint lacks. It is not registered with accelerate, which would load it as a pickle
+    that can execute code.
 
     Args:
         inputs ([`~trainer.setup.Inputs`]): The run.
@@ -102,7 +102,7 @@ class Phase:
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        # The config's rate holds, not the checkpoint's: a run that diverged goes on with a lower one.
+        # The config's rate overrides the checkpoint's, so that a run that diverged can resume with a lower one.
         self.lr_scheduler.base_lrs = [self.peak_learning_rate] * len(self.lr_scheduler.base_lrs)
         for group, factor in zip(self.optimizer.param_groups, self.lr_scheduler.lr_lambdas, strict=True):
             group["initial_lr"] = self.peak_learning_rate

@@ -47,11 +47,11 @@ PROBE_TIMES = [0.0, 0.5]  # flow times: clean tokens and noised ones
 
 class QualityMonitor:
     """
-    Measures a model while it is trained, into `evaluations.jsonl`, `quality_curve.png` and `probes.png`. Nothing of it
-    touches the random state of the run.
+    Measures a model while it is trained, into `evaluations.jsonl`, `quality_curve.png` and `probes.png`. It does not
+    touch the random state of the run.
 
-    All processes make one and call it: they draw the images together. What cannot work (weights that are not at hand, a
-    reference that does not fit) raises here, before the first step.
+    Created and called on all ranks, which draw the images together. What cannot work (missing weights, a reference that
+    does not fit) raises here, before the first step.
 
     Args:
         inputs ([`~trainer.setup.Inputs`]): The run. CKNNA compares with its first encoder.
@@ -108,7 +108,7 @@ class QualityMonitor:
         self.accelerator.wait_for_everyone()
 
     def is_due(self, phase: Phase, step: int) -> bool:
-        """Whether there is something to measure; the warmup's model is probed, but draws nothing."""
+        """Whether there is something to measure; the warmup's model is probed but cannot draw."""
         return self._draws(phase, step) or self._probes(step)
 
     def _draws(self, phase: Phase, step: int) -> bool:
@@ -118,7 +118,7 @@ class QualityMonitor:
         return self.config.probe_steps > 0 and step % self.config.probe_steps == 0
 
     def measure(self, phase: Phase, step: int, images_seen: int, make_pipeline: Callable[[], ERWPipeline]) -> None:
-        """Measures what is due of the pipeline, writes it down and hands it to the trackers; what fails is left out."""
+        """Measures what is due of the pipeline, records it and hands it to the trackers; failures are skipped."""
         record: dict[str, Any] = {"step": step, "phase": phase.name, "images_seen": images_seen}
         with forgiven(f"step {step} has no evaluation"):  # which all processes make together, or none of them
             pipe = done_by_all(self.accelerator, make_pipeline)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The folder of a run: who owns it, what a run writes there, and what becomes of that when another one begins or it goes back."""
+"""The folder of a run: its owner, what a run writes there, and what happens to that when a run starts anew or goes back."""
 
 import contextlib
 import itertools
@@ -36,7 +36,7 @@ from erw_hf.trainer.trackers import TRACKER_PROJECT
 
 logger = logging.getLogger(__name__)
 
-# What a run writes, beside its checkpoints. All else in its folder is the user's: evaluations of it too.
+# What a run writes, besides its checkpoints. Everything else in its folder is the user's, including evaluations.
 _WRITTEN = (
     "metrics.jsonl", "evaluations.jsonl", "config.yaml", "environment.json", "warmup_from.json", "push.log",
     "grid.png", "loss_curve.png", "quality_curve.png", "probes.png", "samples/step-*.png",
@@ -52,12 +52,12 @@ _WRITTEN = (
 
 class RunFolder:
     """
-    The folder that a run writes to: a context manager, entered by all processes before any of them reads what is there. The
-    main process owns it until the end; a second start on it ends before it touches anything.
+    The folder that a run writes to: a context manager that all ranks enter before any of them reads what is there. The main rank
+    owns it until the end; a second start on it ends before it touches anything.
 
     Args:
-        path (`str` or `os.PathLike`): The folder, there or not.
-        accelerator (`Accelerator`): The processes.
+        path (`str` or `os.PathLike`): The folder, which need not exist.
+        accelerator (`Accelerator`): The ranks.
     """
 
     def __init__(self, path: str | os.PathLike[str], accelerator: Accelerator) -> None:
@@ -80,27 +80,27 @@ class RunFolder:
 
     def begin(self, resume_step: int | None, full_step: int, may_replace: bool) -> None:
         """
-        Makes the folder ready for the first step, after all checks; all processes call it.
+        Prepares the folder for the first step, after all checks; all ranks call it.
 
         Args:
-            resume_step (`int`, *optional*): Step to go on from; `None` for a new run.
+            resume_step (`int`, *optional*): Step to resume from; `None` for a new run.
             full_step (`int`): The same, counted from the hand-over.
-            may_replace (`bool`): A new run may take the place of the one that is there.
+            may_replace (`bool`): A new run may replace an earlier one.
 
         Raises:
-            ValueError: if the folder cannot be written to, or holds a run that a new one may not replace.
+            ValueError: if the folder cannot be written to, or holds a run that must not be replaced.
         """
         decided_by_main(self.accelerator, lambda: self._begin(resume_step, full_step, may_replace))
 
     def step_made(self) -> None:
-        """Lets go of the run that was there before, once a step of this one is on disk."""
+        """Deletes the earlier run once a step of this one is on disk."""
         if self._has_set_aside:
             sync(self.path / "metrics.jsonl")
             recover(self.path)
             self._has_set_aside = False
 
     def _own(self) -> None:
-        if self.path.is_dir():  # otherwise there is nothing to own before `begin`
+        if self.path.is_dir():  # otherwise there is nothing to own until `begin`
             self._acquire()
             recover(self.path)
 
@@ -119,38 +119,25 @@ class RunFolder:
             check_vacant(self.path, may_replace)
             self._has_set_aside = True
             set_aside(self.path)
-        elif (self.path / "environment.json").is_file():  # of a start that failed before its first step
+        elif (self.path / "environment.json").is_file():  # left by a start that failed before its first step
             for path in list(written_files(self.path)):
                 _remove(path)
 
 
 def check_vacant(folder: Path, may_replace: bool) -> None:
-    """
-    Args:
-        folder (`Path`): Where a new run is to write.
-        may_replace (`bool`): Whether it may take the place of another.
-
-    Raises:
-        ValueError: if it holds a run that it may not replace.
-    """
+    """Raises ValueError if a folder holds a run that a new one may not replace."""
     if holds_run(folder) and not may_replace:
         raise ValueError(
-            f"{folder} holds a run already: continue it with --resume_from_checkpoint latest, choose another "
+            f"{folder} already holds a run: resume it with --resume_from_checkpoint latest, choose another "
             "--output_dir, or delete it with --overwrite_output_dir"
         )
 
 
 def written_files(folder: Path) -> Iterator[Path]:
-    """
-    Args:
-        folder (`Path`): Folder of a run.
-
-    Returns:
-        `Iterator[Path]`: What the run wrote: files, and folders that are its own altogether.
-    """
+    """What a run wrote: files, and folders that belong to it entirely."""
     yield from named_checkpoints(folder)
     patterns = list(_WRITTEN)
-    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):  # without a config, no tracker began
+    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):  # without a config, no tracker was started
         config = yaml.safe_load((folder / "config.yaml").read_text())
         project = config.get("tracker_project_name", TRACKER_PROJECT)  # a key of earlier versions
         patterns += [
@@ -161,12 +148,7 @@ def written_files(folder: Path) -> Iterator[Path]:
 
 
 def set_aside(folder: Path) -> None:
-    """
-    Moves what a run wrote to `.overwritten`, from where [`recover`] brings it back if the one that follows makes no step.
-
-    Args:
-        folder (`Path`): Folder of the run.
-    """
+    """Moves what a run wrote to `.overwritten`; [`recover`] brings it back if the next run makes no step."""
     unfinished = folder / ".overwriting"
     for path in list(written_files(folder)):
         target = unfinished / path.relative_to(folder)
@@ -178,10 +160,7 @@ def set_aside(folder: Path) -> None:
 
 def recover(folder: Path) -> None:
     """
-    Ends an overwriting that was begun: what was set aside is deleted if the new run has made a step, and comes back if not.
-
-    Args:
-        folder (`Path`): Folder of a run.
+    Finishes an interrupted overwrite: deletes what was set aside if the new run made a step, otherwise brings it back.
     """
     unfinished, complete, metrics = folder / ".overwriting", folder / ".overwritten", folder / "metrics.jsonl"
     if complete.is_dir():
@@ -202,8 +181,8 @@ def recover(folder: Path) -> None:
 
 def go_back(folder: Path, step: int, full_step: int) -> None:
     """
-    Makes a run's folder that of the run at a checkpoint. Later checkpoints and weight averages are moved to a folder of their own
-    beside the lines that led to them; lines after the last checkpoint, which come again, are none of that.
+    Puts a run's folder back to the state at a checkpoint. Later checkpoints and weight averages move to a folder of their own,
+    with a copy of the lines that led to them; lines after the last checkpoint are dropped, since their steps are repeated.
 
     Args:
         folder (`Path`): Folder of the run.
@@ -216,11 +195,11 @@ def go_back(folder: Path, step: int, full_step: int) -> None:
     later = [path for path in named_checkpoints(folder) if step_of(path) > step]
     snapshots = later_snapshots(folder / "ema_snapshots", full_step)
     if not later:
-        for path in snapshots:  # of steps that are made again
+        for path in snapshots:  # of steps that are repeated
             path.unlink()
         return
     if all(find_damage(path) is not None or is_within_streak(path) for path in later):
-        aside = folder / "passed-over"  # by "latest", at each start of a chain of jobs: one copy is enough
+        aside = folder / "passed-over"  # by "latest", perhaps at each start in a chain of jobs: one copy is enough
     else:
         aside = next(path for i in itertools.count(1) if not (path := folder / f"rewound-{i}").exists())
     aside.mkdir(exist_ok=True)
@@ -249,6 +228,6 @@ def _remove_empty(parent: Path, folder: Path) -> None:
     while parent != folder:
         try:
             parent.rmdir()
-        except OSError:  # it holds something else
+        except OSError:  # not empty
             return
         parent = parent.parent

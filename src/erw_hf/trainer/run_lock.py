@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""One owner at a time for the folder of a run or of a latent cache."""
+"""The lock that gives the folder of a run or of a latent cache one owner at a time."""
 
 import contextlib
 import errno
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 HEARTBEAT_SECONDS = 10.0
-# What disks answer that have no locks: NFS without its lock service, Lustre without "flock", FUSE.
+# Errors of disks without locks: NFS without its lock service, Lustre without "flock", FUSE.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -38,9 +38,9 @@ class RunLock:
     """
     The file `.lock` of a folder, for as long as a process owns the folder.
 
-    It holds a lock of the system where the disk has them. That ends with the process, also by kill -9, and is not inherited
-    by its children, as `flock` would be. Beside it stand host and process, and the time of the file goes on as a heartbeat: for a
-    disk without locks, and for one whose locks another host does not see.
+    It holds a lock of the operating system if the disk supports them. Such a lock ends with the process, also by kill -9, and
+    children do not inherit it, unlike with `flock`. The file also contains host and process, and its time stamp serves as a heartbeat,
+    for disks without locks and for those whose locks another host does not see.
 
     Args:
         folder (`Path`): The folder, which exists.
@@ -75,7 +75,7 @@ class RunLock:
         threading.Thread(target=self._beat, daemon=True).start()
 
     def release(self) -> None:
-        """Gives the folder back, and removes the file."""
+        """Gives the folder back and removes the file."""
         if self._descriptor is not None:
             self._ended.set()
             if self._is_current(self._descriptor):
@@ -87,18 +87,20 @@ class RunLock:
         locked = self._lock(descriptor)
         owner, own = _read_owner(descriptor), _this_process()
         same_host = {**owner, "pid": 0} == {**own, "pid": 0}
-        # A lock that could be had, or a process that is gone, says enough on the host that they are of.
+        # On the owner's host, a free lock or a dead process is proof enough.
         is_dead = not owner or owner == own or (same_host and (locked or not _exists(owner["pid"])))
         if not is_dead:
             if self._beats(descriptor, owner):
                 raise self._owned(owner)
-            self._lock(descriptor)  # once more: whoever closes a file gives back all locks that the process has on it
+            self._lock(
+                descriptor
+            )  # again, because closing any handle of a file releases all locks that the process has on it
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(own).encode(), 0)
         os.fsync(descriptor)
 
     def _lock(self, descriptor: int) -> bool:
-        """Takes the lock of the system; returns whether the disk has any."""
+        """Takes the system's lock; returns whether the disk supports locks."""
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -110,19 +112,19 @@ class RunLock:
         return True
 
     def _beats(self, descriptor: int, owner: dict[str, Any]) -> bool:
-        """Whether the owner is alive, as far as the time of its file says. Its clock need not be ours."""
+        """Whether the owner is alive, judged by the file's time stamp. Its clock may differ from ours."""
         last = os.fstat(descriptor).st_mtime_ns
         if abs(time.time() - last / 1e9) > 3600:
             return False
         logger.warning(
             f"{self.folder} was last written to by process {owner['pid']} on {owner['host']}: waiting up to "
-            f"{3 * HEARTBEAT_SECONDS:.0f} s to see whether that is alive"
+            f"{3 * HEARTBEAT_SECONDS:.0f} s to see whether it is alive"
         )
         deadline = time.monotonic() + 3 * HEARTBEAT_SECONDS
         while time.monotonic() < deadline:
             time.sleep(HEARTBEAT_SECONDS / 10)
             try:
-                with self.path.open("rb") as file:  # opened anew, which asks a network disk for its present state
+                with self.path.open("rb") as file:  # reopened, so that a network disk reports the current state
                     if os.fstat(file.fileno()).st_mtime_ns != last:
                         return True
             except FileNotFoundError:  # it has just ended
@@ -149,7 +151,7 @@ class RunLock:
 
 
 def _this_process() -> dict[str, Any]:
-    try:  # containers may share a host's name, but not the numbers of its processes
+    try:  # containers may share a host's name but not its process ids
         namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
         namespace = 0
@@ -157,7 +159,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _read_owner(descriptor: int) -> dict[str, Any]:
-    """Empty if the file is, or holds something else."""
+    """The owner; empty if the file is empty or holds something else."""
     try:
         owner = json.loads(os.pread(descriptor, 4096, 0))
         return {"host": str(owner["host"]), "namespace": owner["namespace"], "pid": int(owner["pid"])}

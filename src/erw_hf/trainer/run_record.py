@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a run writes about itself: `metrics.jsonl` and `environment.json`, and what it cost by them.
+"""A run's record of itself: `metrics.jsonl` and `environment.json`, and the cost computed from them.
 
 The fields of a line come from `trainer.step_log`.
 """
@@ -30,29 +30,23 @@ from erw_hf.files import written_whole
 logger = logging.getLogger(__name__)
 
 STATED_PACKAGES = ("torch", "diffusers", "accelerate", "erw-hf")  # whose versions a card names
-# Keys of a run that name a thing by its Hub id or its path; the path means nothing elsewhere.
+# Keys that hold a Hub id or a path; a path means nothing elsewhere.
 
 
 def split_names(names: str) -> list[str]:
-    """
-    Args:
-        names (`str`): One name, or several separated by commas, as `encoder` takes them.
-
-    Returns:
-        `list[str]`: The names.
-    """
+    """The names in a text that separates them by commas, such as `encoder`."""
     return [name.strip() for name in names.split(",") if name.strip()]
 
 
 class MetricsFile:
     """
-    `metrics.jsonl`: one JSON line for each optimizer step, without gap or double however often the run is killed.
+    `metrics.jsonl`: one JSON line per optimizer step, without gaps or duplicates however often the run is killed.
 
     Args:
         path (`str` or `os.PathLike`): The file.
         resume_step (`int`):
-            Last step to keep. Lines up to it stay byte for byte; later ones go, and with a warning what a power cut has made
-            unreadable.
+            Last step to keep. Lines up to it stay byte for byte; later ones, and (with a warning) lines that a power cut made
+            unreadable, are removed.
     """
 
     def __init__(self, path: str | os.PathLike[str], resume_step: int) -> None:
@@ -61,25 +55,14 @@ class MetricsFile:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, object]) -> None:
-        """
-        Appends one step's record and flushes it. JSON has no NaN: a non-finite value becomes null.
-
-        Args:
-            record (`dict[str, object]`): The record.
-        """
+        """Appends one step's record and flushes it. JSON lacks NaN: a non-finite value becomes null."""
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
 
 def keep_until(path: Path, step: int) -> None:
-    """
-    Drops the lines after a step, and with a warning those that cannot be read. The others stay byte for byte.
-
-    Args:
-        path (`Path`): A `metrics.jsonl`; it need not exist.
-        step (`int`): Last step to keep.
-    """
+    """Removes the lines after a step, and with a warning those that cannot be read. The others stay byte for byte."""
     if not path.exists():
         return
     before = path.read_bytes()
@@ -92,22 +75,16 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """
-    Args:
-        path (`str` or `os.PathLike`): A `metrics.jsonl`.
-
-    Returns:
-        `list[dict]`: Its records. What cannot be read, as after a power cut, is left out with a warning.
-    """
+    """The records of a `metrics.jsonl`. Unreadable lines, as after a power cut, are skipped with a warning."""
     return [record for _, record in _readable(Path(path).read_bytes(), Path(path))]
 
 
 def _readable(text: bytes, path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines of a record of steps, which rise, and what each says."""
+    """The readable lines with rising steps, and their content."""
     *lines, torn = text.split(b"\n")
     unreadable, last_step = torn.strip(b"\0") != torn, -1
     for line in lines:
-        line = line.strip(b"\0")  # blocks of a file that were not on disk yet
+        line = line.strip(b"\0")  # blocks of the file that had not reached the disk
         try:
             record = json.loads(line)
             rises = record["step"] > last_step
@@ -119,18 +96,18 @@ def _readable(text: bytes, path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]
         else:
             unreadable = True
     if unreadable:
-        logger.warning(f"{path}: unreadable lines, as a power cut leaves them, are left out")
+        logger.warning(f"{path}: skipped unreadable lines, as a power cut leaves them")
 
 
 def training_cost(metrics: Path, environment: dict[str, Any] | None, warmup_steps: int = 0) -> dict[str, Any]:
     """
-    What a run has cost, the warmup counted, from its own record. A run that branched off another counts that one's steps; the
-    time of those is not known.
+    What a run has cost, the warmup counted, from its own record. A run that branched off includes the steps of the first run, but
+    not their time, which is unknown.
 
     Args:
         metrics (`Path`): `metrics.jsonl`.
         environment (`dict`, *optional*): `environment.json`, hardware and versions.
-        warmup_steps (`int`, *optional*, defaults to 0): Those of a run that branched off after its warmup, which no line tells.
+        warmup_steps (`int`, *optional*, defaults to 0): Warmup steps of a run that branched off after its warmup; its lines lack them.
 
     Returns:
         `dict[str, Any]`: `steps`, and `rows` for a table.
@@ -140,7 +117,7 @@ def training_cost(metrics: Path, environment: dict[str, Any] | None, warmup_step
     losses: list[float | None] = []
     before: dict[str, Any] = {"step": 0, "phase": None, "images_seen": 0, "flops": 0.0}
     for record in read_metrics(metrics):
-        # Each step has as many images as any other, so that a line tells them without the one before it.
+        # All steps have the same number of images, so a line is enough without the one before it.
         step_images = record["images_seen"] / record["step"]
         step_seconds = step_images / record["images_per_second"]
         own_images += step_images
@@ -168,12 +145,12 @@ def training_cost(metrics: Path, environment: dict[str, Any] | None, warmup_step
     if finite:
         rows.append((f"loss, mean of the last {len(losses)} steps", f"{sum(finite) / len(finite):.4f}"))
     if seconds:
-        rows.append(("hours in steps", f"{seconds / 3600:.2f} ({own_images / seconds:.0f} images a second)"))
+        rows.append(("hours in steps", f"{seconds / 3600:.2f} ({own_images / seconds:.0f} images per second)"))
         rows.append(("waiting for data", f"{waited / seconds:.1%} of that"))
     if used:
         rows.append(("MFU", f"{used / seconds:.1%} of the GPUs' dense bf16 peak"))
     if peak_memory:
-        rows.append(("peak memory", f"{peak_memory:.1f} GiB for the main process"))
+        rows.append(("peak memory", f"{peak_memory:.1f} GiB on the main rank"))
     if environment is not None:
         processes = environment["processes"]
         rows.append(("hardware", f"{processes} x {environment['hardware']}"))
@@ -185,18 +162,10 @@ def training_cost(metrics: Path, environment: dict[str, Any] | None, warmup_step
 
 def describe_environment(device_type: str, processes: int, mixed_precision: str, local: list[str]) -> dict[str, Any]:
     """
-    What a run's figures need beside them.
-
-    Args:
-        device_type (`str`): `"cuda"`, `"cpu"` or another one.
-        processes (`int`): Number of training processes.
-        mixed_precision (`str`): Precision as applied: `"no"`, `"fp16"` or `"bf16"`.
-        local (`list[str]`): Models and data of this machine, see [`~trainer.config.local_names`].
-
-    Returns:
-        `dict[str, Any]`: These, with `hardware` of one process and `versions`.
+    Precision, ranks, hardware and versions: what a run's numbers need beside them. `local` names models and data of
+    this machine.
     """
-    # Here: it imports torch, which whoever only reads a record does without.
+    # Imported here, so that reading a record does not import torch.
     from erw_hf.provenance import device_name, versions
 
     hardware = device_name(device_type) + ("" if device_type == "cuda" else f", {os.cpu_count()} cores")

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a run is made of, from its configuration: data, autoencoder, encoders, the models of the two phases."""
+"""Building the inputs of a run from its configuration: data, autoencoder, encoders, the models of the two phases."""
 
 import contextlib
 import json
@@ -95,7 +95,7 @@ class Inputs:
 
 
 def open_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
-    """Loads everything, and finds out whether it fits together."""
+    """Loads everything and checks that it fits together."""
     source = load_source(**config.source_arguments())
     check_cache(config, source)
     vae, image_size, channels = load_vae(config, accelerator.device)
@@ -167,7 +167,7 @@ def check_start(config: TrainingConfig, encoder: RepresentationEncoder, cached: 
 
 @torch.no_grad()
 def nonfinite_inputs(inputs: Inputs, samples: Mapping[str, torch.Tensor]) -> list[str]:
-    """What of a batch's latents and tokens holds NaN or infinity, by the name of the model that made it."""
+    """Which of a batch's latents and tokens hold NaN or infinity, by the name of the model that made them."""
     config, vae = inputs.config, inputs.vae
     samples = to_device(dict(samples), inputs.accelerator.device)
     found = {}
@@ -231,7 +231,7 @@ def vae_precision(device_type: str, mixed_precision: str) -> str:
 
 
 def load_encoders(config: TrainingConfig, device: torch.device, mixed_precision: str) -> list[RepresentationEncoder]:
-    """The teachers, in the precision of the run and compiled if it compiles; none for a run that aligns nowhere."""
+    """The teachers, in the precision of the run and compiled if it compiles; empty for a run without alignment."""
     return [_load_encoder(config, name, _encoder_dtype(mixed_precision), device) for name in config.encoders]
 
 
@@ -255,21 +255,14 @@ def _load_encoder(
 
 def check_cache(config: TrainingConfig, source: Source) -> None:
     """
-    Sees to it that a latent cache is read as what it was written as.
-
-    Args:
-        config ([`TrainingConfig`]): The run.
-        source ([`~data.source.Source`]): Its data; nothing is asked of what is no cache.
-
-    Raises:
-        ValueError: if the cache is of another autoencoder, size or encoder, has not all of its files, or the run asks
-            for what a cache cannot give.
+    Checks that a latent cache was made with the autoencoder, size and encoder of this run. Raises ValueError if not,
+    if it is incomplete, or if the run asks for what a cache cannot provide. Other data passes.
     """
     if not source.is_latent_cache:
         return
     if source.has_features and len(config.encoders) > 1:
         raise ValueError(
-            "a latent cache holds the tokens of one encoder: leave its column `features` out to align with several"
+            "a latent cache holds the tokens of one encoder: to align with several, make it without --encoder"
         )
     if source.has_features and config.class_token_weight > 0:
         raise ValueError(
@@ -278,7 +271,7 @@ def check_cache(config: TrainingConfig, source: Source) -> None:
             "to 0"
         )
     if config.vae is None:
-        raise ValueError(f"{config.dataset_name} is a latent cache: name the vae that it was made with")
+        raise ValueError(f"{config.dataset_name} is a latent cache: set vae to the one it was made with")
     if config.random_flip:
         raise ValueError("random_flip does not work on a latent cache: cache the flipped images too (--flipped)")
     folder = Path(config.dataset_name)
@@ -286,7 +279,7 @@ def check_cache(config: TrainingConfig, source: Source) -> None:
     if not folder.exists():
         with contextlib.suppress(EntryNotFoundError):
             record = Path(hf_hub_download(config.dataset_name, "cache.json", repo_type="dataset"))
-    if not record.is_file():  # moved without its record
+    if not record.is_file():  # the cache was moved without its record
         return
     made = json.loads(record.read_text())
     if made.get("encoder") is not None and config.encoders:
@@ -298,7 +291,7 @@ def check_cache(config: TrainingConfig, source: Source) -> None:
         raise ValueError(f"the cache has sample_size {made['sample_size']}, the config {config.sample_size}")
     if Path(made["vae"]).name != Path(config.vae).name:
         raise ValueError(f"the cache was made with the vae {made['vae']!r}, the config names {config.vae!r}")
-    if not folder.exists():  # a push is of whole caches
+    if not folder.exists():  # pushed caches are complete
         return
     check_cache_files(folder)
 
@@ -331,7 +324,7 @@ def build_warmup_model(
 def build_full_model(
     config: TrainingConfig, num_classes: int, encoders: Encoders, start_encoder: RepresentationEncoder | None = None
 ) -> AlignedTransformer:
-    """The model of phase 2, without projectors where nothing is aligned; with `start_encoder` its first blocks are that one's."""
+    """The model of phase 2, without projectors if nothing is aligned; with `start_encoder` its first blocks are that one's."""
     transformer = ERWTransformer2DModel(**config.model_config(num_classes, class_token_dim(config, encoders)))
     if start_encoder is not None:
         _start(transformer, config, start_encoder)
@@ -347,22 +340,22 @@ def _start(transformer: ERWTransformer2DModel, config: TrainingConfig, encoder: 
 
 
 def compile_blocks(transformer: ERWTransformer2DModel, device_type: str) -> None:
-    """Compiles the blocks in place; one compilation serves them all."""
-    # Without this Inductor's tanh, of GELU, takes a CPU three times as long as its exponential does.
+    """Compiles the blocks in place; one compilation serves all of them."""
+    # Without this, Inductor's tanh in GELU takes three times as long on a CPU as its exponential.
     options = {"cpp.use_decompose_tanh": True} if device_type == "cpu" else None
     transformer.compile_repeated_blocks(fullgraph=True, options=options)
 
 
 def choose_attention(transformer: ERWTransformer2DModel, device_type: str, mixed_precision: str) -> None:
     """
-    Lets a CPU in bf16 multiply the matrices of a short attention one by one. torch's fused kernel takes ten times as long there
-    to go back through 16 patch tokens, twice as long through 64, and a third of the time through 256 (Xeon with AMX, torch
-    2.14). What samples keeps its kernel.
+    Lets a CPU in bf16 compute a short attention as separate matrix products. torch's fused kernel takes ten times as long for the
+    backward pass with 16 patch tokens, twice as long with 64, and a third of the time with 256 (Xeon with AMX, torch 2.14).
+    Sampling keeps the fused kernel.
     """
     tokens = (transformer.config.sample_size // transformer.config.patch_size) ** 2
     if device_type == "cpu" and mixed_precision == "bf16" and tokens <= 64:
         for processor in transformer.attn_processors.values():
-            # Not `set_attention_backend`, which changes all other models of the process too.
+            # Not `set_attention_backend`, which would change every model in this process.
             processor._attention_backend = AttentionBackendName._NATIVE_MATH
 
 
@@ -377,7 +370,7 @@ def class_token_dim(config: TrainingConfig, encoders: Encoders) -> int | None:
 
 
 def build_teacher(config: TrainingConfig, encoders: Encoders, cached: bool) -> Teacher:
-    """The teacher of a run; `cached`: the encoders' tokens lie in a latent cache."""
+    """The teacher of a run; `cached`: the encoders' tokens come from a latent cache."""
     return Teacher(
         encoders,
         spatial_norm=config.spatial_norm,
@@ -396,7 +389,7 @@ def build_objective(config: TrainingConfig) -> Objective:
 
 
 def _aligns_class_token(config: TrainingConfig) -> bool:
-    """REG does; iREPA's convolution over the grid has no place for it."""
+    """REG aligns it; iREPA's convolution over the grid cannot take it."""
     return config.class_token_weight > 0 and config.projector != "conv"
 
 

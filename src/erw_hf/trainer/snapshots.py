@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a run shows of itself, made with the averaged weights: pictures, measurements, pushes, and its pipeline at the end."""
+"""Pictures, measurements, pushes and the final pipeline of a run, made with the averaged weights."""
 
 import math
 from collections.abc import Callable
@@ -41,7 +41,7 @@ logger = get_logger(__name__)
 
 class Snapshots:
     """
-    All processes make one and call it, since weights may be sharded and images are measured together.
+    Created and called on all ranks, since weights may be sharded and images are measured together.
 
     Args:
         inputs ([`~trainer.setup.Inputs`]): The run.
@@ -77,7 +77,7 @@ class Snapshots:
                 self.push.submit(step, make_pipeline and make_pipeline().save_pretrained, checkpoint)
 
     def finish(self, phase: Phase | None) -> None:
-        """Leaves the pipeline, a grid of its pictures and the loss curve, and has them pushed; `None`: a warmup alone."""
+        """Writes the pipeline, a grid of its pictures and the loss curve, and has them pushed; `None` after a warmup alone."""
         folder, make_pipeline = self.folder, None if phase is None else self._pipeline(phase)
         if make_pipeline is not None and self.inputs.accelerator.is_main_process:
             pipeline = make_pipeline()
@@ -94,7 +94,7 @@ class Snapshots:
             self.push.submit(self.progress.step, partial(link_folder, folder / "pipeline"), self._checkpoint())
 
     def wait_for_push(self) -> None:
-        """Waits for the push of the finished run, whose failure costs nothing but a command."""
+        """Waits for the push of the finished run; after a failure one command finishes it."""
         if self.push is None:
             return
         repo_id = self.inputs.config.hub_model_id
@@ -121,12 +121,12 @@ class Snapshots:
         it, since weights may be sharded; what it returns concerns one alone."""
         weights = whole_state_dict(phase.transformer) if phase.ema is None else phase.ema.weights()
         inputs = self.inputs
-        num_layers = phase.transformer.config.num_layers  # in the warmup it is a model of fewer blocks
+        num_layers = phase.transformer.config.num_layers  # fewer in the warmup
 
         def make() -> ERWPipeline:
             with inputs.accelerator.device:  # initialising XL takes a CPU 20 s
                 transformer = ERWTransformer2DModel(**inputs.model_config | {"num_layers": num_layers})
-            transformer.load_state_dict(weights, strict=False)  # buffers are no weights
+            transformer.load_state_dict(weights, strict=False)  # the averages lack buffers
             pipeline = ERWPipeline(
                 transformer=transformer.eval(),
                 vae=inputs.vae,

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a step leaves: its line of `metrics.jsonl`, its values on the trackers, its figures on the bar."""
+"""Logging a step: its line of `metrics.jsonl`, its values for the trackers, its numbers on the progress bar."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -38,10 +38,10 @@ from erw_hf.trainer.trackers import TRACKER_PROJECT, ForgivingTracker
 @dataclass
 class Step:
     """
-    An optimizer step that is done as far as the host knows.
+    An optimizer step that the host has launched.
 
     Args:
-        started (`float`): When the host began with it, on `time.perf_counter`'s clock.
+        started (`float`): When the host began it, on `time.perf_counter`'s clock.
         waited (`float`): Seconds that this process waited for data.
         weight (`float`): lambda.
         learning_rate (`float`): Learning rate.
@@ -61,9 +61,9 @@ class Step:
 
 class StepLog:
     """
-    Writes a step down while the next one runs, so that the host never waits for the device.
+    Logs a step while the next one runs, so that the host never waits for the device.
 
-    What ends a run comes with the losses, in one reduction: SIGTERM for any process, data that any of them lacks, and a
+    Reasons to end a run travel with the losses in one reduction: SIGTERM to any rank, missing data on any rank, and a
     gradient that stays non-finite.
 
     Args:
@@ -89,12 +89,12 @@ class StepLog:
         if accelerator.is_main_process:
             self._file = MetricsFile(Path(config.output_dir) / "metrics.jsonl", resume_step=progress.step)
         if config.report_to != "none":
-            # What trackers take as numbers stays one, so that runs can be sorted by it.
+            # Numbers stay numbers on the trackers, so that runs can be sorted by them.
             hyperparameters = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in vars(config).items()}
             accelerator.init_trackers(TRACKER_PROJECT, config=hyperparameters)
             accelerator.trackers = [ForgivingTracker(tracker) for tracker in accelerator.trackers]
         self._late: _LateStep | None = None
-        self._last_arrival = 0.0  # when the device was done with the last step that was written
+        self._last_arrival = 0.0  # when the device finished the last logged step
 
     def steps(self, phase: Phase) -> Iterable[int]:
         """The steps that are left of a phase, with a bar on the main process."""
@@ -145,7 +145,7 @@ class StepLog:
         config, accelerator, progress = self.inputs.config, self.inputs.accelerator, self.progress
         late, self._late = self._late, None
         values, arrived = late.fetch()
-        # The device began with this step when the host did, or when it was done with the step before.
+        # The device began this step when the host did, or when it finished the previous one.
         seconds = arrived - max(late.step.started, self._last_arrival)
         self._last_arrival = arrived
         if values["failing"]:
@@ -171,7 +171,7 @@ class StepLog:
         self._bar.set_postfix({"img/s": f"{record['images_per_second']:.0f}", **shown}, refresh=False)
         if progress.nonfinite_in_a_row >= config.max_nonfinite_steps:
             raise RuntimeError(
-                f"{progress.nonfinite_in_a_row} steps in a row had a non-finite gradient and were left out. {self._why()}"
+                f"{progress.nonfinite_in_a_row} steps in a row had a non-finite gradient and were skipped. {self._why()}"
             )
         return values["stopping"] > 0
 
@@ -180,8 +180,8 @@ class StepLog:
         mine = nonfinite_inputs(self.inputs, self.batches.last or {})
         if broken := sorted(set(gather_object(mine))):
             return (
-                f"Their inputs are broken: {', '.join(broken)} hold NaN or infinity. A lower learning_rate does not help, "
-                "another model or precision does"
+                f"Their inputs are broken: {', '.join(broken)} hold NaN or infinity. A lower learning_rate does not help; "
+                "use another model or precision"
             )
         return (
             "Their latents and tokens are finite, so the training diverged: resume from the last checkpoint in "

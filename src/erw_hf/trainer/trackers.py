@@ -29,10 +29,10 @@ TRACKER_PROJECT = "erw"
 @contextlib.contextmanager
 def forgiven(missing: str) -> Iterator[None]:
     """
-    Lets what is nice to have fail. Not for what processes do together, unless it fails on all of them.
+    Turns a failure of something optional into a warning. Not for collective work, unless it fails on all ranks.
 
     Args:
-        missing (`str`): What is not there if it does, for the warning.
+        missing (`str`): What is missing after a failure, for the warning.
 
     Returns:
         `contextlib.AbstractContextManager`: The block that may fail.
@@ -40,12 +40,12 @@ def forgiven(missing: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        logger.warning(f"{missing}, the run goes on: {type(error).__name__}: {error}")
+        logger.warning(f"{missing}, the run continues: {type(error).__name__}: {error}")
 
 
 class ForgivingTracker:
     """
-    A tracker of accelerate, whose failures cost its own record alone. It warns at the first and tries again each time.
+    A tracker of accelerate whose failures cost only its own record. It warns at the first failure and keeps trying.
 
     Args:
         tracker (`GeneralTracker`): The tracker, started.
@@ -65,7 +65,7 @@ class ForgivingTracker:
                 return attribute(*args, **kwargs)
             except Exception as error:
                 if not self._has_warned:
-                    logger.warning(f"the tracker {self._tracker.name} failed, the run goes on: {error!r}")
+                    logger.warning(f"the tracker {self._tracker.name} failed, the run continues: {error!r}")
                 self._has_warned = True
 
         return forgiving
