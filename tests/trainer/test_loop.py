@@ -73,12 +73,15 @@ def test_losses_and_flags_come_back_by_name():
 
 def test_the_objective_is_made_of_the_keys_of_the_run():
     changed = {
-        "path_type": "cosine", "prediction_type": "sample", "timestep_distribution": "logit_normal",
-        "timestep_logit_mean": 0.1,
+        "path_type": "cosine", "timestep_distribution": "logit_normal", "timestep_logit_mean": 0.1,
         "timestep_logit_std": 2.0, "timestep_shift": 3.0, "contrastive_weight": 0.05, "class_token_weight": 0.03,
-        "projector": "conv", "alignment_mask_ratio": 0.25, "alignment_schedule": "stop", "alignment_weight": 0.25, "alignment_half_life": 7, "alignment_stop_step": 9,
+        "projector": "conv", "alignment_mask_ratio": 0.25, "alignment_schedule": "stop", "alignment_weight": 0.25,
+        "alignment_half_life": 7, "alignment_stop_step": 9,
     }  # fmt: skip
-    assert set(changed) == {field.name for field in fields(Objective)} - {"align"}  # a new field: a new key
+    assert set(changed) == {field.name for field in fields(Objective)} - {
+        "align",
+        "prediction_type",
+    }  # a new field: a new key
     config = TrainingConfig(in_channels=3, encoder="x/y", alignment_loss="structural", **changed)
     objective = build_objective(config)
     assert {name: getattr(objective, name) for name in changed} == changed
@@ -88,4 +91,6 @@ def test_the_objective_is_made_of_the_keys_of_the_run():
         TrainingConfig(in_channels=3, encoder="x/y", alignment_loss="nt_xent", alignment_temperature=0.3)
     ).align
     assert (temperate.func, temperate.keywords) == (nt_xent_alignment_loss, {"temperature": 0.3})
+    # Samples are predicted on the linear path alone.
+    assert build_objective(TrainingConfig(in_channels=3, prediction_type="sample")).prediction_type == "sample"
     assert build_objective(TrainingConfig(in_channels=3)).weight_at(0) == 0  # nothing to align with
