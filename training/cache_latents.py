@@ -60,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dataset_split", default="train")
     parser.add_argument("--image_column")
     parser.add_argument("--label_column")
+    parser.add_argument("--num_classes", type=int, help="from the dataset by default; 0 caches it without labels")
     parser.add_argument("--vae", required=True, help="Hub id or folder of a diffusers autoencoder")
     parser.add_argument("--sample_size", type=int, default=32, help="side of the latent")
     parser.add_argument("--encoder", help="also store this encoder's tokens, in bfloat16: large, for short warmups")
@@ -115,8 +116,9 @@ def write_cache(args: argparse.Namespace, accelerator: Accelerator) -> str:
     if args.push_to_hub and accelerator.is_main_process:  # now, not hours later
         repo_id = prepare_repo(repo_id, args.hub_private, repo_type="dataset")
     source = load_source(
-        args.dataset_name, args.dataset_split, args.dataset_config_name, args.image_column, args.label_column
-    )
+        args.dataset_name, args.dataset_split, args.dataset_config_name, args.image_column, args.label_column,
+        args.num_classes,
+    )  # fmt: skip
     read_row(source, 0)  # fails now if no image is readable
     vae = AutoModel.from_pretrained(args.vae).to(accelerator.device).eval().requires_grad_(False)
     side = args.sample_size * ERWPipeline.vae_scale_factor_of(vae)
@@ -158,7 +160,7 @@ def check_same_run(args: argparse.Namespace, folder: Path, data: dict[str, objec
     settings = {key: value for key, value in vars(args).items() if key not in free}
     path = folder / "cache.json"
     if path.exists():
-        before = json.loads(path.read_text())
+        before = {"num_classes": None, **json.loads(path.read_text())}  # older caches lack it
         data_before = before.pop("data", None)
         if before != settings:
             raise ValueError(f"{folder} was begun with other settings ({path}): use those, or another --output_dir")

@@ -75,6 +75,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--image_size", type=int, help="crop and resize --images and the reference dataset to this side, in pixels"
     )
+    parser.add_argument(
+        "--image_column", help="of --images and of a reference dataset: column of images; detected by default"
+    )
+    parser.add_argument("--label_column", help="of --images, if a dataset: column of labels; detected by default")
+    parser.add_argument(
+        "--num_classes", type=int, help="of --images: from the dataset by default; 0 reads it without labels"
+    )
     parser.add_argument("--num_samples", type=int, help="default: 50 000 for a model, all of --images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--labels", choices=("random", "balanced"), default="random")
@@ -117,10 +124,10 @@ def parse_arguments() -> argparse.Namespace:
         args = parser.parse_args()
     elif (args.model is None) == (args.images is None):
         parser.error("name what to evaluate: --model or --images")
-    resolve_flags(
-        parser, args, ["output_dir", "record", "save_reference", "inception_weights"],
-        ["model", "images", "reference", "extractor", "dinov2"],
-    )  # fmt: skip
+    # Missing npz files have sentences of their own.
+    files = {name for name in ("images", "reference") if (getattr(args, name) or "").endswith((".npz", ".npy"))}
+    names = {"model", "images", "reference", "extractor", "dinov2"} - files
+    resolve_flags(parser, args, {"output_dir", "record", "save_reference", "inception_weights"} | files, names)
     if args.reference is None and args.save_reference is None:
         parser.error("name what to compare with, --reference, or what to make, --save_reference")
     if problem := problem_of(args):
@@ -141,7 +148,7 @@ def recorded_settings(parser: argparse.ArgumentParser, path: str) -> dict[str, o
 
 def problem_of(args: argparse.Namespace) -> str | None:
     """A problem that the flags alone show; `None` if there is none."""
-    for name, fewest in (("batch_size", 1), ("num_samples", 1), ("num_inference_steps", 1), ("save_steps", 1), ("image_size", 1), ("seed", 0)):  # fmt: skip
+    for name, fewest in (("batch_size", 1), ("num_samples", 1), ("num_inference_steps", 1), ("save_steps", 1), ("image_size", 1), ("seed", 0), ("num_classes", 0)):  # fmt: skip
         value = getattr(args, name)
         if value is not None and value < fewest:
             return f"--{name} must be at least {fewest}, got {value}"
@@ -198,7 +205,7 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
         if args.reference.endswith(".npz") and args.reference != args.save_reference:
             check_reference(args.reference)
         elif not args.reference.endswith(".npz"):
-            real = open_images(args.reference, args.reference_split, images.size[0], labelled=False)
+            real = open_images(args.reference, args.reference_split, images.size[0], args.image_column, num_classes=0)
             check_counts(args.metrics, real.count, f"images in the reference {args.reference}")
         check_counts(args.metrics, images.count, "samples")
     else:
@@ -249,7 +256,9 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
 def open_samples(args: argparse.Namespace, accelerator: Accelerator) -> tuple[ImageSet, dict[str, object] | None]:
     """What is evaluated, and the model that draws it."""
     if args.model is None:
-        images = open_images(args.images, args.split, args.image_size)
+        images = open_images(
+            args.images, args.split, args.image_size, args.image_column, args.label_column, args.num_classes
+        )
         return images if args.num_samples is None else take(images, args.num_samples, args.seed), None
     pipe = load_pipeline(args, accelerator)
     images = generated_images(
@@ -288,8 +297,17 @@ def public_config(component: object) -> dict[str, object]:
     return {name: value for name, value in component.config.items() if not name.startswith("_")}
 
 
-def open_images(name: str, split: str, image_size: int | None, labelled: bool = True) -> ImageSet:
-    return npz_images(name) if name.endswith(".npz") else dataset_images(name, split, image_size, labelled)
+def open_images(
+    name: str,
+    split: str,
+    image_size: int | None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    num_classes: int | None = None,
+) -> ImageSet:
+    if name.endswith(".npz"):
+        return npz_images(name)
+    return dataset_images(name, split, image_size, image_column, label_column, num_classes)
 
 
 def load_extractors(
@@ -324,9 +342,11 @@ def leave_out_what_is_not_done(args: argparse.Namespace, accelerator: Accelerato
         args.mixed_precision, args.labels, args.sampler, args.num_inference_steps = "no", None, None, None
         args.guidance_scale, args.guidance_interval = None, None
     if args.images is None or args.images.endswith(".npz"):
-        args.image_size = args.split = None
+        args.image_size = args.split = args.label_column = args.num_classes = None
     if args.reference is None or args.reference.endswith(".npz"):
         args.reference_split = None
+    if args.split is None and args.reference_split is None:  # no dataset takes part
+        args.image_column = None
     for name, value in wanted.items():
         if value not in (None, getattr(args, name)):
             accelerator.print(f"--{name} {value} does not apply here, {name} is {getattr(args, name)} in the record")

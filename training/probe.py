@@ -43,6 +43,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output_dir", default="outputs/probe")
     parser.add_argument("--model", required=True, help="Hub id or folder of a pipeline")
     parser.add_argument("--dataset_name", required=True)
+    parser.add_argument("--image_column", help="column of images; detected by default")
+    parser.add_argument("--label_column", help="column of labels; detected by default")
+    parser.add_argument("--num_classes", type=int, help="from the dataset by default; 0 reads it without labels")
     parser.add_argument("--train_split", default="train", help="split that the linear probe is fitted on")
     parser.add_argument("--test_split", default="validation", help="split for the accuracy and for CKNNA")
     parser.add_argument("--num_images", type=int, default=10_000, help="maximum per split")
@@ -52,8 +55,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     resolve_flags(parser, args, ["output_dir"], ["model", "dataset_name", "encoder"])
-    for name, fewest in (("num_images", 2), ("neighbours", 1), ("seed", 0)):
-        if getattr(args, name) < fewest:
+    for name, fewest in (("num_images", 2), ("neighbours", 1), ("seed", 0), ("num_classes", 0)):
+        if (getattr(args, name) or 0) < fewest:
             parser.error(f"--{name} must be at least {fewest}, got {getattr(args, name)}")
     if not all(0 <= time <= 1 for time in args.times):
         parser.error(f"--times must lie in [0, 1], got {args.times}")
@@ -78,8 +81,9 @@ def probe(args: argparse.Namespace, accelerator: Accelerator) -> None:
     config = pipe.transformer.config
     side = config.sample_size * pipe.vae_scale_factor
     channels = config.in_channels if pipe.vae is None else image_channels(pipe.vae)
+    columns = {name: getattr(args, name) for name in ("image_column", "label_column", "num_classes")}
     fit_images, test_images = (
-        load_probe_images(load_source(args.dataset_name, split), args.num_images, side, channels, args.seed)
+        load_probe_images(load_source(args.dataset_name, split, **columns), args.num_images, side, channels, args.seed)
         for split in (args.train_split, args.test_split)
     )
     if args.encoder is not None and len(test_images.pixels) <= args.neighbours:

@@ -87,8 +87,8 @@ def test_top_folders_are_classes(tmp_path, names, split, classes):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["train/1", "test/2"], "may be classes or splits without classes.*--dataset_name .*photos/t"),
-        (["train/cat/1", "train/dog/2", "extra/3"], "a split, or a class.*--dataset_name .*photos/train if"),
+        (["train/1", "test/2"], "may be classes or splits without classes: name one, .*photos/t"),
+        (["train/cat/1", "train/dog/2", "extra/3"], "a split, or a class.*Name .*photos/train as the dataset if"),
         (["cat/1", "dog/2", "test/tube/3"], "test holds folders itself"),
         (["my_train/cat/1", "my_train/dog/2", "my_test/cat/3"], "may be classes or splits"),
         (["animals/cat/1", "animals/dog/2", "vehicles/car/3"], "are animals, vehicles the classes, or cat, dog, car"),
@@ -212,7 +212,7 @@ def test_split_arithmetic_and_splits_that_do_not_exist(tmp_path):
     folder = make(tmp_path, *names, "val/cat/1.png")
     assert len(load_source(folder, "train[:30%]").dataset) == 3
     assert len(load_source(folder, "train+validation").dataset) == 11
-    with pytest.raises(ValueError, match="no split 'valid'; --dataset_split may be train or validation"):
+    with pytest.raises(ValueError, match="no split 'valid', but train and validation"):
         load_source(folder, "valid")
     with pytest.raises(ValueError, match="is empty"):
         load_source(folder, "train[:0]")

@@ -16,18 +16,21 @@
 import base64
 import io
 import logging
+import re
 import time
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
+from helpers import REPOSITORY
 from PIL import Image as PILImage
 
 from erw_hf.data import retrying
 from erw_hf.data.digits import load_digits_dataset
 from erw_hf.data.retrying import hub_or_cache
 from erw_hf.data.source import is_local, load_source
+from erw_hf.evaluation.images import dataset_images
 
 
 def png() -> bytes:
@@ -236,3 +239,21 @@ def test_a_hub_that_is_away_is_asked_once_and_named(monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match="vae='./nope': there is no folder"), hub_or_cache("./nope", "vae"):
         pass
     logging.getLogger("transformers").setLevel(logging.WARNING)
+
+
+@pytest.mark.parametrize("script", ["cache_latents", "evaluate", "probe"])
+def test_messages_name_flags_that_all_scripts_have(script):
+    text = (REPOSITORY / "training" / f"{script}.py").read_text()
+    named = set()
+    for path in (REPOSITORY / "src" / "erw_hf" / "data").glob("*.py"):
+        named |= set(re.findall(r"--([a-z_]+)", path.read_text()))
+    assert {"image_column", "label_column", "num_classes"} <= named
+    assert [flag for flag in named - {"streaming"} if f'"--{flag}"' not in text] == []
+
+
+def test_evaluation_reads_the_columns_that_it_is_told(tmp_path):
+    folder = table(tmp_path / "data", coarse_label=[0, 0, 1], fine_label=[0, 1, 2])
+    with pytest.raises(ValueError, match=r"\['coarse_label', 'fine_label'\] may hold labels"):
+        dataset_images(folder)
+    assert dataset_images(folder, label_column="fine_label").num_classes == 3
+    assert dataset_images(folder, num_classes=0).num_classes == 0

@@ -267,8 +267,8 @@ class _Reader:
             if len(named) == len(below):
                 if not parents and not described and len(below) > 1:
                     raise ValueError(
-                        f"the folders {_shown(below)} of {where} may be classes or splits without classes: name one with "
-                        f"--dataset_name {first} to train on it without classes, or rename them if they are classes"
+                        f"the folders {_shown(below)} of {where} may be classes or splits without classes: name one, "
+                        f"{first}, to read it without classes, or rename them if they are classes"
                     )
                 self._leave(own, "beside the splits")
                 unique = len(set(named.values())) == len(named)
@@ -278,13 +278,13 @@ class _Reader:
             if parents:
                 raise ValueError(
                     f"{where} holds {_shown(below)}, and {_shown(parents)} holds folders itself: a split, or a class? "
-                    f"Name it with --dataset_name {first} if it is a split; if it is a class, rename it"
+                    f"Name {first} as the dataset if it is a split; if it is a class, rename it"
                 )
             if len(below) > 1 and all(_holds_folders(below[name], f"{prefix}{name}/") for name in below):
                 if all(_SPLITS.keys() & set(re.findall(r"[a-z]+", name.lower())) for name in below):
                     raise ValueError(
-                        f"the folders {_shown(below)} of {where} may be classes or splits: name one with --dataset_name "
-                        f"{os.path.join(where, next(iter(below)))} if they are splits, rename them if they are classes"
+                        f"the folders {_shown(below)} of {where} may be classes or splits: name one, "
+                        f"{os.path.join(where, next(iter(below)))}, if they are splits, rename them if they are classes"
                     )
             if len(below) == 1:
                 top = next(iter(below))
@@ -348,8 +348,8 @@ class _Reader:
             where, first = os.path.join(self.folder, prefix), os.path.join(self.folder, prefix, next(iter(below)))
             raise ValueError(
                 f"{where} holds folders of folders: are {_shown(below, 4)} the classes, or {_shown(counts, 4)}? For the "
-                f"first, move the images one folder up; for the second, move those folders one up, or train on one "
-                f"part with --dataset_name {first}"
+                f"first, move the images one folder up; for the second, move those folders one up, or name one "
+                f"part, {first}, as the dataset"
             )
 
     def _refuse_lost_folders(self, below: dict[str, list[str]], prefix: str) -> None:

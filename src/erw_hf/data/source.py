@@ -413,9 +413,7 @@ def check_split(rows: Mapping[str, int], split: str, dataset_name: str) -> None:
     try:
         ReadInstruction.from_spec(split).to_absolute(dict(rows))
     except (ValueError, AssertionError) as error:
-        raise ValueError(
-            f"the dataset {dataset_name!r} has no split {split!r}; --dataset_split may be {' or '.join(rows)}"
-        ) from error
+        raise ValueError(f"the dataset {dataset_name!r} has no split {split!r}, but {' and '.join(rows)}") from error
 
 
 def _say_what_no_split_has(folder: str) -> None:

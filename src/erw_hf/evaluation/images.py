@@ -15,6 +15,7 @@
 
 import contextlib
 import math
+import re
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -119,14 +120,18 @@ def generated_images(
     def read(indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         classes = [sample_label(seed, index, num_classes, labels) for index in indices]
         with torch.no_grad(), autocast():
-            latents = pipe(
-                class_labels=classes,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                guidance_interval=guidance_interval,
-                generator=[sample_generator(seed, index) for index in indices],
-                output_type="latent",
-            ).images
+            try:
+                latents = pipe(
+                    class_labels=classes,
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    guidance_interval=guidance_interval,
+                    generator=[sample_generator(seed, index) for index in indices],
+                    output_type="latent",
+                ).images
+            except ValueError as error:  # it counts within its batch
+                text = re.sub(r"^image (\d+) of \d+", lambda found: f"sample {indices[int(found[1])]}", str(error))
+                raise ValueError(text) from error
             images = pipe.decode_latents(latents).float()
         # Before the pipeline's last step, which would clip infinity to black or white.
         broken = ~torch.isfinite(images).flatten(1).all(dim=1)
@@ -213,7 +218,12 @@ def open_npz(path: str | Path) -> zipfile.ZipFile:
 
 
 def dataset_images(
-    dataset_name: str, split: str = "train", image_size: int | None = None, labelled: bool = True
+    dataset_name: str,
+    split: str = "train",
+    image_size: int | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    num_classes: int | None = None,
 ) -> ImageSet:
     """
     The images of a dataset.
@@ -224,7 +234,9 @@ def dataset_images(
         image_size (`int`, *optional*):
             Side in pixels of the centred square to take, by ADM's preprocessing. Without it all images must have one
             size.
-        labelled (`bool`, *optional*, defaults to `True`): `False` where no classes are asked for, as in a reference.
+        image_column (`str`, *optional*): See [`~data.source.load_source`], as for those that follow.
+        label_column (`str`, *optional*): The same.
+        num_classes (`int`, *optional*): The same; 0 where no classes are needed, as in a reference.
 
     Returns:
         [`ImageSet`]: The images.
@@ -232,7 +244,9 @@ def dataset_images(
     Raises:
         ValueError: for a latent cache without images; when read, for images of several sizes and for broken ones.
     """
-    source = load_source(dataset_name, split, num_classes=None if labelled else 0)
+    source = load_source(
+        dataset_name, split, image_column=image_column, label_column=label_column, num_classes=num_classes
+    )
     if source.image_column is None:
         raise ValueError(f"{dataset_name} is a latent cache without images: name a dataset of images")
     first: dict[str, tuple[int, ...]] = {}  # the shape that all images must have

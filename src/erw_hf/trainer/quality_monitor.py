@@ -95,7 +95,7 @@ class QualityMonitor:
             path = reference_file(self.folder, name, split, side, [self.extractor], config.seed)
             if not path.exists():
                 self._remove_work()
-                real = dataset_images(name, split, side, labelled=False)
+                real = dataset_images(name, split, side, num_classes=0)
                 make_reference(path, real, [self.extractor], self.accelerator, self.work, BATCH_SIZE, config.seed)
                 self._remove_work()
         widths = feature_widths([self.extractor], (side, side))
