@@ -168,7 +168,7 @@ def draw_bars(axes: Axes, bars: Sequence[tuple[str, float]], label: str) -> None
 
 
 def write(path: Path | None, result: Mapping[str, object], markdown: str | None = None) -> None:
-    """JSON, whole or absent, and beside it Markdown, if any."""
+    """Writes JSON, completely or not at all, and Markdown beside it, if any."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_record(path, result)

@@ -65,7 +65,7 @@ RECORDING = threading.Lock()
 
 
 class OutOfTime(Exception):
-    """The slice of time is over; the run goes on with the next one."""
+    """The slice of time is over; the run resumes in the next one."""
 
 
 @dataclass
@@ -316,7 +316,7 @@ def prepare(study: Study, arm: dict, seed: int, folder: Path) -> tuple[list[str]
         settings["warmup_from"] = str(make_start(config, arm, folder))
         # A projector that was trained goes with the weights that it was trained on.
         settings["hand_over_projector"] = start == "asleep"
-    if is_choosing(seed):  # of which the end alone counts
+    if is_choosing(seed):  # only its end counts
         every = config.max_train_steps
     settings |= {"max_train_steps": config.max_train_steps, "evaluation_steps": every}
     return to_flags(settings), before

@@ -11,12 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How many images a second one core reads, and whether memory stays flat.
+"""How many images per second one core reads, and whether memory stays flat.
 
     python benchmarks/data.py --output benchmarks/results/data.json
 
 Three ways of reading training samples, every random draw of training included, in one process with one thread:
-parquet shards of 256 px JPEG files streamed; a latent cache streamed, with and without its images; and a data set in
+parquet shards of 256 px JPEG files streamed; a latent cache streamed, with and without its images; and a dataset in
 memory, read in random order. The images are noise over gradients, which JPEG makes about as large as photographs of that size.
 """
 

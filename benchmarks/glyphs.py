@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Make the data set "glyphs": characters of many fonts under colour, texture, pose and clutter, as many as are wanted.
+"""Make the dataset "glyphs": characters of many fonts under colour, texture, pose and clutter, in any number.
 
     python benchmarks/glyphs.py --output_dir outputs/glyphs                       # 32 classes x 1 000 images of 64 px
     python benchmarks/glyphs.py --output_dir outputs/glyphs --grid glyphs.png     # and a picture of some
@@ -24,7 +24,7 @@ with fonts that no training image has. Row i of a split depends on (seed, split,
 the same ones; a shard that is there already is not made again.
 
 The column `view` has the character and the font of `image`, and all else drawn anew: the second view of an encoder that sees no
-labels. From augmentations of one image it learnt nothing of the characters, since stripes and discs tell images apart
+labels. From augmentations of one image it did not learn the characters, since stripes and discs tell images apart
 (k-NN accuracy 0.035 after 750 steps; chance is 0.031).
 """
 
@@ -152,7 +152,7 @@ def write_shard(shard: tuple) -> None:
     columns = Features({"image": ImageFeature(), "label": ClassLabel(names=list(characters)), "view": ImageFeature()})
     work = path.with_suffix(".tmp")
     Dataset.from_dict(table, features=columns).to_parquet(work)
-    work.rename(path)  # whole or absent
+    work.rename(path)  # all or nothing
 
 
 def draw(
@@ -166,7 +166,7 @@ def draw(
         index (`int`): Number of the image in its split.
         characters (`str`): The classes.
         size (`int`): Side in pixels.
-        seed (`int`): Seed of the data set.
+        seed (`int`): Seed of the dataset.
         bright_ink (`bool`, defaults to `False`): The ink is brighter than its ground, in place of either.
         rendering (`int`, defaults to 0): Another one has the same character and font, and nothing else in common.
 

@@ -333,3 +333,65 @@ def test_the_new_alignment_loss_trains(tmp_path, tiny_flags):
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "alignment_loss: margin" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+# --- words
+
+# What CONTRIBUTING's "Style" asks for, as far as a machine can see it: pattern -> what to write instead.
+WORDS = {
+    r"data sets?": "dataset",
+    r"(?:line|value|vector|token|file|folder|process|point|picture) an? (?:step|sample|row|image|class|rank|run|block|line)": "per",
+    r"(?:images|tokens|samples|rows|steps) a (?:second|step)": "per",
+    r"of which(?! class)": "a new sentence",
+    r"what is wrong with": "fails with, does not fit",
+    r"cannot be had|(?:not|been) at hand|data at hand": "not available",
+    r"nothing of (?:it|an?|the|them)": "without, lacks",
+    r"(?:try|tries|tried|trying) again": "retry",
+    r"whole or absent": "complete or not there",
+    r"(?<!there )(?:is|are) no (?!longer\b|more than\b)[a-z]+": "is not a, lacks",
+    r"sooner by \d": "1.11× faster",
+    r"(?:run|training|it) (?:goes|go|going) on": "resume, continue",
+    r"parts samples|samples parted": "pushes samples apart",
+}
+PROSE = [*PAGES, *sorted((REPOSITORY / "benchmarks" / "recipes").glob("*.yaml"))]
+for folder, names in {
+    "src": ".py .jinja",
+    "training": ".py .yaml",
+    "spaces": ".py .md .html",
+    "benchmarks": ".py",
+    "docs": ".py",
+}.items():
+    PROSE += sorted(path for path in (REPOSITORY / folder).rglob("*") if path.suffix in names.split())
+
+
+def unidiomatic(text: str) -> list[str]:
+    """The phrases of WORDS in a text. What stands in backticks is quoted; a phrase may run over lines and comments."""
+    text = re.sub(r"`[^`\n]*`", "`", text)
+    text = re.sub(r"[\s#\"]+", " ", text)
+    return [
+        f"{match[0]!r}: write {word}"
+        for pattern, word in WORDS.items()
+        for match in re.finditer(rf"\b(?:{pattern})\b", text, re.I)
+    ]
+
+
+@pytest.mark.parametrize("path", PROSE, ids=[str(path.relative_to(REPOSITORY)) for path in PROSE])
+def test_words(path):
+    assert unidiomatic(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a data set", "one line a step", "40 images a second", "three of\n    # which", "what is wrong with it",
+        "nothing of it", "it is tried\nagain", "a file that is no image", "the run goes on", 'data at " "hand',
+    ],
+)  # fmt: skip
+def test_an_unidiomatic_phrase_is_found(text):
+    assert len(unidiomatic(text)) == 1
+
+
+def test_idiomatic_phrases_pass():
+    assert (
+        unidiomatic("There is no shuffle buffer, and it is no longer one line per step; `data set` is quoted.") == []
+    )

@@ -51,7 +51,7 @@ def may_be_hub_id(name: str) -> bool:
         name (`str`): A Hub id or a path.
 
     Returns:
-        `bool`: Whether it is no more than one or two words, the first of which is not a folder here.
+        `bool`: Whether it consists of one or two words, and the first is not a folder here.
     """
     is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) is not None
     return is_id and not os.path.isdir(name.split("/")[0])

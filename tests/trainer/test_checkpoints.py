@@ -164,7 +164,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused_by_name(tmp_path, caplo
     DAMAGES[damage](tmp_path / "checkpoint-6")
     assert resolve_checkpoint(tmp_path, "latest").name == "checkpoint-4"
     assert "checkpoint-6, which is damaged" in caplog.text
-    with pytest.raises(ValueError, match="is damaged|is no checkpoint"):
+    with pytest.raises(ValueError, match="is damaged|is not a checkpoint"):
         resolve_checkpoint(tmp_path, "checkpoint-6")
     save(process, tmp_path, 8, total_limit=2)  # it does not count as one to keep
     assert names(tmp_path) == ["checkpoint-4", "checkpoint-8"]

@@ -470,7 +470,7 @@ def test_several_encoders_at_once(tmp_path, tiny_flags, encoder_path):
         (["--warmup_depth=4"], "warmup_depth=4 must lie in [1, num_layers=3]"),
         (["--max_train_steps=2"], "warmup_steps=3 must lie in [0, max_train_steps=2]"),
         (["--in_channels=4"], "in_channels is 1 (grey) or 3 (RGB)"),
-        (["--resume_from_checkpoint=checkpoint-99"], "'checkpoint-99' is no checkpoint"),
+        (["--resume_from_checkpoint=checkpoint-99"], "'checkpoint-99' is not a checkpoint"),
         (["--warmup_steps=0", "--warmup_from=training"], "is not a saved warmup"),
         (["--config=no/such.yaml"], "cannot read the config"),
         (["--warmup_steps=0", "--warmup_from=pipelines/erw-digits"], "is not a saved warmup"),

@@ -63,8 +63,8 @@ class SampleMaker:
         class_dropout_prob (`float`): Probability of the null class.
         random_flip (`bool`): Mirror half of the images; not for a cache, whose latents cannot be mirrored.
         class_token_dim (`int`, *optional*): Width of the class token that is also noised; `None` for none.
-        num_tokens (`int`, *optional*, defaults to 0): Tokens of the transformer, of which some may be hidden.
-        num_hidden (`int`, *optional*, defaults to 0): How many of each sample the alignment does not see.
+        num_tokens (`int`, *optional*, defaults to 0): Tokens of the transformer; some may be hidden.
+        num_hidden (`int`, *optional*, defaults to 0): How many tokens per sample the alignment does not see.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ from erw_hf.names import alike, resolve_name
 logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
-LOOKED_AT = 1000  # rows at most, one of which must begin like an image
+LOOKED_AT = 1000  # rows at most; one of them must begin like an image
 # Columns of a latent cache, beside the image and the label.
 MOMENTS_COLUMN = "moments"  # float16 bytes of (2 c, h, w), in C order
 FEATURES_COLUMN = "features"  # bfloat16 bytes of (N, D), in C order

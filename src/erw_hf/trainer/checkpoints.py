@@ -195,7 +195,7 @@ def resolve_checkpoint(output_dir: str | os.PathLike[str], value: str | None) ->
             if damage is not None:
                 raise ValueError(f"resume_from_checkpoint={value!r} is damaged: {damage}. {_others(output_dir)}")
             return path
-    raise ValueError(f"resume_from_checkpoint={value!r} is no checkpoint; {_others(output_dir)}")
+    raise ValueError(f"resume_from_checkpoint={value!r} is not a checkpoint; {_others(output_dir)}")
 
 
 def _others(output_dir: str | os.PathLike[str]) -> str:

@@ -74,7 +74,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalized_together(matrices: torch.Tensor) -> torch.Tensor:
     """
-    [`orthogonalized`], of which each process does its share.
+    [`orthogonalized`]; each rank does its share.
 
     Args:
         matrices (`torch.Tensor` of shape `(n, rows, columns)`): The same on all processes.
