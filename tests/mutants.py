@@ -83,8 +83,8 @@ MUTANTS = [
     ),
     # alignment
     Mutant("alignment", "target.float(), dim=-1)).mean(dim=1)", "target.float(), dim=1)).mean(dim=1)", ALIGNMENT),
-    Mutant("objective", "initial * 2 ** (-step / half_life)\n", "initial * 2.718 ** (-step / half_life)\n", ALIGNMENT),
-    Mutant("objective", "if step < stop_step", "if step <= stop_step", ALIGNMENT),
+    Mutant("alignment", "initial * 2 ** (-step / half_life)\n", "initial * 2.718 ** (-step / half_life)\n", ALIGNMENT),
+    Mutant("alignment", "if step < stop_step", "if step <= stop_step", ALIGNMENT),
     Mutant("objective", "depths = (self.depth,)", "depths = (self.depth - 1,)", ALIGNMENT),
     Mutant("objective", "force_drop_ids=drop", "force_drop_ids=0 * drop", ALIGNMENT),
     Mutant(

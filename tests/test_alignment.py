@@ -20,6 +20,7 @@ from erw_hf.alignment import (
     ConvProjector,
     MLPProjector,
     TransformerProjector,
+    alignment_weight,
     cosine_alignment_loss,
     hidden_count,
     nt_xent_alignment_loss,
@@ -27,7 +28,6 @@ from erw_hf.alignment import (
     spatial_normalize,
     structural_alignment_loss,
 )
-from erw_hf.objective import alignment_weight
 
 
 def test_loss_by_hand():

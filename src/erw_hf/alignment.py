@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Projectors, alignment losses and the normalisation of their targets."""
+"""Alignment: projectors, losses, the normalisation of targets, the schedule of lambda."""
 
 import math
 from collections.abc import Callable
@@ -209,3 +209,38 @@ def choose_alignment_loss(name: str, temperature: float) -> AlignmentLoss:
     if name == "nt_xent":
         return partial(nt_xent_alignment_loss, temperature=temperature)
     return structural_alignment_loss if name == "structural" else cosine_alignment_loss
+
+
+def alignment_weight(
+    step: int, schedule: str, initial: float, half_life: int | None = None, stop_step: int | None = None
+) -> float:
+    """
+    The weight lambda of the alignment loss at a step of phase 2.
+
+    Args:
+        step (`int`): Steps of phase 2 done so far; the first step has 0.
+        schedule (`str`):
+            `"constant"` (REPA); `"half_life"`: `initial * 2 ** (-step / half_life)` (ERW, arXiv 2504.10188, Eq. 14 ff:
+            `c0 exp(-k / tau)` with tau = half_life / ln 2); `"stop"`: `initial` before `stop_step`, then 0 (HASTE,
+            arXiv 2505.16792).
+        initial (`float`): lambda at step 0.
+        half_life (`int`, *optional*): Steps over which lambda halves; `"half_life"` only.
+        stop_step (`int`, *optional*): First step without alignment; `"stop"` only.
+
+    Returns:
+        `float`: lambda.
+
+    Raises:
+        ValueError: if the schedule is unknown or its parameter is missing.
+    """
+    if schedule == "constant":
+        return initial
+    if schedule == "half_life":
+        if not half_life:
+            raise ValueError('the alignment schedule "half_life" needs alignment_half_life')
+        return initial * 2 ** (-step / half_life)
+    if schedule == "stop":
+        if stop_step is None:
+            raise ValueError('the alignment schedule "stop" needs alignment_stop_step')
+        return initial if step < stop_step else 0.0
+    raise ValueError(f'the alignment schedule must be "constant", "half_life" or "stop", got {schedule!r}')

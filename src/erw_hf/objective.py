@@ -25,7 +25,13 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from erw_hf.alignment import AlignmentLoss, cosine_alignment_loss, seen_tokens, spatial_normalize
+from erw_hf.alignment import (
+    AlignmentLoss,
+    alignment_weight,
+    cosine_alignment_loss,
+    seen_tokens,
+    spatial_normalize,
+)
 from erw_hf.encoders import RepresentationEncoder
 from erw_hf.flow import interpolate, sample_loss_weight, timestep_from_normal
 from erw_hf.transformer_erw import MIN_TIME, ERWTransformer2DModel
@@ -253,9 +259,9 @@ class Objective:
         class_token_weight (`float`, *optional*, defaults to 0.0): Weight of the class token's velocity.
         projector (`str`, *optional*, defaults to `"mlp"`): `"transformer"` is compared at hidden tokens too.
         alignment_mask_ratio (`float`, *optional*, defaults to 0.0): Share of the hidden tokens.
-        alignment_schedule (`str`, *optional*, defaults to `"constant"`): See [`alignment_weight`].
+        alignment_schedule (`str`, *optional*, defaults to `"constant"`): See [`~alignment.alignment_weight`].
         alignment_weight (`float`, *optional*, defaults to 0.5): lambda at the first step of phase 2.
-        alignment_half_life (`int`, *optional*): See [`alignment_weight`].
+        alignment_half_life (`int`, *optional*): See [`~alignment.alignment_weight`].
         alignment_stop_step (`int`, *optional*): Likewise.
     """
 
@@ -382,38 +388,3 @@ def _squared_error(
     assert predicted is not None  # but in warmup
     error = (predicted.float() - target).square()
     return error.mean() if weight is None else (weight * error.flatten(1).mean(dim=1)).mean()
-
-
-def alignment_weight(
-    step: int, schedule: str, initial: float, half_life: int | None = None, stop_step: int | None = None
-) -> float:
-    """
-    The weight lambda of the alignment loss at a step of full training.
-
-    Args:
-        step (`int`): Steps of full training done so far; the first step has 0.
-        schedule (`str`):
-            `"constant"` (REPA); `"half_life"`: `initial * 2 ** (-step / half_life)` (ERW, arXiv 2504.10188, Eq. 14 ff:
-            `c0 exp(-k / tau)` with tau = half_life / ln 2); `"stop"`: `initial` before `stop_step`, then 0 (HASTE,
-            arXiv 2505.16792).
-        initial (`float`): lambda at step 0.
-        half_life (`int`, *optional*): Steps in which lambda halves; `"half_life"` only.
-        stop_step (`int`, *optional*): First step without alignment; `"stop"` only.
-
-    Returns:
-        `float`: lambda.
-
-    Raises:
-        ValueError: if the schedule is unknown or its parameter is missing.
-    """
-    if schedule == "constant":
-        return initial
-    if schedule == "half_life":
-        if not half_life:
-            raise ValueError('the alignment schedule "half_life" needs alignment_half_life')
-        return initial * 2 ** (-step / half_life)
-    if schedule == "stop":
-        if stop_step is None:
-            raise ValueError('the alignment schedule "stop" needs alignment_stop_step')
-        return initial if step < stop_step else 0.0
-    raise ValueError(f'the alignment schedule must be "constant", "half_life" or "stop", got {schedule!r}')

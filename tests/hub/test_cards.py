@@ -197,6 +197,7 @@ def test_a_card_has_the_settings_that_the_run_was_made_with(hub, run, tmp_path):
         assert "| weight of the contrastive term | 0.05 |" in contrastive
         assert "velocity matching minus 0.05 times the distance to another sample's velocity" in contrastive
     assert row.format("none") in contrastive and ": SiT on " in contrastive
+    assert "λ = 0.5, a_new_one" in text(alignment_schedule="a_new_one")  # which has no words here yet
 
 
 def test_a_public_value_is_a_hub_id_or_a_name(tmp_path, monkeypatch):

@@ -252,7 +252,7 @@ def _recipe(config: Mapping[str, Any], method: str) -> str:
         )
     aligned = (
         f"{matching} plus λ times the alignment of block {config['projector_depth']}, λ = "
-        f"{config['alignment_weight']}, {schedules[config['alignment_schedule']]}"
+        f"{config['alignment_weight']}, {schedules.get(config['alignment_schedule'], config['alignment_schedule'])}"
     )
     start = (
         f"From the weights of `{public_name(config['init_from'])}`: " if config.get("init_from") is not None else ""
