@@ -20,7 +20,7 @@ import math
 import pytest
 import torch
 import yaml
-from helpers import train
+from helpers import REPOSITORY, train
 
 from erw_hf.provenance import device_name
 from erw_hf.sizes import SIZES, size_config, size_name
@@ -570,3 +570,18 @@ def test_a_precision_that_the_trainer_does_not_know(machine):
     machine("ampere", "fp8")
     with pytest.raises(ValueError, match="sets mixed_precision fp8"):
         choose_precision("auto")
+
+
+@pytest.mark.parametrize(
+    ("preset", "flags", "said"),
+    [
+        ("modern", ["--model=SiT-B/2"], "keeps warmup_depth=5, projector_depth=8, alignment_weight=0.5, which"),
+        ("modern", ["--model=SiT-B/2", "--warmup_depth=8", "--projector_depth=4"], ""),
+        ("modern", ["--model=SiT-XL/2"], ""),
+        ("repa", ["--model=SiT-L/2"], "keeps projector_depth=8, alignment_weight=0.5"),
+        ("sit", ["--model=SiT-B/2"], ""),  # which aligns nothing
+    ],
+)
+def test_a_size_alone_says_what_it_keeps_of_another(preset, flags, said, caplog):
+    parse_config([f"--config={REPOSITORY}/training/configs/imagenet256-{preset}.yaml", *flags])
+    assert said in caplog.text and ("keeps" in caplog.text) == bool(said)

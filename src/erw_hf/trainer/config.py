@@ -31,6 +31,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from erw_hf.data.folder import say
 from erw_hf.files import written_whole
 from erw_hf.licences import check_licence
 from erw_hf.names import expand_path, resolve_name
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 AT_LEAST_0, AT_LEAST_1, ABOVE_0, FINITE = "[0, inf)", "[1, inf)", "(0, inf)", "(-inf, inf)"
 MODEL_KEYS = ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size")  # that `model` stands for
+DEPTH_KEYS = ("warmup_depth", "projector_depth", "alignment_weight")  # whose values depend on the size
 # Keys of earlier versions: a config.yaml of then still loads.
 REMOVED = ("dry_run_mfu", "tracker_project_name", "evaluation_guidance_scale", "probe_time")
 YES, NO = ("yes", "true", "on", "1"), ("no", "false", "off", "0")
@@ -681,11 +683,18 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
     try:
         if unknown:
             raise ValueError(_unknown("argument", unknown[0], [f"--{name}" for name in TYPES]))
+        kept: list[str] = []  # of another size
         values = {} if file is None else read_config_file(Path(expand_path(file)))
         if "model" in flags:
+            if flags["model"] != values.get("model", KEYS["model"].default) and not flags.keys() & set(DEPTH_KEYS):
+                kept = [f"{name}={values[name]}" for name in DEPTH_KEYS if name in values]
             values = {name: value for name, value in values.items() if name not in MODEL_KEYS}
         values |= {name: _read_value(name, text) for name, text in flags.items()}
-        return TrainingConfig(**values)
+        config = TrainingConfig(**values)
+        if kept and config.encoders:
+            text = f"--model {config.model} keeps {', '.join(kept)}, which {file} has for another size"
+            say(logger, f"{text}: its first lines say what each size takes")
+        return config
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
