@@ -246,6 +246,25 @@ def test_the_direction_of_time_can_be_said():
     assert relative_error(same_time, reference(state, x, t, labels)) < 1e-5
 
 
+@pytest.mark.parametrize("reversed_time", [False, True])
+def test_a_network_that_predicts_samples_can_be_said(reversed_time):
+    """What it predicts has no direction of time, the model's velocity has."""
+    state = state_dict()
+    x, t, labels = inputs()
+    t = t.clamp(min=0.1)
+    said = {**HEADS_GIVEN, "prediction_type": "sample", "time_reversed": reversed_time}
+    with torch.no_grad():
+        velocity = convert_checkpoint(state, said)(x, t, labels).sample
+    predicted = reference(state, x, 1 - t.double() if reversed_time else t, labels)
+    assert relative_error(velocity, (x - predicted) / t.view(-1, 1, 1, 1)) < 1e-5
+    assert "prediction: sample" in read_checkpoint(state, said).facts
+    assert (
+        "prediction: velocity (tensors do not tell; architecture would)" in read_checkpoint(state, HEADS_GIVEN).facts
+    )
+    with pytest.raises(ValueError, match='prediction_type must be "velocity" or "sample"'):
+        read_checkpoint(state, {**HEADS_GIVEN, "prediction_type": "noise"})
+
+
 def test_ema_is_preferred_and_other_entries_are_ignored():
     ema, other = state_dict(projectors=1), {name: tensor + 1 for name, tensor in state_dict(projectors=1).items()}
     checkpoint = {

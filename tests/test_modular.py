@@ -128,6 +128,10 @@ def test_wrong_schedulers_and_broken_pictures_raise(blocks):
         pipe(class_labels=[1], num_inference_steps=2)
     flow = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
     assert len(modular(blocks, transformer, flow)(class_labels=[1], num_inference_steps=2).images) == 1
+    of_samples = ERWTransformer2DModel(**TINY_MODEL, prediction_type="sample")
+    with pytest.raises(ValueError, match="the scheduler steps along the cosine one"):
+        cosine = FlowMatchEulerMaruyamaScheduler(path_type="cosine")
+        modular(blocks, of_samples, cosine)(class_labels=[1], num_inference_steps=2)
     transformer.proj_out.bias.data[0] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinity"):
         modular(blocks, transformer, FlowMatchEulerMaruyamaScheduler())(class_labels=[1], num_inference_steps=2)

@@ -185,9 +185,10 @@ def test_times_of_training_are_those_at_which_the_model_has_a_velocity():
 def test_the_cosine_path_is_refused():
     with pytest.raises(ValueError, match='prediction_type "sample" needs path_type "linear"'):
         TrainingConfig(prediction_type="sample", path_type="cosine")
-    _, model = twins()
-    with pytest.raises(ValueError, match="the scheduler steps along the cosine one"):
-        ERWPipeline(model, None, FlowMatchEulerMaruyamaScheduler(path_type="cosine"))
+    network, model = twins()
+    for models in ((model, None), (network, model)):
+        with pytest.raises(ValueError, match="the scheduler steps along the cosine one"):
+            ERWPipeline(models[0], None, FlowMatchHeunScheduler(path_type="cosine"), guidance_transformer=models[1])
     assert TrainingConfig(prediction_type="sample", in_channels=3).model_config(10)["prediction_type"] == "sample"
 
 

@@ -124,7 +124,7 @@ class ERWPrepareStep(ModularPipelineBlocks):
             raise ValueError(f"`latents` must have the shape {shape}, got {got}")
         else:
             block_state.latents = block_state.latents.to(device, torch.float32)
-        _check_scheduler(components.scheduler)
+        _check_scheduler(components.scheduler, components.transformer)
         steps = _positive("num_inference_steps", block_state.num_inference_steps)
         block_state.stepper = scheduler = copy.deepcopy(components.scheduler)
         if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:

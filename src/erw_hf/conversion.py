@@ -419,8 +419,9 @@ def _convert(
         is_lightning_dit = config["activation_fn"] == "swiglu" or config["norm_type"] == "rms_norm"
         time_reversed = not projectors and not is_warmup and (learns_sigma or is_lightning_dit)
         why = 'inferred; architecture={"time_reversed": ...} decides it'
+    prediction = config.get("prediction_type", "velocity")
     if time_reversed:
-        _reverse_time(transformer)
+        _reverse_time(transformer, of_velocities=prediction == "velocity")
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.ndim})
     null_class = ", and the null class" if classes else ""
     if classes and not has_null_class:
@@ -431,6 +432,7 @@ def _convert(
         f"size: {_size_name(config)}",
         f"classes: {classes}{null_class}",
         f"time: t = {int(time_reversed)} is data{', reversed here' if time_reversed else ''} ({why})",
+        f"prediction: {prediction}{'' if 'prediction_type' in config else ' (tensors do not tell; architecture would)'}",
         f"projectors: {len({name.split('.')[1] for name in projectors})}",
     ]
     converted = Converted(config, transformer, projectors, dropped, is_warmup, facts)
@@ -487,9 +489,9 @@ def _keep_velocity_channels(
     return True
 
 
-def _reverse_time(transformer: dict[str, torch.Tensor]) -> None:
+def _reverse_time(transformer: dict[str, torch.Tensor], of_velocities: bool = True) -> None:
     """
-    Turns a model of u = 1 - t with velocity dx/du into one of t with dx/dt = -dx/du, exactly.
+    Turns a model of u = 1 - t with velocity dx/du into one of t with dx/dt = -dx/du, exactly. A clean sample has no direction.
 
     The time embedding is [cos(w t), sin(w t)], and cos(w (1 - t)) = cos(w) cos(w t) + sin(w) sin(w t), sin(w (1 - t)) =
     sin(w) cos(w t) - cos(w) sin(w t): so the columns of the next layer are rotated by the angles w.
@@ -500,7 +502,7 @@ def _reverse_time(transformer: dict[str, torch.Tensor]) -> None:
     w = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float64) / half)
     rotated = [cosine * w.cos() + sine * w.sin(), cosine * w.sin() - sine * w.cos()]
     transformer[name] = torch.cat(rotated, dim=1).float()
-    for name in {"proj_out.weight", "proj_out.bias"} & set(transformer):
+    for name in {"proj_out.weight", "proj_out.bias"} & set(transformer) if of_velocities else ():
         transformer[name] = -transformer[name]
 
 

@@ -181,7 +181,7 @@ class ERWPipeline(DiffusionPipeline):
                     + ("; pass its `.module`" if hasattr(component, "module") else "")
                 )
         if self.scheduler is not None:
-            _check_scheduler(self.scheduler)
+            _check_scheduler(self.scheduler, self.transformer, self.guidance_transformer)
         if self.transformer is None:
             return
         config = self.transformer.config
@@ -193,12 +193,6 @@ class ERWPipeline(DiffusionPipeline):
             raise ValueError(
                 f"id2label names the class {beyond[0]}, but the transformer has num_classes={config.num_classes}: ids "
                 f"run from 0 to {config.num_classes - 1}"
-            )
-        path_type = "linear" if self.scheduler is None else self.scheduler.config.get("path_type", "linear")
-        if config.get("prediction_type") == "sample" and path_type != "linear":
-            raise ValueError(
-                f"the transformer predicts samples, which give the velocity of the linear path, and the scheduler steps "
-                f"along the {path_type} one"
             )
         if self.vae is not None:
             channels = self.vae.config.get("latent_channels") or self.vae.config.get("encoder_hidden_size")
@@ -896,12 +890,19 @@ def _changed_latents(changed: Any, latents: torch.Tensor) -> torch.Tensor:
     return changed
 
 
-def _check_scheduler(scheduler: Any) -> None:
+def _check_scheduler(scheduler: Any, *transformers: Any) -> None:
     """Raises ValueError for a scheduler that would not take the model's output as the velocity that it is."""
     bases = [base.__name__ for base in type(scheduler).__mro__ if base.__module__.split(".")[0] == "diffusers"]
     if "SchedulerMixin" not in bases:
         raise ValueError(f"the scheduler is a {_kind(scheduler)}, not a diffusers scheduler")
     kind, config = bases[0], scheduler.config
+    path_type = config.get("path_type", "linear")
+    samples = any(model is not None and model.config.get("prediction_type") == "sample" for model in transformers)
+    if samples and path_type != "linear":
+        raise ValueError(
+            f"the transformer predicts samples, which give the velocity of the linear path, and the scheduler steps along the "
+            f"{path_type} one"
+        )
     if kind == "SchedulerMixin":  # ours, or somebody's own
         return
     advice = (
