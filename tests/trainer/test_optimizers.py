@@ -18,17 +18,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import TINY_MODEL
 
+from erw_hf.objective import AlignedTransformer
 from erw_hf.trainer import optimizers
 from erw_hf.trainer.engines import open_accelerator
 from erw_hf.trainer.optimizers import (
     Muon,
     MuonWithAdamW,
+    build_lr_scheduler,
+    build_optimizer,
     clip_gradients,
     clip_in_step,
     orthogonalized,
     orthogonalized_together,
+    restore_learning_rate,
 )
+from erw_hf.transformer_erw import ERWTransformer2DModel
 
 
 SHAPES = [(16, 16)] * 5 + [(24, 8)] * 2 + [(8, 24)]
@@ -154,3 +160,57 @@ def test_where_the_step_clips(device, engine, scaler, inside, monkeypatch):
 def test_gradients_lie_in_ddps_buckets_and_buffers_stay_where_they_are():
     accelerator = open_accelerator(cpu=True)
     assert accelerator.ddp_handler.gradient_as_bucket_view and not accelerator.ddp_handler.broadcast_buffers
+
+
+def test_muon_moves_the_blocks_matrices_and_adamw_the_rest():
+    model = AlignedTransformer(ERWTransformer2DModel(**TINY_MODEL), [], 1)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(model, "muon", 1e-2, (0.9, 0.999), 1e-8, 0.0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        step = parameter.detach() - before[name]
+        if ".transformer_blocks." in name and parameter.ndim == 2:  # orthogonalised: all singular values alike
+            values = torch.linalg.svdvals(step)
+            assert values.min() > 0.4 * values.max(), name
+        else:  # AdamW's first step has the size of the learning rate
+            torch.testing.assert_close(step.abs(), torch.full_like(step, 1e-2), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("constant", [0, 0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25, 0]),
+        ("cosine", [0, 0.5, 1, 0.853553, 0.5, 0.146447, 0]),
+    ],
+)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_schedule_rises_to_the_peak_and_restores_at_another(name, rates, optimizer):
+    def start(rate):
+        model = AlignedTransformer(ERWTransformer2DModel(**TINY_MODEL), [], 1)
+        found = build_optimizer(model, optimizer, rate, (0.9, 0.999), 1e-8, 0.0)
+        return found, build_lr_scheduler(found, name, 2, 6)
+
+    first, schedule = start(0.2)
+    seen = []
+    for step in range(7):
+        seen.append({group["lr"] for group in first.param_groups})
+        if step == 3:
+            saved = first.state_dict(), schedule.state_dict()
+        first.step()
+        schedule.step()
+    assert [sorted(rate) for rate in seen] == [[pytest.approx(0.2 * rate, abs=1e-6)] for rate in rates]
+
+    second, schedule = start(0.1)
+    second.load_state_dict(saved[0])
+    schedule.load_state_dict(saved[1])
+    restore_learning_rate(second, schedule, 0.1)
+    for rate in rates[3:]:
+        assert [group["lr"] for group in second.param_groups] == pytest.approx(
+            [0.1 * rate] * len(second.param_groups), abs=1e-6
+        )
+        second.step()
+        schedule.step()

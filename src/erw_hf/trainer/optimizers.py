@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""AdamW for all weights, or Muon for the matrices of the blocks and AdamW for the others."""
+"""The optimizer (AdamW, or Muon with AdamW) and its learning-rate schedule.
+
+An optimizer here must skip its step where `found_inf` is non-zero.
+"""
 
 import math
 from typing import Any
@@ -20,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
 
 from erw_hf.trainer.ema import whole_tensor
 
@@ -221,3 +225,37 @@ def build_optimizer(
         eps,
         weight_decay,
     )
+
+
+def build_lr_scheduler(
+    optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """
+    Args:
+        optimizer (`torch.optim.Optimizer`): With the peak rate.
+        name (`str`): `"constant"`, `"linear"` or `"cosine"`; all rise linearly first.
+        warmup_steps (`int`): Steps of that rise.
+        steps (`int`): Steps of the phase; `"linear"` and `"cosine"` end at 0.
+
+    Returns:
+        `torch.optim.lr_scheduler.LambdaLR`: To be stepped after each step.
+    """
+    name = "constant_with_warmup" if name == "constant" else name
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
+
+
+def restore_learning_rate(
+    optimizer: torch.optim.Optimizer, lr_scheduler: torch.optim.lr_scheduler.LambdaLR, peak: float
+) -> None:
+    """
+    Gives a loaded optimizer and schedule another peak rate than that of their checkpoint.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): Loaded.
+        lr_scheduler (`torch.optim.lr_scheduler.LambdaLR`): Loaded; its step holds.
+        peak (`float`): The peak rate.
+    """
+    lr_scheduler.base_lrs = [peak] * len(lr_scheduler.base_lrs)
+    for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
+        group["initial_lr"] = peak
+        group["lr"] = peak * factor(lr_scheduler.last_epoch)

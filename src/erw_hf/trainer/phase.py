@@ -15,13 +15,11 @@
 
 from typing import Any
 
-from diffusers.optimization import get_scheduler
-
 from erw_hf.objective import AlignedTransformer
 from erw_hf.trainer.ema import EMA
 from erw_hf.trainer.engines import autocast_forward
 from erw_hf.trainer.flops import count_step_flops, count_vae_flops
-from erw_hf.trainer.optimizers import build_optimizer
+from erw_hf.trainer.optimizers import build_lr_scheduler, build_optimizer, restore_learning_rate
 from erw_hf.trainer.setup import Inputs, choose_attention, compile_blocks
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
@@ -63,12 +61,7 @@ class Phase:
             eps=config.adam_epsilon,
             weight_decay=config.adam_weight_decay,
         )
-        self.lr_scheduler = get_scheduler(
-            "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler,
-            optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=len(steps),
-        )
+        self.lr_scheduler = build_lr_scheduler(optimizer, config.lr_scheduler, config.lr_warmup_steps, len(steps))
         self.peak_learning_rate = learning_rate
         autocast_forward(model, accelerator)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -103,7 +96,4 @@ class Phase:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         # The config's rate overrides the checkpoint's, so that a run that diverged can resume with a lower one.
-        self.lr_scheduler.base_lrs = [self.peak_learning_rate] * len(self.lr_scheduler.base_lrs)
-        for group, factor in zip(self.optimizer.param_groups, self.lr_scheduler.lr_lambdas, strict=True):
-            group["initial_lr"] = self.peak_learning_rate
-            group["lr"] = self.peak_learning_rate * factor(self.lr_scheduler.last_epoch)
+        restore_learning_rate(self.optimizer, self.lr_scheduler, self.peak_learning_rate)
