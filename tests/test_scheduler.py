@@ -145,7 +145,7 @@ def test_errors():
     scheduler.set_timesteps(4)
     with pytest.raises(ValueError, match="integer"):
         scheduler.step(x, 0, x)
-    with pytest.raises(ValueError, match="none of this scheduler"):
+    with pytest.raises(ValueError, match="not one of this scheduler"):
         scheduler.step(x, 123.0, x)
 
 

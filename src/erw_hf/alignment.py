@@ -52,7 +52,7 @@ class MLPProjector(nn.Module):
 class ConvProjector(nn.Module):
     """
     iREPA's projector (arXiv 2512.10794): one 3x3 convolution over the token grid, which keeps the spatial structure
-    that an MLP on each token loses.
+    that an MLP per token loses.
 
     Args:
         in_dim (`int`): Width of the transformer.
@@ -139,16 +139,16 @@ def cosine_alignment_loss(projected: torch.Tensor, target: torch.Tensor) -> torc
 
     Returns:
         `torch.Tensor` of shape `(B,)`: The mean over each sample's tokens, in [0, 2], float32. The loss is the mean
-        over all samples; the published code took the last sample of a batch alone.
+        over all samples; the published code used only the last sample of a batch.
     """
     return (1 - F.cosine_similarity(projected.float(), target.float(), dim=-1)).mean(dim=1)
 
 
 def nt_xent_alignment_loss(projected: torch.Tensor, target: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
     """
-    NT-Xent with in-batch negatives, as the text of ERW says (arXiv 2504.10188, Eq. 13; SimCLR, arXiv 2002.05709, Eq. 1;
-    neither temperature nor what a negative is are given). Here each token must find the target token of its own image
-    among those of the whole batch at the same place of the grid.
+    NT-Xent with in-batch negatives, as in ERW's text (arXiv 2504.10188, Eq. 13; SimCLR, arXiv 2002.05709, Eq. 1; the text
+    gives neither the temperature nor the negatives). Here each token must find the target token of its own image
+    among those of the whole batch at the same position in the grid.
 
     Args:
         projected (`torch.Tensor` of shape `(B, N, D)`): Projected tokens of the transformer.
@@ -166,12 +166,12 @@ def nt_xent_alignment_loss(projected: torch.Tensor, target: torch.Tensor, temper
 
 def structural_alignment_loss(projected: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """
-    Alignment of structure in place of content: the mean squared difference of the two token self-similarity matrices
+    Alignment of structure instead of content: the mean squared difference of the two token self-similarity matrices
     (the autocorrelation loss of SARA, "Structural and Adversarial Representation Alignment", 2025).
 
     Args:
         projected (`torch.Tensor` of shape `(B, N, D)`): Projected tokens of the transformer.
-        target (`torch.Tensor` of shape `(B, N, E)`): Tokens of the frozen encoder; their width may be another.
+        target (`torch.Tensor` of shape `(B, N, E)`): Tokens of the frozen encoder; their width may differ.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: The mean over each sample's token pairs, float32.
@@ -184,7 +184,7 @@ def structural_alignment_loss(projected: torch.Tensor, target: torch.Tensor) -> 
 def spatial_normalize(target: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """
     iREPA's normalisation of the encoder's tokens (arXiv 2512.10794): each channel gets mean 0 and deviation 1 over the
-    grid, which takes away what all tokens of an image share and leaves how they differ.
+    grid. This removes what all tokens of an image share and keeps how they differ.
 
     Args:
         target (`torch.Tensor` of shape `(B, N, D)`): Tokens of the frozen encoder.

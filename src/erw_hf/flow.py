@@ -53,7 +53,7 @@ def path_coefficients(
 def interpolate(
     x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, path_type: str = "linear"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A point of the path and the velocity there, which is what the model learns to predict.
+    """A point on the path and the velocity there, which the model learns to predict.
 
     Args:
         x0 (`torch.Tensor` of shape `(B, C, H, W)`): Clean latents.
@@ -76,7 +76,7 @@ def timestep_from_normal(
     logit_std: float = 1.0,
     shift: float = 1.0,
 ) -> torch.Tensor:
-    """Flow times from standard normal draws, so that one seeded draw a sample serves every distribution of t.
+    """Flow times from standard normal draws, so that one seeded draw per sample serves every distribution of t.
 
     Args:
         normal (`torch.Tensor` of shape `(B,)`): Standard normal draws.
@@ -85,7 +85,7 @@ def timestep_from_normal(
         logit_mean (`float`, *optional*, defaults to 0.0): Mean of logit(t); `"logit_normal"` only.
         logit_std (`float`, *optional*, defaults to 1.0): Standard deviation of logit(t); `"logit_normal"` only.
         shift (`float`, *optional*, defaults to 1.0):
-            `t -> s t / (1 + (s - 1) t)` (SD3, Eq. 23): above 1 moves mass to the noisy end, which latents of many
+            `t -> s t / (1 + (s - 1) t)` (SD3, Eq. 23): values above 1 move mass towards noise, as latents of many
             dimensions need.
 
     Returns:

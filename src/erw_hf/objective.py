@@ -11,9 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the two phases minimise: the batch, the teacher's tokens, the aligned model, the losses and lambda (arXiv 2504.10188).
+"""The objectives of both phases: the batch, the teacher's tokens, the aligned model, the losses and lambda (arXiv 2504.10188).
 
-t is 0 for data and 1 for noise, x_t the point of the path between them, v its velocity dx_t/dt.
+t is 0 for data and 1 for noise; x_t is the point on the path between them, and v its velocity dx_t/dt.
 Phase 1:                     L = alignment(early tokens of x_0, the teacher's)
 Phase 2:  |model(x_t) - v|^2 + lambda * alignment(tokens of x_t, the teacher's)   + the terms of other papers
 """
@@ -40,7 +40,7 @@ from erw_hf.transformer_erw import MIN_TIME, ERWTransformer2DModel
 @dataclass(frozen=True)
 class Batch:
     """
-    What a loss sees. Every random draw is in it, so that the losses are functions.
+    The input of a loss. It contains every random draw, so that the losses are pure functions.
 
     Args:
         x0 (`torch.Tensor` of shape `(B, C, h, w)`): Clean latents.
@@ -69,7 +69,7 @@ class Batch:
 @dataclass(frozen=True)
 class Teacher:
     """
-    The frozen encoders, and what a step takes of them.
+    The frozen encoders, and the tokens that a step takes from them.
 
     Args:
         encoders (`Sequence[RepresentationEncoder]`): May be empty.
@@ -91,7 +91,7 @@ class Teacher:
             aligned (`bool`): Whether the step aligns.
 
         Returns:
-            `Sequence[RepresentationEncoder]`: The encoders that the step runs: all, or for a class token alone the first.
+            `Sequence[RepresentationEncoder]`: The encoders that the step runs: all, or only the first if just a class token is needed.
         """
         if self.cached:
             return ()
@@ -217,7 +217,7 @@ class Term:
     A term of a loss.
 
     Args:
-        weight (`float`): What it counts.
+        weight (`float`): Its factor in the loss.
         value (`torch.Tensor` of shape `()`): Its value, without the weight.
     """
 
@@ -229,7 +229,7 @@ class Term:
 class Losses:
     """
     Args:
-        loss (`torch.Tensor` of shape `()`): What is minimised: the sum of the terms with their weights.
+        loss (`torch.Tensor` of shape `()`): The weighted sum of the terms, which is minimised.
         terms (`dict[str, Term]`): The terms by name.
     """
 
@@ -314,7 +314,7 @@ class Objective:
         weight_of_t = sample_loss_weight(batch.t) if self.prediction_type == "sample" else None  # (B,)
         terms = {"velocity": Term(1.0, _squared_error(output.velocity, velocity, weight_of_t))}
         if self.contrastive_weight > 0:
-            # Away from the velocity of another sample, the one before it in the batch (arXiv 2506.05350, Eq. 5).
+            # Pushes away from the velocity of another sample, the previous one in the batch (arXiv 2506.05350, Eq. 5).
             other = _squared_error(output.velocity, velocity.roll(1, dims=0), weight_of_t)
             terms["contrastive"] = Term(-self.contrastive_weight, other)
         if class_velocity is not None:  # REG (arXiv 2507.01467)
@@ -324,7 +324,7 @@ class Objective:
             terms["alignment"] = Term(weight, self._alignment(output, batch))
         loss = sum((term.weight * term.value for term in terms.values()), torch.zeros(()))
         if batch.targets is None:
-            # Projectors that rest (lambda = 0) stay in the graph: DistributedDataParallel waits for every gradient.
+            # Unused projectors (lambda = 0) stay in the graph, because DistributedDataParallel waits for every gradient.
             loss = loss + sum(0 * tokens.sum() for tokens in output.projected)
         return Losses(loss, terms)
 
@@ -385,6 +385,6 @@ class Objective:
 def _squared_error(
     predicted: torch.Tensor | None, target: torch.Tensor, weight: torch.Tensor | None = None
 ) -> torch.Tensor:
-    assert predicted is not None  # but in warmup
+    assert predicted is not None  # except in warmup
     error = (predicted.float() - target).square()
     return error.mean() if weight is None else (weight * error.flatten(1).mean(dim=1)).mean()

@@ -11,7 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The class-conditional pipeline, in one file with absolute diffusers imports, so that it can travel in a Hub repo."""
+"""The class-conditional pipeline, and the scaling of latents. One file with absolute diffusers imports, because it travels in
+Hub repos."""
 
 import contextlib
 import copy
@@ -68,7 +69,7 @@ EXAMPLE_DOC_STRING = """
         ```
 """
 
-# The classes of diffusers that step a velocity right, with the options that make them step wrong.
+# diffusers' schedulers that step a velocity correctly, with the options under which they do not.
 FLOW_MATCHING_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 FLOW_MATCHING_SPOILT_BY = ("invert_sigmas", "stochastic_sampling", "use_dynamic_shifting")
 # These need `use_flow_sigmas` and `prediction_type="flow_prediction"`, and then step along the linear path.
@@ -91,7 +92,7 @@ FLOW_SIGMAS_SPOILT_BY = (
 
 @dataclass(eq=False)
 class _Call:
-    """What one call keeps to itself."""
+    """The state of one call."""
 
     guidance_scale: float = 1.0
     num_timesteps: int = 0
@@ -102,7 +103,7 @@ class _Call:
 # The calls that run in this thread or task, the innermost last: a callback may draw with another pipeline.
 _CALLS: ContextVar[tuple[tuple["ERWPipeline", _Call], ...]] = ContextVar("erw_calls", default=())
 
-# Held while a call needs a model as no other call may see it: step caches, offloading, LoRA scales, an upcast decoder.
+# Held while a call changes a model in a way that others must not see: step caches, offloading, LoRA scales, an upcast decoder.
 _ONE_AT_A_TIME = threading.RLock()
 
 
@@ -115,12 +116,12 @@ class ERWPipeline(DiffusionPipeline):
         vae ([`AutoencoderKL`] or another diffusers autoencoder, *optional*):
             Decodes the latents. `None` for a model that works on pixels in [-1, 1].
         scheduler ([`FlowMatchEulerMaruyamaScheduler`], or another flow-matching scheduler):
-            Turns velocities into steps. Each call steps a copy of it, so that one pipeline serves many threads.
+            Turns velocities into steps. Each call steps its own copy, so that threads can share a pipeline.
         id2label (`dict[int, str]`, *optional*):
             Names of the classes 0 to `num_classes - 1`; several names of one class are separated by commas, as in
             ImageNet.
         guidance_transformer ([`ERWTransformer2DModel`], *optional*):
-            A worse model of the same latents, smaller or trained for less time, that guides in place of the null class
+            A weaker model of the same latents (smaller, or trained for less time) that replaces the null class in guidance
             (autoguidance, arXiv 2406.02507).
 
     Raises:
@@ -140,7 +141,7 @@ class ERWPipeline(DiffusionPipeline):
         self.register_modules(
             transformer=transformer, vae=vae, scheduler=scheduler, guidance_transformer=guidance_transformer
         )
-        # JSON turns the keys into strings, here as in a loaded config.
+        # Strings, as JSON makes them in a loaded config.
         self.register_to_config(id2label={str(key): value for key, value in id2label.items()} or None)
         self.check_components()
         self.labels, self._ambiguous_labels = _label_table(id2label)
@@ -154,7 +155,7 @@ class ERWPipeline(DiffusionPipeline):
 
         Args:
             pipeline ([`ERWPipeline`]): Where the components come from.
-            kwargs: Components and `id2label` to take in their place; `dtype` casts the components, shared ones too.
+            kwargs: Components and `id2label` that replace them; `dtype` casts the components, shared ones too.
 
         Returns:
             [`ERWPipeline`]: The new pipeline.
@@ -168,7 +169,7 @@ class ERWPipeline(DiffusionPipeline):
 
     def check_components(self) -> None:
         """
-        Checks that the parts fit together. A pipeline does when it is built, and again at each call.
+        Checks that the parts fit together. Called when a pipeline is built and again at each call.
 
         Raises:
             ValueError: if they do not.
@@ -235,12 +236,12 @@ class ERWPipeline(DiffusionPipeline):
         Args:
             save_directory (`str` or `os.PathLike`): Folder to write.
             push_to_hub (`bool`, *optional*, defaults to `False`):
-                Upload it too, as `push_to_hub` does, to the repo `repo_id`, by default the folder's name.
-            kwargs: Arguments of [`~DiffusionPipeline.save_pretrained`], or of `push_to_hub` where that is asked for.
+                Also upload it, as `push_to_hub` does, to the repo `repo_id` (default: the folder's name).
+            kwargs: Arguments of [`~DiffusionPipeline.save_pretrained`], or of `push_to_hub` if that is set.
 
         Raises:
-            ValueError: before anything is written, for what would not load again (adapters, wrapped models), and for
-                classes of your own, whose file would be published.
+            ValueError: before anything is written, for pipelines that would not load again (adapters, wrapped models), and for
+                classes of your own, since their file would be published.
         """
         self._check_saveable()
         if push_to_hub:
@@ -248,8 +249,8 @@ class ERWPipeline(DiffusionPipeline):
             kwargs = {}
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        # Written beside, then moved: what is in the folder stays whole until then, and may be what the weights are
-        # mapped from.
+        # Written beside the folder, then moved: until then the old files stay, and the weights may be memory-mapped
+        # from them.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
             written = Path(name)
             super().save_pretrained(written, **kwargs)
@@ -261,15 +262,15 @@ class ERWPipeline(DiffusionPipeline):
         Uploads what [`~ERWPipeline.save_pretrained`] writes.
 
         Args:
-            repo_id (`str`): Repo to push to; it is made if it is not there.
+            repo_id (`str`): Repo to push to; it is created if it does not exist.
             args: Further arguments of [`~utils.PushToHubMixin.push_to_hub`].
             kwargs: The same.
 
         Returns:
-            `str`: Where the upload can be seen.
+            `str`: Address of the upload.
 
         Raises:
-            ValueError: before the repo is made, for what `save_pretrained` refuses.
+            ValueError: before the repo is created, for what `save_pretrained` refuses.
         """
         self._check_saveable()
         return super().push_to_hub(repo_id, *args, **kwargs)
@@ -313,7 +314,7 @@ class ERWPipeline(DiffusionPipeline):
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for path in (index_path, *folder.glob("*/*config.json")):
             config = json.loads(path.read_text(encoding="utf-8"))
-            # A Hub id tells others where it came from; a path means nothing to them and names our folders.
+            # A Hub id tells others where it came from; a path is useless to them and reveals local folders.
             name = config.get("_name_or_path") or ""
             if name and (os.path.exists(name) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)):
                 del config["_name_or_path"]
@@ -348,7 +349,7 @@ class ERWPipeline(DiffusionPipeline):
             `list[int]`: One id per name.
 
         Raises:
-            ValueError: for an unknown name, with the nearest ones offered, or that two classes share.
+            ValueError: for an unknown name (the message suggests the nearest ones), or a name that two classes share.
         """
         names = [label] if isinstance(label, str) else list(label)
         ids = []
@@ -380,7 +381,7 @@ class ERWPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str],
         attention_kwargs: dict[str, Any] | None,
     ) -> None:
-        """Raises on inputs that `__call__` cannot serve, before anything is computed."""
+        """Raises on invalid inputs of `__call__`, before anything is computed."""
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise ValueError(f"`callback_on_step_end` must be a function, got {_kind(callback_on_step_end)}")
         names = callback_on_step_end_tensor_inputs
@@ -465,7 +466,7 @@ class ERWPipeline(DiffusionPipeline):
             batch_size (`int`): Number of images.
             device (`torch.device`): Where the noise goes.
             generator (`torch.Generator` or a list of them, *optional*): Source of the noise; a list has one per image.
-            latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): Noise to use in place of a draw.
+            latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): Noise instead of a draw.
 
         Returns:
             `torch.Tensor` of shape `(B, C, H, W)`: The noise.
@@ -495,12 +496,12 @@ class ERWPipeline(DiffusionPipeline):
 
     @staticmethod
     def _join(latents: torch.Tensor, class_token: torch.Tensor | None = None) -> torch.Tensor:
-        # One row a sample holds both, so that one step of the scheduler and one draw serve both.
+        # One row per sample holds both, so that one scheduler step and one draw cover both.
         return latents if class_token is None else torch.cat([latents.flatten(1), class_token], dim=1)
 
     def split_state(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Takes apart what the scheduler steps: with a class token, latents and class token are one row a sample.
+        Splits the scheduler's state: with a class token, latents and class token form one row per sample.
 
         Args:
             state (`torch.Tensor` of shape `(B, C, H, W)` or `(B, C H W + class_token_dim)`): The scheduler's sample.
@@ -538,8 +539,8 @@ class ERWPipeline(DiffusionPipeline):
             )
         return self._join(*(velocity.float() for velocity in velocities))
 
-    # What follows is of the call that runs in this thread, so that callbacks read and change their own call's. Outside of a
-    # call it is what the last one left.
+    # The properties below belong to the call that runs in this thread, so that callbacks see and change their own call. Outside
+    # a call they have the values that the last one left.
 
     @property
     def _call(self) -> _Call:
@@ -551,7 +552,7 @@ class ERWPipeline(DiffusionPipeline):
     def _set_scheduler(self, scheduler) -> None:
         self.__dict__["scheduler"] = scheduler
 
-    scheduler = property(_get_scheduler, _set_scheduler, doc="To a callback, the copy that its call steps.")
+    scheduler = property(_get_scheduler, _set_scheduler, doc="In a callback, the copy that its call steps.")
 
     @property
     def _guidance_scale(self) -> float:
@@ -583,7 +584,7 @@ class ERWPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Set `_interrupt` from a callback to end its call early, or from another thread to end all that run."""
+        """Set `_interrupt` in a callback to end its call early, or from another thread to end all running calls."""
         return self._interrupt
 
     @torch.no_grad()
@@ -608,23 +609,23 @@ class ERWPipeline(DiffusionPipeline):
 
         Args:
             class_labels (`int`, `str`, a list of either, or `torch.LongTensor` of shape `(n,)`, *optional*):
-                What to draw. Names are those of `pipe.labels`; id `num_classes` and `None` mean no class.
+                Classes to draw. Names are those of `pipe.labels`; id `num_classes` and `None` mean no class.
             num_images_per_prompt (`int`, *optional*, defaults to 1): Images for each label.
             num_inference_steps (`int`, *optional*, defaults to 250): Number of steps of the scheduler.
             guidance_scale (`float`, *optional*, defaults to 1.8):
                 w of classifier-free guidance, `v_null + w (v_class - v_null)` (arXiv 2207.12598); 1 turns it off. With a
-                `guidance_transformer`, its prediction takes the place of `v_null`.
+                `guidance_transformer`, its prediction replaces `v_null`.
             guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 0.7)`):
                 Flow times `low <= t <= high` at which guidance applies (arXiv 2404.07724). Outside of it only the
                 conditional prediction is computed.
             generator (`torch.Generator` or a list of them, *optional*):
-                Makes the result reproducible. A list holds one generator per image, and then an image does not depend
-                on the batch that it is made in.
-            latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): Starting noise to use in place of a draw.
+                Makes the result reproducible. With a list of one generator per image, an image does not depend on the rest
+                of its batch.
+            latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): Starting noise instead of a draw.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"`, `"np"` (`(B, H, W, C)` in [0, 1]), `"pt"` (`(B, C, H, W)` in [0, 1]) or `"latent"`.
             return_dict (`bool`, *optional*, defaults to `True`):
-                Return an [`~pipelines.ImagePipelineOutput`] in place of a tuple.
+                Return an [`~pipelines.ImagePipelineOutput`] instead of a tuple.
             callback_on_step_end (`Callable`, *optional*):
                 Called after each step as `callback(pipe, step, timestep, callback_kwargs)`; the dict that it may return
                 replaces the tensors of these names. `pipe.guidance_scale`, `pipe.num_timesteps` and `pipe.scheduler`
@@ -642,7 +643,7 @@ class ERWPipeline(DiffusionPipeline):
 
         Examples:
         """
-        # 1. Check what was asked for
+        # 1. Check the inputs
         for name in ("transformer", "scheduler"):
             if self.components[name] is None:
                 raise ValueError(f"this pipeline was built without a {name}: set `pipe.{name}`")
@@ -713,7 +714,7 @@ class ERWPipeline(DiffusionPipeline):
                                 self.guidance_transformer, "cond", state, time, labels, attention_kwargs
                             )
                         else:
-                            # Both predictions in one batch, for these models faster than two calls. The cache context
+                            # Both predictions in one batch: for these models faster than two calls. The cache context
                             # is another than without guidance, since step caches hold tensors of the batch's size.
                             velocity, worse = self._velocity(
                                 self.transformer,
@@ -739,7 +740,7 @@ class ERWPipeline(DiffusionPipeline):
                     if XLA_AVAILABLE:
                         xm.mark_step()
 
-            # 5. Decode; the class token has done its work
+            # 5. Decode; the class token is not needed any more
             latents, _ = self.split_state(state)
             images = latents if output_type == "latent" else self.decode_latents(latents).float()
             self._check_finite(images)
@@ -753,7 +754,7 @@ class ERWPipeline(DiffusionPipeline):
 
     @contextlib.contextmanager
     def _running_call(self, call: _Call) -> Iterator[None]:
-        """Makes the call the one that callbacks of this thread see. Calls take turns where a model holds state of one."""
+        """Makes this the call that callbacks in this thread see. Calls take turns if a model holds state of one."""
         models = [model for model in (self.transformer, self.vae, self.guidance_transformer) if model is not None]
         with _ONE_AT_A_TIME if any(map(_holds_state, models)) else contextlib.nullcontext():
             token = _CALLS.set((*_CALLS.get(), (self, call)))
@@ -835,7 +836,7 @@ def _kind(value: object) -> str:
 
 
 def _as_integer(value: object) -> int | None:
-    """A whole number of Python, NumPy or torch (a tensor of no dimension) as an `int`; `None` for anything else."""
+    """A whole number from Python, NumPy or torch (a 0-dimensional tensor) as an `int`; `None` for anything else."""
     if isinstance(value, (bool, np.ndarray)) or (isinstance(value, torch.Tensor) and not _is_scalar_id(value)):
         return None
     try:
@@ -878,7 +879,7 @@ def _interval(value: Any) -> tuple[float, float]:
 
 
 def _changed_latents(changed: Any, latents: torch.Tensor) -> torch.Tensor:
-    """The latents that a callback leaves: its own, or those that it got."""
+    """The latents after a callback: those it returned, or those it got."""
     if changed is None:
         return latents
     if not isinstance(changed, dict):
@@ -924,9 +925,7 @@ def _check_scheduler(scheduler: Any, *transformers: Any) -> None:
             raise ValueError(f"{kind} steps along the linear path, and the model's is {config['path_type']}. {advice}")
     options = [f"{option}=True" for option in spoilt_by if config.get(option)]
     if options:
-        raise ValueError(
-            f"{kind} with {' and '.join(options)} does not step a flow-matching model right: leave it out"
-        )
+        raise ValueError(f"{kind} with {' and '.join(options)} does not step a flow-matching model correctly: omit it")
 
 
 def _flow_times(scheduler: Any) -> list[float]:
@@ -947,10 +946,10 @@ def _holds_state(model: Any) -> bool:
 @contextlib.contextmanager
 def upcast(vae: Any, device: torch.device) -> Iterator[None]:
     """
-    Runs an autoencoder that asks for it by `force_upcast` in float32: in float16 its activations overflow.
+    Runs an autoencoder with `force_upcast` in float32, because its activations overflow in float16.
 
     Args:
-        vae (a diffusers autoencoder): It.
+        vae (a diffusers autoencoder): The autoencoder.
         device (`torch.device`): Where it runs.
 
     Returns:
@@ -978,12 +977,12 @@ def _described(own_class: type) -> str:
 
 
 def _may_be_copied(own_class: type) -> bool:
-    """Whether the file of a class is one of this package, or came with a repo as remote code."""
+    """Whether the file of a class belongs to this package, or came with a repo as remote code."""
     return own_class.__module__.split(".")[0] in (__name__.split(".")[0], "diffusers_modules")
 
 
 def _check_loads_again(name: str, model: ModelMixin) -> None:
-    """Raises ValueError where the tensors of a model are not those that its config makes."""
+    """Raises ValueError unless the tensors of a model are those that its config creates."""
     with init_empty_weights():
         expected = type(model).from_config(model.config).state_dict()
     state = model.state_dict()
@@ -1000,13 +999,13 @@ def _check_loads_again(name: str, model: ModelMixin) -> None:
     }
     remedy = next((text for mark, text in remedies.items() if any(mark in key for key in wrong)), None)
     raise ValueError(
-        f"the {name} would not load again: {wrong[0]} and {len(wrong) - 1} more tensors are not as its config makes them"
+        f"the {name} would not load again: {wrong[0]} and {len(wrong) - 1} more tensors differ from those that its config creates"
         + (f". Before saving, {remedy}" if remedy else "")
     )
 
 
 def _replace(folder: Path, written: Path, variant: str | None) -> None:
-    """Puts a written pipeline in the place of the one in a folder. Other files of the folder stay."""
+    """Replaces the pipeline in a folder by a newly written one. Other files in the folder stay."""
     index_path = folder / DiffusionPipeline.config_name
     old = {}
     if index_path.is_file():

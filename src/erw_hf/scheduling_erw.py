@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The SDE and ODE samplers of SiT, REPA and ERW, in one file with absolute diffusers imports, so that it can travel in a repo."""
+"""The SDE and ODE samplers of SiT, REPA and ERW. One file with absolute diffusers imports, because it travels in Hub repos."""
 
 import math
 import numbers
@@ -31,7 +31,7 @@ class FlowMatchSchedulerOutput(BaseOutput):
     Args:
         prev_sample (`torch.Tensor` of shape `(B, C, H, W)`): The sample one step nearer to the data, in float32.
         pred_original_sample (`torch.Tensor` of shape `(B, C, H, W)`):
-            The clean sample that the prediction points at, for previews.
+            The clean sample implied by the prediction, for previews.
     """
 
     prev_sample: torch.Tensor
@@ -39,9 +39,9 @@ class FlowMatchSchedulerOutput(BaseOutput):
 
 
 class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
-    """What both samplers share: a row of model calls, each with its time, and the count of those made."""
+    """The common part of both samplers: a sequence of model calls, each with its time, and their count so far."""
 
-    # What makes the same pictures of the same config: `scheduler.compatibles`, `X.from_config(scheduler.config)`.
+    # Classes that accept each other's config: `scheduler.compatibles`, `X.from_config(scheduler.config)`.
     _compatibles = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
 
     def _reset(self) -> None:
@@ -53,7 +53,7 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def step_index(self) -> int | None:
-        """Index of the model call that comes next; `None` before the first one."""
+        """Index of the next model call; `None` before the first one."""
         return self._step_index
 
     @property
@@ -83,7 +83,7 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         """
         matches = (self.timesteps == torch.as_tensor(timestep, device=self.timesteps.device)).nonzero()
         if len(matches) == 0:
-            raise ValueError(f"timestep {float(timestep)} is none of this scheduler's `timesteps`")
+            raise ValueError(f"timestep {float(timestep)} is not one of this scheduler's `timesteps`")
         return int(matches[-1])
 
     def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -104,7 +104,7 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         return torch.cos(t * math.pi / 2) * sample + torch.sin(t * math.pi / 2) * noise
 
     def _set_grid(self, sigmas: torch.Tensor, call_sigmas: torch.Tensor, device: str | torch.device | None) -> None:
-        # The sigmas stay on the CPU: `step` reads single values of them, which on a device would each be a sync.
+        # The sigmas stay on the CPU: `step` reads single values, and on a device each would be a sync.
         self.sigmas = sigmas
         self.timesteps = (self.config.num_train_timesteps * call_sigmas).to(device=device, dtype=torch.float32)
         self._step_index = None
@@ -201,13 +201,13 @@ class FlowMatchEulerMaruyamaScheduler(_FlowMatchScheduler):
             sample (`torch.Tensor` of shape `(B, C, H, W)`): The current sample.
             generator (`torch.Generator` or a list of B of them, *optional*):
                 Source of the noise; a list gives each image of the batch its own.
-            return_dict (`bool`, *optional*, defaults to `True`): Return a dataclass in place of a tuple.
+            return_dict (`bool`, *optional*, defaults to `True`): Return a dataclass instead of a tuple.
 
         Returns:
             [`FlowMatchSchedulerOutput`] or `tuple`: the next sample and the predicted clean one.
 
         Raises:
-            ValueError: if `set_timesteps` was not called, or `timestep` is an index in place of a time.
+            ValueError: if `set_timesteps` was not called, or `timestep` is an index instead of a time.
         """
         index = self._start_step(timestep)
         t, t_next = self.sigmas[index].item(), self.sigmas[index + 1].item()
@@ -295,13 +295,13 @@ class FlowMatchHeunScheduler(_FlowMatchScheduler):
             model_output (`torch.Tensor` of shape `(B, C, H, W)`): The velocity, guided or not.
             timestep (`float` or `torch.Tensor` of shape `()`): The time of `sample`, one of `timesteps`.
             sample (`torch.Tensor` of shape `(B, C, H, W)`): The current sample.
-            return_dict (`bool`, *optional*, defaults to `True`): Return a dataclass in place of a tuple.
+            return_dict (`bool`, *optional*, defaults to `True`): Return a dataclass instead of a tuple.
 
         Returns:
             [`FlowMatchSchedulerOutput`] or `tuple`: the next sample and the predicted clean one.
 
         Raises:
-            ValueError: if `set_timesteps` was not called, or `timestep` is an index in place of a time.
+            ValueError: if `set_timesteps` was not called, or `timestep` is an index instead of a time.
         """
         index = self._start_step(timestep)
         sample, velocity = sample.float(), model_output.float()

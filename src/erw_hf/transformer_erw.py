@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The transformer, in one file with absolute diffusers imports, so that this very file can travel inside a Hub repo."""
+"""The transformer. One file with absolute diffusers imports, because this very file travels inside Hub repos."""
 
 import inspect
 from dataclasses import dataclass
@@ -58,10 +58,10 @@ class ERWTransformer2DModelOutput(BaseOutput):
 
     Args:
         sample (`torch.Tensor` of shape `(B, C, H, W)`):
-            The predicted velocity dx_t/dt. `None` when `tokens_only=True` was asked for.
+            The predicted velocity dx_t/dt. `None` with `tokens_only=True`.
         hidden_states (`tuple[torch.Tensor, ...]`, *optional*):
             The tokens `(B, N, D)` after each block named in `hidden_states_depths`, in the order of that argument.
-            `None` when no depth was asked for.
+            `None` without depths.
         class_token (`torch.Tensor` of shape `(B, class_token_dim)`, *optional*):
             The predicted velocity of the class token. `None` for a model without one, and when `sample` is.
         class_hidden_states (`tuple[torch.Tensor, ...]`, *optional*):
@@ -75,7 +75,7 @@ class ERWTransformer2DModelOutput(BaseOutput):
 
 
 class ERWAttnProcessor:
-    """Self-attention through diffusers' attention dispatcher, so that every backend it knows can be chosen."""
+    """Self-attention through diffusers' attention dispatcher, so that each of its backends can be chosen."""
 
     _attention_backend = None
     _parallel_config = None
@@ -102,7 +102,7 @@ class ERWAttnProcessor:
         value = value.unflatten(-1, (-1, attn.head_dim))
 
         if attn.norm_q is not None:
-            # Under autocast the norms return float32, which attention kernels refuse beside a bf16 value.
+            # Under autocast the norms return float32, and attention kernels refuse that together with a bf16 value.
             query, key = attn.norm_q(query).to(value.dtype), attn.norm_k(key).to(value.dtype)  # type: ignore[misc]
         if image_rotary_emb is not None:
             query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
@@ -174,14 +174,14 @@ class ERWTransformerBlock(nn.Module):
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        # A gated feed-forward has three matrices for two: two thirds of the width keep its parameter count.
+        # A gated feed-forward has three matrices instead of two: two thirds of the width keep the parameter count.
         inner_dim = int(dim * mlp_ratio * 2 / 3) if activation_fn == "swiglu" else int(dim * mlp_ratio)
-        # RMSNorm carries a weight, as in LightningDiT; LayerNorm has none, as in DiT and SiT.
+        # RMSNorm has a weight, as in LightningDiT; LayerNorm does not, as in DiT and SiT.
         self.norm1 = _norm(norm_type, dim, affine=norm_type == "rms_norm", eps=norm_eps)
         self.attn = ERWAttention(dim, heads, head_dim, qk_norm)
         self.norm2 = _norm(norm_type, dim, affine=norm_type == "rms_norm", eps=norm_eps)
         self.ff = FeedForward(dim, inner_dim=inner_dim, activation_fn=activation_fn)
-        # Tensor parallelism splits SwiGLU's two halves each by itself, or a rank would gate with another's values.
+        # Tensor parallelism must split SwiGLU's two halves separately, or a rank would gate with another rank's values.
         self.ff.net[0].proj._tp_packed_col_blocks = [inner_dim] * (2 if activation_fn == "swiglu" else 1)
         self.modulation = nn.Linear(dim, 6 * dim)
 
@@ -225,7 +225,7 @@ class ERWTimeClassEmbedding(nn.Module):
         if force_drop_ids is not None:
             class_labels = torch.where(force_drop_ids.bool(), self.num_classes, class_labels)
         elif self.training and self.class_dropout_prob > 0:
-            # For other training loops: erw_hf's draws it with each sample, to resume exactly, and passes it.
+            # For other training loops: erw_hf's trainer passes a draw of its own, so that it resumes exactly.
             drop = torch.rand(class_labels.shape, device=class_labels.device) < self.class_dropout_prob
             class_labels = torch.where(drop, self.num_classes, class_labels)
         # The sinusoids need float32: bf16 would round t = 0.043 to 0.04297.
@@ -239,7 +239,7 @@ class ERWClassTokenEmbedding(nn.Module):
     def __init__(self, class_token_dim: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Linear(class_token_dim, dim)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)  # of REG's code, whatever the blocks' norm
+        self.norm = nn.LayerNorm(dim, eps=1e-6)  # as in REG's code, whatever the norm of the blocks
 
     def forward(self, class_token: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self.norm(self.proj(class_token)).to(dtype).unsqueeze(1)  # (B, 1, D)
@@ -347,7 +347,7 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
     and ERW (arXiv 2504.10188) train, with the options that later work added.
 
     The model returns the velocity dx_t/dt of a path that runs from data (t = 0) to noise (t = 1), whatever its network
-    predicts. It knows nothing of losses, encoders or projectors: the tokens that those need come out of `forward`.
+    predicts. It does not know losses, encoders or projectors; `forward` returns the tokens that those need.
 
     Published sizes (`num_layers`, `num_attention_heads`, `attention_head_dim`): S 12, 6, 64; B 12, 12, 64; L 24, 16,
     64; XL 28, 16, 72, each with `patch_size` 2, 4 or 8. The defaults are XL/2 for 256 px images in SD-VAE latents.
@@ -359,20 +359,20 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         num_layers (`int`, defaults to 28): Number of transformer blocks.
         num_attention_heads (`int`, defaults to 16): Heads of each attention; the width is heads x head dimension.
         attention_head_dim (`int`, defaults to 72): Channels of each head.
-        mlp_ratio (`float`, defaults to 4.0): Width of the feed-forward over the width of the model.
+        mlp_ratio (`float`, defaults to 4.0): Width of the feed-forward layers, as a multiple of the model's width.
         num_classes (`int`, defaults to 1000):
             Number of classes. Class `num_classes` is the null class. 0 makes an unconditional model.
         class_dropout_prob (`float`, defaults to 0.1):
-            Probability with which a label becomes the null class in training mode, unless `force_drop_ids` says.
+            Probability with which a label becomes the null class in training mode, unless `force_drop_ids` decides.
         use_rope (`bool`, defaults to `False`): Add 2D rotary embeddings to the fixed sin-cos ones.
         qk_norm (`str`, *optional*): `"layer_norm"` or `"rms_norm"` over each head's queries and keys; `None` for none.
-        norm_type (`str`, defaults to `"layer_norm"`): `"layer_norm"` without or `"rms_norm"` with weights.
+        norm_type (`str`, defaults to `"layer_norm"`): `"layer_norm"` (without weights) or `"rms_norm"` (with weights).
         activation_fn (`str`, defaults to `"gelu-approximate"`):
             As diffusers names them: `"gelu-approximate"` (by tanh), `"gelu"` (exact), `"geglu-approximate"` (x times the
             sigmoid of 1.702 x, CLIP's) or `"swiglu"`.
         class_token_dim (`int`, *optional*):
-            Width of an encoder's class token that is noised and denoised beside the latents, as one more token (REG,
-            arXiv 2507.01467); `None` for none. Where that makes an odd number of tokens, context parallelism needs
+            Width of an encoder's class token that is noised and denoised together with the latents, as one more token (REG,
+            arXiv 2507.01467); `None` for none. If that makes the number of tokens odd, context parallelism needs
             `ContextParallelConfig(ulysses_anything=True)` and NCCL.
         prediction_type (`str`, defaults to `"velocity"`):
             What the last layer predicts: the `"velocity"`, or the clean `"sample"` (JiT, arXiv 2511.13720), class token
@@ -387,7 +387,7 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             for patches of many pixels. `None` for the one matrix of DiT.
 
     Raises:
-        ValueError: if `sample_size` is not a multiple of `patch_size`, or an option is none of its values.
+        ValueError: if `sample_size` is not a multiple of `patch_size`, or an option has an unknown value.
     """
 
     _supports_gradient_checkpointing = True
@@ -457,7 +457,7 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         self.class_token_embed = None
         if class_token_dim is not None:
             self.class_token_embed = ERWClassTokenEmbedding(class_token_dim, dim)
-            # Class and patch tokens have each a final layer, so all of them are gathered before it.
+            # Class and patch tokens have separate final layers, so all tokens are gathered before those.
             self._cp_plan = {
                 "transformer_blocks.0": self._cp_plan["transformer_blocks.0"],
                 "norm_out": self._cp_plan["proj_out"],
@@ -498,10 +498,10 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         self._initialize_weights()
 
     def _initialize_weights(self) -> None:
-        # The initialisation of DiT (arXiv 2212.09748, §3.2), which every model of this family starts from.
+        # The initialisation of DiT (arXiv 2212.09748, §3.2), shared by all models of this family.
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                # There query, key and value are one matrix of three times the height, whose Xavier bound is narrower.
+                # There query, key and value form one matrix of three times the height, which has a narrower Xavier bound.
                 in_one_matrix = name.endswith((".to_q", ".to_k", ".to_v"))
                 nn.init.xavier_uniform_(module.weight, gain=0.5**0.5 if in_one_matrix else 1.0)
                 if module.bias is not None:
@@ -547,23 +547,23 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                 Flow time in [0, 1], 0 is data and 1 is noise, float32. A diffusers scheduler's timestep is 1000 times
                 that.
             class_labels (`torch.LongTensor` of shape `(B,)`, *optional*):
-                Class ids in [0, num_classes], `num_classes` being the null class. Without labels every sample is of
+                Class ids in [0, num_classes], `num_classes` being the null class. Without labels every sample has
                 the null class.
             force_drop_ids (`torch.Tensor` of shape `(B,)`, *optional*):
-                Non-zero where the label is to become the null class. When given, nothing is dropped at random, which
-                is how a trainer keeps the draw its own.
+                Non-zero where the label becomes the null class. When given, nothing is dropped at random, so a trainer can
+                make this draw itself.
             hidden_states_depths (`tuple[int, ...]`, *optional*, defaults to `()`):
-                Depths in [1, num_layers] whose tokens are wanted: depth d is the output of the d-th block.
+                Depths in [1, num_layers] whose tokens to return: depth d is the output of the d-th block.
             tokens_only (`bool`, *optional*, defaults to `False`):
                 Stop after the deepest of `hidden_states_depths`: later blocks do not run and `sample` is `None`.
             class_token (`torch.Tensor` of shape `(B, class_token_dim)`, *optional*):
-                The encoder's class token, noised with the same t; for a model with `class_token_dim`, and only for it.
+                The encoder's class token, noised with the same t; only for a model with `class_token_dim`, and required there.
             attention_kwargs (`dict`, *optional*):
                 `{"scale": float}` scales the LoRA layers, if any. Other entries go to the attention processor.
-            return_dict (`bool`, *optional*, defaults to `True`): Return a dataclass in place of a tuple.
+            return_dict (`bool`, *optional*, defaults to `True`): Return a dataclass instead of a tuple.
 
         Returns:
-            [`ERWTransformer2DModelOutput`] or `tuple`: the velocity `(B, C, H, W)`, and the tokens asked for.
+            [`ERWTransformer2DModelOutput`] or `tuple`: the velocity `(B, C, H, W)` and the requested tokens.
 
         Raises:
             ValueError: if a depth lies outside the model, `tokens_only` comes without a depth, a class token is given

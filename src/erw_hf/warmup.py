@@ -70,7 +70,7 @@ def build_warmup_transformer(model_config: Mapping[str, Any], warmup_depth: int)
         [`ERWTransformer2DModel`]: A model of `warmup_depth` blocks whose final layer is frozen.
 
     Raises:
-        ValueError: if the full model has not that many blocks.
+        ValueError: if the full model has fewer blocks.
     """
     num_layers = model_config["num_layers"]
     if not 1 <= warmup_depth <= num_layers:
@@ -87,7 +87,7 @@ def check_hand_over(
     warmup_state: Mapping[str, torch.Tensor], model: AlignedTransformer, with_projectors: bool = True
 ) -> dict[str, torch.Tensor]:
     """
-    What a warmup would hand over to a full model, found to fit it. The model may lie on the meta device.
+    The tensors that a warmup would hand over, after checking that they fit. The model may be on the meta device.
 
     Args:
         warmup_state (`Mapping[str, torch.Tensor]`): State dict of the warmed-up [`AlignedTransformer`].
@@ -99,7 +99,7 @@ def check_hand_over(
         `dict[str, torch.Tensor]`: The tensors to hand over, by name.
 
     Raises:
-        ValueError: if the full model has not a tensor of the name and shape of each one.
+        ValueError: if the full model lacks a tensor with the name and shape of any of them.
     """
     with_projectors = with_projectors and len(model.projectors) > 0
     tensors = {
@@ -130,7 +130,7 @@ def hand_over(
     warmup_state: Mapping[str, torch.Tensor], model: AlignedTransformer, with_projectors: bool = True
 ) -> list[str]:
     """
-    Makes the warmed-up weights the early layers of the full model, and verifies that they are.
+    Copies the warmed-up weights into the early layers of the full model and verifies each tensor.
 
     Args:
         warmup_state (`Mapping[str, torch.Tensor]`): State dict of the warmed-up [`AlignedTransformer`].
