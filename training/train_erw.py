@@ -63,6 +63,7 @@ from erw_hf.trainer.run_record import describe_environment
 from erw_hf.trainer.setup import Inputs, build_full_model, build_warmup_model, fit_to_encoder, open_inputs
 from erw_hf.trainer.snapshots import Snapshots
 from erw_hf.trainer.step_log import Step, StepLog
+from erw_hf.trainer.trackers import check_trackers
 from erw_hf.warmup import check_hand_over, hand_over
 
 
@@ -92,8 +93,7 @@ def main() -> None:
         project_dir=config.output_dir,
     )
     # All checks come before the first step, and before an earlier run is touched.
-    if config.report_to != "none" and not accelerator.log_with:
-        raise ValueError(f"report_to={config.report_to!r} is not installed: pip install it, or --report_to none")
+    check_trackers(config, accelerator)
     check_engine(config, accelerator)
     with RunFolder(config.output_dir, accelerator) as folder:
         snapshots = train(config, accelerator, folder, precision)

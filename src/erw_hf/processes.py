@@ -11,14 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What processes do together: one decides for all, or what fails in one fails in all, so that none waits for it."""
+"""What ranks do together: one decides for all, a failure of one fails all; and what may fail without ending the run."""
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -79,3 +83,20 @@ def done_by_all(accelerator: Accelerator, do: Callable[[], T]) -> T:
     if failure := next((failure for failure in failures if failure is not None), None):
         raise RuntimeError(failure)
     return result
+
+
+@contextlib.contextmanager
+def forgiven(missing: str) -> Iterator[None]:
+    """
+    Turns a failure of something optional into a warning. Not for collective work, unless it fails on all ranks.
+
+    Args:
+        missing (`str`): What is missing after a failure, for the warning.
+
+    Returns:
+        `contextlib.AbstractContextManager`: The block that may fail.
+    """
+    try:
+        yield
+    except Exception as error:
+        logger.warning(f"{missing}, the run continues: {type(error).__name__}: {error}")

@@ -12,12 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 import json
-import logging
 
 import pytest
 
 from erw_hf.trainer.run_record import MetricsFile, keep_until, read_metrics, training_cost
-from erw_hf.trainer.trackers import ForgivingTracker
 
 
 def line(step):
@@ -72,25 +70,3 @@ def test_the_cost_of_a_branch_counts_by_its_last_step(tmp_path):
         assert costs[-1].pop("hours in steps") == f"{2 * (8 - first) / 3600:.2f} (2 images per second)"
         assert costs[-1].pop(f"loss, mean of the last {min(4, 8 - first)} steps") == "1.0000"
     assert costs[0]["steps"] == "3 warmup + 4 full" and all(cost == costs[0] for cost in costs)
-
-
-class Broken:
-    name = "wandb"
-    calls = 0
-
-    def log(self, values, step):
-        self.calls += 1
-        raise ConnectionError("no answer")
-
-    finish = log
-
-
-def test_a_tracker_that_raises_is_told_once_and_tried_again(caplog):
-    tracker = Broken()
-    forgiving = ForgivingTracker(tracker)
-    for step in range(3):
-        forgiving.log({"loss": 1.0}, step=step)
-    forgiving.finish({}, step=3)
-    assert tracker.calls == 4 and forgiving.name == "wandb" and not hasattr(forgiving, "log_images")
-    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert "the tracker wandb failed, the run continues" in warning.message and "no answer" in warning.message

@@ -274,25 +274,6 @@ def test_a_plain_sit_needs_no_encoder(tmp_path, tiny_flags):
     assert all("alignment" not in record and record["lambda"] == 0 for record in records)
 
 
-def test_tensorboard_gets_losses_and_pictures(tmp_path, tiny_flags):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    train(*tiny_flags, "--report_to=tensorboard", "--validation_steps=5", f"--output_dir={tmp_path}/run")
-    # The tracker's hyper-parameters get a file of their own, deeper down.
-    events = min((tmp_path / "run" / "erw").rglob("events.out.tfevents.*"), key=lambda path: len(path.parts))
-    log = EventAccumulator(str(events.parent)).Reload()
-    recorded = [(event.step, event.value) for event in log.Scalars("loss")]
-    np.testing.assert_allclose(
-        [value for _, value in recorded], [entry[2] for entry in losses(tmp_path / "run")], rtol=1e-6
-    )
-    assert [event.step for event in log.Images("samples")] == [5]
-
-
-def test_a_tracker_that_is_not_installed_raises(tmp_path, tiny_flags):
-    with pytest.raises(ValueError, match="report_to='comet_ml' is not installed"):
-        train(*tiny_flags, "--report_to=comet_ml", f"--output_dir={tmp_path}/run")
-
-
 def test_a_warmup_that_does_not_fit_is_refused_before_the_earlier_run_is_deleted(tmp_path, tiny_flags, finished_run):
     before = losses(finished_run)
     flags = [*tiny_flags, "--warmup_steps=0", f"--warmup_from={finished_run}/warmup", "--attention_head_dim=16"]
@@ -534,19 +515,6 @@ def test_a_second_start_on_a_live_run_ends_before_it_touches_anything(tmp_path, 
     assert (run / ".lock").exists()
     train(*tiny_flags, f"--output_dir={run}", "--resume_from_checkpoint=latest")
     assert not (run / ".lock").exists()
-
-
-def test_a_tracker_that_raises_ends_no_run(tmp_path, tiny_flags, monkeypatch, caplog):
-    from accelerate.tracking import TensorBoardTracker
-
-    def log(self, values, step=None, **kwargs):
-        raise ConnectionError("no answer")
-
-    monkeypatch.setattr(TensorBoardTracker, "log", log)
-    monkeypatch.setattr(TensorBoardTracker, "log_images", log)
-    train(*tiny_flags, "--report_to=tensorboard", "--validation_steps=5", f"--output_dir={tmp_path}/run")
-    assert len(losses(tmp_path / "run")) == 7 and (tmp_path / "run" / "pipeline").is_dir()
-    assert caplog.text.count("the tracker tensorboard failed") == 1
 
 
 def test_a_run_that_fails_at_its_first_batch_gives_back_the_one_that_it_was_to_replace(

@@ -32,12 +32,11 @@ from erw_hf.evaluation.quality import (
     reference_file,
 )
 from erw_hf.pipeline_erw import ERWPipeline
-from erw_hf.processes import done_by_all
+from erw_hf.processes import done_by_all, forgiven
 from erw_hf.trainer.phase import Phase
 from erw_hf.trainer.plots import plot_probes, plot_quality
 from erw_hf.trainer.run_record import MetricsFile, read_metrics
 from erw_hf.trainer.setup import Inputs
-from erw_hf.trainer.trackers import forgiven
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
 

@@ -31,7 +31,7 @@ from erw_hf.trainer.checkpoints import find_damage, holds_run, is_within_streak,
 from erw_hf.trainer.ema import later_snapshots
 from erw_hf.trainer.run_lock import RunLock
 from erw_hf.trainer.run_record import read_metrics
-from erw_hf.trainer.trackers import TRACKER_PROJECT
+from erw_hf.trainer.trackers import TRACKER_FILES, TRACKER_PROJECT
 
 
 logger = logging.getLogger(__name__)
@@ -140,9 +140,7 @@ def written_files(folder: Path) -> Iterator[Path]:
     with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):  # without a config, no tracker was started
         config = yaml.safe_load((folder / "config.yaml").read_text())
         project = config.get("tracker_project_name", TRACKER_PROJECT)  # a key of earlier versions
-        patterns += [
-            f"{project}/{name}" for name in ("events.out.tfevents.*", "*/events.out.tfevents.*", "*/hparams.yml")
-        ]
+        patterns += [f"{project}/{name}" for name in TRACKER_FILES]
     for pattern in patterns:
         yield from folder.glob(pattern)
 

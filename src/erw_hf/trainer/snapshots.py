@@ -18,13 +18,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.logging import get_logger
 from PIL import Image
 
 from erw_hf.hub.push import BackgroundPush, link_folder
 from erw_hf.pipeline_erw import ERWPipeline
+from erw_hf.processes import forgiven
 from erw_hf.scheduling_erw import FlowMatchEulerMaruyamaScheduler
 from erw_hf.trainer.checkpoints import Progress
 from erw_hf.trainer.ema import whole_state_dict
@@ -32,7 +32,7 @@ from erw_hf.trainer.phase import Phase
 from erw_hf.trainer.plots import image_grid, plot_losses
 from erw_hf.trainer.quality_monitor import QualityMonitor
 from erw_hf.trainer.setup import Inputs
-from erw_hf.trainer.trackers import forgiven
+from erw_hf.trainer.trackers import track_picture
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
 
@@ -168,8 +168,5 @@ class Snapshots:
                 path = self.folder / "samples" / f"step-{step:07d}.png"
                 path.parent.mkdir(exist_ok=True)
                 grid.save(path)
-                for tracker in accelerator.trackers:
-                    if hasattr(tracker, "log_images"):
-                        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                        tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=step, **layout)
+                track_picture(accelerator, "samples", grid, step)
         accelerator.wait_for_everyone()

@@ -32,7 +32,7 @@ from erw_hf.trainer.phase import Phase
 from erw_hf.trainer.run_folder import RunFolder
 from erw_hf.trainer.run_record import MetricsFile
 from erw_hf.trainer.setup import Inputs, nonfinite_inputs
-from erw_hf.trainer.trackers import TRACKER_PROJECT, ForgivingTracker
+from erw_hf.trainer.trackers import start_trackers
 
 
 @dataclass
@@ -88,11 +88,7 @@ class StepLog:
         self._file = None
         if accelerator.is_main_process:
             self._file = MetricsFile(Path(config.output_dir) / "metrics.jsonl", resume_step=progress.step)
-        if config.report_to != "none":
-            # Numbers stay numbers on the trackers, so that runs can be sorted by them.
-            hyperparameters = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in vars(config).items()}
-            accelerator.init_trackers(TRACKER_PROJECT, config=hyperparameters)
-            accelerator.trackers = [ForgivingTracker(tracker) for tracker in accelerator.trackers]
+        start_trackers(config, accelerator)
         self._late: _LateStep | None = None
         self._last_arrival = 0.0  # when the device finished the last logged step
 

@@ -11,36 +11,64 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a run shows of itself never ends it: pictures, plots, measurements and trackers that fail cost a warning."""
+"""The trackers of accelerate (`report_to`): checked, started, given pictures, forgiven their failures; the files they leave."""
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
+from PIL import Image
+
+from erw_hf.trainer.config import TrainingConfig
 
 
 logger = logging.getLogger(__name__)
 
 TRACKER_PROJECT = "erw"
+# What TensorBoard writes into the folder of the project.
+TRACKER_FILES = ("events.out.tfevents.*", "*/events.out.tfevents.*", "*/hparams.yml")
 
 
-@contextlib.contextmanager
-def forgiven(missing: str) -> Iterator[None]:
+def check_trackers(config: TrainingConfig, accelerator: Accelerator) -> None:
     """
-    Turns a failure of something optional into a warning. Not for collective work, unless it fails on all ranks.
-
     Args:
-        missing (`str`): What is missing after a failure, for the warning.
+        config ([`TrainingConfig`]): The run.
+        accelerator (`Accelerator`): Made with `log_with=config.report_to`.
 
-    Returns:
-        `contextlib.AbstractContextManager`: The block that may fail.
+    Raises:
+        ValueError: if the tracker is not installed.
     """
-    try:
-        yield
-    except Exception as error:
-        logger.warning(f"{missing}, the run continues: {type(error).__name__}: {error}")
+    if config.report_to != "none" and not accelerator.log_with:
+        raise ValueError(f"report_to={config.report_to!r} is not installed: pip install it, or --report_to none")
+
+
+def start_trackers(config: TrainingConfig, accelerator: Accelerator) -> None:
+    """
+    Args:
+        config ([`TrainingConfig`]): The run; its keys become hyperparameters.
+        accelerator (`Accelerator`): Its trackers start, each as a [`ForgivingTracker`].
+    """
+    if config.report_to != "none":
+        # Numbers stay numbers on the trackers, so that runs can be sorted by them.
+        hyperparameters = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in vars(config).items()}
+        accelerator.init_trackers(TRACKER_PROJECT, config=hyperparameters)
+        accelerator.trackers = [ForgivingTracker(tracker) for tracker in accelerator.trackers]
+
+
+def track_picture(accelerator: Accelerator, name: str, picture: Image.Image, step: int) -> None:
+    """
+    Args:
+        accelerator (`Accelerator`): Its trackers get the picture, if they take pictures.
+        name (`str`): Its name there.
+        picture (`PIL.Image.Image`): The picture.
+        step (`int`): Step of the run.
+    """
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: np.asarray(picture.convert("RGB"))[None]}, step=step, **layout)
 
 
 class ForgivingTracker:
