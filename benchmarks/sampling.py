@@ -57,9 +57,9 @@ from matplotlib.figure import Figure
 from train_step import build_dit, build_ours, model_config
 
 from erw_hf import ERWPipeline, FlowMatchEulerMaruyamaScheduler
-from erw_hf.evaluation.extractors import load_extractor, weights_hash
+from erw_hf.evaluation.extractors import load_extractor
 from erw_hf.evaluation.images import dataset_images, generated_images
-from erw_hf.evaluation.quality import load_reference, make_reference, measure
+from erw_hf.evaluation.quality import extractor_hashes, load_reference, make_reference, measure
 from erw_hf.objective import AlignedTransformer
 from erw_hf.trainer.flops import count_step_flops
 
@@ -205,11 +205,11 @@ def measure_caching(
         side = pipes["no cache"].transformer.config.sample_size
         real = dataset_images("digits", "train", side)
         make_reference(folder / "reference.npz", real, [extractor], accelerator, folder / "reference", 100, seed=0)
-        reference = load_reference(folder / "reference.npz", ["fid"], weights_hash(extractor), (side, side))
+        reference = load_reference(folder / "reference.npz", ["fid"], extractor_hashes([extractor]), (side, side))
         for way, pipe in pipes.items():
             drawn: dict[int, torch.Tensor] = {}
             images = generated_images(pipe, count, 0, "balanced", steps, GUIDANCE, INTERVAL)
-            metrics, _ = measure(
+            measured = measure(
                 images, ["fid", "accuracy"], reference, [extractor], accelerator, folder / way, batch,
                 write=lambda indices, pixels, drawn=drawn: drawn.update(zip(indices, pixels, strict=True)),
             )  # fmt: skip
@@ -218,7 +218,7 @@ def measure_caching(
                 (picture.float() - pictures["no cache"][index].float()).div(255).square().mean()
                 for index, picture in drawn.items()
             ]
-            quality[way] = {**metrics, "mean_squared_difference": float(torch.stack(difference).mean())}
+            quality[way] = {**measured.metrics, "mean_squared_difference": float(torch.stack(difference).mean())}
             print(f"{way}: {quality[way]}", flush=True)
     return {
         "samples": count,

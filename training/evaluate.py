@@ -11,17 +11,19 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Evaluate a model, or existing images: FID, sFID, Inception score, precision, recall, KID, FD-DINOv2.
+"""Evaluate a model, or existing images: FID, sFID, Inception score, precision, recall, KID, MIND, FDr6.
 
     accelerate launch training/evaluate.py --model outputs/run/pipeline --num_samples 50000 \\
         --reference VIRTUAL_imagenet256_labeled.npz --output_dir outputs/run/evaluation
 
 Noise and label of sample i depend only on (seed, i), so any number of ranks draws the same images. After a kill the same
 command resumes. `evaluation.json` holds the numbers and everything that they depend on, and
-`evaluate.py --record evaluation.json` repeats the evaluation and compares.
+`evaluate.py --record evaluation.json` repeats the evaluation and compares. Each number has its standard error.
 
     ... --images DIR_OR_NPZ_OR_DATASET --reference R.npz             measures images without a model
     ... --images DATASET --image_size 256 --save_reference R.npz     makes a reference, in ADM's format
+    ... --verify lightningdit-xl-1 --reference R.npz                 a published checkpoint, measured beside its number
+    ... --verify --list                                              the table of these
 """
 
 import argparse
@@ -40,12 +42,22 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from erw_hf import ERWPipeline, FlowMatchHeunScheduler
-from erw_hf.evaluation.extractors import Dinov2Extractor, load_extractor, weights_hash
+from erw_hf.evaluation.compare import compare_records
+from erw_hf.evaluation.extractors import (
+    FDR6,
+    REPRESENTATIONS,
+    RepresentationExtractor,
+    describe_extractors,
+    load_extractor,
+    weights_hash,
+)
 from erw_hf.evaluation.images import ImageSet, NpzWriter, dataset_images, generated_images, npz_images, take
+from erw_hf.evaluation.published import PUBLISHED, build_published, list_published, verification
 from erw_hf.evaluation.quality import (
     METRICS,
     available_metrics,
     check_counts,
+    extractor_hashes,
     feature_widths,
     load_reference,
     make_reference,
@@ -54,12 +66,23 @@ from erw_hf.evaluation.quality import (
 )
 from erw_hf.files import check_folder, write_record
 from erw_hf.names import resolve_flags
-from erw_hf.provenance import compare_records, file_hash, hardware, versions
+from erw_hf.processes import done_by_all
+from erw_hf.provenance import file_hash, hardware, versions
 from erw_hf.trainer.engines import close_accelerator, open_accelerator
 
 
 # What does not change the numbers
-NOT_SETTINGS = ("output_dir", "record", "save_reference", "save_npz", "save_png", "save_steps")
+NOT_SETTINGS = (
+    "output_dir",
+    "record",
+    "save_reference",
+    "save_npz",
+    "save_png",
+    "save_steps",
+    "verify",
+    "list",
+    "checkpoint",
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -71,6 +94,11 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--model", help="Hub id or folder of a pipeline")
     what.add_argument("--images", help="instead of a model: a folder of images, an npz file, or a dataset")
     what.add_argument("--record", help="an evaluation.json: repeat that evaluation and compare the numbers")
+    what.add_argument(
+        "--verify", nargs="?", const="", metavar="NAME", help="a published checkpoint, by its published protocol"
+    )
+    parser.add_argument("--list", action="store_true", help="with --verify: the table of published checkpoints")
+    parser.add_argument("--checkpoint", help="with --verify: its file, if it is not to be fetched from the Hub")
     parser.add_argument("--split", default="train", help="split of --images, if it is a dataset")
     parser.add_argument(
         "--image_size", type=int, help="crop and resize --images and the reference dataset to this side, in pixels"
@@ -112,22 +140,45 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--extractor", default="inception", help="inception, or the folder of a ResNet classifier")
     parser.add_argument("--inception_weights", help="torch-fidelity's file; downloaded by default")
     parser.add_argument("--dinov2", help="Hub id or folder of a DINOv2, facebook/dinov2-large for the usual FD-DINOv2")
+    parser.add_argument(
+        "--representations",
+        nargs="*",
+        metavar="NAME=ID",
+        help=f"networks of more Fréchet distances and MINDs, by Hub id or folder: {', '.join(REPRESENTATIONS)}; without "
+        "any the five that FDr6 adds to Inception",
+    )
     parser.add_argument("--save_npz", action="store_true", help="write the images as ADM's sample file, samples.npz")
     parser.add_argument("--save_png", action="store_true", help="write the images into samples/")
     parser.add_argument("--save_steps", type=int, default=10, help="batches between two saves of unfinished work")
     args = parser.parse_args()
+    if args.verify is not None:
+        if args.list or args.verify == "list":
+            print(list_published())
+            sys.exit()
+        if args.verify not in PUBLISHED:
+            parser.error(
+                f"--verify {args.verify} is not one of {', '.join(PUBLISHED)}; --verify --list prints the table"
+            )
+        parser.set_defaults(**PUBLISHED[args.verify].settings)
+        args = parser.parse_args()
+    elif args.list or args.checkpoint is not None:
+        parser.error("--list and --checkpoint belong to --verify")
     resolve_flags(parser, args, ["record"], [])
     if args.record is not None:
         parser.set_defaults(
             **recorded_settings(parser, args.record), output_dir=str(Path(args.record).parent / "again")
         )
         args = parser.parse_args()
-    elif (args.model is None) == (args.images is None):
+    elif args.verify is None and (args.model is None) == (args.images is None):
         parser.error("name what to evaluate: --model or --images")
     # Missing npz files have sentences of their own.
     files = {name for name in ("images", "reference") if (getattr(args, name) or "").endswith((".npz", ".npy"))}
     names = {"model", "images", "reference", "extractor", "dinov2"} - files
-    resolve_flags(parser, args, {"output_dir", "record", "save_reference", "inception_weights"} | files, names)
+    resolve_flags(
+        parser, args, {"output_dir", "record", "save_reference", "inception_weights", "checkpoint"} | files, names
+    )
+    if args.verify is not None:
+        args.model = str(Path(args.output_dir) / "published")
     if args.reference is None and args.save_reference is None:
         parser.error("name what to compare with, --reference, or what to make, --save_reference")
     if problem := problem_of(args):
@@ -161,6 +212,13 @@ def problem_of(args: argparse.Namespace) -> str | None:
         path = getattr(args, name)
         if path is not None and Path(path).suffix == ".npy":
             return f"--{name} {path}: name an npz file, np.savez makes one"
+    for text in args.representations or ():
+        name, _, path = text.partition("=")
+        if name not in REPRESENTATIONS or not path:
+            return f"--representations {text}: write NAME=ID, with one of {', '.join(REPRESENTATIONS)}"
+    names = [text.partition("=")[0] for text in args.representations or ()] + ["dinov2"] * (args.dinov2 is not None)
+    if len(set(names)) < len(names):
+        return f"--representations {' '.join(args.representations)}: a name comes twice"
     if args.save_reference is not None:
         path = Path(args.save_reference)
         if path.suffix != ".npz" or path.is_dir():
@@ -182,6 +240,8 @@ def main() -> None:
     close_accelerator(accelerator)
     if args.record is not None and record is not None:
         compare(args.record, record)
+    if args.verify is not None and record is not None:
+        print(verification(args.verify, record))
 
 
 def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
@@ -197,7 +257,7 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
     args.metrics = choose_metrics(args.metrics, extractors, images)
     leave_out_what_is_not_done(args, accelerator)
     check_reference = partial(
-        load_reference, metrics=args.metrics, extractor_hash=extractor["sha256"], image_size=images.size,
+        load_reference, metrics=args.metrics, hashes=extractor_hashes(extractors), image_size=images.size,
         widths=feature_widths(extractors, images.size),
     )  # fmt: skip
     real = None
@@ -229,16 +289,18 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
 
     writer = NpzWriter(output_dir / "samples.npz", images.count) if args.save_npz else None
     write = partial(write_images, output_dir / "samples" if args.save_png else None, writer)
-    metrics, stages = measure(
+    quality = measure(
         images, args.metrics, reference, extractors, accelerator, work, args.batch_size, args.save_steps, write
     )
-    seconds |= stages
+    seconds |= quality.seconds
     if writer is not None:
         writer.close(accelerator.is_main_process)
     record = None
     if accelerator.is_main_process:
         record = {
-            "metrics": metrics,
+            "metrics": quality.metrics,
+            "errors": quality.errors,
+            "bias": quality.bias,
             "settings": settings,
             "model": model,
             "reference": {"name": args.reference, "sha256": file_hash(reference_path)},
@@ -260,12 +322,19 @@ def open_samples(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Im
             args.images, args.split, args.image_size, args.image_column, args.label_column, args.num_classes
         )
         return images if args.num_samples is None else take(images, args.num_samples, args.seed), None
+    if args.verify is not None:
+        done_by_all(accelerator, partial(fetch_published, args, accelerator))
     pipe = load_pipeline(args, accelerator)
     images = generated_images(
         pipe, 50_000 if args.num_samples is None else args.num_samples, args.seed, args.labels,
         args.num_inference_steps, args.guidance_scale, tuple(args.guidance_interval), accelerator.autocast,
     )  # fmt: skip
     return images, describe_model(args.model, pipe)
+
+
+def fetch_published(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    if accelerator.is_main_process and not (Path(args.model) / "model_index.json").exists():
+        build_published(args.verify, args.checkpoint).save_pretrained(args.model)
 
 
 def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> ERWPipeline:
@@ -312,17 +381,18 @@ def open_images(
 
 def load_extractors(
     args: argparse.Namespace, accelerator: Accelerator
-) -> tuple[list[torch.nn.Module], dict[str, str]]:
+) -> tuple[list[torch.nn.Module], dict[str, object]]:
     """The networks behind the metrics, and what the record says of them."""
     with accelerator.main_process_first():  # which downloads
         extractors = [load_extractor(args.extractor, args.inception_weights)]
         if args.dinov2 is not None:
-            extractors.append(Dinov2Extractor(args.dinov2))
+            extractors.append(RepresentationExtractor("dinov2", args.dinov2))
+        if args.representations is not None:
+            paths = dict(text.split("=", 1) for text in args.representations) or dict.fromkeys(FDR6)
+            extractors += [RepresentationExtractor(name, path) for name, path in paths.items()]
     extractors = [extractor.to(accelerator.device) for extractor in extractors]
-    description = {"name": args.extractor, "sha256": weights_hash(extractors[0])}
-    if args.dinov2 is not None:
-        description |= {"dinov2": args.dinov2, "dinov2_sha256": weights_hash(extractors[1])}
-    return extractors, description
+    names = [args.extractor, *(extractor.hub_id for extractor in extractors[1:])]
+    return extractors, describe_extractors(extractors, names)
 
 
 def choose_metrics(wanted: list[str] | None, extractors: Sequence[torch.nn.Module], images: ImageSet) -> list[str]:
@@ -404,7 +474,9 @@ def write_images(folder: Path | None, writer: NpzWriter | None, indices: Sequenc
 
 def report(record: dict, output_dir: Path) -> None:
     for name, value in record["metrics"].items():
-        print(f"{name:22}{value:12.6g}")
+        error, bias = record["errors"].get(name), record["bias"].get(name)
+        more = (f" ± {error:.2g}" if error is not None else "") + (f", bias {bias:.2g}" if bias is not None else "")
+        print(f"{name:22}{value:12.6g}{more}")
     print(f"{output_dir / 'evaluation.json'}, after {record['seconds']} seconds")
 
 

@@ -19,7 +19,6 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +26,7 @@ from accelerate import Accelerator
 
 PACKAGES = (
     "erw-hf", "torch", "diffusers", "transformers", "accelerate", "datasets", "numpy", "scikit-learn", "torch-fidelity",
+    "timm", "pillow",
 )  # fmt: skip
 
 
@@ -70,33 +70,3 @@ def file_hash(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def compare_records(before: dict[str, Any], now: dict[str, Any], tolerance: float = 1e-6) -> tuple[bool, str]:
-    """
-    Compares an evaluation with its repetition.
-
-    Args:
-        before (`dict`): The record.
-        now (`dict`): The record of the repetition.
-        tolerance (`float`, *optional*, defaults to 1e-6): Relative difference that still counts as the same.
-
-    Returns:
-        `tuple[bool, str]`: Whether all metrics are the same, and a table of them, with what else is different.
-    """
-    lines, same = [f"{'metric':22}{'record':>18}{'now':>18}{'difference':>14}"], True
-    for name, old in before["metrics"].items():
-        new = now["metrics"].get(name)
-        if new is None:
-            lines.append(f"{name:22}{old:18.10g}{'missing':>18}")
-            same = False
-            continue
-        difference = abs(new - old) / max(abs(old), 1e-12)
-        same &= difference <= tolerance
-        lines.append(f"{name:22}{old:18.10g}{new:18.10g}{difference:14.1e}")
-    for part in ("model", "reference", "extractor", "versions", "hardware"):
-        old, new = before.get(part) or {}, now.get(part) or {}
-        for key in sorted({*old, *new}):
-            if old.get(key) != new.get(key):
-                lines.append(f"{part}.{key} was {old.get(key)}, is {new.get(key)}")
-    return bool(same), "\n".join(lines)

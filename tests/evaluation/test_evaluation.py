@@ -64,11 +64,24 @@ def evaluated(model, tmp_path_factory):
 
 def test_the_record_holds_the_numbers_and_all_they_depend_on(evaluated):
     folder, record = evaluated
-    assert {"metrics", "settings", "model", "reference", "extractor", "versions", "hardware", "seconds"} == set(record)
+    assert {
+        "metrics",
+        "errors",
+        "bias",
+        "settings",
+        "model",
+        "reference",
+        "extractor",
+        "versions",
+        "hardware",
+        "seconds",
+    } == set(record)
     assert set(record["metrics"]) == {
-        "fid", "inception_score", "inception_score_std", "precision", "recall", "kid", "kid_std", "accuracy",
+        "fid", "inception_score", "inception_score_std", "precision", "recall", "kid", "kid_std", "mind", "accuracy",
     }  # fmt: skip
     assert all(np.isfinite(value) for value in record["metrics"].values()) and record["metrics"]["fid"] > 1
+    assert set(record["errors"]) == set(record["metrics"]) - {"inception_score_std", "kid_std"}
+    assert set(record["bias"]) == {"fid", "inception_score", "mind"} and record["bias"]["fid"] > 0
     settings = {"seed": 0, "labels": "random", "num_inference_steps": 4, "guidance_scale": 1.8, "num_samples": 50}
     assert settings.items() <= record["settings"].items() and record["settings"]["guidance_interval"] == [0.0, 0.7]
     assert record["model"]["scheduler"]["class"] == "FlowMatchEulerMaruyamaScheduler"

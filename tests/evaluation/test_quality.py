@@ -27,17 +27,21 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from erw_hf.data.digits import load_digits_dataset
 from erw_hf.evaluation import frechet_distance
 from erw_hf.evaluation.extractors import (
+    REPRESENTATIONS,
     ClassifierExtractor,
-    Dinov2Extractor,
     InceptionExtractor,
+    RepresentationExtractor,
+    describe_extractors,
     load_extractor,
     weights_hash,
 )
 from erw_hf.evaluation.feature_statistics import Features, FeatureStatistics, extract_features
 from erw_hf.evaluation.images import ImageSet, NpzWriter, dataset_images, npz_images, take
+from erw_hf.evaluation.metrics import frechet_estimate, inception_score_error, mind_estimate, standard_error
 from erw_hf.evaluation.quality import (
     Reference,
     available_metrics,
+    extractor_hashes,
     load_reference,
     quality_metrics,
     reference_file,
@@ -119,7 +123,7 @@ def test_streamed_statistics_are_those_of_the_whole_matrix():
 
 def test_fid_is_torch_fidelitys_and_adms(measured):
     samples, real, _, features, reference = measured
-    fid = quality_metrics(["fid"], features, reference)["fid"]
+    fid = quality_metrics(["fid"], features, reference).metrics["fid"]
     statistics = [fid_features_to_statistics(x.double()) for x in (samples, real)]
     assert fid == pytest.approx(
         fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"], rel=1e-6
@@ -131,7 +135,7 @@ def test_fid_is_torch_fidelitys_and_adms(measured):
 
 def test_inception_score_is_adms(measured):
     _, _, logits, features, reference = measured
-    found = quality_metrics(["inception_score", "accuracy"], features, reference)
+    found = quality_metrics(["inception_score", "accuracy"], features, reference).metrics
     p = torch.softmax(logits.double(), dim=1).numpy()
     divergence = (p * (np.log(p) - np.log(p.mean(0, keepdims=True)))).sum(1).mean()
     assert found["inception_score"] == pytest.approx(np.exp(divergence), rel=1e-9)
@@ -141,7 +145,7 @@ def test_inception_score_is_adms(measured):
 def test_inception_score_takes_consecutive_5000_as_adm(tmp_path, measured):
     logits = 3 * draw(3, 10_000, 10)
     np.save(tmp_path / "logits-0000000.npy", logits.numpy())
-    found = quality_metrics(["inception_score"], measured[3], measured[4])
+    found = quality_metrics(["inception_score"], measured[3], measured[4]).metrics
     scores = []
     for p in torch.softmax(logits.double(), dim=1).split(5000):
         scores.append((p * (p.log() - p.mean(0).log())).sum(1).mean().exp().item())
@@ -151,7 +155,7 @@ def test_inception_score_takes_consecutive_5000_as_adm(tmp_path, measured):
 
 def test_precision_and_recall_are_torch_fidelitys_and_adms(measured):
     samples, real, _, features, reference = measured
-    found = quality_metrics(["precision_recall"], features, reference, real)
+    found = quality_metrics(["precision_recall"], features, reference, {"pool": real}).metrics
     expected = prc_features_to_metric(samples, real, verbose=False)
     assert (found["precision"], found["recall"]) == (expected["precision"], expected["recall"])
 
@@ -168,7 +172,7 @@ def test_precision_and_recall_are_torch_fidelitys_and_adms(measured):
 
 def test_kid_is_torch_fidelitys_and_its_definition(measured):
     samples, real, _, features, reference = measured
-    found = quality_metrics(["kid"], features, reference, real)
+    found = quality_metrics(["kid"], features, reference, {"pool": real}).metrics
     expected = kid_features_to_metric(samples.double(), real.double(), kid_subset_size=500, verbose=False)
     assert found["kid"] == expected["kernel_inception_distance_mean"]
     # One subset of all: the unbiased estimate itself.
@@ -189,7 +193,7 @@ def test_without_torch_fidelity_the_extra_is_named(measured, monkeypatch):
     for module in ("torch_fidelity.metric_isc", "torch_fidelity.feature_extractor_inceptionv3"):
         monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(ImportError, match=r"pip install erw-hf\[eval\]"):
-        quality_metrics(["kid"], measured[3], measured[4], measured[1])
+        quality_metrics(["kid"], measured[3], measured[4], {"pool": measured[1]})
     with pytest.raises(ImportError, match=r"pip install erw-hf\[eval\]"):
         load_extractor("inception")
 
@@ -237,13 +241,13 @@ def test_what_was_done_is_not_done_again(pixels, tmp_path, restart):
 
 
 def test_reference_file_has_adms_names_and_reads_back(pixels, tmp_path):
-    features = extract_features(images_of(pixels), [MeanColours()], process(), tmp_path / "work", 8)
-    save_reference(tmp_path / "r.npz", features, images_of(pixels), 0, "hash")
+    features = extract_features(images_of(pixels), [MeanColours()], process(), tmp_path / "work", 8, ["pool"])
+    save_reference(tmp_path / "r.npz", features, images_of(pixels), 0, {"extractor": "hash"})
     with np.load(tmp_path / "r.npz") as file:
         assert {"mu", "sigma", "arr_0"} <= set(file.files)
         assert file["arr_0"].shape == (50, 8, 8, 3)
-    reference = load_reference(tmp_path / "r.npz", ["fid", "kid"], "hash", (8, 8))
-    assert quality_metrics(["fid"], features, reference)["fid"] == pytest.approx(0, abs=1e-9)
+    reference = load_reference(tmp_path / "r.npz", ["fid", "kid"], {"extractor": "hash"}, (8, 8))
+    assert quality_metrics(["fid"], features, reference).metrics["fid"] == pytest.approx(0, abs=1e-9)
     assert torch.equal(npz_images(tmp_path / "r.npz").read([3, 49])[0], pixels[[3, 49]])
 
 
@@ -258,23 +262,23 @@ def test_the_name_of_a_reference_tells_what_it_is_made_of(tmp_path):
 def test_a_reference_that_does_not_serve_says_what_to_get(pixels, tmp_path, measured):
     path = tmp_path / "r.npz"
     with pytest.raises(FileNotFoundError, match="VIRTUAL_imagenet256"):
-        load_reference(path, ["fid"], "hash", (8, 8))
+        load_reference(path, ["fid"], {"extractor": "hash"}, (8, 8))
     np.savez(path, arr_0=np.zeros((2, 8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="no mu and sigma, which fid needs.*--save_reference.*https://"):
-        load_reference(path, ["fid"], "hash", (8, 8))
+        load_reference(path, ["fid"], {"extractor": "hash"}, (8, 8))
     np.savez(path, mu=np.zeros(4), sigma=np.eye(4))
     with pytest.raises(ValueError, match="no mu_s and sigma_s, which sfid needs"):
-        load_reference(path, ["fid", "sfid"], "hash", (8, 8))
+        load_reference(path, ["fid", "sfid"], {"extractor": "hash"}, (8, 8))
     with pytest.raises(ValueError, match="no images .*--metrics"):
-        load_reference(path, ["fid", "kid"], "hash", (8, 8))
+        load_reference(path, ["fid", "kid"], {"extractor": "hash"}, (8, 8))
     with pytest.raises(ValueError, match="4 features, the extractor 48"):
-        quality_metrics(["fid"], measured[3], load_reference(path, ["fid"], "hash", (8, 8)))
+        quality_metrics(["fid"], measured[3], load_reference(path, ["fid"], {"extractor": "hash"}, (8, 8)))
     np.savez(path, mu=np.zeros(4), sigma=np.eye(4), extractor="other")
     with pytest.raises(ValueError, match="another extractor"):
-        load_reference(path, ["fid"], "hash", (8, 8))
+        load_reference(path, ["fid"], {"extractor": "hash"}, (8, 8))
     np.savez(path, mu=np.zeros(4), sigma=np.eye(4), arr_0=np.zeros((2, 8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match=r"of \(8, 8\) px images, the samples are \(16, 16\) px"):
-        load_reference(path, ["fid"], "hash", (16, 16))
+        load_reference(path, ["fid"], {"extractor": "hash"}, (16, 16))
 
 
 def test_images_that_cannot_be_measured(pixels, tmp_path):
@@ -340,15 +344,15 @@ def test_missing_inception_weights_say_where_they_are(monkeypatch):
 
 def test_dinov2_features_are_the_class_token_at_224_px(encoder_path, pixels):
     from PIL import Image
-    from transformers import AutoModel
+    from transformers import AutoImageProcessor, AutoModel
 
-    extractor = Dinov2Extractor(str(encoder_path))
+    extractor = RepresentationExtractor("dinov2", str(encoder_path))
     found = extractor(pixels[:1])["dinov2"]
     image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).resize((224, 224), Image.Resampling.BICUBIC)
     values = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
-    values = (values - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
-        :, None, None
-    ]
+    processor = AutoImageProcessor.from_pretrained(encoder_path, backend="pil")  # whose mean is not ImageNet's
+    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (processor.image_mean, processor.image_std))
+    values = (values - mean) / std
     expected = AutoModel.from_pretrained(encoder_path).eval()(values[None]).last_hidden_state[:, 0]
     assert torch.allclose(found, expected, atol=0.02)  # PIL rounds to 8 bits
 
@@ -362,7 +366,9 @@ def test_the_shipped_classifier_reads_digits_it_has_not_seen():
     assert features["pool"].shape == (359, 64)
     assert (features["logits"].argmax(1) == torch.tensor(list(split["label"]))).float().mean() > 0.97
     assert (CLASSIFIER / "model.safetensors").stat().st_size < 2**20
-    assert available_metrics([extractor], 10) == ["fid", "inception_score", "precision_recall", "kid", "accuracy"]
+    assert available_metrics([extractor], 10) == [
+        "fid", "inception_score", "precision_recall", "kid", "mind", "accuracy",
+    ]  # fmt: skip
     assert "accuracy" not in available_metrics([extractor], 0)
 
 
@@ -378,3 +384,205 @@ def test_frechet_distance_at_the_width_of_inception():
     expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
     found = frechet_distance(*(s[name] for s in statistics for name in ("mu", "sigma")))
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+VIT = {"embed_dim": 16, "depth": 2, "num_heads": 2}
+REPRESENTATION_ARCHITECTURES = {
+    "convnext": ("convnextv2_base", {"dims": [4, 4, 4, 16], "depths": [1] * 4}),
+    "dinov2_cls": ("vit_large_patch14_dinov2", VIT | {"img_size": 70}),
+    "mae_cls": ("vit_large_patch16_224", VIT | {"img_size": 64}),
+    "siglip_cls": ("vit_so400m_patch16_siglip_256", VIT | {"img_size": 64}),
+    "clip_cls": ("vit_large_patch14_clip_224", VIT | {"img_size": 70}),
+}
+
+
+@pytest.fixture(scope="session")
+def representation_paths(tmp_path_factory):
+    """A tiny random model of each architecture of FDr6, in the Hub's layout of timm."""
+    from transformers import TimmWrapperConfig, TimmWrapperModel
+
+    paths = {}
+    for name, (architecture, arguments) in REPRESENTATION_ARCHITECTURES.items():
+        paths[name] = tmp_path_factory.mktemp(name)
+        settings = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 64, 64]}
+        torch.manual_seed(0)
+        config = TimmWrapperConfig(architecture=architecture, model_args=arguments, pretrained_cfg=settings)
+        TimmWrapperModel(config).save_pretrained(paths[name])
+    return paths
+
+
+@pytest.mark.parametrize("name", REPRESENTATION_ARCHITECTURES)
+def test_representations_are_timms_vectors_of_the_whole_image(name, representation_paths, pixels):
+    from PIL import Image
+
+    extractor = RepresentationExtractor(name, str(representation_paths[name]))
+    found = extractor(pixels[:2])
+    assert list(found) == [name] and not extractor.published
+    size = REPRESENTATIONS[name].size
+    images = [Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size, size), 3) for image in pixels[:2]]
+    values = torch.stack([torch.from_numpy(np.asarray(image).copy()) for image in images]).permute(0, 3, 1, 2) / 255
+    values = (values - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / torch.tensor([0.4, 0.5, 0.6])[:, None, None]
+    network = extractor.model.timm_model
+    with torch.no_grad():
+        features = network.forward_features(values)
+        expected = {
+            "convnext": lambda: features.mean((2, 3)),
+            "siglip_cls": lambda: network.attn_pool(features),
+        }.get(name, lambda: features[:, 0])()
+    torch.testing.assert_close(found[name], expected, atol=0.05, rtol=0.02)  # PIL rounds to 8 bits
+    assert found[name].shape == (2, 16) and found[name].std() > 0
+
+
+def test_a_model_without_a_vector_for_the_image_is_refused(tmp_path, pixels):
+    from transformers import IJepaConfig, IJepaModel, ViTImageProcessorPil
+
+    IJepaModel(
+        IJepaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=224)
+    ).save_pretrained(tmp_path)
+    ViTImageProcessorPil().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="IJepaModel. has neither a class token nor a pooled vector"):
+        RepresentationExtractor("dinov2", str(tmp_path))(pixels[:1])
+
+
+def features_of(draws, folder):
+    """Of layer -> (N, D), as extract_features leaves them."""
+    folder.mkdir(exist_ok=True)
+    statistics = {}
+    for layer, values in draws.items():
+        np.save(folder / f"{layer}-0000000.npy", values)
+        statistics[layer] = FeatureStatistics(values.shape[1])
+        statistics[layer].update(torch.from_numpy(values))
+    return Features(statistics, folder, {})
+
+
+def test_fdr6_is_the_mean_of_six_distances_in_units_of_validation_images(tmp_path):
+    rng = np.random.default_rng(0)
+    layers = ["pool", *REPRESENTATION_ARCHITECTURES]
+    shared = rng.standard_normal((400, 1))
+    draws = {layer: (rng.standard_normal((400, 6)) + shared).astype(np.float32) for layer in layers}
+    samples = features_of(draws, tmp_path / "samples")
+    reference = Reference(tmp_path, {layer: (np.zeros(6), 2 * np.eye(6)) for layer in layers})
+    names = ["fid", *(f"fd_{name}" for name in REPRESENTATION_ARCHITECTURES)]
+    found = quality_metrics([*names, "fdr6"], samples, reference)
+    units = [1.68, 56.87, 14.19, 0.04, 0.60, 5.60]  # FD-loss's FDR_VALIDATION_FD
+    ratios = [found.metrics[name] / unit for name, unit in zip(names, units, strict=True)]
+    assert found.metrics["fdr6"] == pytest.approx(np.mean(ratios))
+    # Of the same samples: the error of the mean is not that of independent terms.
+    independent = np.sqrt(sum((found.errors[name] / unit) ** 2 for name, unit in zip(names, units, strict=True))) / 6
+    assert found.errors["fdr6"] > 1.02 * independent
+    assert found.bias["fdr6"] == pytest.approx(np.mean([found.bias[n] / u for n, u in zip(names, units, strict=True)]))
+
+
+def test_fdr6_is_of_the_published_networks_alone(representation_paths):
+    others = [
+        SimpleNamespace(layers=(name,), published=name != "mae_cls", num_classes=0) for name in representation_paths
+    ]
+    inception = SimpleNamespace(layers=("pool", "spatial", "logits"), num_classes=0)
+    assert "fdr6" not in available_metrics([inception, *others], 0)
+    others[2].published = True
+    assert "fdr6" in available_metrics([inception, *others], 0)
+    assert "fdr6" not in available_metrics([inception, *others[1:]], 0)
+    assert "fdr6" not in available_metrics([SimpleNamespace(layers=("pool",), num_classes=0), *others], 0)
+
+
+def test_a_reference_knows_the_weights_of_every_network(pixels, tmp_path, representation_paths):
+    networks = [MeanColours(), RepresentationExtractor("mae_cls", str(representation_paths["mae_cls"]))]
+    features = extract_features(images_of(pixels), networks, process(), tmp_path / "work", 25)
+    hashes = extractor_hashes(networks)
+    assert set(hashes) == {"extractor", "extractor_mae_cls"}
+    save_reference(tmp_path / "r.npz", features, images_of(pixels), 0, hashes)
+    assert (
+        load_reference(tmp_path / "r.npz", ["fid", "fd_mae_cls"], hashes, (8, 8)).statistics["mae_cls"][0].size == 16
+    )
+    with pytest.raises(ValueError, match=r"other weights of it \(extractor_mae_cls\)"):
+        load_reference(tmp_path / "r.npz", ["fid"], hashes | {"extractor_mae_cls": "other"}, (8, 8))
+    described = describe_extractors(networks, ["colours", "some/mae"])
+    assert described["mae_cls"] == "some/mae" and len(described["mae_cls_sha256"]) == 64
+    assert (
+        described["mae_cls_preprocessing"]
+        == "bicubic with antialias to 224 px, mean [0.1, 0.2, 0.3], std [0.4, 0.5, 0.6]"
+    )
+
+
+DRAWS = 20
+
+
+def test_standard_errors_are_the_spread_of_repeated_draws(tmp_path):
+    """Within 25 %, which is also how well 20 draws know their own spread."""
+    rng, dim, count = np.random.default_rng(1), 8, 600
+    mix = rng.standard_normal((dim, dim)).astype(np.float32) / dim**0.5
+    real = np.maximum(rng.standard_normal((800, dim)).astype(np.float32) @ mix, -0.3)
+    reference = Reference(tmp_path, {"pool": (real.mean(0, dtype=np.float64), np.cov(real, rowvar=False))})
+    metrics, found = ["fid", "inception_score", "precision_recall", "kid", "mind", "accuracy"], []
+    for _ in range(DRAWS):
+        x = 1.1 * np.maximum(rng.standard_normal((count, dim)).astype(np.float32) @ mix, -0.25)
+        samples = features_of(
+            {"pool": x.astype(np.float32), "logits": (4 * x).astype(np.float32)}, tmp_path / "samples"
+        )
+        np.save(tmp_path / "samples" / "labels-0000000.npy", np.full(count, 3))
+        found.append(quality_metrics(metrics, samples, reference, {"pool": torch.from_numpy(real)}))
+    for name in ("fid", "inception_score", "precision", "recall", "kid", "mind", "accuracy"):
+        spread = np.std([quality.metrics[name] for quality in found], ddof=1)
+        assert np.mean([quality.errors[name] for quality in found]) == pytest.approx(spread, rel=0.25), name
+
+
+def test_bias_is_what_few_samples_add(tmp_path):
+    rng, dim = np.random.default_rng(0), 16
+    mu, sigma = np.zeros(dim), 1.2 * np.eye(dim)
+    few = [rng.standard_normal((500, dim)) + 0.05 for _ in range(DRAWS)]
+    estimates = [frechet_estimate(x, (x.mean(0), np.cov(x, rowvar=False)), (mu, sigma)) for x in few]
+    true = dim * (0.05**2 + (1 - 1.2**0.5) ** 2)
+    added = np.mean([estimate.value for estimate in estimates]) - true
+    assert added > 0.02 and np.mean([estimate.bias for estimate in estimates]) == pytest.approx(added, rel=0.25)
+    logits = 2 * rng.standard_normal((200, 400, 10))
+    scores = [np.exp(kl_of(x)) for x in logits]
+    whole = np.exp(kl_of(logits.reshape(-1, 10)))
+    found = np.mean([inception_score_error(x, 5000)[1] for x in logits])
+    assert found == pytest.approx(np.mean(scores) - whole, rel=0.25) and found < 0
+
+
+def kl_of(logits):
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return (p * np.log(p / p.mean(0))).sum(1).mean()
+
+
+def test_influence_is_the_derivative_along_the_weight_of_a_sample():
+    """Against moving a little weight to one sample, by the weighted definition."""
+    rng = np.random.default_rng(0)
+    x, mu, sigma = rng.standard_normal((200, 5)), rng.standard_normal(5), np.diag(rng.uniform(0.5, 2, 5))
+
+    def distance(weights):
+        mean = weights @ x
+        return frechet_distance(mean, (x - mean).T @ (weights[:, None] * (x - mean)), mu, sigma)
+
+    even = np.full(200, 1 / 200)
+    estimate = frechet_estimate(x, (x.mean(0), np.cov(x, rowvar=False, bias=True)), (mu, sigma))
+    for i in (0, 7, 199):
+        moved = (1 - 1e-6) * even + 1e-6 * (np.arange(200) == i)
+        assert (distance(moved) - distance(even)) / 1e-6 == pytest.approx(estimate.influence[i], rel=1e-3, abs=1e-4)
+
+
+def test_mind_is_its_definition_and_three_times_a_shift():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((300, 4)).astype(np.float32), 1.5 * rng.standard_normal((300, 4)).astype(np.float32)
+    directions = np.random.default_rng(5)
+    for side in (x, y):
+        directions.permutation(len(side))
+    directions = directions.standard_normal((4, 250)).astype(np.float32)
+    costs = [((np.sort(x @ d) - np.sort(y @ d)) ** 2).mean() / (d @ d) for d in directions.T]
+    assert mind_estimate(x, y, 250, seed=5).value == pytest.approx(3 * 4 * np.mean(costs), rel=1e-4)
+    # A shift by v costs |v|^2 / D along a random direction, so 3 |v|^2 in all: nothing else is moved.
+    shift = np.array([1.0, 2.0, 0.0, 0.0], dtype=np.float32)
+    assert mind_estimate(y + shift, y, 4000).value == pytest.approx(3 * 5, rel=0.05)
+    assert mind_estimate(y, y).value == 0
+    assert mind_estimate(x[:100], y).influence.shape == (100,)  # as many of the other
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_few_samples_have_no_error_that_is_not_a_number(count, tmp_path):
+    x = np.random.default_rng(0).standard_normal((count, 6)).astype(np.float32)
+    assert np.isnan(standard_error(x[:1, 0]))
+    if count > 1:
+        found = quality_metrics(["fid", "mind"], features_of({"pool": x}, tmp_path), Reference(tmp_path, {"pool": (np.zeros(6), np.eye(6))}), {"pool": torch.from_numpy(x)})  # fmt: skip
+        assert all(np.isfinite([*found.metrics.values(), *found.errors.values(), *found.bias.values()]))
+        assert ("fid" in found.bias) == (count > 3)

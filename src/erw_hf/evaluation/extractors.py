@@ -14,16 +14,48 @@
 """The networks behind the metrics: images in, features out."""
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import AutoImageProcessor, AutoModel, ResNetForImageClassification
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, ResNetForImageClassification
 
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
+
+
+@dataclass(frozen=True)
+class Representation:
+    """Where features come from.
+
+    Args:
+        hub_id (`str`): Model of timm or transformers on the Hub.
+        size (`int`): Side in pixels that images are resized to.
+        validation (`float`, *optional*):
+            Fréchet distance of ImageNet's validation images at 256 px from its training images, the unit of FDr.
+    """
+
+    hub_id: str
+    size: int
+    validation: float | None = None
+
+
+# The six of FDr6 are Inception and these five of timm, at the sizes and with the validation distances of FD-loss (arXiv
+# 2604.28190, its eval_all_fds.py), which rounds them to two digits: MAE's 0.04 may be off by an eighth.
+REPRESENTATIONS = {
+    "dinov2": Representation("facebook/dinov2-large", 224),  # FD-DINOv2, arXiv 2306.04675
+    "convnext": Representation("timm/convnextv2_base.fcmae_ft_in22k_in1k", 224, 56.87),
+    "dinov2_cls": Representation("timm/vit_large_patch14_dinov2.lvd142m", 256, 14.19),
+    "mae_cls": Representation("timm/vit_large_patch16_224.mae", 224, 0.04),
+    "siglip_cls": Representation("timm/vit_so400m_patch16_siglip_256.v2_webli", 224, 0.60),
+    "clip_cls": Representation("timm/vit_large_patch14_clip_224.openai", 256, 5.60),
+}
+FDR6 = ("convnext", "dinov2_cls", "mae_cls", "siglip_cls", "clip_cls")  # and Inception's
+INCEPTION_VALIDATION = 1.68
 
 
 class InceptionExtractor(nn.Module):
@@ -117,24 +149,44 @@ class ClassifierExtractor(nn.Module):
         return {"pool": pool, "logits": self.model.classifier(pool)}
 
 
-class Dinov2Extractor(nn.Module):
+class RepresentationExtractor(nn.Module):
     """
-    The class token of a DINOv2 on 224 px images, for FD-DINOv2 (Stein et al., arXiv 2306.04675).
+    One vector an image of a vision model: its class token after the last norm; without one what its attention pools (SigLIP),
+    or the mean of its map (ConvNeXt).
+
+    Mean and deviation are those of the model's own processor. The whole image is resized, with antialias.
 
     Args:
-        path (`str`): Folder or Hub id; the paper's is `facebook/dinov2-large`.
+        name (`str`): Its name in records and references, a key of `REPRESENTATIONS`.
+        path (`str`, *optional*): Folder or Hub id, of timm or transformers. Defaults to the published one.
+
+    Raises:
+        ImportError: for a model of timm where that is not installed.
+        ValueError: for a model that gives no such vector.
     """
 
-    layers = ("dinov2",)
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, name: str, path: str | None = None) -> None:
         super().__init__()
-        self.model = AutoModel.from_pretrained(path).eval().requires_grad_(False)
-        # ImageNet's, which all DINOv2 models were trained with.
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).reshape(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).reshape(1, 3, 1, 1), persistent=False)
+        self.layers, self.num_classes = (name,), 0
+        self.size = REPRESENTATIONS[name].size
+        self.hub_id = path or REPRESENTATIONS[name].hub_id
+        self.published = self.hub_id == REPRESENTATIONS[name].hub_id
+        config = AutoConfig.from_pretrained(self.hub_id)
+        processor = AutoImageProcessor.from_pretrained(self.hub_id, backend="pil")
+        if config.model_type == "timm_wrapper":
+            # Other sizes than the model's own; a table is resampled with antialias, sides are filled up to whole patches.
+            if "vit" in config.architecture:
+                config.model_args = (config.model_args or {}) | {"dynamic_img_size": True, "dynamic_img_pad": True}
+            mean, std = processor.data_config["mean"], processor.data_config["std"]
+        else:
+            mean, std = processor.image_mean, processor.image_std
+        self.model = AutoModel.from_pretrained(self.hub_id, config=config, dtype=torch.float32)
+        self.model.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1), persistent=False)
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -143,10 +195,45 @@ class Dinov2Extractor(nn.Module):
             images (`torch.Tensor` of shape `(B, 3, H, W)`, uint8): Images.
 
         Returns:
-            `dict[str, torch.Tensor]`: `dinov2` (B, D), float32.
+            `dict[str, torch.Tensor]`: The name -> (B, D), float32.
         """
-        pixels = (_resize(images, 224) - self.mean) / self.std
-        return {"dinov2": self.model(pixel_values=pixels).last_hidden_state[:, 0].float()}
+        output = self.model(pixel_values=(_resize(images, self.size) - self.mean) / self.std)
+        features = output.last_hidden_state
+        network = getattr(self.model, "timm_model", getattr(self.model, "embeddings", None))
+        if features.ndim == 4:
+            features = features.mean(dim=(2, 3))
+        elif getattr(network, "attn_pool", None) is not None:
+            features = output.pooler_output
+        elif getattr(network, "cls_token", None) is not None:
+            features = features[:, 0]
+        else:
+            raise ValueError(
+                f"{self.hub_id} ({type(self.model).__name__}) has neither a class token nor a pooled vector"
+            )
+        return {self.layers[0]: features.float()}
+
+
+def describe_extractors(extractors: Sequence[nn.Module], names: Sequence[str]) -> dict[str, object]:
+    """
+    Args:
+        extractors (`Sequence[torch.nn.Module]`): Networks; the first is Inception or a classifier.
+        names (`Sequence[str]`): Hub id or path of each.
+
+    Returns:
+        `dict[str, object]`: What a record says of them: names, hashes, sizes, normalisation and precision as applied.
+    """
+    described: dict[str, object] = {
+        "name": names[0], "sha256": weights_hash(extractors[0]), "precision": "float32 without TF32, sums in float64",
+    }  # fmt: skip
+    for extractor, name in zip(extractors[1:], names[1:], strict=True):
+        layer = extractor.layers[0]  # type: ignore[index]
+        described |= {layer: name, f"{layer}_sha256": weights_hash(extractor)}
+        means, deviations = (getattr(extractor, part).flatten().tolist() for part in ("mean", "std"))
+        described[f"{layer}_preprocessing"] = (
+            f"bicubic with antialias to {extractor.size} px, mean {[round(x, 6) for x in means]}, std "
+            f"{[round(x, 6) for x in deviations]}"
+        )
+    return described
 
 
 def load_extractor(name: str, inception_weights: str | None = None) -> nn.Module:

@@ -14,47 +14,62 @@
 """The metrics that papers report, from images to numbers: which metric takes which features, and the reference files.
 
 A reference, in ADM's format, holds mean and covariance of real images, which `feature_statistics` sums up, and some of the images.
-The Fréchet distance is in `metrics`; Inception score, KID, precision and recall are torch-fidelity's, called here.
+Fréchet distance and MIND are in `metrics`, with the standard error of every number; Inception score, KID, precision and recall are
+torch-fidelity's, called here.
 """
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
-from erw_hf.evaluation.extractors import weights_hash
+from erw_hf.evaluation.extractors import FDR6, INCEPTION_VALIDATION, REPRESENTATIONS, weights_hash
 from erw_hf.evaluation.feature_statistics import Features, extract_features
 from erw_hf.evaluation.images import ImageSet, npz_images, open_npz, take
-from erw_hf.evaluation.metrics import frechet_distance
+from erw_hf.evaluation.metrics import (
+    Estimate,
+    frechet_estimate,
+    inception_score_error,
+    kid_error,
+    mind_estimate,
+    share_error,
+    standard_error,
+)
 from erw_hf.files import written_whole
 from erw_hf.processes import done_by_all
 
 
-METRICS = ("fid", "sfid", "inception_score", "precision_recall", "kid", "fd_dinov2", "accuracy")
+METRICS = (
+    "fid", "sfid", "inception_score", "precision_recall", "kid", "mind", *(f"fd_{name}" for name in REPRESENTATIONS), "fdr6",
+    "accuracy",
+)  # fmt: skip
 ADM_REFERENCE = (
     "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
     "VIRTUAL_imagenet256_labeled.npz"
 )
 
 # Metric -> the layer that it is a Fréchet distance of, and layer -> its names in an npz; the first two are ADM's.
-_FRECHET = {"fid": "pool", "sfid": "spatial", "fd_dinov2": "dinov2"}
+_FRECHET = {"fid": "pool", "sfid": "spatial", **{f"fd_{name}": name for name in REPRESENTATIONS}}
 _NAMES = {
-    "pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "dinov2": ("mu_dinov2", "sigma_dinov2"),
+    "pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), **{name: (f"mu_{name}", f"sigma_{name}") for name in REPRESENTATIONS},
 }  # fmt: skip
 _HOW_TO_MAKE = (
     "make the statistics from a dataset with `evaluate.py --images DATASET --save_reference FILE.npz` and the same "
-    f"--extractor and --dinov2, or take ADM's, which are of Inception: {ADM_REFERENCE}"
+    f"--extractor, --dinov2 and --representations, or take ADM's, which are of Inception: {ADM_REFERENCE}"
 )
 # Fewest images for each metric; precision and recall look at 3 neighbours of each.
-_FEWEST = {"fid": 2, "sfid": 2, "fd_dinov2": 2, "kid": 2, "precision_recall": 4}
+_FEWEST = {**dict.fromkeys(_FRECHET, 2), "fdr6": 2, "kid": 2, "mind": 2, "precision_recall": 4}
+_NEED_IMAGES = ("precision_recall", "kid", "mind")  # of the reference, beside its statistics
 REFERENCE_IMAGES = 10_000  # that a reference file holds for precision, recall and KID, as ADM's does
-KID_SUBSET_SIZE = 1000
+KID_SUBSET_SIZE, KID_SUBSETS = 1000, 100
+INCEPTION_CHUNK = 5000  # ADM's
 
 
 @dataclass(frozen=True)
@@ -70,21 +85,52 @@ class Reference:
     statistics: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
+@dataclass
+class Quality:
+    """The numbers of an evaluation.
+
+    Args:
+        metrics (`dict[str, float]`): Value of each.
+        errors (`dict[str, float]`): Standard error over the samples, of each but those that are deviations themselves.
+        bias (`dict[str, float]`): What so few samples add, estimated, where that is known.
+        seconds (`dict[str, float]`): Of each stage.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    bias: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, value: float, error: float | None = None, bias: float | None = None) -> None:
+        """
+        Args:
+            name (`str`): Of the number.
+            value (`float`): The number.
+            error (`float`, *optional*): Its standard error.
+            bias (`float`, *optional*): Its bias.
+        """
+        self.metrics[name] = value
+        for numbers, number in ((self.errors, error), (self.bias, bias)):
+            if number is not None and np.isfinite(number):  # NaN is not JSON
+                numbers[name] = number
+
+
 def save_reference(
-    path: str | os.PathLike[str], features: Features, images: ImageSet, seed: int, extractor_hash: str
+    path: str | os.PathLike[str], features: Features, images: ImageSet, seed: int, hashes: Mapping[str, str]
 ) -> None:
     """
     Writes statistics as ADM's reference files hold them: `mu`, `sigma`, `mu_s`, `sigma_s` of all images, and 10 000 of
-    the images as `arr_0`. Beside ADM's names: `mu_dinov2`, `sigma_dinov2`, and the hash of the extractor.
+    the images as `arr_0`. Beside ADM's names: `mu_<name>`, `sigma_<name>` of other representations, and the hashes of the
+    extractors, `extractor` and `extractor_<name>`.
 
     Args:
         path (`str` or `os.PathLike`): The npz file.
         features ([`Features`]): Of the images.
         images ([`ImageSet`]): The images.
         seed (`int`): Seed of the choice of the images.
-        extractor_hash (`str`): [`~evaluation.extractors.weights_hash`] of the extractor.
+        hashes (`Mapping[str, str]`): [`extractor_hashes`].
     """
-    arrays = {"extractor": np.array(extractor_hash)}
+    arrays = {name: np.array(value) for name, value in hashes.items()}
     for layer, statistics in features.statistics.items():
         arrays |= dict(zip(_NAMES[layer], statistics.mean_and_covariance(), strict=True))
     some = take(images, REFERENCE_IMAGES, seed)
@@ -94,6 +140,18 @@ def save_reference(
         arrays["arr_0"][list(indices)] = some.read(indices)[0].permute(0, 2, 3, 1).numpy()
     with written_whole(path) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
+
+
+def extractor_hashes(extractors: Sequence[torch.nn.Module]) -> dict[str, str]:
+    """
+    Args:
+        extractors (`Sequence[torch.nn.Module]`): Networks; the first is Inception or a classifier.
+
+    Returns:
+        `dict[str, str]`: [`~evaluation.extractors.weights_hash`] of each, by its name in a reference.
+    """
+    names = ["extractor", *(f"extractor_{extractor.layers[0]}" for extractor in extractors[1:])]  # type: ignore[index]
+    return {name: weights_hash(extractor) for name, extractor in zip(names, extractors, strict=True)}
 
 
 def check_counts(metrics: Sequence[str], count: int, what: str) -> None:
@@ -134,7 +192,7 @@ def feature_widths(extractors: Sequence[torch.nn.Module], image_size: tuple[int,
 def load_reference(
     path: str | os.PathLike[str],
     metrics: Sequence[str],
-    extractor_hash: str,
+    hashes: Mapping[str, str],
     image_size: tuple[int, int],
     widths: Mapping[str, int] | None = None,
 ) -> Reference:
@@ -144,7 +202,7 @@ def load_reference(
     Args:
         path (`str` or `os.PathLike`): An npz file, ours or ADM's.
         metrics (`Sequence[str]`): Some of `METRICS`.
-        extractor_hash (`str`): [`~evaluation.extractors.weights_hash`] of the extractor of the samples.
+        hashes (`Mapping[str, str]`): [`extractor_hashes`] of the samples' extractors.
         image_size (`tuple[int, int]`): Height and width of the samples.
         widths (`Mapping[str, int]`, *optional*): Of the extractors' layers, [`feature_widths`], to be checked.
 
@@ -167,13 +225,16 @@ def load_reference(
                     f"{path} has no {' and '.join(missing)}, which {metric} needs (it has {file.files}): {_HOW_TO_MAKE}"
                 )
         has_images = "arr_0" in file.files
-        if not has_images and ("precision_recall" in metrics or "kid" in metrics):
+        if not has_images and set(metrics) & set(_NEED_IMAGES):
             raise ValueError(
-                f"{path} has no images (arr_0), which precision, recall and KID need: {_HOW_TO_MAKE}; or skip them "
+                f"{path} has no images (arr_0), which precision, recall, KID and MIND need: {_HOW_TO_MAKE}; or skip them "
                 "with --metrics"
             )
-        if "extractor" in file and str(file["extractor"]) != extractor_hash:
-            raise ValueError(f"{path} was made with another extractor or other weights of it: {_HOW_TO_MAKE}")
+        for name, digest in hashes.items():
+            if name in file and str(file[name]) != digest:
+                raise ValueError(
+                    f"{path} was made with another extractor or other weights of it ({name}): {_HOW_TO_MAKE}"
+                )
         statistics = {
             layer: (file[mu], file[sigma]) for layer, (mu, sigma) in _NAMES.items() if mu in file and sigma in file
         }
@@ -191,7 +252,7 @@ def load_reference(
         if widths is not None and widths[layer] != mu.size:
             raise ValueError(_other_extractor(path, mu.size, widths[layer]))
     if has_images:
-        needing = [metric for metric in metrics if metric in ("precision_recall", "kid")]
+        needing = [metric for metric in metrics if metric in _NEED_IMAGES]
         check_counts(needing, npz_images(path).count, f"images in the reference {path}")
     if has_images and npz_images(path).size != image_size:
         raise ValueError(
@@ -215,62 +276,92 @@ def available_metrics(extractors: Sequence[torch.nn.Module], num_classes: int) -
         `list[str]`: Those of `METRICS` that can be computed; accuracy only if the first network knows the same classes.
     """
     layers = {layer for extractor in extractors for layer in extractor.layers}  # type: ignore[union-attr]
-    needs = {"inception_score": "logits", "precision_recall": "pool", "kid": "pool", "accuracy": "logits", **_FRECHET}
+    needs = {"inception_score": "logits", "accuracy": "logits", **dict.fromkeys(_NEED_IMAGES, "pool"), **_FRECHET}
     reads_classes = num_classes > 0 and extractors[0].num_classes == num_classes
-    return [metric for metric in METRICS if needs[metric] in layers and (metric != "accuracy" or reads_classes)]
+    # FDr is in units of FD-loss's validation distances, which are of these very networks.
+    published = {"spatial", *FDR6} <= layers and all(getattr(extractor, "published", True) for extractor in extractors)
+    return [
+        metric
+        for metric in METRICS
+        if (published if metric == "fdr6" else needs[metric] in layers) and (metric != "accuracy" or reads_classes)
+    ]
 
 
-def kept_layers(metrics: Sequence[str]) -> list[str]:
+def kept_layers(metrics: Sequence[str], layers: Sequence[str]) -> list[str]:
     """
     Args:
         metrics (`Sequence[str]`): Some of `METRICS`.
+        layers (`Sequence[str]`): Those of the extractors.
 
     Returns:
-        `list[str]`: Layers whose features must be kept for them; sums serve the Fréchet distances.
+        `list[str]`: Layers whose features must be kept: for what compares samples one by one, and for the errors.
     """
-    keep = ["pool"] if "precision_recall" in metrics or "kid" in metrics else []
-    return keep + (["logits"] if "inception_score" in metrics or "accuracy" in metrics else [])
+    needed = {_FRECHET[metric] for metric in metrics if metric in _FRECHET}
+    needed |= {"pool"} if set(metrics) & set(_NEED_IMAGES) else set()
+    needed |= {"pool", *FDR6} if "fdr6" in metrics else set()
+    needed |= {name for name in REPRESENTATIONS if "mind" in metrics}
+    needed |= {"logits"} if "inception_score" in metrics or "accuracy" in metrics else set()
+    return [layer for layer in layers if layer in needed]
 
 
 def quality_metrics(
     metrics: Sequence[str],
     samples: Features,
     reference: Reference,
-    reference_pool: torch.Tensor | None = None,
-) -> dict[str, float]:
+    real: Mapping[str, torch.Tensor] | None = None,
+) -> Quality:
     """
-    The numbers. Inception score, KID, precision and recall by torch-fidelity's functions; the score over consecutive
-    5 000 samples, unshuffled, as ADM's evaluator; precision and recall with k = 3.
+    The numbers and their errors. Inception score, KID, precision and recall by torch-fidelity's functions; the score over
+    consecutive 5 000 samples, unshuffled, as ADM's evaluator; precision and recall with k = 3. MIND is of each representation
+    whose features of the reference's images are given, Inception's by that name alone.
 
     Args:
         metrics (`Sequence[str]`): Some of `METRICS`.
         samples ([`Features`]): Of the samples, with [`kept_layers`].
         reference ([`Reference`]): What they are compared with.
-        reference_pool (`torch.Tensor` of shape `(M, D)`, *optional*): Features of the reference's images.
+        real (`Mapping[str, torch.Tensor]`, *optional*): Layer -> features (M, D) of the reference's images.
 
     Returns:
-        `dict[str, float]`: Value of each metric.
+        [`Quality`]: Numbers, errors and biases.
 
     Raises:
         ImportError: for a metric of torch-fidelity where it is not installed.
         ValueError: if the features do not fit the reference's, or are not finite.
     """
-    results: dict[str, float] = {}
+    quality, estimates, real = Quality(), {}, real or {}
     for metric in metrics:
         if metric in _FRECHET:
-            mu, sigma = samples.statistics[_FRECHET[metric]].mean_and_covariance()
-            expected_mu, expected_sigma = reference.statistics[_FRECHET[metric]]
-            if mu.shape != expected_mu.shape:
-                raise ValueError(_other_extractor(reference.path, expected_mu.size, mu.size))
-            results[metric] = frechet_distance(mu, sigma, expected_mu, expected_sigma)
+            estimate = _frechet_of(_FRECHET[metric], samples, reference, estimates)
+            quality.add(metric, estimate.value, estimate.error, estimate.bias)
+        elif metric == "fdr6":
+            units = {"pool": INCEPTION_VALIDATION} | {name: REPRESENTATIONS[name].validation for name in FDR6}
+            parts = {layer: _frechet_of(layer, samples, reference, estimates) for layer in units}
+            # Of the same samples, so the influences are added up, not the errors.
+            mean = [np.mean([getattr(parts[x], part) / units[x] for x in units], axis=0) for part in ("value", "influence", "bias")]  # fmt: skip
+            quality.add(metric, float(mean[0]), standard_error(mean[1]), float(mean[2]))
+        elif metric == "mind":
+            for layer, features in real.items():
+                estimate = mind_estimate(samples.layer(layer).numpy(), features.numpy())
+                name = "mind" if layer == "pool" else f"mind_{layer}"
+                quality.add(name, estimate.value, estimate.error, estimate.bias)
         elif metric == "accuracy":
-            results[metric] = (samples.layer("logits").argmax(dim=1) == samples.layer("labels")).double().mean().item()
+            right = (samples.layer("logits").argmax(dim=1) == samples.layer("labels")).double()
+            quality.add(metric, right.mean().item(), share_error(right.mean().item(), len(right)))
         else:
-            results |= _fidelity_metric(metric, samples, reference_pool)
-    return results
+            _fidelity_metric(metric, samples, real.get("pool"), quality)
+    return quality
 
 
-def _fidelity_metric(metric: str, samples: Features, reference_pool: torch.Tensor | None) -> dict[str, float]:
+def _frechet_of(layer: str, samples: Features, reference: Reference, estimates: dict[str, Estimate]) -> Estimate:
+    if layer not in estimates:
+        found, expected = samples.statistics[layer].mean_and_covariance(), reference.statistics[layer]
+        if found[0].shape != expected[0].shape:
+            raise ValueError(_other_extractor(reference.path, expected[0].size, found[0].size))
+        estimates[layer] = frechet_estimate(samples.layer(layer).numpy(), found, expected)
+    return estimates[layer]
+
+
+def _fidelity_metric(metric: str, samples: Features, real: torch.Tensor | None, quality: Quality) -> None:
     try:
         from torch_fidelity.metric_isc import isc_features_to_metric
         from torch_fidelity.metric_kid import kid_features_to_metric
@@ -279,19 +370,29 @@ def _fidelity_metric(metric: str, samples: Features, reference_pool: torch.Tenso
         raise ImportError(f"{metric} comes from torch-fidelity: pip install erw-hf[eval]") from error
     if metric == "inception_score":
         logits = samples.layer("logits")
-        found = isc_features_to_metric(logits, splits=max(1, len(logits) // 5000), shuffle=False)
-        return {
-            "inception_score": found["inception_score_mean"], "inception_score_std": found["inception_score_std"],
-        }  # fmt: skip
+        found = isc_features_to_metric(logits, splits=max(1, len(logits) // INCEPTION_CHUNK), shuffle=False)
+        error, bias = inception_score_error(logits.numpy(), INCEPTION_CHUNK)
+        quality.add(metric, found["inception_score_mean"], error, bias)
+        quality.add("inception_score_std", found["inception_score_std"])
+        return
     pool = samples.layer("pool")
-    assert reference_pool is not None
+    assert real is not None
     if metric == "kid":
-        size = min(KID_SUBSET_SIZE, len(pool), len(reference_pool))
+        size = min(KID_SUBSET_SIZE, len(pool), len(real))
         # float64: the cubes of a 2 048-wide inner product lose digits in float32.
-        found = kid_features_to_metric(pool.double(), reference_pool.double(), kid_subset_size=size, verbose=False)
-        return {"kid": found["kernel_inception_distance_mean"], "kid_std": found["kernel_inception_distance_std"]}
-    found = prc_features_to_metric(pool, reference_pool, save_cpu_ram=True, verbose=False)
-    return {"precision": found["precision"], "recall": found["recall"]}
+        found = kid_features_to_metric(
+            pool.double(), real.double(), kid_subset_size=size, kid_subsets=KID_SUBSETS, verbose=False
+        )
+        mean, deviation = found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
+        # Of all samples, and of the choice of the subsets.
+        error = math.hypot(kid_error(pool.numpy(), real.numpy(), KID_SUBSET_SIZE), deviation / math.sqrt(KID_SUBSETS))
+        quality.add(metric, mean, error)
+        quality.add("kid_std", deviation)
+        return
+    found = prc_features_to_metric(pool, real, save_cpu_ram=True, verbose=False)
+    # Each sample lies in the reference's manifold or not; recall asks the same of each image of the reference.
+    quality.add("precision", found["precision"], share_error(found["precision"], len(pool)))
+    quality.add("recall", found["recall"], share_error(found["recall"], len(real)))
 
 
 def reference_file(
@@ -330,7 +431,7 @@ def make_reference(
     Args:
         path (`Path`): The npz file.
         images ([`ImageSet`]): The images.
-        extractors (`Sequence[torch.nn.Module]`): Networks; the first is the one whose hash the file holds.
+        extractors (`Sequence[torch.nn.Module]`): Networks.
         accelerator (`Accelerator`): The processes.
         folder (`Path`): Folder for the work.
         batch_size (`int`): Images of one batch.
@@ -343,7 +444,7 @@ def make_reference(
     path.parent.mkdir(parents=True, exist_ok=True)
     features = extract_features(images, extractors, accelerator, folder, batch_size, description="reference")
     if accelerator.is_main_process:
-        save_reference(path, features, images, seed, weights_hash(extractors[0]))
+        save_reference(path, features, images, seed, extractor_hashes(extractors))
     accelerator.wait_for_everyone()
     return features.seconds
 
@@ -358,7 +459,7 @@ def measure(
     batch_size: int,
     save_steps: int = 10,
     write: Callable[[Sequence[int], torch.Tensor], None] | None = None,
-) -> tuple[dict[str, float], dict[str, float]]:
+) -> Quality:
     """
     A whole evaluation. All ranks call it.
 
@@ -374,30 +475,32 @@ def measure(
         write (`Callable`, *optional*): Called with the indices and the pixels of each batch of samples.
 
     Returns:
-        `tuple[dict[str, float], dict[str, float]]`: Value of each metric, on the main process alone, and seconds of each
-        stage.
+        [`Quality`]: The numbers, on the main process alone, and the seconds of each stage.
 
     Raises:
         ValueError: for fewer samples than the metrics need.
     """
     check_counts(metrics, images.count, "samples")
-    keep = kept_layers(metrics)
+    keep = kept_layers(metrics, [layer for extractor in extractors for layer in extractor.layers])  # type: ignore[union-attr]
     samples = extract_features(
         images, extractors, accelerator, folder / "samples", batch_size, keep, save_steps, write, "samples"
     )
     seconds = {"samples": samples.seconds["read"], "features": samples.seconds["extract"]}
-    pool = None
-    if "pool" in keep:
+    real = {}
+    if set(metrics) & set(_NEED_IMAGES):
+        compared = [layer for layer in keep if layer == "pool" or (layer in REPRESENTATIONS and "mind" in metrics)]
+        networks = [extractor for extractor in extractors if set(extractor.layers) & set(compared)]  # type: ignore[arg-type]
         features = extract_features(
-            npz_images(reference.path), extractors[:1], accelerator, folder / "reference_images", batch_size, ["pool"],
+            npz_images(reference.path), networks, accelerator, folder / "reference_images", batch_size, compared,
             description="reference",
         )  # fmt: skip
-        pool, seconds["reference_images"] = features.layer("pool"), sum(features.seconds.values())
+        real = {layer: features.layer(layer) for layer in compared}
+        seconds["reference_images"] = sum(features.seconds.values())
 
-    def compute() -> dict[str, float]:
-        return quality_metrics(metrics, samples, reference, pool) if accelerator.is_main_process else {}
+    def compute() -> Quality:
+        return quality_metrics(metrics, samples, reference, real) if accelerator.is_main_process else Quality()
 
     started = time.perf_counter()
-    results = done_by_all(accelerator, compute)
-    seconds["metrics"] = time.perf_counter() - started
-    return results, seconds
+    quality = done_by_all(accelerator, compute)
+    quality.seconds = seconds | {"metrics": time.perf_counter() - started}
+    return quality

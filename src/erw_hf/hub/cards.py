@@ -445,14 +445,20 @@ def evaluation_files(folder: Path) -> dict[str, str]:
 
 
 def _evaluation_table(record: Mapping[str, Any]) -> dict[str, list[tuple[str, object]]]:
+    errors = record.get("errors", {})
     metrics = [
-        (name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in record["metrics"].items()
+        (
+            name,
+            (f"{value:.4g}" if isinstance(value, float) else value)
+            + (f" ± {errors[name]:.2g}" if name in errors else ""),
+        )
+        for name, value in record["metrics"].items()
     ]
     rest = []
     for name, value in record.items():
         if isinstance(value, Mapping):
             value = ", ".join(f"{key} {entry}" for key, entry in value.items() if entry is not None)
-        if name != "metrics":
+        if name not in ("metrics", "errors"):
             rest.append((name, value))
     return {"metrics": metrics, "rest": rest}
 

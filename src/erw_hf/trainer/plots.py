@@ -57,7 +57,7 @@ def plot_losses(metrics_path: str | os.PathLike[str], png_path: str | os.PathLik
 
 def plot_quality(records: list[dict[str, Any]], png_path: str | os.PathLike[str]) -> None:
     """
-    Draws the measurements of a run against the images seen, one panel each.
+    Draws the measurements of a run, with their standard errors, against the images seen, one panel each.
 
     Args:
         records (`list[dict]`): Lines of `evaluations.jsonl`.
@@ -68,8 +68,9 @@ def plot_quality(records: list[dict[str, Any]], png_path: str | os.PathLike[str]
     names = [name for name in ("fid", "accuracy") if any(record.get(name) is not None for record in records)]
     figure = Figure(figsize=(6 * len(names), 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        points = [(r["images_seen"], r[name]) for r in records if r.get(name) is not None]
-        axes.plot(*zip(*points, strict=True), marker="o")
+        points = [(r["images_seen"], r[name], r.get(f"{name}_error", 0.0)) for r in records if r.get(name) is not None]
+        seen, values, errors = zip(*points, strict=True)
+        axes.errorbar(seen, values, yerr=errors, marker="o", capsize=2)
         axes.set(xlabel="images seen (warmup counted)", ylabel=name, yscale="log" if name == "fid" else "linear")
         axes.grid(alpha=0.3, which="both")
     figure.savefig(png_path, dpi=120)

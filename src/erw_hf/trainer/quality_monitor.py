@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from erw_hf.data.source import load_source
-from erw_hf.evaluation.extractors import load_extractor, weights_hash
+from erw_hf.evaluation.extractors import load_extractor
 from erw_hf.evaluation.images import dataset_images, generated_images
 from erw_hf.evaluation.probes import load_probe_images, probe_blocks
 from erw_hf.evaluation.quality import (
     Reference,
     available_metrics,
+    extractor_hashes,
     feature_widths,
     load_reference,
     make_reference,
@@ -98,7 +99,7 @@ class QualityMonitor:
                 make_reference(path, real, [self.extractor], self.accelerator, self.work, BATCH_SIZE, config.seed)
                 self._remove_work()
         widths = feature_widths([self.extractor], (side, side))
-        return load_reference(path, self.metrics, weights_hash(self.extractor), (side, side), widths)
+        return load_reference(path, self.metrics, extractor_hashes([self.extractor]), (side, side), widths)
 
     def _remove_work(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -131,7 +132,9 @@ class QualityMonitor:
                 self.file.write(record)
             with forgiven(f"step {step} has no picture of its evaluation"):
                 self._plot()
-        logged = {name: value for name, value in record.items() if name in ("fid", "accuracy")}
+        logged = {
+            name: value for name, value in record.items() if name in ("fid", "accuracy", "fid_error", "accuracy_error")
+        }
         for result in record.get("probes", []):
             for measure_name in ("cknna", "accuracy"):
                 for depth, value in enumerate(result.get(measure_name, []), start=1):
@@ -149,7 +152,7 @@ class QualityMonitor:
             autocast=self.accelerator.autocast,
         )
         self._remove_work()  # of a run that was killed here: its weights need not be the same to the last bit
-        results, _ = measure(
+        quality = measure(
             images,
             self.metrics,
             self.reference,
@@ -159,7 +162,7 @@ class QualityMonitor:
             config.train_batch_size,
         )
         self._remove_work()
-        return results
+        return quality.metrics | {f"{name}_error": value for name, value in quality.errors.items()}
 
     def _probe(self, transformer: ERWTransformer2DModel) -> list[dict[str, Any]]:
         return probe_blocks(
