@@ -14,8 +14,8 @@
 """Metrics of images and of representations.
 
 For an FID, `images` reads or draws the images, `extractors` holds the networks, `feature_statistics` runs them and sums up mean
-and covariance, `metrics` has the formula, and `quality` puts it all together: which features a metric takes, and the
-reference files. `probes` measures the blocks of a transformer, with the CKNNA of `metrics`.
+and covariance, `metrics` has the formula and its error, and `quality` puts it all together: which features a metric takes, and
+the reference files. `published` has the numbers of others, `compare` sets two records side by side. `probes` measures the blocks of a transformer, with the CKNNA of `metrics`.
 """
 
 from erw_hf.evaluation.metrics import cknna, frechet_distance

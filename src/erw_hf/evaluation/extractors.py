@@ -226,7 +226,7 @@ def describe_extractors(extractors: Sequence[nn.Module], names: Sequence[str]) -
         "name": names[0], "sha256": weights_hash(extractors[0]), "precision": "float32 without TF32, sums in float64",
     }  # fmt: skip
     for extractor, name in zip(extractors[1:], names[1:], strict=True):
-        layer = extractor.layers[0]  # type: ignore[index]
+        layer: str = extractor.layers[0]  # type: ignore[index,assignment]
         described |= {layer: name, f"{layer}_sha256": weights_hash(extractor)}
         means, deviations = (getattr(extractor, part).flatten().tolist() for part in ("mean", "std"))
         described[f"{layer}_preprocessing"] = (

@@ -238,7 +238,9 @@ def kid_error(features: np.ndarray, reference: np.ndarray, subset: int, seed: in
     pairs = (x @ x.T / x.shape[1] + 1) ** 3
     pairs += pairs.mean() - pairs.mean(axis=0) - pairs.mean(axis=1, keepdims=True)
     pairs = (pairs**2).mean() - (np.diag(pairs) ** 2).mean() / len(x)
-    return float(np.sqrt(max(0.0, np.cov(*influences)[0, 1]) / count + 2 * pairs / (count * (count - 1))))
+    return float(
+        np.sqrt(max(0.0, np.cov(influences[0], influences[1])[0, 1]) / count + 2 * pairs / (count * (count - 1)))
+    )
 
 
 def share_error(share: float, count: int) -> float:

@@ -85,7 +85,7 @@ class Published:
 
 
 _SIT_FILE = "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=1"
-_SIT = {
+_SIT: dict[str, Any] = {
     "repo": "", "file": _SIT_FILE,
     "unverified": ("that sd-vae-ft-ema decoded the published samples", "that the published labels were drawn at random"),
 }  # fmt: skip
@@ -100,7 +100,7 @@ _VAVAE: dict[str, Any] = {
     "latent_statistics": ("hustvl/vavae-imagenet256-f16d32-dinov2", "latents_stats.pt"),
     "scheduler": "euler",
     "scheduler_config": {"shift": 1 / 0.3},  # t = 1 is data there: hustvl/LightningDiT#37
-    "differs": ("guided rows (1.35 and 2.11) are left out: LightningDiT guides 3 of 32 channels, at 6.7 and 10 (its #21, #49)",),
+    "differs": ("guided rows (1.35 and 2.11) are left out: LightningDiT guides 3 of 32 channels, at 6.7 and 10 (hustvl/LightningDiT#21, #49)",),
     "unverified": (
         "that the unguided rows were drawn with the time shift of 0.3 and with float32",
         "that REPA-E/vavae-hf holds the weights of hustvl/vavae-imagenet256-f16d32-dinov2",
@@ -160,8 +160,8 @@ def list_published() -> str:
         else:
             where = f"{entry.repo}/{entry.file}" if entry.repo else f"{entry.file}, by hand, with --checkpoint"
             lines.append(f"    from {where}, decoded by {entry.vae}")
-        settings = {key: value for key, value in entry.settings.items() if key != "sampler"}
-        lines.append(f"    {entry.scheduler}, " + ", ".join(f"{key} {value}" for key, value in settings.items()))
+            settings = {key: value for key, value in entry.settings.items() if key != "sampler"}
+            lines.append(f"    {entry.scheduler}, " + ", ".join(f"{key} {value}" for key, value in settings.items()))
         for title in ("remeasured", "differs", "unverified"):
             lines += [f"    {title}: {text}" for text in getattr(entry, title)]
     return "\n".join(lines)

@@ -328,7 +328,8 @@ def quality_metrics(
         ImportError: for a metric of torch-fidelity where it is not installed.
         ValueError: if the features do not fit the reference's, or are not finite.
     """
-    quality, estimates, real = Quality(), {}, real or {}
+    quality, real = Quality(), real or {}
+    estimates: dict[str, Estimate] = {}
     for metric in metrics:
         if metric in _FRECHET:
             estimate = _frechet_of(_FRECHET[metric], samples, reference, estimates)
@@ -366,8 +367,8 @@ def _fidelity_metric(metric: str, samples: Features, real: torch.Tensor | None, 
         from torch_fidelity.metric_isc import isc_features_to_metric
         from torch_fidelity.metric_kid import kid_features_to_metric
         from torch_fidelity.metric_prc import prc_features_to_metric
-    except ImportError as error:
-        raise ImportError(f"{metric} comes from torch-fidelity: pip install erw-hf[eval]") from error
+    except ImportError as missing:
+        raise ImportError(f"{metric} comes from torch-fidelity: pip install erw-hf[eval]") from missing
     if metric == "inception_score":
         logits = samples.layer("logits")
         found = isc_features_to_metric(logits, splits=max(1, len(logits) // INCEPTION_CHUNK), shuffle=False)
