@@ -83,6 +83,12 @@ class Published:
         """Flags of `evaluate.py` -> values of the published protocol."""
         return {**_PROTOCOL, **self.protocol}
 
+    @property
+    def notes(self) -> list[str]:
+        """What to know beside the number, a line each."""
+        titles = {"remeasured": self.remeasured, "differs": self.differs, "unverified": self.unverified}
+        return [f"{title}: {text}" for title, texts in titles.items() for text in texts]
+
 
 _SIT_FILE = "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=1"
 _SIT: dict[str, Any] = {
@@ -162,8 +168,7 @@ def list_published() -> str:
             lines.append(f"    from {where}, decoded by {entry.vae}")
             settings = {key: value for key, value in entry.settings.items() if key != "sampler"}
             lines.append(f"    {entry.scheduler}, " + ", ".join(f"{key} {value}" for key, value in settings.items()))
-        for title in ("remeasured", "differs", "unverified"):
-            lines += [f"    {title}: {text}" for text in getattr(entry, title)]
+        lines += [f"    {note}" for note in entry.notes]
     return "\n".join(lines)
 
 
@@ -223,6 +228,4 @@ def verification(name: str, record: Mapping[str, Any]) -> str:
             found = Path(str(found)).name
         if found != value:
             lines.append(f"protocol: {key} was {value}, here it is {found}")
-    for title in ("remeasured", "differs", "unverified"):
-        lines += [f"{title}: {text}" for text in getattr(entry, title)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *entry.notes])
