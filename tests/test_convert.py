@@ -512,6 +512,13 @@ def test_command_refuses_an_architecture_that_is_not_json(capsys):
         assert "is not " in capsys.readouterr().err
 
 
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    for name in ("last.pt", "model.safetensors"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+        with pytest.raises(ValueError, match="is a pointer of Git LFS.*git lfs pull"):
+            read_checkpoint(tmp_path / name)
+
+
 @pytest.mark.parametrize("kind", ["hostile", "truncated", "text", "legacy-hostile", "list", "safetensors", "absent"])
 def test_damaged_and_hostile_files_are_refused_and_leave_nothing(tmp_path, kind, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

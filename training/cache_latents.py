@@ -79,6 +79,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hub_private", action="store_true", help="make the repo private")
     args = parser.parse_args()
     resolve_flags(parser, args, ["output_dir"], ["dataset_name", "vae", "encoder"])
+    for name in ("sample_size", "patch_size", "encoder_image_size", "rows_per_file", "batch_size", "jpeg_quality"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name in ("seed", "num_classes"):
+        if (getattr(args, name) or 0) < 0:
+            parser.error(f"--{name} must be at least 0, got {getattr(args, name)}")
     try:
         check_folder(args.output_dir)
     except ValueError as error:

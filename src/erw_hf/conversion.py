@@ -194,6 +194,11 @@ def read_checkpoint(
 def _load(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise ValueError(f"no such checkpoint: {path}")
+    with path.open("rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            raise ValueError(
+                f"{path} is a pointer of Git LFS, not the file that it stands for: git lfs pull fetches that"
+            )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

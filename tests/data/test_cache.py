@@ -104,6 +104,13 @@ def test_a_stopped_run_goes_on_and_other_settings_are_refused(cached, vae_path, 
     assert "was begun with other settings" in result.stderr
 
 
+@pytest.mark.parametrize("flag", ["rows_per_file=0", "batch_size=-1", "sample_size=0", "seed=-1", "num_classes=-1"])
+def test_numbers_out_of_range_end_it_at_once(flag, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_script("cache_latents", "--dataset_name=digits", "--vae=a/b", f"--output_dir={tmp_path}/c", f"--{flag}")
+    assert f"--{flag.split('=')[0]} must be at least" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_a_cache_has_one_owner(tmp_path, monkeypatch):
     def in_use(lock):
         raise ValueError(f"{lock.folder} belongs to a run that goes on")

@@ -110,6 +110,26 @@ print(source.id2label, sorted(int(sample["pixels"][0, 0, 0]) for sample in sampl
     assert fault.fired == 8
 
 
+def test_what_a_folder_on_the_hub_loses_is_said(hub, environment, tmp_path):
+    for name in ("bus", "car", "train", "cats/white", "cats/white/old"):
+        repo = "cats" if "cats" in name else "cars"
+        (tmp_path / repo / name).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / repo / name / "1.png")
+    for repo in ("cars", "cats"):
+        hub.add_repo("datasets", f"user/{repo}", tmp_path / repo)
+    code = "from erw_hf.data.source import load_source\n"
+    code += "for name in ('user/cars', 'user/cats'): print(load_source(name).num_classes)"
+    environment = {**os.environ, **environment}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=1800
+    )
+    assert result.stdout == "0\n0\n", result.stderr[-3000:]
+    assert "2 of 3 images of user/cars are in no split and are not read (bus/1.png, car/1.png)" in result.stderr
+    assert (
+        "the images of user/cats lie in 2 folders (cats/white, cats/white/old), read without classes" in result.stderr
+    )
+
+
 def test_a_new_card_leaves_the_data_what_it_was_and_new_files_do_not(hub, environment, tmp_path):
     code = """
 import json, sys

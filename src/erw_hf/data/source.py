@@ -40,10 +40,11 @@ from datasets import Image as ImageFeature
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 from datasets.utils.file_utils import xopen
+from huggingface_hub import HfApi
 from PIL import Image, UnidentifiedImageError
 
 from erw_hf.data.digits import load_digits_dataset
-from erw_hf.data.folder import LABEL_WORDS, find_label_column, nfc, read_image_folder, say
+from erw_hf.data.folder import LABEL_WORDS, find_label_column, image_extensions, nfc, read_image_folder, say
 from erw_hf.data.retrying import retried
 from erw_hf.names import alike, resolve_name
 
@@ -178,6 +179,10 @@ def load_source(
     else:
         dataset = _encode_names(dataset, dataset_name, label_column, partial(load, split=None))
         num_classes, names = _classes_of_rows(dataset, dataset_name, label_column, num_classes)
+    if dataset.info.builder_name == "imagefolder" and not os.path.isdir(dataset_name):
+        retried(
+            retry_seconds, partial(_say_what_the_hub_leaves, dataset_name, dataset_config_name, split, num_classes)
+        )
     id2label = {number: nfc(name) for number, name in enumerate(names)} if names else None
     return Source(dataset, image_column, label_column, num_classes, id2label, is_latent_cache, has_features)
 
@@ -429,6 +434,35 @@ def _say_what_no_split_has(folder: str) -> None:
             f"{len(left)} files of {folder} are in no split and are not read ({', '.join(left[:3])}): the splits "
             f"{', '.join(map(str, files))} consist of the files with their names. Rename all files alike for one split, or list the splits in README.md",
         )
+
+
+def _say_what_the_hub_leaves(name: str, config_name: str | None, split: str, num_classes: int | None) -> None:
+    """`datasets` reads a folder of images on the Hub by its own rules, by which pictures and classes can get lost."""
+    used = load_dataset_builder(name, config_name).config.data_files or {}
+    paths = {split: [str(url).partition("@")[2].partition("/")[2] for url in urls] for split, urls in used.items()}
+    taken = {path for members in paths.values() for path in members}
+    images = [path for path in HfApi().list_repo_files(name, repo_type="dataset") if _is_image(path)]
+    left = [path for path in images if path not in taken]
+    folders = sorted({os.path.dirname(path) for path in paths.get(split, ()) if _is_image(path)})
+    advice = (
+        f"To have its top folders read as classes: hf download {name} --repo-type dataset --local-dir FOLDER, and name that "
+        "folder"
+    )
+    if left:
+        say(
+            logger,
+            f"{len(left)} of {len(images)} images of {name} are in no split and are not read ({', '.join(left[:3])}): the splits "
+            f"{', '.join(map(str, paths))} were made of those that are named so. {advice}",
+        )
+    if not num_classes and len(folders) > 1:
+        say(
+            logger,
+            f"the images of {name} lie in {len(folders)} folders ({', '.join(folders[:4])}), read without classes. {advice}",
+        )
+
+
+def _is_image(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in image_extensions()
 
 
 def resolve_dataset_name(dataset_name: str) -> str:
