@@ -27,6 +27,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from helpers import REPOSITORY, TINY_MODEL, run_script
+from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 from erw_hf.trainer.config import TrainingConfig, parse_config
 
@@ -273,10 +274,15 @@ def stand_ins(tmp_path_factory, vae_path) -> dict[str, Path]:
 
     folder = tmp_path_factory.mktemp("converted")
     ERWTransformer2DModel(**(TINY_MODEL | {"in_channels": 4, "num_classes": 1000})).save_pretrained(folder)
+    encoder = tmp_path_factory.mktemp("dinov2-base")  # four blocks of it
+    config = Dinov2Config(hidden_size=768, num_hidden_layers=4, num_attention_heads=12, patch_size=14, image_size=56)
+    Dinov2Model(config).save_pretrained(encoder)
+    BitImageProcessorPil().save_pretrained(encoder)
     return {
         "pipelines/erw-digits": REPOSITORY / "pipelines" / "erw-digits",
         "user/mine": REPOSITORY / "pipelines" / "erw-digits",
         "sit-xl": folder,
+        "facebook/dinov2-base": encoder,
         "stabilityai/sd-vae-ft-ema": vae_path,
     }
 

@@ -226,16 +226,22 @@ def encoder_options(
     return free
 
 
-def takes_patch_embedding(encoder: RepresentationEncoder, patch_size: int) -> bool:
+def takes_patch_embedding(encoder: RepresentationEncoder, model_config: Mapping[str, Any]) -> bool:
     """
     Args:
         encoder ([`RepresentationEncoder`]): A ViT.
-        patch_size (`int`): Side of the patches of a transformer on pixels.
+        model_config (`Mapping[str, Any]`): Configuration of an [`ERWTransformer2DModel`] on pixels.
 
     Returns:
-        `bool`: Whether the encoder's patch embedding can be the transformer's. CLIP's cannot: a norm comes after it.
+        `bool`: Whether the encoder's patch embedding can be the transformer's: of equal patches and without a bottleneck.
+        CLIP's cannot, since a norm comes after it.
     """
-    return encoder.patch_size == patch_size and encoder.model.config.model_type != "clip_vision_model"
+    return (
+        encoder.patch_size == model_config["patch_size"]
+        and encoder.model.config.model_type != "clip_vision_model"
+        and model_config["in_channels"] in (1, 3)
+        and model_config["patch_bottleneck_dim"] is None
+    )
 
 
 @torch.no_grad()
@@ -277,10 +283,7 @@ def start_from_encoder(
             f"the encoder was opened for {encoder.token_grid}x{encoder.token_grid} tokens, the model has "
             f"{config.sample_size // config.patch_size} a side"
         )
-    foldable = takes_patch_embedding(encoder, config.patch_size) and config.in_channels in (1, 3)
-    foldable = (
-        foldable and config.patch_bottleneck_dim is None
-    )  # a matrix of full rank is not a product of narrow ones
+    foldable = takes_patch_embedding(encoder, config)
     if with_patch_embedding and not foldable:
         raise ValueError(
             f"the patch embedding of {type(encoder.model).__name__}, of {encoder.patch_size} px patches, cannot be that of a "

@@ -58,7 +58,7 @@ def launch_fsdp2(*flags):
 def test_fsdp2_trains_like_ddp_and_resumes(tmp_path, tiny_flags):
     """The whole run: sharded weights and averages, hand-over, checkpoints, pictures."""
     flags = [*tiny_flags, "--validation_steps=5", "--checkpoints_total_limit=9", "--ema_snapshot_steps=7"]
-    flags += ["--ema_decay=0.5"]
+    flags += ["--ema_decay=0.5", "--pos_embed_type=learned"]  # a table (1, N, D), of which one process holds all
     launch_training(*flags, f"--output_dir={tmp_path}/ddp", processes=2)
     launch_fsdp2(*flags, f"--output_dir={tmp_path}/fsdp2")
     sharded = tmp_path / "fsdp2" / "checkpoint-6" / "pytorch_model_fsdp_0"

@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from helpers import REPOSITORY, train
+from transformers import Dinov2Config
 
 from erw_hf import ERWPipeline
 from erw_hf.trainer import cost
@@ -43,8 +44,29 @@ def small(encoder_path, vae_path):
         "mixed_precision": "no",
     }  # fmt: skip
     flags = [f"--{name}={value}" for name, value in values.items()]
-    pixels = ("digits", "pixels", "imagenet256-pixel")
-    return lambda preset: flags if preset in pixels else [*flags, f"--vae={vae_path}", "--in_channels=4"]
+    latents = [*flags, f"--vae={vae_path}", "--in_channels=4"]
+    of = dict.fromkeys(("digits", "pixels", "imagenet256-pixel"), flags)
+    of["imagenet256-encoder-start"] = [*latents, "--start_from_encoder=2"]  # the tiny encoder has two
+    return lambda preset: of.get(preset, latents)
+
+
+@pytest.fixture(scope="module")
+def dinov2_base(tmp_path_factory):
+    """DINOv2-B's shape, without weights."""
+    folder = tmp_path_factory.mktemp("dinov2-base")
+    Dinov2Config(hidden_size=768, num_attention_heads=12, patch_size=14, image_size=518).save_pretrained(folder)
+    return folder
+
+
+def test_the_start_from_an_encoder_and_its_control_cost_the_same(vae_path, dinov2_base):
+    path = CONFIGS / "imagenet256-encoder-start.yaml"
+    control = re.search(r"#     (--start_from_encoder 0 .*?) --output_dir", path.read_text())[1].split()
+    flags = [f"--config={path}", "--dataset_name=digits", f"--vae={vae_path}", f"--encoder={dinov2_base}"]
+    reports = [cost_report(parse_config([*flags, *more])) for more in ([], control)]
+    costs = [float(re.search(r"FLOPs in all +([\d.e+]+)", report)[1]) for report in reports]
+    assert costs[0] == pytest.approx(costs[1], rel=1e-3)
+    assert "the first 4 blocks of" in reports[0] and "the first" not in reports[1]
+    assert [parse_config([*flags, *more]).activation_fn for more in ([], control)] == ["gelu", "gelu"]
 
 
 def size_flags(preset: str) -> dict[str, list[str]]:
@@ -62,7 +84,7 @@ SIZED = [(preset, model, flags) for preset in PRESETS for model, flags in size_f
 def test_the_presets_that_are_promised_exist():
     recipes = {f"imagenet256-{kind}" for kind in ("erw-paper", "erw-code", "repa", "sit", "modern")}
     spaces = {"imagenet256-pixel": {"SiT-B/16", "SiT-L/16"}, "imagenet256-rae": {"SiT-B/1", "SiT-L/1", "SiT-XL/1"}}
-    assert {*recipes, *spaces, "imagenet512-erw", "digits", "pixels"} == set(PRESETS)
+    assert {*recipes, *spaces, "imagenet512-erw", "imagenet256-encoder-start", "digits", "pixels"} == set(PRESETS)
     for recipe, sizes in spaces.items():
         assert set(size_flags(recipe)) == sizes
     for recipe in recipes:
@@ -108,12 +130,14 @@ def test_preset_is_a_recipe_card(preset):
 
 
 @pytest.mark.parametrize(("preset", "model", "size"), SIZED)
-def test_dry_run_costs_every_preset_without_its_data(preset, model, size, small, capsys, monkeypatch):
-    """The model's own dimensions, the tiny encoder and the digits in place of what lies on the Hub."""
+def test_dry_run_costs_every_preset_without_its_data(preset, model, size, small, dinov2_base, capsys, monkeypatch):
+    """The model's own dimensions, a tiny encoder (or DINOv2-B's shape) and the digits in place of what lies on the Hub."""
     monkeypatch.setattr(cost, "count_step_flops", lambda model, encoders: 10**12)  # counted in the next test
     keep = {"num_layers", "num_attention_heads", "attention_head_dim", "sample_size", "patch_size", "warmup_depth",
             "projector_depth", "projector_dim"}  # fmt: skip
     flags = [flag for flag in small(preset) if flag[2:].split("=")[0] not in keep]
+    if preset == "imagenet256-encoder-start":
+        flags += [f"--encoder={dinov2_base}", "--start_from_encoder=4"]
     train(f"--config={CONFIGS / preset}.yaml", *flags, *size, "--dry_run")
     report = capsys.readouterr().out
     assert "FLOPs of a full step" in report and "GPU-hours" in report and "No problem was found" in report

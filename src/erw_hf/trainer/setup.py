@@ -138,8 +138,7 @@ def fit_to_encoder(config: TrainingConfig) -> None:
 
 def teaches_embedding(config: TrainingConfig, encoder: RepresentationEncoder) -> bool:
     """Whether the patch embedding before the blocks of `start_from_encoder` is a new one, which the warmup teaches."""
-    own = takes_patch_embedding(encoder, config.patch_size) and config.patch_bottleneck_dim is None
-    return config.vae is not None or not own
+    return config.vae is not None or not takes_patch_embedding(encoder, config.model_config(0))
 
 
 def check_start(config: TrainingConfig, encoder: RepresentationEncoder, cached: bool) -> None:
