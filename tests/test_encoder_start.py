@@ -286,6 +286,13 @@ def test_a_run_on_pixels_starts_from_the_blocks_without_a_teacher(tmp_path, tiny
     assert "whose licence may bind them too" in card and "| blocks that started as the encoder's | 2 |" in card
 
 
+def test_tokens_hidden_from_a_projector_are_not_hidden_from_a_warmup_without_one(tmp_path, tiny_flags):
+    flags = [*tiny_flags, "--start_from_encoder=2", "--dataloader_num_workers=0", "--max_train_steps=4"]
+    train(*flags, f"--output_dir={tmp_path}/plain")
+    train(*flags, "--projector=transformer", "--alignment_mask_ratio=0.5", f"--output_dir={tmp_path}/masked")
+    assert losses(tmp_path / "masked")[:3] == losses(tmp_path / "plain")[:3]
+
+
 def test_a_taught_warmup_serves_another_run_whose_projector_is_fresh(tmp_path, tiny_flags):
     flags = [*tiny_flags, "--start_from_encoder=2", "--dataloader_num_workers=0"]
     train(*flags, "--max_train_steps=3", f"--output_dir={tmp_path}/run")

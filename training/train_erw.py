@@ -256,7 +256,8 @@ def make_batch(phase: Phase, samples: Samples, aligned: bool) -> Batch:
         targets=targets,
         class_token=class_token,
         class_noise=samples.get("class_noise"),
-        hidden=samples.get("hidden"),
+        # Of a projector, which a warmup has not that teaches a new patch embedding.
+        hidden=samples.get("hidden") if phase.teacher is inputs.teacher else None,
     )
 
 
