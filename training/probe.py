@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def probe(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Every process computes the same: one is enough."""
+    """All ranks would compute the same, so one is enough."""
     started = time.perf_counter()
     pipe = ERWPipeline.from_pretrained(args.model).to(accelerator.device)
     config = pipe.transformer.config

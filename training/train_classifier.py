@@ -16,9 +16,9 @@
     python training/train_classifier.py --output_dir pipelines/digits-classifier
     python training/train_classifier.py --dataset_name outputs/emoji --steps 4000 --width 32 --output_dir outputs/emoji-classifier
 
-A small ResNet with labels, on the training images alone, shifted, rotated and with noise; the held-out images serve for the
-accuracy that is printed. It shares nothing with the encoder that ERW aligns with: a metric by the network that a model
-was taught by would flatter it. About a minute on 2 CPU cores for the digits.
+A small ResNet, trained with labels on the training images only, with shifts, rotations and noise; the held-out images give the
+printed accuracy. It is independent of the encoder that ERW aligns with, since a metric computed with a model's own teacher
+would flatter it. About a minute on 2 CPU cores for the digits.
 """
 
 import argparse

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The device: which one, in which precision; what keeps it busy: copies beside a step, values fetched late; its memory."""
+"""The compute device: which one, its precision, copies beside a step, values fetched late, peak memory."""
 
 import functools
 import os

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The engines of accelerate that a run takes, as `training/accelerate/*.yaml` sets them up: begun, checked, stopped, ended."""
+"""accelerate's engines (DDP, FSDP2, DeepSpeed): opened, checked, stopped by signals, closed."""
 
 import gc
 import os
@@ -42,13 +42,13 @@ _PARENT = os.getppid()  # as early as this process can know it
 
 def open_accelerator(**kwargs: Any) -> Accelerator:
     """
-    The accelerator of a script, which `close_accelerator` ends.
+    The accelerator of a script; `close_accelerator` ends it.
 
     Args:
         kwargs (`Any`): Of `Accelerator`.
 
     Returns:
-        `Accelerator`: Its processes wait two hours for one another.
+        `Accelerator`: Its ranks wait up to two hours for one another.
     """
     # A block that is compiled by itself is one graph: torch would cut it where DDP's buckets end, to overlap their reduction
     # with the rest of the graph, which blocks one by one do anyway.
@@ -152,7 +152,7 @@ def check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
         plugin = accelerator.state.deepspeed_plugin
         if plugin.zero_stage > 2:
             raise ValueError(
-                f"DeepSpeed ZeRO {plugin.zero_stage} is not supported, 1 and 2 are: to shard the weights themselves, take "
+                f"DeepSpeed ZeRO {plugin.zero_stage} is not supported, 1 and 2 are: to shard the weights themselves, use "
                 "FSDP2 (training/accelerate/fsdp2.yaml)"
             )
         # Weights stay float32, as everywhere: DeepSpeed's own bf16 would round what the EMA averages.

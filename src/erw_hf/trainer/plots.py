@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The pictures of a run: its losses, its measurements, its probes, its images."""
+"""Pictures of a run: loss curves, measurements, probes, grids of images."""
 
 import math
 import os
