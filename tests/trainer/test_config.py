@@ -428,6 +428,19 @@ def test_a_resumed_run_keeps_what_its_losses_depend_on(tmp_path):
             )
 
 
+@pytest.mark.parametrize(
+    "change", [{"prediction_type": "sample"}, {"patch_bottleneck_dim": 3}, {"alignment_mask_ratio": 0.2}]
+)
+def test_a_run_older_than_a_key_goes_on_as_before_there_was_one(tmp_path, change):
+    path = tmp_path / "config.yaml"
+    TrainingConfig(in_channels=1).save(path)
+    (key,) = change
+    path.write_text("".join(line for line in path.open() if not line.startswith(f"{key}:")))
+    TrainingConfig(in_channels=1).check_resumable(path)
+    with pytest.raises(ValueError, match=f"{key} is .* the run so far had"):
+        TrainingConfig(in_channels=1, **change).check_resumable(path)
+
+
 # --- Precision
 
 

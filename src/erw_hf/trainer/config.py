@@ -625,9 +625,10 @@ class TrainingConfig(
         """
         before = read_config_file(Path(path))
         for key in fields(self):
-            if not key.metadata["fixed"] or key.name not in before:
+            if not key.metadata["fixed"] or (key.name not in before and key.name in MODEL_KEYS):
                 continue
-            was, now = before[key.name], getattr(self, key.name)
+            # A key that the run is older than: its default does what was done before there was one.
+            was, now = before.get(key.name, key.default), getattr(self, key.name)
             same = was == now
             if not same and key.metadata["path"]:
                 # The configuration of a run from the Hub holds the bare folder names of local models and data.
