@@ -29,6 +29,7 @@ from erw_hf.evaluation import frechet_distance
 from erw_hf.evaluation.extractors import (
     REPRESENTATIONS,
     ClassifierExtractor,
+    Dinov2Extractor,
     InceptionExtractor,
     RepresentationExtractor,
     describe_extractors,
@@ -586,3 +587,10 @@ def test_few_samples_have_no_error_that_is_not_a_number(count, tmp_path):
         found = quality_metrics(["fid", "mind"], features_of({"pool": x}, tmp_path), Reference(tmp_path, {"pool": (np.zeros(6), np.eye(6))}), {"pool": torch.from_numpy(x)})  # fmt: skip
         assert all(np.isfinite([*found.metrics.values(), *found.errors.values(), *found.bias.values()]))
         assert ("fid" in found.bias) == (count > 3)
+
+
+def test_another_network_is_not_taken_for_an_extractor(encoder_path):
+    with pytest.raises(ValueError, match="not a ResNet classifier"):
+        load_extractor(str(encoder_path))
+    with pytest.raises(ValueError, match="is a resnet, not a DINOv2"):
+        Dinov2Extractor(str(CLASSIFIER))

@@ -120,6 +120,9 @@ class ClassifierExtractor(nn.Module):
 
     Args:
         path (`str`): Folder or Hub id of a `ResNetForImageClassification` with its image processor.
+
+    Raises:
+        ValueError: for another model, or one without its head.
     """
 
     layers = ("pool", "logits")
@@ -128,7 +131,12 @@ class ClassifierExtractor(nn.Module):
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        self.model = ResNetForImageClassification.from_pretrained(path).eval().requires_grad_(False)
+        model, info = ResNetForImageClassification.from_pretrained(path, output_loading_info=True)
+        if info["missing_keys"]:  # transformers only warns, and leaves them random
+            raise ValueError(
+                f"the extractor {path} is not a ResNet classifier: it lacks {len(info['missing_keys'])} tensors of one"
+            )
+        self.model = model.eval().requires_grad_(False)
         processor = AutoImageProcessor.from_pretrained(path, backend="pil")
         self.num_classes = self.model.config.num_labels
         self.size = processor.crop_size["height"]
