@@ -125,11 +125,14 @@ def test_the_maths_knows_no_files(name):
 @pytest.mark.parametrize(
     ("room", "below"),
     [
-        ("data", {"pipeline_erw"}),
+        ("data", {"names", "pipeline_erw"}),
         ("encoders", set()),
         ("objective", {"alignment", "encoders", "flow", "transformer_erw"}),
         ("warmup", {"encoders", "objective", "sizes", "transformer_erw"}),
-        ("evaluation", {"data", "encoders", "files", "flow", "pipeline_erw", "provenance", "transformer_erw"}),
+        (
+            "evaluation",
+            {"data", "encoders", "files", "flow", "pipeline_erw", "processes", "provenance", "transformer_erw"},
+        ),
     ],
 )
 def test_a_room_imports_from_below_alone(room, below):

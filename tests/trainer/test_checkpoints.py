@@ -215,7 +215,7 @@ def test_latest_begins_no_run_anew_that_has_lost_its_checkpoints(tmp_path, steps
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     if refused:
-        with pytest.raises(ValueError, match="holds a run without its checkpoints"):
+        with pytest.raises(ValueError, match="holds a run whose checkpoints have gone"):
             resolve_checkpoint(tmp_path, "latest")
     else:
         assert resolve_checkpoint(tmp_path, "latest") is None

@@ -97,8 +97,9 @@ def plain_run(config) -> tuple[list[float], dict[str, torch.Tensor]]:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm, foreach=False)
             optimizer.step()
+            decay = min(config.ema_decay, (1 + number) / (10 + number)) if number > 0 else 0.0  # diffusers' ramp
             for name, tensor in average.items():
-                tensor.mul_(config.ema_decay).add_(parameters[name].detach(), alpha=1 - config.ema_decay)
+                tensor.mul_(decay).add_(parameters[name].detach(), alpha=1 - decay)
             losses.append(loss.item())
         warmup_state = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     return losses, {name.removeprefix("transformer."): t for name, t in average.items() if "projectors" not in name}
