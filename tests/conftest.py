@@ -113,3 +113,20 @@ def inception_weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(model.state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def small(encoder_path, vae_path):
+    """Flags that replace what a preset takes from the Hub, and shrink it."""
+    values = {
+        "dataset_name": "digits", "encoder": encoder_path, "sample_size": 8, "patch_size": 2, "num_layers": 3,
+        "num_attention_heads": 2, "attention_head_dim": 8, "warmup_depth": 2, "projector_depth": 2, "projector_dim": 16,
+        "num_classes": 10, "train_batch_size": 2, "lr_warmup_steps": 0, "validation_steps": 0, "num_validation_images": 2,
+        "num_inference_steps": 2, "checkpointing_steps": 100, "dataloader_num_workers": 0, "report_to": "none",
+        "mixed_precision": "no",
+    }  # fmt: skip
+    flags = [f"--{name}={value}" for name, value in values.items()]
+    latents = [*flags, f"--vae={vae_path}", "--in_channels=4"]
+    of = dict.fromkeys(("digits", "pixels", "imagenet256-pixel"), flags)
+    of["imagenet256-encoder-start"] = [*latents, "--start_from_encoder=2"]  # the tiny encoder has two
+    return lambda preset: of.get(preset, latents)

@@ -14,21 +14,17 @@
 """Keys of a run: how YAML files and flags are read, which values are refused, what `model` stands for."""
 
 import dataclasses
-import json
 import math
 
 import pytest
 import torch
 import yaml
-from helpers import REPOSITORY, train
+from helpers import REPOSITORY
 
-from erw_hf.provenance import device_name
 from erw_hf.sizes import SIZES, size_config, size_name
 from erw_hf.trainer import device
 from erw_hf.trainer.config import KEYS, PATH_OR_ID, TYPES, ModelConfig, TrainingConfig, local_names, parse_config
-from erw_hf.trainer.cost import DataSummary, start_report
 from erw_hf.trainer.device import choose_precision
-from erw_hf.trainer.run_record import read_metrics
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
 
@@ -490,93 +486,6 @@ def test_a_key_against_the_launcher_is_refused(machine, launcher, setting):
     machine("ampere", launcher)
     with pytest.raises(ValueError, match=f"mixed_precision is {setting}, but accelerate launch .* sets {launcher}"):
         choose_precision(setting)
-
-
-def test_a_run_begins_with_the_block_of_its_dry_run_and_records_its_precision(
-    tmp_path, tiny_flags, capsys, monkeypatch
-):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    flags = [*tiny_flags, "--mixed_precision=auto", "--gradient_accumulation_steps=2", "--max_train_steps=4"]
-    flags.append(f"--output_dir={tmp_path}/run")
-    train(*flags, "--dry_run")
-    dry = capsys.readouterr().out
-    block = dry.split("\n\n")[0]
-    for line in (
-        "data       digits, split train",
-        "images     1438; 8x8 px, 1 channel; no latents",
-        "classes    10: 0, 1, 2, 3, 4, ...",
-        "model      3 blocks of width 16, 4x4 tokens",
-        "batch      1 process x 4 x 2 accumulated = 8",
-        "precision  bf16 (set by accelerate launch)",
-        f"device     cpu: {device_name('cpu')}",
-        "attention  _native_math",
-        "steps      3 warmup + 1 full",
-        f"writes to  {tmp_path}/run",
-    ):
-        assert line in block.splitlines()
-    assert "EMA" in dry and "steps behind the weights, 0.0% initial weights" in dry
-    train(*flags)
-    assert capsys.readouterr().out.count(block) == 1
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["mixed_precision"] == "bf16"
-
-
-def test_the_dry_run_says_if_the_average_stays_at_its_start(tiny_flags, capsys):
-    train(*tiny_flags, "--ema_ramp=false", "--max_train_steps=303", "--dry_run")
-    assert (
-        "296 steps behind the weights, 97.0% initial weights: too slow" not in capsys.readouterr().out
-    )  # preset: 0.98
-    train(*tiny_flags, "--ema_ramp=false", "--ema_decay=0.9999", "--max_train_steps=303", "--dry_run")
-    assert "296 steps behind the weights, 97.0% initial weights: too slow for this run" in capsys.readouterr().out
-
-
-def test_the_dry_run_counts_the_processes_of_its_launcher_and_one_prints(tiny_flags, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    train(*tiny_flags, "--dry_run")
-    assert "2 processes x 4 x 1 accumulated = 8" in capsys.readouterr().out
-    monkeypatch.setenv("RANK", "1")
-    train(*tiny_flags, "--dry_run")
-    assert capsys.readouterr().out == ""
-
-
-def test_the_block_names_latents_size_and_stream(vae_path):
-    flags = [f"--vae={vae_path}", "--model=SiT-B/4", "--encoder=a,b", "--warmup_steps=5", "--output_dir=out"]
-    data = DataSummary(None, 0, [], has_features=False, image_size=64, channels=3)
-    block = start_report(parse_config(flags), data, ("no", "auto"), torch.device("cpu"), 1).splitlines()
-    assert "images     streamed, not counted; 64x64 px, 3 channels; latents 4x32x32" in block
-    assert "classes    none: unconditional" in block and "encoder    a, b" in block
-    assert "model      SiT-B/4: 12 blocks of width 768, 8x8 tokens" in block
-    assert "precision  float32 (auto)" in block and "attention  native, torch chooses the kernel" in block
-
-
-def test_the_block_says_whether_the_autoencoder_runs_and_in_what(monkeypatch):
-    monkeypatch.setattr("erw_hf.trainer.cost.device_name", lambda device_type: "a card")
-    flags = parse_config(["--vae=v", "--model=SiT-B/4", "--output_dir=out"])
-    for device_type, precision, cached, expected in (
-        ("cuda", "bf16", False, "v, in every step in bf16"),
-        ("cuda", "fp16", False, "v, in every step in float32"),
-        ("cpu", "bf16", False, "v, in every step in float32"),
-        ("cuda", "bf16", True, "v, not run: latents are cached"),
-    ):
-        data = DataSummary(None, 0, [], has_features=False, image_size=64, channels=3, has_latents=cached)
-        block = start_report(flags, data, (precision, "auto"), torch.device(device_type), 1).splitlines()
-        assert f"vae        {expected}" in block
-
-
-def test_the_dry_run_and_mfu_count_the_autoencoder(vae_path, tiny_flags, tmp_path, capsys, monkeypatch):
-    flags = [
-        *tiny_flags,
-        f"--vae={vae_path}",
-        "--in_channels=4",
-        "--max_train_steps=4",
-        f"--output_dir={tmp_path}/run",
-    ]
-    train(*flags, "--dry_run")
-    assert "of it autoencoder and encoder, which a latent cache spares" in capsys.readouterr().out
-    monkeypatch.setattr("erw_hf.trainer.phase.count_vae_flops", lambda vae, side: 10**12)
-    train(*flags)
-    first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")[:2]
-    assert second["flops"] - first["flops"] == pytest.approx(4e12, rel=0.01)  # of four images
 
 
 def test_a_precision_that_the_trainer_does_not_know(machine):

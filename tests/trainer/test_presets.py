@@ -13,7 +13,6 @@
 # limitations under the License.
 """Every preset is a recipe card that starts and trains, with its dimensions shrunk by flags alone."""
 
-import json
 import re
 
 import pytest
@@ -31,23 +30,6 @@ from erw_hf.trainer.run_record import read_metrics
 
 CONFIGS = REPOSITORY / "training" / "configs"
 PRESETS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def small(encoder_path, vae_path):
-    """Flags that replace what a preset takes from the Hub, and shrink it."""
-    values = {
-        "dataset_name": "digits", "encoder": encoder_path, "sample_size": 8, "patch_size": 2, "num_layers": 3,
-        "num_attention_heads": 2, "attention_head_dim": 8, "warmup_depth": 2, "projector_depth": 2, "projector_dim": 16,
-        "num_classes": 10, "train_batch_size": 2, "lr_warmup_steps": 0, "validation_steps": 0, "num_validation_images": 2,
-        "num_inference_steps": 2, "checkpointing_steps": 100, "dataloader_num_workers": 0, "report_to": "none",
-        "mixed_precision": "no",
-    }  # fmt: skip
-    flags = [f"--{name}={value}" for name, value in values.items()]
-    latents = [*flags, f"--vae={vae_path}", "--in_channels=4"]
-    of = dict.fromkeys(("digits", "pixels", "imagenet256-pixel"), flags)
-    of["imagenet256-encoder-start"] = [*latents, "--start_from_encoder=2"]  # the tiny encoder has two
-    return lambda preset: of.get(preset, latents)
 
 
 @pytest.fixture(scope="module")
@@ -149,35 +131,6 @@ def test_dry_run_costs_every_preset_without_its_data(preset, model, size, small,
         assert low < millions < high
 
 
-def test_dry_run_of_xl_in_numbers(vae_path):
-    flags = [
-        "--dataset_name=digits",
-        f"--vae={vae_path}",
-        "--encoder=none",
-        "--warmup_steps=0",
-        "--max_train_steps=400000",
-    ]
-    report = cost_report(parse_config([f"--config={CONFIGS}/imagenet256-sit.yaml", *flags, "--num_classes=1000"]))
-    # 3 x 2 x 118.6 GMAC x 32 images; 400 000 steps of them at 40 % of 989 TFLOP/s
-    full_step = float(re.search(r"full step +([\d.e+]+)", report)[1])
-    assert full_step == pytest.approx(6 * 118.6e9 * 32, rel=0.02)
-    hours = float(re.search(r"GPU-hours +([\d.]+)", report)[1])
-    assert hours == pytest.approx(6 * 118.6e9 * 32 * 400_000 / (0.4 * 989e12) / 3600, rel=0.02)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--encoder_image_size=20"], "encoder tokens, the latent has 4x4"),
-        (["--image_column=photo"], "'photo' is not a column"),
-        (["--num_classes=3"], r"is not in \[0, 2\]"),
-    ],
-)
-def test_dry_run_finds_what_is_wrong(small, flags, message):
-    with pytest.raises(ValueError, match=message):
-        train(f"--config={CONFIGS}/imagenet256-erw-paper.yaml", *small("imagenet256-erw-paper"), *flags, "--dry_run")
-
-
 @pytest.fixture(scope="module")
 def rae_path(tmp_path_factory):
     """An AutoencoderRAE of 64 channels on 2x2 cells of 4 px, which carries its statistics."""
@@ -207,25 +160,6 @@ def test_the_recipe_of_representation_latents_runs_on_one(small, rae_path, tmp_p
     with pytest.raises(SystemExit):
         train(*flags, "--attention_head_dim=8", "--dry_run")
     assert "a patch holds 64 numbers and the model is 16 wide" in capsys.readouterr().err
-
-
-def test_dry_run_wants_an_autoencoder_whose_latents_are_scaled(small, vae_path, tmp_path):
-    flags = [
-        f"--config={CONFIGS}/imagenet256-erw-paper.yaml",
-        *small("imagenet256-erw-paper"),
-        f"--vae={tmp_path}",
-    ]
-    config = json.loads((vae_path / "config.json").read_text())
-    for changes, message in (
-        ({"scaling_factor": 1.0}, "latent_statistics.json"),
-        ({"latent_channels": 16}, "set in_chan"),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps(config | changes))
-        with pytest.raises(ValueError, match=message):
-            train(*flags, "--dry_run")
-    statistics = {"scaling_factor": 1.0, "latents_mean": [0.0] * 4, "latents_std": [2.0] * 4}
-    (tmp_path / "config.json").write_text(json.dumps(config | statistics))
-    train(*flags, "--dry_run")
 
 
 def test_every_key_has_a_help_text():
