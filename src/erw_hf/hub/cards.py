@@ -37,8 +37,8 @@ from huggingface_hub import (
 from safetensors import safe_open
 
 from erw_hf.files import write_record
+from erw_hf.hub.licences import check_licence
 from erw_hf.hub.public import is_hub_id, public_name
-from erw_hf.licences import check_licence
 from erw_hf.trainer.run_record import split_names, training_cost
 
 

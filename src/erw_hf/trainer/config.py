@@ -33,7 +33,7 @@ import yaml
 
 from erw_hf.data.folder import say
 from erw_hf.files import written_whole
-from erw_hf.licences import check_licence
+from erw_hf.hub.licences import check_licence
 from erw_hf.names import expand_path, resolve_name
 from erw_hf.sizes import size_config, size_name
 from erw_hf.trainer.ema import SNAPSHOT_SIGMA_RELS, EMAProfile

@@ -15,7 +15,7 @@
 
 import pytest
 
-from erw_hf.licences import check_licence
+from erw_hf.hub.licences import check_licence
 from erw_hf.trainer.config import TrainingConfig
 
 
