@@ -54,13 +54,14 @@ from erw_hf.trainer.config import TrainingConfig, local_names, parse_config
 from erw_hf.trainer.cost import cost_report, start_report, summary_of
 from erw_hf.trainer.device import choose_precision, to_device
 from erw_hf.trainer.ema import save_snapshots, whole_state_dict
-from erw_hf.trainer.engines import check_engine, close_accelerator, open_accelerator, stop_on_signals
+from erw_hf.trainer.engines import check_engine, close_accelerator, open_accelerator
 from erw_hf.trainer.initialization import find_warmup, load_initial, load_warmup, save_warmup
 from erw_hf.trainer.optimizers import clip_gradients
 from erw_hf.trainer.phase import Phase
 from erw_hf.trainer.run_folder import RunFolder, check_vacant
 from erw_hf.trainer.run_record import describe_environment
 from erw_hf.trainer.setup import Inputs, build_full_model, build_warmup_model, fit_to_encoder, open_inputs
+from erw_hf.trainer.signals import stop_on_signals
 from erw_hf.trainer.snapshots import Snapshots
 from erw_hf.trainer.step_log import Step, StepLog
 from erw_hf.trainer.trackers import check_trackers

@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -31,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from erw_hf import ERWPipeline, ERWTransformer2DModel, transformer_erw
 from erw_hf.trainer import engines
-from erw_hf.trainer.engines import open_accelerator, stop_on_signals
+from erw_hf.trainer.engines import open_accelerator
 from erw_hf.trainer.run_record import read_metrics
 
 
@@ -138,74 +137,3 @@ def test_a_compiled_block_is_one_graph_under_ddp():
         dist.destroy_process_group()
         torch._dynamo.reset()
     assert len(graphs) == 1  # which all blocks share
-
-
-@pytest.fixture
-def handlers():
-    signals = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-    before = {signum: signal.getsignal(signum) for signum in signals}
-    yield signals
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
-def test_a_signal_asks_for_a_stop(name, handlers):
-    stop_requested = stop_on_signals()
-    assert not stop_requested()
-    signal.raise_signal(signal.Signals[name])
-    assert stop_requested()
-
-
-def test_a_second_ctrl_c_ends_at_once(handlers):
-    stop_on_signals()
-    signal.raise_signal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
-
-
-def test_what_nohup_ignores_stays_ignored(handlers):
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    stop_requested = stop_on_signals()
-    signal.raise_signal(signal.SIGHUP)
-    assert not stop_requested()
-
-
-@pytest.mark.parametrize(
-    ("launcher", "stops"), [("ACCELERATE_MIXED_PRECISION", True), ("TORCHELASTIC_RUN_ID", True), (None, False)]
-)
-def test_a_run_stops_with_its_launcher_but_not_with_a_shell(launcher, stops, handlers, monkeypatch):
-    for variable in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(variable, raising=False)
-    if launcher is not None:
-        monkeypatch.setenv(launcher, "x")
-    stop_requested = stop_on_signals()
-    assert not stop_requested()
-    monkeypatch.setattr(engines.os, "getppid", lambda: 1)
-    assert stop_requested() == stops
-
-
-CLOSED_PIPE = """
-import os, signal
-from erw_hf.trainer.engines import stop_on_signals
-stop_requested = stop_on_signals()
-print("ready", flush=True)
-input()
-signal.raise_signal(signal.SIGINT)
-print("a line that nobody reads", flush=True)
-assert stop_requested()
-"""
-
-
-def test_a_pipe_that_ended_with_ctrl_c_does_not_end_the_run():
-    """`... | tee log`: Ctrl-C ends tee too."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", CLOSED_PIPE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout.readline() == b"ready\n"
-    process.stdout.close()
-    process.stdin.write(b"\n")
-    process.stdin.close()
-    message = process.stderr.read()
-    process.stderr.close()
-    assert process.wait() == 0, message

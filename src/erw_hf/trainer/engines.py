@@ -11,15 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""accelerate's engines (DDP, FSDP2, DeepSpeed): opened, checked, stopped by signals, closed."""
+"""accelerate's engines (DDP, FSDP2, DeepSpeed): opened, checked, closed."""
 
 import gc
-import os
-import signal
-import stat
-from collections.abc import Callable
 from datetime import timedelta
-from types import FrameType
 from typing import Any
 
 import torch
@@ -37,7 +32,6 @@ from erw_hf.trainer.config import TrainingConfig
 PATIENCE = timedelta(hours=2)
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_PARENT = os.getppid()  # as early as this process can know it
 
 
 def open_accelerator(**kwargs: Any) -> Accelerator:
@@ -82,36 +76,6 @@ def end_process_group() -> None:
     for mesh in [o for o in gc.get_objects() if type(o) is DeviceMesh]:
         vars(mesh).clear()
     gc.collect()
-
-
-def stop_on_signals() -> Callable[[], bool]:
-    """
-    Lets the run end after the next step, with a checkpoint and status 0, once it gets SIGTERM, SIGHUP (a closed terminal) or
-    SIGINT (Ctrl-C; a second one ends it at once), or its launcher is gone. A signal that is ignored, as by `nohup`, stays so.
-
-    Returns:
-        `Callable[[], bool]`: Whether to stop.
-    """
-    own_pid, received = os.getpid(), []
-    launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-    terminals = [fd for fd in (1, 2) if os.isatty(fd)]
-    pipes = [fd for fd in (1, 2) if stat.S_ISFIFO(os.fstat(fd).st_mode)]
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != own_pid:  # a loader worker, which inherits this handler
-            os._exit(128 + signum)
-        received.append(signum)
-        if signum == signal.SIGINT:
-            signal.signal(signum, signal.default_int_handler)
-        # A closed terminal, or what a pipe leads to, ends as well: a line for it would then end the run before its checkpoint.
-        gone = {signal.SIGINT: pipes, signal.SIGHUP: terminals + pipes}.get(signal.Signals(signum), [])
-        for fd in gone:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, handle)
-    return lambda: bool(received) or (launched and os.getppid() != _PARENT)
 
 
 def autocast_forward(model: torch.nn.Module, accelerator: Accelerator) -> None:

@@ -1,0 +1,94 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A signal, or a launcher that is gone, asks for a stop."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from erw_hf.trainer import signals
+from erw_hf.trainer.signals import stop_on_signals
+
+
+@pytest.fixture
+def handlers():
+    found = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    before = {signum: signal.getsignal(signum) for signum in found}
+    yield found
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_asks_for_a_stop(name, handlers):
+    stop_requested = stop_on_signals()
+    assert not stop_requested()
+    signal.raise_signal(signal.Signals[name])
+    assert stop_requested()
+
+
+def test_a_second_ctrl_c_ends_at_once(handlers):
+    stop_on_signals()
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_what_nohup_ignores_stays_ignored(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop_requested = stop_on_signals()
+    signal.raise_signal(signal.SIGHUP)
+    assert not stop_requested()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "stops"), [("ACCELERATE_MIXED_PRECISION", True), ("TORCHELASTIC_RUN_ID", True), (None, False)]
+)
+def test_a_run_stops_with_its_launcher_but_not_with_a_shell(launcher, stops, handlers, monkeypatch):
+    for variable in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    if launcher is not None:
+        monkeypatch.setenv(launcher, "x")
+    stop_requested = stop_on_signals()
+    assert not stop_requested()
+    monkeypatch.setattr(signals.os, "getppid", lambda: 1)
+    assert stop_requested() == stops
+
+
+CLOSED_PIPE = """
+import os, signal
+from erw_hf.trainer.signals import stop_on_signals
+stop_requested = stop_on_signals()
+print("ready", flush=True)
+input()
+signal.raise_signal(signal.SIGINT)
+print("a line that nobody reads", flush=True)
+assert stop_requested()
+"""
+
+
+def test_a_pipe_that_ended_with_ctrl_c_does_not_end_the_run():
+    """`... | tee log`: Ctrl-C ends tee too."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLOSED_PIPE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"ready\n"
+    process.stdout.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    message = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 0, message
