@@ -29,7 +29,6 @@ from erw_hf.evaluation import frechet_distance
 from erw_hf.evaluation.extractors import (
     REPRESENTATIONS,
     ClassifierExtractor,
-    Dinov2Extractor,
     InceptionExtractor,
     RepresentationExtractor,
     describe_extractors,
@@ -592,5 +591,3 @@ def test_few_samples_have_no_error_that_is_not_a_number(count, tmp_path):
 def test_another_network_is_not_taken_for_an_extractor(encoder_path):
     with pytest.raises(ValueError, match="not a ResNet classifier"):
         load_extractor(str(encoder_path))
-    with pytest.raises(ValueError, match="is a resnet, not a DINOv2"):
-        Dinov2Extractor(str(CLASSIFIER))
