@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY_MODEL, randomize
+from helpers import REPRESENTATION_ARCHITECTURES, TINY_MODEL, randomize
 
 from erw_hf.provenance import device_name
 
@@ -130,3 +130,18 @@ def small(encoder_path, vae_path):
     of = dict.fromkeys(("digits", "pixels", "imagenet256-pixel"), flags)
     of["imagenet256-encoder-start"] = [*latents, "--start_from_encoder=2"]  # the tiny encoder has two
     return lambda preset: of.get(preset, latents)
+
+
+@pytest.fixture(scope="session")
+def representation_paths(tmp_path_factory) -> dict[str, Path]:
+    """A tiny random model of each architecture of FDr6, in the Hub's layout of timm."""
+    from transformers import TimmWrapperConfig, TimmWrapperModel
+
+    paths = {}
+    for name, (architecture, arguments) in REPRESENTATION_ARCHITECTURES.items():
+        paths[name] = tmp_path_factory.mktemp(name)
+        settings = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 64, 64]}
+        torch.manual_seed(0)
+        config = TimmWrapperConfig(architecture=architecture, model_args=arguments, pretrained_cfg=settings)
+        TimmWrapperModel(config).save_pretrained(paths[name])
+    return paths

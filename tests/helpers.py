@@ -197,3 +197,14 @@ def short_pauses(folder: Path, divisor: int) -> dict[str, str]:
         f"import time\nsleep = time.sleep\ntime.sleep = lambda s: sleep(s / {divisor})\n"
     )
     return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+
+
+# Of FDr6, tiny
+VIT = {"embed_dim": 16, "depth": 2, "num_heads": 2}
+REPRESENTATION_ARCHITECTURES = {
+    "convnext": ("convnextv2_base", {"dims": [4, 4, 4, 16], "depths": [1] * 4}),
+    "dinov2_cls": ("vit_large_patch14_dinov2", VIT | {"img_size": 70}),
+    "mae_cls": ("vit_large_patch16_224", VIT | {"img_size": 64}),
+    "siglip_cls": ("vit_so400m_patch16_siglip_256", VIT | {"img_size": 64}),
+    "clip_cls": ("vit_large_patch14_clip_224", VIT | {"img_size": 70}),
+}

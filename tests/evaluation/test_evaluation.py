@@ -232,6 +232,25 @@ def test_all_metrics_with_inception_and_dinov2(inception_weights, encoder_path, 
         )
 
 
+def test_more_representations_are_measured_in_the_same_pass_and_recorded(
+    images_of_8_px, representation_paths, tmp_path
+):
+    networks = [f"{name}={path}" for name, path in representation_paths.items()]
+    flags = [f"--images={images_of_8_px}", DIGITS[1], "--representations", *networks]
+    run_script("evaluate", f"--output_dir={tmp_path}/make", f"--save_reference={tmp_path}/r.npz", *flags)
+    record = evaluate(tmp_path / "a", f"--reference={tmp_path}/r.npz", *flags)
+    for name, path in representation_paths.items():
+        assert record["metrics"][f"fd_{name}"] == pytest.approx(0, abs=1e-6) and record["metrics"][f"mind_{name}"] == 0
+        assert record["extractor"][name] == str(path) and len(record["extractor"][f"{name}_sha256"]) == 64
+        assert "antialias" in record["extractor"][f"{name}_preprocessing"]
+    assert "fdr6" not in record["metrics"]  # its unit is of the published networks
+    assert record["extractor"]["precision"].startswith("float32")
+    run_script("evaluate", f"--record={tmp_path}/a/evaluation.json")
+    other = [f"mae_cls={representation_paths['clip_cls']}"]
+    with pytest.raises(ValueError, match=r"other weights of it \(extractor_mae_cls\)"):
+        evaluate(tmp_path / "b", f"--reference={tmp_path}/r.npz", *flags[:3], *other)
+
+
 def test_what_cannot_be_evaluated(model, tmp_path, capsys):
     arguments = [f"--model={model}", *DIGITS, "--num_inference_steps=2"]
     with pytest.raises(ValueError, match="at least 2 samples"):
@@ -401,6 +420,9 @@ BAD_FLAGS = {
     "--reference={folder}/r.npy": "r.npy: name an npz file",
     "--output_dir={folder}/text.npz": "text.npz is a file",
     "--metrics=fido": "invalid choice: 'fido'",
+    "--representations=mae_cls": "write NAME=ID",
+    "--representations=mae=a": "write NAME=ID",
+    "--representations=clip_cls=a clip_cls=b": "a name comes twice",
     "--record={folder}/text.npz": "is not an evaluation.json",
     "--record={folder}/absent.json": "is not an evaluation.json",
 }

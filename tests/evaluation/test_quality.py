@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from helpers import REPOSITORY
+from helpers import REPOSITORY, REPRESENTATION_ARCHITECTURES
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -384,31 +384,6 @@ def test_frechet_distance_at_the_width_of_inception():
     expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
     found = frechet_distance(*(s[name] for s in statistics for name in ("mu", "sigma")))
     assert found == pytest.approx(expected, rel=1e-6)
-
-
-VIT = {"embed_dim": 16, "depth": 2, "num_heads": 2}
-REPRESENTATION_ARCHITECTURES = {
-    "convnext": ("convnextv2_base", {"dims": [4, 4, 4, 16], "depths": [1] * 4}),
-    "dinov2_cls": ("vit_large_patch14_dinov2", VIT | {"img_size": 70}),
-    "mae_cls": ("vit_large_patch16_224", VIT | {"img_size": 64}),
-    "siglip_cls": ("vit_so400m_patch16_siglip_256", VIT | {"img_size": 64}),
-    "clip_cls": ("vit_large_patch14_clip_224", VIT | {"img_size": 70}),
-}
-
-
-@pytest.fixture(scope="session")
-def representation_paths(tmp_path_factory):
-    """A tiny random model of each architecture of FDr6, in the Hub's layout of timm."""
-    from transformers import TimmWrapperConfig, TimmWrapperModel
-
-    paths = {}
-    for name, (architecture, arguments) in REPRESENTATION_ARCHITECTURES.items():
-        paths[name] = tmp_path_factory.mktemp(name)
-        settings = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 64, 64]}
-        torch.manual_seed(0)
-        config = TimmWrapperConfig(architecture=architecture, model_args=arguments, pretrained_cfg=settings)
-        TimmWrapperModel(config).save_pretrained(paths[name])
-    return paths
 
 
 @pytest.mark.parametrize("name", REPRESENTATION_ARCHITECTURES)
