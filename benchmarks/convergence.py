@@ -345,7 +345,7 @@ def step_flops(config: TrainingConfig) -> tuple[int, int]:
     with BUILDING, torch.device("meta"):
         full = build_full_model(config, num_classes, encoders)
         teacher = build_teacher(config, encoders, cached=False)
-        full_flops = count_step_flops(full, teacher.running(aligned=bool(full.projectors))) * batch
+        full_flops = count_step_flops(full, teacher.encoders_for(aligned=bool(full.projectors))) * batch
         if config.warmup_steps == 0:
             return 0, full_flops
         return count_step_flops(build_warmup_model(config, num_classes, encoders), encoders) * batch, full_flops

@@ -264,7 +264,7 @@ def test_the_teacher_puts_its_clean_class_token_before_its_normalised_tokens(ali
     teacher = Teacher(encoders, spatial_norm=True, draws_class_token=True, aligns_class_token=aligns_class_token)
     targets, class_token = teacher({"pixels": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, aligned)
     assert torch.equal(class_token, token)  # a step that does not align draws it too
-    assert len(teacher.running(aligned)) == (2 if aligned else 1)
+    assert len(teacher.encoders_for(aligned)) == (2 if aligned else 1)
     if not aligned:
         assert targets is None
         return

@@ -11,9 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The objectives of both phases: the batch, the teacher's tokens, the aligned model, the losses and lambda (arXiv 2504.10188).
+"""The objective of both phases: the batch, the teacher's targets, the aligned model, the loss terms, the schedule of lambda.
 
-t is 0 for data and 1 for noise; x_t is the point on the path between them, and v its velocity dx_t/dt.
+t is 0 for data and 1 for noise; x_t is a point on the path between them, v = dx_t/dt (arXiv 2504.10188).
 Phase 1:                     L = alignment(early tokens of x_0, the teacher's)
 Phase 2:  |model(x_t) - v|^2 + lambda * alignment(tokens of x_t, the teacher's)   + the terms of other papers
 """
@@ -73,9 +73,10 @@ class Teacher:
 
     Args:
         encoders (`Sequence[RepresentationEncoder]`): May be empty.
-        spatial_norm (`bool`): Normalise the targets over the grid, as iREPA.
-        draws_class_token (`bool`): The model draws the first encoder's class token beside the image, as REG.
-        aligns_class_token (`bool`): Its tokens are aligned with that one too, as the first of the first encoder's.
+        spatial_norm (`bool`): Normalise the targets over the grid, as iREPA does.
+        draws_class_token (`bool`): The model draws the first encoder's class token beside the image, as REG does.
+        aligns_class_token (`bool`):
+            Also align the model's class token with the encoder's, which is prepended to the first encoder's targets.
         cached (`bool`): The tokens come with the samples, from a latent cache.
     """
 
@@ -85,7 +86,7 @@ class Teacher:
     aligns_class_token: bool = False
     cached: bool = False
 
-    def running(self, aligned: bool) -> Sequence[RepresentationEncoder]:
+    def encoders_for(self, aligned: bool) -> Sequence[RepresentationEncoder]:
         """
         Args:
             aligned (`bool`): Whether the step aligns.
@@ -112,7 +113,7 @@ class Teacher:
         tokens, class_token = [], None
         if aligned and self.cached:
             tokens = [samples["features"].unflatten(1, (self.encoders[0].token_grid ** 2, -1))]
-        if encoders := self.running(aligned):
+        if encoders := self.encoders_for(aligned):
             images = samples["pixels"].float() / 255
             if self.draws_class_token:
                 patch_tokens, class_token = encoders[0].patch_and_class_tokens(images)

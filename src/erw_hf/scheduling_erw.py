@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The SDE and ODE samplers of SiT, REPA and ERW. One file with absolute diffusers imports, because it travels in Hub repos."""
+"""Samplers (SDE: Euler-Maruyama; ODE: Heun): steps of a velocity, whatever the network predicts. Travels in Hub repos."""
 
 import math
 import numbers

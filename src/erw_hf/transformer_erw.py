@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The transformer. One file with absolute diffusers imports, because this very file travels inside Hub repos."""
+"""The transformer: predicts a velocity or a clean sample, always returns the velocity. It travels in Hub repos: imports absolute."""
 
 import inspect
 from dataclasses import dataclass

@@ -11,7 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Opening a dataset: which columns it has, which classes, and whether it is a latent cache."""
+"""Opening a dataset from any source (the digits, a local folder, `save_to_disk`, the Hub): its columns, its classes, whether it is
+a latent cache."""
 
 import errno
 import io

@@ -189,8 +189,8 @@ def cost_report(config: TrainingConfig) -> str:
         encoders = [_encoder_on_meta(config, name) for name in config.encoders]
         full = build_full_model(config, num_classes, encoders)
         teacher = build_teacher(config, encoders, data.has_features)
-        full_flops = count_step_flops(full, teacher.running(aligned=bool(full.projectors)))
-        unaligned_flops = count_step_flops(full, teacher.running(aligned=False))
+        full_flops = count_step_flops(full, teacher.encoders_for(aligned=bool(full.projectors)))
+        unaligned_flops = count_step_flops(full, teacher.encoders_for(aligned=False))
         warmup_flops = 0
         warmup_teacher, start_encoder = teacher, None
         if config.start_from_encoder > 0 and config.warmup_from is None:
@@ -201,9 +201,9 @@ def cost_report(config: TrainingConfig) -> str:
                 warmup_teacher = Teacher([_encoder_on_meta(config, name, config.start_from_encoder)])
         if config.warmup_steps > 0:
             warmup = build_warmup_model(config, num_classes, encoders, start_encoder)
-            warmup_flops = count_step_flops(warmup, warmup_teacher.running(aligned=True))
+            warmup_flops = count_step_flops(warmup, warmup_teacher.encoders_for(aligned=True))
     vae_flops = 0 if data.has_latents else count_vae_flops(_vae_on_meta(config), data.image_size)
-    encoding_flops = vae_flops + sum(count_encoder_flops(encoder) for encoder in teacher.running(aligned=True))
+    encoding_flops = vae_flops + sum(count_encoder_flops(encoder) for encoder in teacher.encoders_for(aligned=True))
     full_flops, unaligned_flops = full_flops + vae_flops, unaligned_flops + vae_flops
     warmup_flops += vae_flops if config.warmup_steps > 0 else 0
 

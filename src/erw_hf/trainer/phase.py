@@ -48,7 +48,8 @@ class Phase:
         self.teacher = inputs.warmup_teacher if model.warmup else inputs.teacher
         encoding = 0 if inputs.source.is_latent_cache else count_vae_flops(inputs.vae, inputs.image_size)
         self.flops = {  # of an image, by whether the step aligns
-            aligned: encoding + count_step_flops(model, self.teacher.running(aligned)) for aligned in (False, True)
+            aligned: encoding + count_step_flops(model, self.teacher.encoders_for(aligned))
+            for aligned in (False, True)
         }
         choose_attention(model.transformer, accelerator.device.type, accelerator.mixed_precision)
         if config.compiles(accelerator.device.type):
