@@ -168,7 +168,11 @@ def test_training_on_a_gpu_projects_once_and_changes_nothing(variant, monkeypatc
 def test_what_is_not_torchs_own_layer_is_called_itself(transformer):
     """LoRA, hooks of diffusers and torch, packed weights: their work would be left out."""
     attn = transformer.train().transformer_blocks[0].attn
-    plain = ERWAttnProcessor._are_plain
+    x = torch.empty(0).as_subclass(OnCuda)
+
+    def plain(attn):
+        return ERWAttnProcessor._projects_once(attn, x)
+
     assert plain(attn) and not plain(attn.eval())
     attn.train()
     handle = attn.to_k.register_forward_hook(lambda *_: None)

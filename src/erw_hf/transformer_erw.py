@@ -88,8 +88,8 @@ class ERWAttnProcessor:
     ) -> torch.Tensor:
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        elif self._are_plain(attn) and hidden_states.is_cuda:
-            # Training on a GPU, one product in place of three; casting the weights copies them anyway.
+        elif self._projects_once(attn, hidden_states):
+            # One product in place of three; casting the weights copies them anyway.
             linears = (attn.to_q, attn.to_k, attn.to_v)
             weight, bias = torch.cat([part.weight for part in linears]), torch.cat([part.bias for part in linears])
             query, key, value = nn.functional.linear(hidden_states, weight, bias).chunk(3, dim=-1)
@@ -114,14 +114,18 @@ class ERWAttnProcessor:
         return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2, 3)))  # (B, N, D)
 
     @staticmethod
-    def _are_plain(attn: "ERWAttention") -> bool:
-        """In training, and query, key and value are torch's own layers: no LoRA, hooks, shards of heads or packed weights."""
-        return attn.training and all(
-            type(part) is nn.Linear
-            and type(part.weight) is nn.Parameter
-            and "forward" not in part.__dict__  # diffusers' hooks replace it
-            and not (part._forward_hooks or part._forward_pre_hooks)
-            for part in (attn.to_q, attn.to_k, attn.to_v)
+    def _projects_once(attn: "ERWAttention", hidden_states: torch.Tensor) -> bool:
+        """Training on a GPU, with torch's own layers: no LoRA, hooks, shards of heads or packed weights."""
+        return (
+            attn.training
+            and hidden_states.is_cuda
+            and all(
+                type(part) is nn.Linear
+                and type(part.weight) is nn.Parameter
+                and "forward" not in part.__dict__  # diffusers' hooks replace it
+                and not (part._forward_hooks or part._forward_pre_hooks)
+                for part in (attn.to_q, attn.to_k, attn.to_v)
+            )
         )
 
 

@@ -46,6 +46,7 @@ from erw_hf.provenance import device_name
 from erw_hf.trainer.config import TrainingConfig
 from erw_hf.trainer.device import choose_precision, found_device
 from erw_hf.trainer.flops import CARDS, count_encoder_flops, count_step_flops, count_vae_flops
+from erw_hf.trainer.memory import GIB, step_memory
 from erw_hf.trainer.run_record import split_names
 from erw_hf.trainer.setup import (
     build_full_model,
@@ -61,7 +62,6 @@ from erw_hf.trainer.setup import (
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
 
-GIB = 2**30
 MFU = 0.4  # share of the GPU's peak that the hours assume
 SHOWN_CLASSES = 5
 
@@ -215,10 +215,12 @@ def cost_report(config: TrainingConfig) -> str:
     parameters = sum(p.numel() for p in full.transformer.parameters())
     trained = sum(p.numel() for p in full.parameters())
     frozen = sum(p.numel() for encoder in encoders for p in encoder.parameters())
-    # float32 weights, gradients, two AdamW moments; each average has the transformer's weights alone.
+    # float32 weights, two AdamW moments; each average has the transformer's weights alone.
     averages = len(config.ema_profiles()) * parameters
-    state = 4 * (4 * trained + averages)
-    saved = 4 * (3 * trained + averages)  # no gradients
+    memory = step_memory(
+        config, parameters, trained, frozen, None if data.has_latents else _vae_on_meta(config), data.image_size
+    )
+    saved = 4 * (3 * trained + averages)
     rows = [
         ("transformer", f"{parameters / 1e6:.1f} M parameters, {config.token_grid}x{config.token_grid} tokens"),
         ("projector, encoder", f"{(trained - parameters) / 1e6:.1f} M trained, {frozen / 1e6:.1f} M frozen"),
@@ -237,7 +239,8 @@ def cost_report(config: TrainingConfig) -> str:
         ),
         (
             "memory",
-            f"{state / GIB:.1f} GiB of state + {_activations(config, batch) / GIB:.1f} GiB of activations (estimate)",
+            f"{sum(memory.values()) / GIB:.1f} GiB on a GPU (estimate): "
+            + ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.items()),
         ),
         ("EMA", _average(config, full_steps)),
         ("checkpoint", f"{saved / GIB:.1f} GiB each, {config.checkpoints_total_limit or 'all'} kept"),
@@ -331,12 +334,3 @@ def _encoder_on_meta(config: TrainingConfig, name: str, depth: int | None = None
     return RepresentationEncoder(
         model, [0.5] * 3, [0.5] * 3, config.token_grid, config.encoder_image_size, depth=depth
     )
-
-
-def _activations(config: TrainingConfig, batch: int) -> float:
-    """Bytes that the backward pass keeps in bf16: 34 for each token, channel and block (arXiv 2205.05198, Eq. 2, without
-    the attention matrix, which fused kernels do not keep), or with checkpointing one block's and all blocks' inputs."""
-    width = config.num_attention_heads * config.attention_head_dim
-    tokens = batch / config.gradient_accumulation_steps * config.token_grid**2
-    kept = 2 * config.num_layers + 34 if config.gradient_checkpointing else 34 * config.num_layers
-    return tokens * width * kept

@@ -53,7 +53,7 @@ class Phase:
         }
         choose_attention(model.transformer, accelerator.device.type, accelerator.mixed_precision)
         if config.compiles(accelerator.device.type):
-            compile_blocks(model.transformer, accelerator.device.type)
+            compile_blocks(model.transformer, accelerator.device.type, config.activation_memory_budget)
         optimizer = build_optimizer(
             model,
             config.optimizer,

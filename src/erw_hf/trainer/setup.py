@@ -26,6 +26,7 @@ from diffusers import AutoModel, ModelMixin
 from diffusers.models.attention_dispatch import AttentionBackendName
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from torch._functorch import config as functorch_config
 from transformers import AutoConfig
 
 from erw_hf.alignment import ConvProjector, MLPProjector, TransformerProjector, choose_alignment_loss
@@ -338,9 +339,10 @@ def _start(transformer: ERWTransformer2DModel, config: TrainingConfig, encoder: 
     start_from_encoder(transformer, encoder, config.start_from_encoder, with_patch_embedding)
 
 
-def compile_blocks(transformer: ERWTransformer2DModel, device_type: str) -> None:
-    """Compiles the blocks in place; one compilation serves all of them."""
-    # Without this, Inductor's tanh in GELU takes three times as long on a CPU as its exponential.
+def compile_blocks(transformer: ERWTransformer2DModel, device_type: str, memory_budget: float = 1.0) -> None:
+    """Compiles the blocks in place, to keep that share of their activations; one compilation serves them all."""
+    functorch_config.activation_memory_budget = memory_budget  # read when the first batch comes
+    # Without this Inductor's tanh, of GELU, takes a CPU three times as long as its exponential does.
     options = {"cpp.use_decompose_tanh": True} if device_type == "cpu" else None
     transformer.compile_repeated_blocks(fullgraph=True, options=options)
 

@@ -1,0 +1,273 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Kernels, bytes and saved activations of a block in bf16, counted without a GPU: what Inductor would launch on an H100.
+
+    PYTHONPATH=src python benchmarks/block_cost.py --output benchmarks/results/block_cost.json
+
+The block runs on fake tensors through torch's own partitioner and, moved to a GPU that is made believe, Inductor's scheduler; no
+kernel is generated or run. A fusion that is lost, a tensor that is kept in float32, or a product that is split shows in the
+counts. They are of torch's version: compare within one.
+"""
+
+import argparse
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from common import describe, environment, table, write
+from torch._dynamo.device_interface import CudaInterface
+from torch._functorch import config as functorch_config
+from torch._functorch.aot_autograd import aot_function
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor import scheduler
+from torch._inductor.debug import DebugContext
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.post_grad import post_grad_passes
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.overrides import TorchFunctionMode
+
+from erw_hf import ERWTransformer2DModel
+from erw_hf.sizes import size_config
+from erw_hf.transformer_erw import ERWAttnProcessor
+
+
+MODERN = {"use_rope": True, "norm_type": "rms_norm", "activation_fn": "swiglu"}
+H100 = types.SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=85 * 10**9, multi_processor_count=132, warp_size=32,
+    L2_cache_size=50 * 2**20, max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536, gcnArchName="",
+    shared_memory_per_block=49152, shared_memory_per_block_optin=232448, clock_rate=1980000, memory_clock_rate=2619000,
+    memory_bus_width=5120,
+)  # fmt: skip
+
+
+class CudaAutocast(TorchFunctionMode):
+    """CUDA's autocast in bf16, which torch without a driver leaves out, and flash attention."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        dtype = {
+            F.linear: torch.bfloat16,
+            F.conv2d: torch.bfloat16,
+            F.layer_norm: torch.float32,
+            F.rms_norm: torch.float32,
+        }.get(function)
+        if function is F.scaled_dot_product_attention:
+            query, key, value = (kwargs[name].bfloat16() for name in ("query", "key", "value"))
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+        if dtype is not None:
+            args = tuple(a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def an_h100() -> Iterator[None]:
+    """Lets torch believe in one: it is asked for its properties alone."""
+    answers = {
+        "get_device_properties": lambda *_, **__: H100, "current_device": lambda: 0, "is_available": lambda: True,
+        "device_count": lambda: 1,
+    }  # fmt: skip
+    with ExitStack() as stack:
+        for name, answer in answers.items():
+            for owner in (torch.cuda, CudaInterface):
+                as_method = answer if owner is torch.cuda else staticmethod(answer)
+                stack.enter_context(mock.patch.object(owner, name, as_method))
+        for name in ("get_device_properties", "current_device"):
+            stack.enter_context(mock.patch.object(CudaInterface.Worker, name, staticmethod(answers[name])))
+        capability = staticmethod(lambda *_: "90")
+        stack.enter_context(mock.patch.object(CudaInterface, "get_compute_capability", capability))
+        stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)))
+        stack.enter_context(mock.patch.object(torch.cuda, "get_device_name", lambda *_: H100.name))
+        stack.enter_context(mock.patch.object(scheduler, "has_triton", lambda *_: True))
+        yield
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """What a compiled block is made of: forward, backward, and the bytes of activations that lie between them."""
+
+    forward: torch.fx.GraphModule
+    backward: torch.fx.GraphModule
+    inputs: dict[str, list[torch.Tensor]]
+    saved: int
+    numbers: int  # tokens x channels of the batch
+    mode: FakeTensorMode
+
+
+def fake_block(batch: int, size: str, **options):
+    """A block in training, its tokens and its conditioning."""
+    model = ERWTransformer2DModel(**size_config(size) | {"num_layers": 1} | options)
+    tokens, width = (model.config.sample_size // model.config.patch_size) ** 2, model.pos_embed.proj.out_channels
+    hidden = torch.empty(batch, tokens, width, dtype=torch.bfloat16, requires_grad=True)
+    temb = torch.empty(batch, width, dtype=torch.bfloat16, requires_grad=True)
+    return model.transformer_blocks[0], hidden, temb, None if model.rope is None else model.rope(hidden)
+
+
+def saved_when_eager(batch: int, size: str = "SiT-XL/2", **options) -> float:
+    """Bytes for each token and channel that autograd keeps of a block that is not compiled, but its weights and their copies."""
+    kept = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        block, hidden, temb, rotary = fake_block(batch, size, **options)
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.ndim > 0 and tensor.shape[0] in (batch, batch * hidden.shape[1]):
+                kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        with CudaAutocast(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = block(hidden, temb, rotary)
+        return sum(storage.nbytes() for storage in kept.values()) / output.numel()
+
+
+def trace(batch: int, size: str = "SiT-XL/2", budget: float = 1.0, one_product: bool = True, **options) -> Graphs:
+    """A block's graphs, as torch.compile would make them in training."""
+    found: dict[str, object] = {}
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, mock.patch.object(ERWAttnProcessor, "_projects_once", staticmethod(lambda *_: one_product)):
+        block, hidden, temb, rotary = fake_block(batch, size, **options)
+        tokens = hidden.shape[1]
+        names, parameters = zip(*block.named_parameters(), strict=True)
+
+        def run(parameters, hidden, temb, *rotary):
+            with CudaAutocast():
+                return functional_call(
+                    block, dict(zip(names, parameters, strict=True)), (hidden, temb, rotary or None)
+                )
+
+        def keep(name: str) -> Callable:
+            def compiler(graph, inputs):
+                found[name] = graph
+                return graph
+
+            return compiler
+
+        with functorch_config.patch(activation_memory_budget=budget):
+            compiled = aot_function(
+                run, fw_compiler=keep("forward"), bw_compiler=keep("backward"), decompositions=select_decomp_table(),
+                partition_fn=lambda *args, **kw: min_cut_rematerialization_partition(*args, compiler="inductor", **kw),
+            )  # fmt: skip
+            compiled(list(parameters), hidden, temb, *(rotary or ())).sum().backward()
+    (output,) = found["forward"].graph.output_node().args
+    kept = {node.meta["val"] for node in output[1:] if isinstance(node, torch.fx.Node) and "val" in node.meta}
+    activations = [value for value in kept if value.ndim > 0 and value.shape[0] in (batch, batch * tokens)]
+    saved = sum(value.numel() * value.element_size() for value in activations)
+    inputs = {name: onto_cuda(found[name], mode) for name in ("forward", "backward")}
+    return Graphs(found["forward"], found["backward"], inputs, saved, hidden.numel(), mode)
+
+
+def onto_cuda(module: torch.fx.GraphModule, mode: FakeTensorMode) -> list[torch.Tensor]:
+    """The same graph on fake CUDA tensors, with CUDA's attention for the CPU's; returns its inputs."""
+    aten, graph = torch.ops.aten, module.graph
+    for node in graph.nodes:
+        if node.kwargs.get("device") is not None:
+            node.kwargs = node.kwargs | {"device": torch.device("cuda:0")}
+        if node.target is aten._scaled_dot_product_flash_attention_for_cpu.default:
+            node.target = aten._scaled_dot_product_flash_attention.default
+        if node.target is aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+            tokens = node.args[1].meta["val"].shape[2]
+            with graph.inserting_before(node):
+                options = {"dtype": torch.uint64, "device": torch.device("cuda:0")}
+                seed = graph.call_function(aten.empty.memory_format, ([2],), options)  # of a dropout that is none
+            node.target = aten._scaled_dot_product_flash_attention_backward.default
+            node.args = (*node.args[:6], None, None, tokens, tokens, 0.0, False, seed, seed)
+            node.kwargs = {}
+    module.recompile()
+    values = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"]
+    with mode:
+        inputs = [
+            torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda:0") for value in values
+        ]
+        FakeTensorProp(module, mode).propagate(*inputs)
+    return inputs
+
+
+def scheduled(graphs: Graphs, part: str) -> dict[str, int]:
+    """Inductor's kernels for a graph: products, attention, and generated ones with the bytes that they move."""
+    graph, inputs = getattr(graphs, part), graphs.inputs[part]
+    with V.set_fake_mode(graphs.mode), torch.no_grad():
+        post_grad_passes(graph, is_inference=False)
+        lowering = GraphLowering(graph, example_inputs=inputs, is_backward=part == "backward", graph_id=0)
+        with V.set_graph_handler(lowering), V.set_debug_handler(DebugContext()):
+            lowering.run(*inputs)
+            lowering.init_wrapper_code()
+            lowering._update_scheduler()
+            counts = {"products": 0, "attention": 0, "generated": 0, "bytes": 0}
+            for node in lowering.scheduler.nodes:
+                if isinstance(node, scheduler.ExternKernelSchedulerNode):
+                    name = str(getattr(node.node, "python_kernel_name", "") or getattr(node.node, "op_overload", ""))
+                    counts["products"] += name.endswith(("mm", "addmm"))
+                    counts["attention"] += "attention" in name
+                elif not isinstance(node, scheduler.NopKernelSchedulerNode):
+                    counts["generated"] += 1
+                    counts["bytes"] += node.get_read_write_buffers_sizes()
+    return counts
+
+
+def count(name: str, batch: int, budget: float = 1.0, one_product: bool = True, **options) -> dict[str, object]:
+    """A row of the table."""
+    graphs = trace(batch, budget=budget, one_product=one_product, **options)
+    with an_h100():
+        parts = {part: scheduled(graphs, part) for part in ("forward", "backward")}
+    return {"name": name, "batch": batch, "saved": graphs.saved / graphs.numbers, "numbers": graphs.numbers, **parts}
+
+
+def report(result: dict[str, object]) -> str:
+    """Markdown; bytes for each token and channel."""
+    rows = []
+    for found in result["blocks"]:
+        forward, backward = found["forward"], found["backward"]
+        both = {key: forward[key] + backward[key] for key in forward}
+        rows.append(
+            (
+                found["name"], found["batch"], both["products"], both["generated"],
+                f"{forward['bytes'] / found['numbers']:.1f}", f"{backward['bytes'] / found['numbers']:.1f}",
+                f"{found['saved']:.1f}",
+            )
+        )  # fmt: skip
+    header = ("block of XL/2, bf16", "batch", "products", "generated kernels", "B forward", "B backward", "B saved")
+    return (
+        table(header, rows)
+        + "\nCounted from Inductor's schedule for an H100, without one; nothing is measured. B: bytes for each token and channel, "
+        f"moved by generated kernels, or kept for the backward pass. {describe(result['environment'])}\n"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="where to write JSON and, beside it, Markdown")
+    parser.add_argument("--quick", action="store_true", help="the first block alone")
+    args = parser.parse_args(arguments)
+    ways: list[tuple[str, dict]] = [
+        ("sit", {"batch": 32}),
+        ("sit, three products", {"batch": 32, "one_product": False}),
+        ("modern", {"batch": 32, **MODERN}),
+        ("sit, budget 0.7", {"batch": 256, "budget": 0.7}),
+        ("sit, budget 0.5", {"batch": 256, "budget": 0.5}),
+    ]
+    result = {"environment": environment(), "blocks": []}
+    for name, way in ways[: 1 if args.quick else None]:
+        result["blocks"].append(count(name, **way))
+        write(args.output, result, report(result))
+    print(report(result))
+
+
+if __name__ == "__main__":
+    main()
