@@ -226,7 +226,8 @@ def count(name: str, batch: int, budget: float = 1.0, one_product: bool = True, 
     graphs = trace(batch, budget=budget, one_product=one_product, **options)
     with an_h100():
         parts = {part: scheduled(graphs, part) for part in ("forward", "backward")}
-    return {"name": name, "batch": batch, "saved": graphs.saved / graphs.numbers, "numbers": graphs.numbers, **parts}
+    saved = {"saved": graphs.saved / graphs.numbers, "saved_eager": saved_when_eager(batch, **options)}
+    return {"name": name, "batch": batch, "numbers": graphs.numbers, **saved, **parts}
 
 
 def report(result: dict[str, object]) -> str:
@@ -239,10 +240,19 @@ def report(result: dict[str, object]) -> str:
             (
                 found["name"], found["batch"], both["products"], both["generated"],
                 f"{forward['bytes'] / found['numbers']:.1f}", f"{backward['bytes'] / found['numbers']:.1f}",
-                f"{found['saved']:.1f}",
+                f"{found['saved']:.1f}", f"{found['saved_eager']:.1f}",
             )
         )  # fmt: skip
-    header = ("block of XL/2, bf16", "batch", "products", "generated kernels", "B forward", "B backward", "B saved")
+    header = (
+        "block of XL/2, bf16",
+        "batch",
+        "products",
+        "generated kernels",
+        "B forward",
+        "B backward",
+        "B saved",
+        "B saved, eager",
+    )
     return (
         table(header, rows)
         + "\nCounted from Inductor's schedule for an H100, without one; nothing is measured. B: bytes for each token and channel, "
