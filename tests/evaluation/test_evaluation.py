@@ -329,6 +329,7 @@ def test_evaluating_a_run_does_not_change_it_and_is_what_evaluate_py_finds(tiny_
         "accuracy",
     )  # fmt: skip
     assert found["metrics"] == {name: records[-1][name] for name in ("fid", "accuracy")}
+    assert found["errors"] == {name: records[-1][f"{name}_error"] for name in ("fid", "accuracy")}
 
 
 def test_what_a_run_shows_of_itself_never_ends_it(tiny_flags, tmp_path, monkeypatch, caplog):
