@@ -55,12 +55,12 @@ from erw_hf.trainer.cost import cost_report, start_report, summary_of
 from erw_hf.trainer.device import choose_precision, to_device
 from erw_hf.trainer.ema import save_snapshots, whole_state_dict
 from erw_hf.trainer.engines import check_engine, close_accelerator, open_accelerator
-from erw_hf.trainer.initialization import find_warmup, load_initial, load_warmup, save_warmup
+from erw_hf.trainer.initialization import find_warmup, load_initial, load_warmup, new_class_ids, save_warmup
 from erw_hf.trainer.optimizers import clip_gradients
 from erw_hf.trainer.phase import Phase
 from erw_hf.trainer.run_folder import RunFolder, check_vacant
 from erw_hf.trainer.run_record import describe_environment
-from erw_hf.trainer.setup import Inputs, build_full_model, build_warmup_model, fit_to_encoder, open_inputs
+from erw_hf.trainer.setup import Inputs, add_lora, build_full_model, build_warmup_model, fit_to_encoder, open_inputs
 from erw_hf.trainer.signals import stop_on_signals
 from erw_hf.trainer.snapshots import Snapshots
 from erw_hf.trainer.step_log import Step, StepLog
@@ -174,11 +174,15 @@ def full_phase(inputs: Inputs, start: State | None) -> Phase:
     set_seed(config.seed)  # the later blocks start the same whatever the warmup was
     start_encoder = inputs.start_encoder if config.warmup_steps == 0 else None
     model = build_full_model(config, inputs.source.num_classes, inputs.teacher.encoders, start_encoder)
+    new_classes: list[int] = []
     if start is not None and config.init_from is not None:
         model.transformer.load_state_dict(start)
+        new_classes = new_class_ids(start)
     elif start is not None:
         names = hand_over(start, model, hands_over_projector(config, start))
         logger.info(f"hand-over: {len(names)} tensors of the warmup are the full model's, verified one by one")
+    if config.lora_rank > 0:  # a checkpoint brings the base's weights and the mask of new classes with it
+        add_lora(model, config, new_classes)
     if config.gradient_checkpointing:
         model.transformer.enable_gradient_checkpointing()
     return Phase(inputs, model, range(config.warmup_steps, config.max_train_steps), config.learning_rate)

@@ -38,11 +38,13 @@ import numpy as np
 import torch
 from accelerate import init_empty_weights
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.loaders import CogVideoXLoraLoaderMixin  # the loader of pipelines whose one LoRA model is a transformer
+from diffusers.models.modeling_utils import ModelMixin, _get_model_file
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import is_torch_xla_available, logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
+from safetensors import SafetensorError, safe_open
 
 
 if is_torch_xla_available():
@@ -90,6 +92,11 @@ FLOW_SIGMAS_SPOILT_BY = (
 )
 
 
+# Beside an adapter's weights: the embeddings of its new classes, and in the file's metadata their names.
+CLASS_EMBEDDINGS = "class_embeddings.safetensors"
+_LORA_KEY = re.compile(r"transformer\.(.+)\.lora_([AB])\.weight")
+
+
 @dataclass(eq=False)
 class _Call:
     """The state of one call."""
@@ -107,7 +114,7 @@ _CALLS: ContextVar[tuple[tuple["ERWPipeline", _Call], ...]] = ContextVar("erw_ca
 _ONE_AT_A_TIME = threading.RLock()
 
 
-class ERWPipeline(DiffusionPipeline):
+class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     r"""
     Pipeline for class-conditional image generation with [`ERWTransformer2DModel`].
 
@@ -137,6 +144,9 @@ class ERWPipeline(DiffusionPipeline):
         super().__init__()
         self._running: list[_Call] = []
         self._last_call = _Call()
+        # Of each loaded adapter the names (None for a class without) and embeddings of its classes; what was there before.
+        self._adapter_classes: dict[str, list[tuple[str | None, torch.Tensor]]] = {}
+        self._own_classes: tuple[torch.Tensor, dict[str, str]] | None = None
         id2label = _checked_id2label(id2label)
         self.register_modules(
             transformer=transformer, vae=vae, scheduler=scheduler, guidance_transformer=guidance_transformer
@@ -210,6 +220,127 @@ class ERWPipeline(DiffusionPipeline):
                         f"the guidance_transformer has {key}={worse}, the transformer {config.get(key)}: it must predict "
                         "the same latents of the same classes"
                     )
+
+    def load_lora_weights(
+        self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, hotswap: bool = False, **kwargs
+    ) -> None:
+        """
+        Loads a LoRA adapter, and the classes that it was trained on beside those of this pipeline: they get the next free ids,
+        and are drawn by name.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`):
+                A folder or Hub repo with safetensors files, such a file, or a state dict.
+            adapter_name (`str`, *optional*): `"default_N"` by default.
+            hotswap (`bool`, *optional*, defaults to `False`): Replace the adapter of that name, which has the same shapes.
+            kwargs: As of other pipelines: `weight_name`, `subfolder`, `revision`, `token` ...
+
+        Raises:
+            ValueError: before anything changes, for a file that is pickled, damaged or made for another model.
+        """
+        name = kwargs.get("weight_name") or pretrained_model_name_or_path_or_dict
+        is_file = not isinstance(name, dict) and (kwargs.get("weight_name") or os.path.isfile(name))
+        if is_file and not str(name).endswith(".safetensors"):
+            raise ValueError(
+                f"{name} is refused: LoRA weights are read from safetensors files alone, which hold no code"
+            )
+        kwargs["use_safetensors"] = True
+        low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", True)
+        try:
+            state, metadata = self.lora_state_dict(
+                pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(f"{pretrained_model_name_or_path_or_dict} cannot be read: {error}") from error
+        _check_lora(state, self.transformer)
+        classes = self._read_classes(pretrained_model_name_or_path_or_dict, kwargs)
+        if self.guidance_transformer is not None and classes:
+            raise ValueError(
+                "the adapter has classes that the guidance_transformer does not know: load it without one"
+            )
+        before = set(getattr(self.transformer, "peft_config", {}))
+        self.load_lora_into_transformer(
+            state,
+            self.transformer,
+            adapter_name=adapter_name,
+            metadata=metadata,
+            _pipeline=self,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            hotswap=hotswap,
+        )
+        for loaded in (set(self.transformer.peft_config) - before) or {adapter_name}:
+            self._adapter_classes[loaded] = classes
+        self._put_classes()
+
+    def unload_lora_weights(self) -> None:
+        """Takes all adapters away, with their classes; those of fused adapters stay."""
+        super().unload_lora_weights()
+        self._adapter_classes = {name: own for name, own in self._adapter_classes.items() if name in self.fused_loras}
+        self._put_classes()
+        self._adapter_classes, self._own_classes = {}, None
+        self._merged_adapters: set[str] = set()
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """
+        Takes adapters away, with their classes.
+
+        Args:
+            adapter_names (`str` or `list[str]`): Which.
+        """
+        super().delete_adapters(adapter_names)
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self._adapter_classes.pop(name, None)
+        self._put_classes()
+
+    def _read_classes(self, adapter, kwargs: dict[str, Any]) -> list[tuple[str | None, torch.Tensor]]:
+        """Names and embeddings of the classes that come with an adapter."""
+        if isinstance(adapter, dict):
+            return []
+        folder = os.path.dirname(adapter) or "." if os.path.isfile(adapter) else adapter
+        where = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
+        try:
+            file = _get_model_file(
+                folder, weights_name=CLASS_EMBEDDINGS, **{k: kwargs[k] for k in where if k in kwargs}
+            )
+        except OSError:  # it has none
+            return []
+        width = self.transformer.time_class_embed.class_embedder.weight.shape[1]
+        try:
+            with safe_open(file, "pt") as opened:
+                table = opened.get_tensor("class_embeddings")
+                names = json.loads((opened.metadata() or {}).get("names", "null"))
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{file} cannot be read as embeddings of classes: {error}") from error
+        if table.ndim != 2 or table.shape[1] != width or not table.is_floating_point() or not table.isfinite().all():
+            raise ValueError(
+                f"{file} holds {tuple(table.shape)} {table.dtype}, not finite class embeddings of this model's width {width}"
+            )
+        if names is None:
+            return [(None, row) for row in table]
+        well_named = isinstance(names, list) and all(isinstance(name, str) and name.strip() for name in names)
+        if not well_named or len(names) != len(table) or len(set(names)) != len(names):
+            raise ValueError(f"{file} does not name each of its {len(table)} classes, by a name of its own")
+        return list(zip(map(_composed, names), table, strict=True))
+
+    def _put_classes(self) -> None:
+        """Puts the classes of the loaded adapters behind the model's own; of one name, the adapter loaded last counts."""
+        if self._own_classes is None:
+            if not any(self._adapter_classes.values()):
+                return
+            own = self.transformer.time_class_embed.class_embedder.weight.detach().clone()
+            self._own_classes = own, dict(self.config.get("id2label") or {})
+        table, id2label = self._own_classes
+        rows, id2label = list(table[:-1]), dict(id2label)
+        ids = {label: int(class_id) for class_id, label in id2label.items()}
+        for classes in self._adapter_classes.values():
+            for name, embedding in classes:
+                class_id = len(rows) if name is None else ids.setdefault(name, len(rows))
+                rows[class_id : class_id + 1] = [embedding.to(table)]
+                if name is not None:
+                    id2label[str(class_id)] = name
+        self.transformer.set_class_table(torch.stack([*rows, table[-1]]))
+        self.register_to_config(id2label=id2label or None)
+        self.labels, self._ambiguous_labels = _label_table(_checked_id2label(id2label or None))
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -1002,6 +1133,37 @@ def _check_loads_again(name: str, model: ModelMixin) -> None:
         f"the {name} would not load again: {wrong[0]} and {len(wrong) - 1} more tensors differ from those that its config creates"
         + (f". Before saving, {remedy}" if remedy else "")
     )
+
+
+def _check_lora(state: dict[str, torch.Tensor], transformer: ModelMixin) -> None:
+    """Raises ValueError unless every tensor is a finite half of a LoRA pair of a layer of this transformer."""
+    if not state:
+        raise ValueError("the adapter holds no tensors")
+    for key, tensor in state.items():
+        match = _LORA_KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(
+                f"the adapter is not one of this model: it holds {key!r}, not `transformer.….lora_A.weight`"
+            )
+        try:
+            layer = transformer.get_submodule(match[1])
+        except AttributeError:
+            layer = None
+        weight = getattr(layer, "weight", None)
+        if weight is None or weight.ndim != 2:
+            raise ValueError(f"the adapter was made for another model: this one has no linear layer {match[1]!r}")
+        first, second = (state.get(f"transformer.{match[1]}.lora_{half}.weight") for half in "AB")
+        fits = first is not None and second is not None and first.ndim == second.ndim == 2
+        if fits:
+            (rank, columns), (rows, same) = first.shape, second.shape  # type: ignore[union-attr]
+            fits = rank == same and (rows, columns) == weight.shape
+        if not fits:
+            raise ValueError(
+                f"the adapter was made for another model: {key!r} is {tuple(tensor.shape)}, without its half or not for a "
+                f"layer of {tuple(weight.shape)}"
+            )
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{key!r} of the adapter is {tensor.dtype}, or holds NaN or infinity")
 
 
 def _replace(folder: Path, written: Path, variant: str | None) -> None:

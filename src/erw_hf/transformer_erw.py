@@ -42,7 +42,7 @@ from diffusers.models.embeddings import (
     get_2d_sincos_pos_embed,
 )
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput, apply_lora_scale, logging
+from diffusers.utils import BaseOutput, apply_lora_scale, logging, set_weights_and_activate_adapters
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
@@ -500,6 +500,37 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
 
         self.gradient_checkpointing = False
         self._initialize_weights()
+
+    def set_adapters(self, adapter_names: list[str] | str, weights: float | list[float | None] | None = None) -> None:
+        """
+        Activates LoRA adapters.
+
+        Args:
+            adapter_names (`str` or `list[str]`): Their names.
+            weights (`float` or `list[float]`, *optional*): Weight of each; 1.0 by default.
+
+        Raises:
+            ValueError: if there are not as many weights as adapters.
+        """
+        # diffusers' own looks the class up in a table of its models.
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        given = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(names)
+        if len(given) != len(names):
+            raise ValueError(f"got {len(given)} weights for the {len(names)} adapters {names}")
+        set_weights_and_activate_adapters(self, names, [1.0 if weight is None else weight for weight in given])
+
+    def set_class_table(self, table: torch.Tensor) -> None:
+        """
+        Replaces the embeddings of the classes, whose number may change.
+
+        Args:
+            table (`torch.Tensor` of shape `(num_classes + 1, D)`): The last row is the null class's.
+        """
+        embed = self.time_class_embed
+        old = embed.class_embedder.weight
+        embed.class_embedder = nn.Embedding.from_pretrained(table.to(old).contiguous(), freeze=not old.requires_grad)
+        embed.num_classes = len(table) - 1
+        self.register_to_config(num_classes=len(table) - 1)
 
     def _initialize_weights(self) -> None:
         # The initialisation of DiT (arXiv 2212.09748, §3.2), shared by all models of this family.

@@ -245,8 +245,22 @@ class AlignmentConfig:
     )
     init_from: str | None = _key(
         None,
-        "Fine-tune the pipeline of an earlier run (folder or Hub repo); data, classes and sample_size may differ.",
+        "Fine-tune a whole model: a run's pipeline (folder or Hub repo), a published .pt or .safetensors file, or SiT in "
+        "diffusers' layout; data, classes and sample_size may differ.",
         path="or_id",
+    )
+    lora_rank: int = _key(
+        0,
+        "Train a LoRA adapter of this rank on init_from's model, and the embeddings of new classes, in place of all weights; 0 for "
+        "none. The run's `lora` folder is the adapter, `pipeline` the model with it merged.",
+        range=AT_LEAST_0,
+        fixed=True,
+    )
+    lora_alpha: float | None = _key(
+        None, "The adapter counts lora_alpha / lora_rank; lora_rank by default.", range=ABOVE_0, fixed=True
+    )
+    lora_targets: str = _key(
+        "to_q,to_k,to_v,to_out.0", "Linear layers that the adapter changes, by the ends of their names.", fixed=True
     )
     hand_over_projector: bool = _key(True, "Hand the warmup's projector over to phase 2.", fixed=True)
     projector_depth: int = _key(8, "Block whose output is aligned in phase 2.", range=AT_LEAST_1, fixed=True)
@@ -515,6 +529,15 @@ class TrainingConfig(
             raise ValueError("warmup_from starts phase 2 from an earlier warmup: set warmup_steps to 0")
         if self.init_from is not None and (self.warmup_steps > 0 or self.warmup_from is not None):
             raise ValueError("init_from starts from a whole model: set warmup_steps to 0 and omit warmup_from")
+        if self.lora_rank > 0:
+            if self.init_from is None:
+                raise ValueError("lora_rank needs init_from, the model that the adapter is for")
+            if self.encoders:
+                raise ValueError("lora_rank trains no projector: omit encoder, or set alignment_weight to 0")
+            if self.adam_weight_decay > 0:
+                raise ValueError("lora_rank keeps the embeddings of known classes: set adam_weight_decay to 0")
+            if self.ema_snapshot_steps:
+                raise ValueError("ema_snapshot_steps stores averages of whole models: leave it out with lora_rank")
         if self.encoder is not None and self.projector_depth > self.num_layers:
             raise ValueError(f"projector_depth={self.projector_depth} must lie in [1, num_layers={self.num_layers}]")
         if self.warmup_steps > 0 and self.warmup_depth > self.num_layers:

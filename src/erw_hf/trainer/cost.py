@@ -49,6 +49,7 @@ from erw_hf.trainer.flops import CARDS, count_encoder_flops, count_step_flops, c
 from erw_hf.trainer.memory import GIB, step_memory
 from erw_hf.trainer.run_record import split_names
 from erw_hf.trainer.setup import (
+    add_lora,
     build_full_model,
     build_teacher,
     build_warmup_model,
@@ -188,6 +189,8 @@ def cost_report(config: TrainingConfig) -> str:
     with torch.device("meta"):
         encoders = [_encoder_on_meta(config, name) for name in config.encoders]
         full = build_full_model(config, num_classes, encoders)
+        if config.lora_rank > 0:
+            add_lora(full, config)
         teacher = build_teacher(config, encoders, data.has_features)
         full_flops = count_step_flops(full, teacher.encoders_for(aligned=bool(full.projectors)))
         unaligned_flops = count_step_flops(full, teacher.encoders_for(aligned=False))
@@ -213,17 +216,20 @@ def cost_report(config: TrainingConfig) -> str:
     if config.alignment_schedule == "stop" and config.alignment_stop_step is not None:
         total -= batch * max(0, full_steps - config.alignment_stop_step) * (full_flops - unaligned_flops)
     parameters = sum(p.numel() for p in full.transformer.parameters())
-    trained = sum(p.numel() for p in full.parameters())
+    whole = sum(p.numel() for p in full.parameters())
+    trained = sum(p.numel() for p in full.parameters() if p.requires_grad)
     frozen = sum(p.numel() for encoder in encoders for p in encoder.parameters())
-    # float32 weights, two AdamW moments; each average has the transformer's weights alone.
-    averages = len(config.ema_profiles()) * parameters
+    # float32 weights, two AdamW moments; each average has the transformer's trained weights alone.
+    averaged = sum(p.numel() for p in full.transformer.parameters() if p.requires_grad)
     memory = step_memory(
-        config, parameters, trained, frozen, None if data.has_latents else _vae_on_meta(config), data.image_size
+        config, averaged, trained, frozen, None if data.has_latents else _vae_on_meta(config), data.image_size
     )
-    saved = 4 * (3 * trained + averages)
+    memory["state"] += 4.0 * (whole - trained)  # the weights under an adapter
+    saved = 4 * (whole + 2 * trained + len(config.ema_profiles()) * averaged)
     rows = [
         ("transformer", f"{parameters / 1e6:.1f} M parameters, {config.token_grid}x{config.token_grid} tokens"),
-        ("projector, encoder", f"{(trained - parameters) / 1e6:.1f} M trained, {frozen / 1e6:.1f} M frozen"),
+        ("projector, encoder", f"{(whole - parameters) / 1e6:.1f} M trained, {frozen / 1e6:.1f} M frozen"),
+        *([("adapter", f"{trained / 1e6:.2f} M trained, class embeddings included")] if config.lora_rank else []),
         ("FLOPs of a warmup step", f"{warmup_flops * batch:.3e} ({warmup_flops / full_flops:.3f} of a full one)"),
         (
             "FLOPs of a full step",

@@ -93,7 +93,7 @@ class EMAProfile:
 
 class EMA:
     """
-    Averages of a model's parameters in float32, which follow it step by step.
+    Averages of a model's trained parameters in float32, which follow it step by step.
 
     The parameters may be sharded by FSDP2: the averages are then sharded alike, and gathered only for checkpoints and
     pictures.
@@ -105,8 +105,9 @@ class EMA:
 
     def __init__(self, model: nn.Module, profiles: Sequence[EMAProfile]) -> None:
         self.profiles = tuple(profiles)
-        self.names = [name for name, _ in model.named_parameters()]
-        self.parameters = [parameter.detach() for parameter in model.parameters()]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}  # the others stay as they are
+        self.names = list(trained)
+        self.parameters = [parameter.detach() for parameter in trained.values()]
         self.averages = [[parameter.float().clone() for parameter in self.parameters] for _ in self.profiles]
         self.step_count = 0
 

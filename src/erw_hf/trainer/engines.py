@@ -105,6 +105,8 @@ def check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
     """
     if config.optimizer == "muon" and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
         raise ValueError("optimizer muon needs whole matrices on each process: use DDP, or optimizer adamw")
+    if config.lora_rank > 0 and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+        raise ValueError("lora_rank needs whole class embeddings on each process: use DDP, or one process")
     if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
         raise ValueError("FSDP 1 is not supported: set fsdp_version: 2, as training/accelerate/fsdp2.yaml does")
     if accelerator.distributed_type == "FSDP" and accelerator.mixed_precision in _DTYPES:

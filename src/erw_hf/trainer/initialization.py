@@ -11,24 +11,27 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The weights that a run starts from: an earlier run's warmup (`--warmup_from`) or its whole pipeline (`--init_from`)."""
+"""The weights that a run starts from: an earlier run's warmup (`--warmup_from`) or a whole model (`--init_from`)."""
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from erw_hf.conversion import read_checkpoint
+from erw_hf.conversion import build_model, read_checkpoint
 from erw_hf.data.folder import nfc
 from erw_hf.encoders import resample_positions
 from erw_hf.transformer_erw import ERWTransformer2DModel
 from erw_hf.warmup import build_warmup_transformer
 
 
+SIT_PORT = "SiTTransformer2DModel"  # of the diffusers-layout ports
 CLASS_TABLE = "time_class_embed.class_embedder.weight"
 POSITIONS = "pos_embed.pos_embed"  # where they are learned
 
@@ -98,10 +101,12 @@ def load_initial(
     path_or_repo_id: str, model_config: Mapping[str, Any], id2label: Mapping[int, str] | None
 ) -> dict[str, torch.Tensor]:
     """
-    The weights of a trained pipeline, to fine-tune on other data, other classes or another image size.
+    The weights of a trained model, to fine-tune on other data, other classes or another image size.
 
     Args:
-        path_or_repo_id (`str`): A pipeline's folder, a run's, or a Hub repo.
+        path_or_repo_id (`str`):
+            A pipeline's folder, a run's, or a Hub repo; a published `.pt` or `.safetensors` file; or SiT in diffusers' layout,
+            as the community publishes it. A folder in a Hub repo is named `owner/repo/folder`.
         model_config (`Mapping[str, Any]`): Arguments of the model that will start from it.
         id2label (`Mapping[int, str]`, *optional*): Names of the new data's classes.
 
@@ -111,24 +116,13 @@ def load_initial(
         other class starts with the null class's embedding. A learned table of positions is resampled.
 
     Raises:
-        ValueError: if it is not a pipeline, or belongs to another model.
+        ValueError: if it is none of these, or belongs to another model.
     """
-    folder = Path(path_or_repo_id)
-    if not folder.exists():
-        folder = Path(snapshot_download(path_or_repo_id, allow_patterns=["model_index.json", "transformer/*"]))
-    folder = folder / "pipeline" if (folder / "pipeline" / "model_index.json").is_file() else folder
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(
-            f"init_from={path_or_repo_id!r} is not a pipeline: name the `pipeline` folder of a run, or its repo"
-        )
-    config, state = _load_transformer(folder / "transformer")
-    _check_same_model(
-        config, model_config, "pipeline", may_differ=("sample_size", "num_classes", "class_dropout_prob")
-    )
-    theirs = json.loads((folder / "model_index.json").read_text()).get("id2label") or {}
+    config, state, theirs = _read_model(path_or_repo_id)
+    _check_same_model(config, model_config, "model", may_differ=("sample_size", "num_classes", "class_dropout_prob"))
+    count, null_class = model_config["num_classes"], config["num_classes"]
     theirs = {class_id: nfc(label) for class_id, label in theirs.items()}  # as ours are read
     ours = {str(class_id): nfc(label) for class_id, label in (id2label or {}).items()}
-    count, null_class = model_config["num_classes"], config["num_classes"]
     if not (theirs and ours):
         numbers = {str(class_id): str(class_id) for class_id in range(count)}
         theirs, ours = (numbers, numbers) if count == null_class else ({}, {})
@@ -144,11 +138,73 @@ def load_initial(
     return state
 
 
+def new_class_ids(state: Mapping[str, torch.Tensor]) -> list[int]:
+    """The classes of [`load_initial`]'s weights that start as the null class."""
+    table = state[CLASS_TABLE]
+    return (table[:-1] == table[-1]).all(dim=1).nonzero().flatten().tolist()
+
+
+def _read_model(path_or_repo_id: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, str]]:
+    """Configuration, weights and class names of what `--init_from` names. No code of a repo is run."""
+    path = Path(path_or_repo_id)
+    if path.is_file():
+        return *_as_ours(build_model(read_checkpoint(path))), {}
+    folder = path if path.exists() else _download(path_or_repo_id)
+    folder = folder / "pipeline" if (folder / "pipeline" / "model_index.json").is_file() else folder
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"init_from={path_or_repo_id!r} is not a pipeline: name the `pipeline` folder of a run, its repo, or a published "
+            ".pt or .safetensors file"
+        )
+    names = json.loads((folder / "model_index.json").read_text()).get("id2label") or {}
+    config_file = folder / "transformer" / "config.json"
+    kind = json.loads(config_file.read_text()).get("_class_name") if config_file.is_file() else None
+    if kind == SIT_PORT:
+        return *_as_ours(_load_port(folder / "transformer")), names
+    if kind not in (None, ERWTransformer2DModel.__name__):
+        raise ValueError(
+            f"init_from={path_or_repo_id!r} holds a {kind}: only {ERWTransformer2DModel.__name__} and {SIT_PORT} can be "
+            "fine-tuned here"
+        )
+    return *_load_transformer(folder / "transformer"), names
+
+
+def _download(repo_id: str) -> Path:
+    """The files of a pipeline in a Hub repo, or in a folder of it: `owner/repo/folder`."""
+    repo, subfolder = "/".join(repo_id.split("/")[:2]), "/".join(repo_id.split("/")[2:])
+    files = ("model_index.json", "transformer/*.json", "transformer/*.safetensors")
+    patterns = [f"{subfolder}/{name}" if subfolder else name for name in files]
+    return Path(snapshot_download(repo, allow_patterns=patterns)) / subfolder
+
+
+def _load_port(folder: Path) -> ERWTransformer2DModel:
+    """SiT in diffusers' layout: its tensors have the names of SiT's own files, and its config says the number of heads."""
+    config = json.loads((folder / "config.json").read_text())
+    files = sorted(
+        path for path in folder.glob("*.safetensors") if re.fullmatch(r"\w+(-\d+-of-\d+)?", path.stem)
+    )  # no variants such as fp16
+    if not files:
+        raise ValueError(f"{folder} has no .safetensors file; pickled weights are not read")
+    state: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            state |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} cannot be read, it may be truncated: {error}") from error
+    keys = {"num_heads": "num_attention_heads", "input_size": "sample_size", "patch_size": "patch_size"}
+    architecture = {ours: config[theirs] for theirs, ours in keys.items() if theirs in config}
+    return build_model(read_checkpoint(state, {**architecture, "time_reversed": True}))  # as in SiT, t = 1 is data
+
+
+def _as_ours(model: ERWTransformer2DModel) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    return dict(model.config), model.state_dict()
+
+
 def _load_transformer(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     model, info = ERWTransformer2DModel.from_pretrained(folder, output_loading_info=True)
     if info["missing_keys"]:  # from_pretrained would only warn and leave them random
         raise ValueError(f"{folder} lacks {info['missing_keys']}")
-    return dict(model.config), model.state_dict()
+    return _as_ours(model)
 
 
 def _check_same_model(

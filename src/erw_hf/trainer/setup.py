@@ -15,6 +15,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -332,6 +333,32 @@ def build_full_model(
     return AlignedTransformer(
         transformer, projectors, config.projector_depth, aligns_class_token=_aligns_class_token(config)
     )
+
+
+def add_lora(model: AlignedTransformer, config: TrainingConfig, new_classes: Sequence[int] = ()) -> None:
+    """
+    Freezes a model and adds the adapter of `lora_rank`, which is trained with the embeddings of some classes. The mask of those
+    is a buffer of the model, so that a checkpoint holds it.
+    """
+    from peft import LoraConfig
+
+    transformer = model.transformer
+    model.requires_grad_(False)
+    rank, targets = config.lora_rank, split_names(config.lora_targets)
+    alpha = rank if config.lora_alpha is None else config.lora_alpha
+    layers = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in layers)]
+    if unknown or not targets:
+        kinds = sorted({re.sub(r"transformer_blocks\.\d+\.", "", name) for name in layers})
+        raise ValueError(
+            f"lora_targets: no linear layer is called {unknown or 'nothing'}; there are {', '.join(kinds)}"
+        )
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+    table = transformer.time_class_embed.class_embedder.weight.requires_grad_()
+    mask = torch.zeros(len(table), 1, device=table.device)
+    mask[list(new_classes)] = 1
+    model.register_buffer("new_classes", mask)
+    table.register_hook(lambda gradient: gradient * model.new_classes)
 
 
 def _start(transformer: ERWTransformer2DModel, config: TrainingConfig, encoder: RepresentationEncoder) -> None:

@@ -28,6 +28,7 @@ from erw_hf.processes import forgiven
 from erw_hf.scheduling_erw import FlowMatchEulerMaruyamaScheduler
 from erw_hf.trainer.checkpoints import Progress
 from erw_hf.trainer.ema import whole_state_dict
+from erw_hf.trainer.lora import save_lora
 from erw_hf.trainer.phase import Phase
 from erw_hf.trainer.plots import image_grid, plot_losses
 from erw_hf.trainer.quality_monitor import QualityMonitor
@@ -82,6 +83,8 @@ class Snapshots:
         if make_pipeline is not None and self.inputs.accelerator.is_main_process:
             pipeline = make_pipeline()
             pipeline.save_pretrained(folder / "pipeline")
+            if self.inputs.config.lora_rank > 0:
+                save_lora(phase, self.inputs.source.id2label, self.inputs.config.init_from, folder / "lora")
             with forgiven("there is no grid.png"):
                 self._grid(pipeline).save(folder / "grid.png")
             with forgiven("there is no loss_curve.png"):
@@ -119,14 +122,22 @@ class Snapshots:
     def _pipeline(self, phase: Phase) -> Callable[[], ERWPipeline]:
         """What makes the pipeline with the EMA weights, those of the warmup, which has no EMA, as they are. All processes call
         it, since weights may be sharded; what it returns concerns one alone."""
-        weights = whole_state_dict(phase.transformer) if phase.ema is None else phase.ema.weights()
+        lora = getattr(phase.transformer, "peft_config", None)
+        weights = whole_state_dict(phase.transformer) if phase.ema is None or lora else {}
+        if phase.ema is not None:
+            weights |= {name: tensor.to("cpu") if lora else tensor for name, tensor in phase.ema.weights().items()}
         inputs = self.inputs
         num_layers = phase.transformer.config.num_layers  # fewer in the warmup
 
         def make() -> ERWPipeline:
             with inputs.accelerator.device:  # initialising XL takes a CPU 20 s
                 transformer = ERWTransformer2DModel(**inputs.model_config | {"num_layers": num_layers})
+            if lora:
+                transformer.add_adapter(lora["default"])
             transformer.load_state_dict(weights, strict=False)  # the averages lack buffers
+            if lora:
+                transformer.fuse_lora()
+                transformer.unload_lora()
             pipeline = ERWPipeline(
                 transformer=transformer.eval(),
                 vae=inputs.vae,

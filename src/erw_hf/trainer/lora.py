@@ -1,0 +1,67 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The `lora` folder of a run: its adapter, as `ERWPipeline.load_lora_weights` reads it."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+from safetensors.torch import save_file
+
+from erw_hf.files import folder_written_whole
+from erw_hf.pipeline_erw import CLASS_EMBEDDINGS, ERWPipeline
+from erw_hf.trainer.initialization import CLASS_TABLE
+from erw_hf.trainer.phase import Phase
+
+
+def save_lora(phase: Phase, id2label: Mapping[int, str] | None, base_model: str | None, folder: Path) -> None:
+    """
+    Writes the adapter with its averaged weights, the embeddings and names of the new classes, and a card.
+
+    Args:
+        phase ([`~trainer.phase.Phase`]): Of a run with `lora_rank`.
+        id2label (`Mapping[int, str]`, *optional*): Names of the classes.
+        base_model (`str`, *optional*): What `--init_from` named.
+        folder (`Path`): Where to write.
+    """
+    assert phase.ema is not None
+    averages = {name: tensor.cpu().contiguous() for name, tensor in phase.ema.weights().items()}
+    layers = {name.replace(".default.", "."): tensor for name, tensor in averages.items() if ".lora_" in name}
+    new = phase.inputs.accelerator.unwrap_model(phase.model).new_classes.flatten().nonzero().flatten().tolist()
+    names = [id2label[class_id] for class_id in new] if id2label else None
+    is_hub_id = base_model is not None and not os.path.exists(base_model) and base_model.count("/") == 1
+    data = ModelCardData(
+        base_model=base_model if is_hub_id else None,
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["lora", "adapter", "class-conditional"],
+    )
+    classes = f" New classes: {', '.join(names)}." if names else ""
+    text = (
+        f"# A LoRA adapter\n\nRank {phase.inputs.config.lora_rank}, of "
+        f"`{base_model if is_hub_id else Path(base_model or '').name}`.{classes}\n\n```py\n"
+        'pipe = ERWPipeline.from_pretrained("BASE")\npipe.load_lora_weights("THIS")\n```\n'
+    )
+    with folder_written_whole(folder) as written:
+        ERWPipeline.save_lora_weights(
+            written,
+            transformer_lora_layers=layers,
+            transformer_lora_adapter_metadata=phase.transformer.peft_config["default"].to_dict(),
+        )
+        if new:
+            metadata = {} if names is None else {"names": json.dumps(names)}
+            save_file({"class_embeddings": averages[CLASS_TABLE][new]}, written / CLASS_EMBEDDINGS, metadata=metadata)
+        (written / "README.md").write_text(f"---\n{data}\n---\n\n{text}", encoding="utf-8")
