@@ -44,6 +44,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import is_torch_xla_available, logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 
@@ -302,8 +303,10 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             file = _get_model_file(
                 folder, weights_name=CLASS_EMBEDDINGS, **{k: kwargs[k] for k in where if k in kwargs}
             )
-        except OSError:  # it has none
-            return []
+        except OSError as error:
+            if os.path.isdir(folder) or isinstance(error.__cause__ or error.__context__, EntryNotFoundError):
+                return []  # it has none
+            raise  # of a network that failed, the classes would be lost in silence
         width = self.transformer.time_class_embed.class_embedder.weight.shape[1]
         try:
             with safe_open(file, "pt") as opened:

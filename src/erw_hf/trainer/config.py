@@ -256,8 +256,8 @@ class AlignmentConfig:
         range=AT_LEAST_0,
         fixed=True,
     )
-    lora_alpha: float | None = _key(
-        None, "The adapter counts lora_alpha / lora_rank; lora_rank by default.", range=ABOVE_0, fixed=True
+    lora_alpha: int | None = _key(
+        None, "The adapter counts lora_alpha / lora_rank; lora_rank by default.", range=AT_LEAST_1, fixed=True
     )
     lora_targets: str = _key(
         "to_q,to_k,to_v,to_out.0", "Linear layers that the adapter changes, by the ends of their names.", fixed=True

@@ -129,7 +129,7 @@ def load_initial(
     if theirs == ours:  # repeated names, such as ImageNet's "crane", keep their ids
         theirs = ours = {class_id: class_id for class_id in ours}
     known = {label: int(class_id) for class_id, label in theirs.items()}
-    rows = [known.get(ours.get(str(class_id)), null_class) for class_id in range(count)]
+    rows = [known.get(ours.get(str(class_id), ""), null_class) for class_id in range(count)]
     state[CLASS_TABLE] = state[CLASS_TABLE][[*rows, null_class]]
     if POSITIONS in state:
         state[POSITIONS] = resample_positions(

@@ -83,7 +83,7 @@ class Snapshots:
         if make_pipeline is not None and self.inputs.accelerator.is_main_process:
             pipeline = make_pipeline()
             pipeline.save_pretrained(folder / "pipeline")
-            if self.inputs.config.lora_rank > 0:
+            if phase is not None and self.inputs.config.lora_rank > 0:
                 save_lora(phase, self.inputs.source.id2label, self.inputs.config.init_from, folder / "lora")
             with forgiven("there is no grid.png"):
                 self._grid(pipeline).save(folder / "grid.png")
