@@ -131,7 +131,18 @@ def test_the_maths_knows_no_files(name):
         ("warmup", {"encoders", "objective", "sizes", "transformer_erw"}),
         (
             "evaluation",
-            {"data", "encoders", "files", "flow", "pipeline_erw", "processes", "provenance", "transformer_erw"},
+            {
+                "conversion",
+                "data",
+                "scheduling_erw",
+                "encoders",
+                "files",
+                "flow",
+                "pipeline_erw",
+                "processes",
+                "provenance",
+                "transformer_erw",
+            },
         ),
     ],
 )

@@ -159,7 +159,7 @@ class ClassifierExtractor(nn.Module):
 
 class RepresentationExtractor(nn.Module):
     """
-    One vector an image of a vision model: its class token after the last norm; without one what its attention pools (SigLIP),
+    One vector per image from a vision model: its class token after the last norm; without one what its attention pools (SigLIP),
     or the mean of its map (ConvNeXt).
 
     Mean and deviation are those of the model's own processor. The whole image is resized, with antialias.

@@ -188,7 +188,7 @@ def inception_score_error(logits: np.ndarray, chunk: int) -> tuple[float, float]
     """
     Args:
         logits (`numpy.ndarray` of shape `(N, K)`): Of the samples.
-        chunk (`int`): Samples of which one score is made; the mean of the scores is reported.
+        chunk (`int`): Samples per score; the mean of the scores is reported.
 
     Returns:
         `tuple[float, float]`: Standard error and bias of the mean of the scores. A sample moves the logarithm of its

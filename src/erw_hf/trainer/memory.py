@@ -93,7 +93,7 @@ def kept_by_block(config: TrainingConfig) -> float:
 
     Returns:
         `float`: Bytes for each token and channel, as `benchmarks/block_cost.py` counts them: eager, compiled, or compiled with
-        `activation_memory_budget`, of which torch keeps to a little less.
+        `activation_memory_budget`; torch stays a little below it.
     """
     qk_norm, swiglu = config.qk_norm != "none", config.activation_fn == "swiglu"
     if config.torch_compile == "no":
