@@ -130,7 +130,7 @@ def test_training_reads_the_cache_and_never_encodes(cached, vae_path, tmp_path, 
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert len(records) == 7 and all(np.isfinite(record["loss"]) for record in records)
     assert load_file(tmp_path / "run" / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ValueError, match="name the vae"):
+    with pytest.raises(ValueError, match="set vae to"):
         train(*tiny_flags, f"--dataset_name={cached}", f"--output_dir={tmp_path}/other")
     with pytest.raises(ValueError, match="--flipped"):
         train(*flags, "--random_flip", f"--output_dir={tmp_path}/third")
@@ -215,7 +215,13 @@ def test_cached_features_stand_in_for_the_encoder(vae_path, encoder_path, tmp_pa
     assert losses[0] == pytest.approx(encoded, rel=2e-2)
     assert len(losses[1]) == len(encoded)
     with pytest.raises(ValueError, match="the cache holds tokens of"):
-        train(*flags, "--patch_size=4", f"--dataset_name={tmp_path}/cache", f"--output_dir={tmp_path}/other")
+        train(
+            *flags,
+            "--patch_size=4",
+            "--attention_head_dim=32",
+            f"--dataset_name={tmp_path}/cache",
+            f"--output_dir={tmp_path}/other",
+        )
 
 
 def test_without_an_encoder_no_image_is_decoded(cached, vae_path, tmp_path, tiny_flags, monkeypatch):

@@ -96,7 +96,7 @@ def test_choice_of_images_is_random_but_fixed():
     assert len(set(first.labels.tolist())) == 10
     stream = load_source("digits", "train", streaming=True)
     assert len(load_probe_images(stream, 5, 8, 1, seed=0).pixels) == 5
-    with pytest.raises(ValueError, match="name a data set of images"):
+    with pytest.raises(ValueError, match="name a dataset of images"):
         load_probe_images(replace(source, image_column=None), 5, 8, 1, seed=0)
 
 

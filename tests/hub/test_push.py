@@ -369,7 +369,7 @@ def test_an_evaluation_is_pushed_with_the_weights_that_it_measured_and_no_others
     assert json.loads(files["evaluation.json"])["metrics"] == record["metrics"]
     card = ModelCard(files["README.md"].decode())
     assert {r.metric_type: r.metric_value for r in card.data.eval_results} == record["metrics"]
-    assert f"| fid | {record['metrics']['fid']:.4g} |" in card.text
+    assert f"| fid | {record['metrics']['fid']:.4g} ± {record['errors']['fid']:.2g} |" in card.text
     assert "evaluation.json is not pushed" in capsys.readouterr().out
     names_no_path_of_this_machine(files)
     assert json.loads(files["evaluation.json"])["extractor"]["name"] == "digits-classifier"
@@ -485,7 +485,7 @@ def test_a_run_that_has_only_warmed_up_is_pushed_as_that(hub, run, tmp_path):
 
 def test_the_demo_is_published_for_a_model(hub, run):
     demo = REPOSITORY / "spaces" / "erw"
-    with pytest.raises(ValueError, match="no pipeline on the Hub"):
+    with pytest.raises(ValueError, match="not a pipeline on the Hub"):
         publish_space("user/m", "user/s")
     push.push_run(run, "user/m")
     assert publish_space("user/m", "s") == "user/s"

@@ -23,7 +23,6 @@ from PIL import Image as PILImage
 FACTOR = 4  # the source's 8x8 pixels become 32x32
 
 
-@cache  # enlarging takes a second
 def load_digits_dataset() -> DatasetDict:
     """
     Builds the dataset of handwritten digits (Alpaydin & Kaynak, UCI 1998, test part; CC BY 4.0).
@@ -35,6 +34,11 @@ def load_digits_dataset() -> DatasetDict:
     Returns:
         `DatasetDict`: `train` (1 438 rows) and `test` (359 rows), columns `image` and `label`.
     """
+    return DatasetDict(_digits())  # a caller may change its own
+
+
+@cache  # enlarging takes a second
+def _digits() -> DatasetDict:
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -449,7 +449,7 @@ def _evaluation_table(record: Mapping[str, Any]) -> dict[str, list[tuple[str, ob
     metrics = [
         (
             name,
-            (f"{value:.4g}" if isinstance(value, float) else value)
+            (f"{value:.4g}" if isinstance(value, float) else str(value))
             + (f" ± {errors[name]:.2g}" if name in errors else ""),
         )
         for name, value in record["metrics"].items()
