@@ -27,6 +27,8 @@ from erw_hf.trainer.signals import stop_on_signals
 def handlers():
     found = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
     before = {signum: signal.getsignal(signum) for signum in found}
+    for signum in found:  # a shell may have started the tests with some ignored
+        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
     yield found
     for signum, handler in before.items():
         signal.signal(signum, handler)
@@ -71,6 +73,7 @@ def test_a_run_stops_with_its_launcher_but_not_with_a_shell(launcher, stops, han
 CLOSED_PIPE = """
 import os, signal
 from erw_hf.trainer.signals import stop_on_signals
+signal.signal(signal.SIGINT, signal.default_int_handler)
 stop_requested = stop_on_signals()
 print("ready", flush=True)
 input()
