@@ -189,6 +189,7 @@ const checks = {
       assert.equal(new Set(await pictures(page, "#pictures")).size, 2);
       assert.equal(await page.$eval("#pictures .grid-container img", (image) => image.naturalWidth), side);
       await page.getByRole("button", { name: "Sampling and guidance" }).click();
+      await page.getByRole("radio").first().waitFor();
       assert.equal(await page.getByRole("radio").count(), samplers);
     }
   },
