@@ -38,7 +38,12 @@ def gloo_threads() -> int:
 
 def steps(accelerator) -> dict[str, object]:
     config = SimpleNamespace(
-        optimizer="adamw", gradient_accumulation_steps=1, train_batch_size=2, max_grad_norm=1.0, mixed_precision="bf16"
+        optimizer="adamw",
+        lora_rank=0,
+        gradient_accumulation_steps=1,
+        train_batch_size=2,
+        max_grad_norm=1.0,
+        mixed_precision="bf16",
     )
     check_engine(config, accelerator)
     model = randomize(ERWTransformer2DModel(**TINY_MODEL)).eval()  # training draws which classes are dropped
