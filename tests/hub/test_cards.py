@@ -168,7 +168,7 @@ def test_every_key_of_words_is_known_to_hold_paths_or_not():
     words = {name for name, hint in hints.items() if hint in (str, str | None)}
     plain = {
         "dataset_config_name", "dataset_split", "image_column", "label_column", "report_to", "probe_split", "hub_license",
-        "model",
+        "model", "lora_targets",
     }  # fmt: skip
     assert words - set(push.OWN_KEYS) == {*PATH_OR_ID, *plain}
 
