@@ -38,9 +38,7 @@ import numpy as np
 import torch
 from accelerate import init_empty_weights
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders.lora_pipeline import (
-    CogVideoXLoraLoaderMixin,
-)  # one transformer with a LoRA; diffusers.loaders has it only beside peft
+from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin  # diffusers.loaders has it only beside peft
 from diffusers.models.modeling_utils import ModelMixin, _get_model_file
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
