@@ -383,7 +383,6 @@ def compare(
         second_model: Name of the model to compare with.
     """
     values = label, num_images, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler
-    values = label, num_images, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler
     both, made = [checked(*values, model), checked(*values, second_model)], [[], []]
     for i, settings in enumerate(both):
         for frame in pictures(settings, progress, i, 2):
