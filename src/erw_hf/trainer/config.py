@@ -111,7 +111,7 @@ class DataConfig:
     random_flip: bool = _key(False, "Mirror half of the images; ERW and REPA do not.", fixed=True)
     stream_retry_seconds: int = _key(
         300,
-        "How long reading is retried before the run stops; keep it below the 10 minutes after which NCCL gives up.",
+        "How long reading is retried before the run stops; the other ranks wait up to two hours.",
         range=AT_LEAST_0,
         source="retry_seconds",
     )
