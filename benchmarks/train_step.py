@@ -60,10 +60,10 @@ from erw_hf.alignment import MLPProjector, cosine_alignment_loss
 from erw_hf.flow import interpolate
 from erw_hf.objective import AlignedTransformer, Batch, Objective
 from erw_hf.sizes import size_config
+from erw_hf.trainer.device import compile_blocks
 from erw_hf.trainer.ema import EMA, EMAProfile
 from erw_hf.trainer.flops import count_step_flops
 from erw_hf.trainer.optimizers import build_optimizer
-from erw_hf.trainer.setup import compile_blocks
 from erw_hf.warmup import build_warmup_transformer
 
 

@@ -117,6 +117,8 @@ def test_naflex_variants_are_refused_with_what_to_take(tmp_path):
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="NaFlex.*siglip2-base-patch16-256"):
         RepresentationEncoder.from_pretrained(tmp_path, token_grid=4)
+    with pytest.raises(ValueError, match="NaFlex"):  # so does the dry run
+        RepresentationEncoder.from_config(config, token_grid=4)
 
 
 def test_tokens_are_the_models_own_on_normalised_images(encoder_path):

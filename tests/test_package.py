@@ -15,6 +15,7 @@
 
 import ast
 import graphlib
+import inspect
 import os
 import subprocess
 import sys
@@ -58,6 +59,9 @@ def test_public_names():
     for name in erw_hf.__all__:
         assert getattr(erw_hf, name) is not None
     assert set(erw_hf.__all__) <= set(dir(erw_hf))
+    (checked,) = (node for node in ast.parse(inspect.getsource(erw_hf)).body if isinstance(node, ast.If))
+    seen = {(alias.name, line.module) for line in checked.body for alias in line.names}  # by type checkers
+    assert seen == set(erw_hf._PUBLIC.items())
 
 
 def test_unknown_name_is_an_attribute_error():

@@ -38,16 +38,18 @@ from diffusers import AutoModel
 from tqdm.auto import tqdm
 
 from erw_hf import ERWPipeline, RepresentationEncoder
+from erw_hf.data.cache import FEATURES_COLUMN, KEY_COLUMN, MOMENTS_COLUMN
 from erw_hf.data.decoding import BadImageError, decode_image, prepare_image, to_pixels
 from erw_hf.data.identity import data_identity, describe_changes
 from erw_hf.data.latents import check_finite, encode_moments, image_channels
 from erw_hf.data.samples import read_row
-from erw_hf.data.source import FEATURES_COLUMN, KEY_COLUMN, MOMENTS_COLUMN, Source, load_source
+from erw_hf.data.source import Source, load_source
 from erw_hf.files import check_folder, write_record, written_whole
 from erw_hf.hub.push import push_cache
 from erw_hf.hub.upload import prepare_repo
 from erw_hf.names import resolve_flags
 from erw_hf.processes import decided_by_main
+from erw_hf.trainer.config import AT_LEAST_1, check_flags
 from erw_hf.trainer.engines import close_accelerator, open_accelerator
 from erw_hf.trainer.run_lock import RunLock
 
@@ -79,12 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hub_private", action="store_true", help="make the repo private")
     args = parser.parse_args()
     resolve_flags(parser, args, ["output_dir"], ["dataset_name", "vae", "encoder"])
-    for name in ("sample_size", "patch_size", "encoder_image_size", "rows_per_file", "batch_size", "jpeg_quality"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    for name in ("seed", "num_classes"):
-        if (getattr(args, name) or 0) < 0:
-            parser.error(f"--{name} must be at least 0, got {getattr(args, name)}")
+    check_flags(parser, args, rows_per_file=AT_LEAST_1, batch_size=AT_LEAST_1, jpeg_quality="[1, 100]")
     try:
         check_folder(args.output_dir)
     except ValueError as error:

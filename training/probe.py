@@ -34,6 +34,7 @@ from erw_hf.evaluation.probes import load_probe_images, probe_blocks
 from erw_hf.files import check_folder, write_record
 from erw_hf.names import resolve_flags
 from erw_hf.provenance import hardware, versions
+from erw_hf.trainer.config import AT_LEAST_1, check_flags
 from erw_hf.trainer.engines import close_accelerator, open_accelerator
 from erw_hf.trainer.plots import plot_probes
 
@@ -55,11 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     resolve_flags(parser, args, ["output_dir"], ["model", "dataset_name", "encoder"])
-    for name, fewest in (("num_images", 2), ("neighbours", 1), ("seed", 0), ("num_classes", 0)):
-        if (getattr(args, name) or 0) < fewest:
-            parser.error(f"--{name} must be at least {fewest}, got {getattr(args, name)}")
-    if not all(0 <= time <= 1 for time in args.times):
-        parser.error(f"--times must lie in [0, 1], got {args.times}")
+    check_flags(parser, args, num_images="[2, inf)", neighbours=AT_LEAST_1, times="[0, 1]")
     try:
         check_folder(args.output_dir)
     except ValueError as error:

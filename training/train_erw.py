@@ -53,7 +53,7 @@ from erw_hf.trainer.checkpoints import (
 from erw_hf.trainer.config import TrainingConfig, local_names, parse_config
 from erw_hf.trainer.cost import cost_report, start_report, summary_of
 from erw_hf.trainer.device import choose_precision, to_device
-from erw_hf.trainer.ema import save_snapshots, whole_state_dict
+from erw_hf.trainer.ema import whole_state_dict
 from erw_hf.trainer.engines import check_engine, close_accelerator, open_accelerator
 from erw_hf.trainer.initialization import find_warmup, load_initial, load_warmup, new_class_ids, save_warmup
 from erw_hf.trainer.optimizers import clip_gradients
@@ -198,8 +198,9 @@ def train_phase(phase: Phase, progress: Progress, batches: Batches, log: StepLog
         saving = progress.step % config.checkpointing_steps == 0 or progress.step == phase.steps.stop
         if saving or stopping or snapshots.is_due(phase):
             stopping |= log.settle()
-        if phase.ema and config.ema_snapshot_steps and progress.step % config.ema_snapshot_steps == 0:
-            save_snapshots(phase.ema, Path(config.output_dir) / "ema_snapshots", accelerator.is_main_process)
+        snapshots.store_averages(
+            phase
+        )  # before the checkpoint: a run that resumes from it does not come by here again
         if saving or stopping:
             save_checkpoint(
                 accelerator, config.output_dir, progress, config.checkpoints_total_limit, phase, batches.state_dict()

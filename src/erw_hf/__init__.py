@@ -22,6 +22,13 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:
+    from erw_hf.encoders import RepresentationEncoder as RepresentationEncoder
+    from erw_hf.pipeline_erw import ERWPipeline as ERWPipeline
+    from erw_hf.scheduling_erw import FlowMatchEulerMaruyamaScheduler as FlowMatchEulerMaruyamaScheduler
+    from erw_hf.scheduling_erw import FlowMatchHeunScheduler as FlowMatchHeunScheduler
+    from erw_hf.transformer_erw import ERWTransformer2DModel as ERWTransformer2DModel
+
 _PUBLIC = {
     "ERWPipeline": "erw_hf.pipeline_erw",
     "ERWTransformer2DModel": "erw_hf.transformer_erw",
@@ -31,25 +38,9 @@ _PUBLIC = {
 }
 # The classes a pipeline folder may name, and where they live when this package is installed (read by ERWPipeline).
 _DIFFUSERS_COMPONENTS = {
-    "ERWTransformer2DModel": "erw_hf.transformer_erw",
-    "FlowMatchEulerMaruyamaScheduler": "erw_hf.scheduling_erw",
-    "FlowMatchHeunScheduler": "erw_hf.scheduling_erw",
+    name: module for name, module in _PUBLIC.items() if module.endswith(("transformer_erw", "scheduling_erw"))
 }
-
-__all__ = [
-    "ERWPipeline",
-    "ERWTransformer2DModel",
-    "FlowMatchEulerMaruyamaScheduler",
-    "FlowMatchHeunScheduler",
-    "RepresentationEncoder",
-    "__version__",
-]
-
-if TYPE_CHECKING:
-    from erw_hf.encoders import RepresentationEncoder
-    from erw_hf.pipeline_erw import ERWPipeline
-    from erw_hf.scheduling_erw import FlowMatchEulerMaruyamaScheduler, FlowMatchHeunScheduler
-    from erw_hf.transformer_erw import ERWTransformer2DModel
+__all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str) -> object:

@@ -21,11 +21,19 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    CLIPVisionModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    SiglipVisionModel,
+)
 
 
 # Repos that hold an image and a text tower: the image tower alone is loaded.
-VISION_TOWERS = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
+_VISION_TOWERS = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
 
 
 class RepresentationEncoder(nn.Module):
@@ -151,12 +159,7 @@ class RepresentationEncoder(nn.Module):
             ValueError: if its tokens do not fit the grid.
         """
         config = AutoConfig.from_pretrained(pretrained_model_name_or_path, revision=revision)
-        if config.model_type == "siglip2":
-            raise ValueError(
-                f"{pretrained_model_name_or_path} is a NaFlex variant of SigLIP 2, which takes patches of images of any "
-                "shape: use one of fixed size, such as google/siglip2-base-patch16-256"
-            )
-        model_class = VISION_TOWERS.get(config.model_type, AutoModel)
+        model_class = _model_class(config)
         model = model_class.from_pretrained(pretrained_model_name_or_path, dtype=dtype, revision=revision)
         # Mean and deviation come from the model's own processor: constants in the code were wrong for half of the
         # encoders that published training code supports.
@@ -166,6 +169,38 @@ class RepresentationEncoder(nn.Module):
         else:
             mean, std = processor.image_mean, processor.image_std
         return cls(model, mean, std, token_grid, image_size, antialias_positions, depth)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: PretrainedConfig,
+        token_grid: int,
+        image_size: int | None = None,
+        antialias_positions: bool = False,
+        depth: int | None = None,
+    ) -> "RepresentationEncoder":
+        """
+        An encoder of random weights, which counts what one costs: on the meta device it takes no memory.
+
+        Args:
+            config (`transformers.PretrainedConfig`): Of its model.
+            token_grid (`int`): See the class.
+            image_size (`int`, *optional*): See the class.
+            antialias_positions (`bool`, *optional*, defaults to `False`): See the class.
+            depth (`int`, *optional*): See the class.
+
+        Returns:
+            [`RepresentationEncoder`]: The encoder.
+
+        Raises:
+            ValueError: if its tokens do not fit the grid.
+        """
+        model_class = _model_class(config)
+        if model_class is AutoModel:
+            model = AutoModel.from_config(config)
+        else:
+            model = model_class(config.vision_config)
+        return cls(model, [0.5] * 3, [0.5] * 3, token_grid, image_size, antialias_positions, depth)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -284,6 +319,15 @@ class RepresentationEncoder(nn.Module):
         if images.shape[-1] != self.image_size:
             images = F.interpolate(images, size=(self.image_size, self.image_size), mode="bicubic")
         return self._hidden_states(images.to(self.dtype))
+
+
+def _model_class(config: PretrainedConfig) -> Any:
+    if config.model_type == "siglip2":
+        raise ValueError(
+            f"{config.name_or_path} is a NaFlex variant of SigLIP 2, which takes patches of images of any shape: use one of "
+            "fixed size, such as google/siglip2-base-patch16-256"
+        )
+    return _VISION_TOWERS.get(config.model_type, AutoModel)
 
 
 def vit_blocks(model: PreTrainedModel) -> nn.ModuleList:

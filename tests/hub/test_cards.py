@@ -30,7 +30,7 @@ from loopback_hub import LoopbackHub
 from erw_hf.hub import push
 from erw_hf.hub.cards import evaluation_files, preset_card, run_card
 from erw_hf.hub.public import public_value
-from erw_hf.trainer.config import PATH_OR_ID, TrainingConfig, local_names
+from erw_hf.trainer.config import OWN_KEYS, PATH_OR_ID, TrainingConfig, local_names
 from erw_hf.trainer.run_record import describe_environment, read_metrics, training_cost
 
 
@@ -170,7 +170,7 @@ def test_every_key_of_words_is_known_to_hold_paths_or_not():
         "dataset_config_name", "dataset_split", "image_column", "label_column", "report_to", "probe_split", "hub_license",
         "model", "lora_targets",
     }  # fmt: skip
-    assert words - set(push.OWN_KEYS) == {*PATH_OR_ID, *plain}
+    assert words - set(OWN_KEYS) == {*PATH_OR_ID, *plain}
 
 
 def test_a_card_has_the_settings_that_the_run_was_made_with(hub, run, tmp_path):
@@ -183,20 +183,28 @@ def test_a_card_has_the_settings_that_the_run_was_made_with(hub, run, tmp_path):
         check(card)
         return card.text
 
-    row = "| alignment loss, projector, spatial norm of the encoder's tokens | {} |"
     plain = text()
+    assert f"| `ema_decay` | {config['ema_decay']} |" in plain and "| `ema_sigma_rel` | none |" in plain
+    assert "| `alignment_loss` | cosine |" in plain and "| `projector` | mlp |" in plain
+    assert "| `contrastive_weight` | 0.0 |" in plain and "contrastive flow matching" not in plain
     assert (
-        f"| gradient clipping, EMA | 1.0, {config['ema_decay']} |" in plain
-        and row.format("cosine, mlp, False") in plain
+        "`encoder_antialias`" not in plain and "`output_dir`" not in plain and "`dataloader_num_workers`" not in plain
     )
-    assert "| weight of the contrastive term | none |" in plain and "contrastive flow matching" not in plain
     other = text(ema_sigma_rel=0.05, alignment_loss="nt_xent", projector="conv", spatial_norm=True)
-    assert "| gradient clipping, EMA | 1.0, σ_rel 0.05 |" in other and row.format("nt_xent, conv, True") in other
+    assert "| `ema_sigma_rel` | 0.05 |" in other and "| `spatial_norm` | true |" in other
+    assert "| `alignment_loss` | nt_xent |" in other and "| `projector` | conv |" in other
     for method in ({}, {"encoder": None, "warmup_steps": 0}):  # ERW, SiT
-        contrastive = text(contrastive_weight=0.05, **method)
-        assert "| weight of the contrastive term | 0.05 |" in contrastive
+        contrastive = text(contrastive_weight=0.05, encoder_antialias=True, **method)
+        assert "| `contrastive_weight` | 0.05 |" in contrastive
         assert "velocity matching minus 0.05 times the distance to another sample's velocity" in contrastive
-    assert row.format("none") in contrastive and ": SiT on " in contrastive
+        assert ("| `encoder_antialias` | true |" in contrastive) == (
+            method == {}
+        )  # a key that a card shows if it was changed
+    assert "| `alignment_loss` | none |" in contrastive and ": SiT on " in contrastive
+    assert "| `lora_rank` | 4 |" in text(lora_rank=4, encoder=None, warmup_steps=0)
+    for key in ("start_from_encoder", "lora_rank", "warmup_from", "class_token_weight"):  # of an older run
+        del config[key]
+    assert text() == plain
     assert "λ = 0.5, a_new_one" in text(alignment_schedule="a_new_one")  # which has no words here yet
 
 

@@ -38,12 +38,11 @@ from loopback_hub import READ_TOKEN, LoopbackHub
 from safetensors.torch import load_file, save_file
 
 from erw_hf import ERWPipeline
-from erw_hf.data.source import load_source
+from erw_hf.data.cache import check_cache
 from erw_hf.hub import push, upload
 from erw_hf.hub.space import publish_space
 from erw_hf.trainer.config import TrainingConfig
 from erw_hf.trainer.run_record import read_metrics
-from erw_hf.trainer.setup import check_cache
 
 
 TEXT = {".md", ".json", ".jsonl", ".yaml", ".txt", ".py"}
@@ -462,12 +461,13 @@ def test_a_latent_cache_is_pushed_and_streamed_back(hub, tmp_path, vae_path, tin
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 7
     assert hub.count(r"datasets/user/latents/resolve/.*parquet", method="GET") > 2
 
-    source = load_source(str(tmp_path / "cache"))  # whose record on the Hub is what is read
-    with pytest.raises(ValueError, match="made with the vae"):
-        check_cache(TrainingConfig(dataset_name="user/latents", vae="user/other", sample_size=8), source)
+    with pytest.raises(ValueError, match="made with the vae"):  # as its record on the Hub says
+        check_cache(False, [], vars(TrainingConfig(dataset_name="user/latents", vae="user/other", sample_size=8)))
     next((tmp_path / "cache" / "data").glob("*.parquet")).unlink()
     with pytest.raises(ValueError, match="lacks files"):
-        check_cache(TrainingConfig(dataset_name=f"{tmp_path}/cache", vae=str(vae_path), sample_size=8), source)
+        check_cache(
+            False, [], vars(TrainingConfig(dataset_name=f"{tmp_path}/cache", vae=str(vae_path), sample_size=8))
+        )
     with pytest.raises(ValueError, match="lacks files"):
         push.push_cache(tmp_path / "cache", "user/latents")
 

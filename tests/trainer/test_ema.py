@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from erw_hf import ERWPipeline
 from erw_hf.trainer.config import TrainingConfig
-from erw_hf.trainer.ema import EMA, EMAProfile, main, post_hoc_coefficients, power_of
+from erw_hf.trainer.ema import EMA, EMAProfile, ema_profiles, main, post_hoc_coefficients, power_of
 
 
 def test_constant_decay_against_its_definition():
@@ -61,9 +61,9 @@ def test_where_an_average_is_after_some_steps(profile):
 def test_a_short_run_forgets_its_initial_weights_by_default():
     """300 steps: 97 % of a constant average would be what the run began with."""
     assert EMAProfile(decay=0.9999).after(300)[0] == pytest.approx(0.97, abs=0.01)
-    share, behind = TrainingConfig(in_channels=1).ema_profiles()[0].after(300)
+    share, behind = ema_profiles(TrainingConfig(in_channels=1))[0].after(300)
     assert share == 0 and behind == pytest.approx(30)
-    assert TrainingConfig(in_channels=1, ema_ramp=False).ema_profiles()[0] == EMAProfile(decay=0.9999)
+    assert ema_profiles(TrainingConfig(in_channels=1, ema_ramp=False))[0] == EMAProfile(decay=0.9999)
 
 
 def test_averages_are_float32_whatever_the_model_is():

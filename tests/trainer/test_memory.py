@@ -21,8 +21,8 @@ from torch._functorch import config as functorch_config
 
 from erw_hf import ERWTransformer2DModel
 from erw_hf.trainer.config import TrainingConfig
+from erw_hf.trainer.device import compile_blocks
 from erw_hf.trainer.memory import GIB, activation_bytes, step_memory
-from erw_hf.trainer.setup import compile_blocks
 
 
 def test_parts_of_xl_on_a_card():

@@ -34,9 +34,9 @@ from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples
 from erw_hf.data.source import load_source
 from erw_hf.objective import AlignedTransformer
 from erw_hf.trainer.config import parse_config
-from erw_hf.trainer.device import LateValues
+from erw_hf.trainer.device import LateValues, choose_attention
 from erw_hf.trainer.run_record import read_metrics
-from erw_hf.trainer.setup import Inputs, build_full_model, build_warmup_model, choose_attention, vae_precision
+from erw_hf.trainer.setup import Inputs, build_full_model, build_warmup_model, vae_precision
 from erw_hf.trainer.snapshots import Snapshots
 
 

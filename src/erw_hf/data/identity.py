@@ -29,8 +29,9 @@ import pyarrow
 import pyarrow.compute
 from huggingface_hub import HfFileSystem
 
+from erw_hf.data.cache import KEY_COLUMN
 from erw_hf.data.retrying import retried
-from erw_hf.data.source import KEY_COLUMN, Source
+from erw_hf.data.source import Source
 
 
 def data_identity(source: Source, dataset_name: str, retry_seconds: float = 300) -> dict[str, Any]:

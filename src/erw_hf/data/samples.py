@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from erw_hf.data.cache import FEATURES_COLUMN, MOMENTS_COLUMN
 from erw_hf.data.decoding import BadImageError, decode_image, prepare_image, to_pixels
-from erw_hf.data.source import FEATURES_COLUMN, MOMENTS_COLUMN, Source
+from erw_hf.data.source import Source
 
 
 logger = logging.getLogger(__name__)

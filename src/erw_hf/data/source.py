@@ -44,6 +44,7 @@ from datasets.utils.file_utils import xopen
 from huggingface_hub import HfApi
 from PIL import Image, UnidentifiedImageError
 
+from erw_hf.data.cache import FEATURES_COLUMN, KEY_COLUMN, MOMENTS_COLUMN
 from erw_hf.data.digits import load_digits_dataset
 from erw_hf.data.folder import LABEL_WORDS, find_label_column, image_extensions, nfc, read_image_folder, say
 from erw_hf.data.retrying import retried
@@ -54,10 +55,6 @@ logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
 LOOKED_AT = 1000  # rows at most; one of them must begin like an image
-# Columns of a latent cache, beside the image and the label.
-MOMENTS_COLUMN = "moments"  # float16 bytes of (2 c, h, w), in C order
-FEATURES_COLUMN = "features"  # bfloat16 bytes of (N, D), in C order
-KEY_COLUMN = "key"  # what identifies the sample
 
 
 @dataclass(frozen=True)
@@ -518,10 +515,3 @@ def find_column(columns: list[str], wanted: str | None, candidates: tuple[str, .
     if wanted not in columns:
         raise ValueError(f"{option}={wanted!r} is not a column of the dataset; it has {columns}")
     return wanted
-
-
-def check_cache_files(cache: Path) -> None:
-    """Raises ValueError if a latent cache is not finished."""
-    files = sorted((cache / "data").glob("train-*.parquet"))
-    if not files or len(files) != int(files[0].stem.split("-of-")[1]):
-        raise ValueError(f"{cache} lacks files: run cache_latents.py again to finish it")

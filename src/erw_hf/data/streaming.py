@@ -33,10 +33,10 @@ import pyarrow
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from erw_hf.data.cache import FEATURES_COLUMN, KEY_COLUMN, MOMENTS_COLUMN
 from erw_hf.data.decoding import BadImageError, decode_image, image_name, read_file
 from erw_hf.data.retrying import Backoff, retried
 from erw_hf.data.samples import IN_A_ROW, SampleMaker
-from erw_hf.data.source import FEATURES_COLUMN, KEY_COLUMN, MOMENTS_COLUMN
 
 
 logger = logging.getLogger(__name__)

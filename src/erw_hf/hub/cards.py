@@ -21,6 +21,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from safetensors import safe_open
 from erw_hf.files import write_record
 from erw_hf.hub.licences import check_licence
 from erw_hf.hub.public import is_hub_id, public_name
+from erw_hf.trainer.config import KEYS, AlignmentConfig, parse_config
 from erw_hf.trainer.run_record import split_names, training_cost
 
 
@@ -82,14 +84,15 @@ def run_card(folder: Path, repo_id: str) -> ModelCard:
     Returns:
         [`~huggingface_hub.ModelCard`]: The card.
     """
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = {name: key.default for name, key in KEYS.items()}  # a run may be older than a key
+    config |= yaml.safe_load((folder / "config.yaml").read_text())
     environment = _read_json(folder / "environment.json")
     cost = training_cost(folder / "metrics.jsonl", environment, config["warmup_steps"])
     trained = (folder / "model_index.json").is_file()
     id2label = (_read_json(folder / "model_index.json") or {}).get("id2label") or {}
     transformer = _read_json(folder / "transformer" / "config.json") or {}
     warmup_note = None
-    if config.get("warmup_from") is not None:
+    if config["warmup_from"] is not None:
         before = _read_json(folder / "warmup_from.json")
         warmup_note = (
             f"The run started from the warmup `{public_name(config['warmup_from'])}`, which is **not** in the table: "
@@ -129,7 +132,6 @@ def preset_card(path: Path) -> ModelCard:
     import torch
 
     from erw_hf.data.source import is_local, load_source
-    from erw_hf.trainer.config import parse_config
     from erw_hf.transformer_erw import ERWTransformer2DModel
 
     resolved = parse_config(["--config", str(path)])
@@ -167,9 +169,9 @@ def _model_card(
     name = repo_id.split("/")[-1]
     data, encoder = str(config["dataset_name"]), config["encoder"]
     aligned = encoder is not None and (config["warmup_steps"] > 0 or config["alignment_weight"] > 0)
-    draws_class_token = config.get("class_token_weight", 0) > 0
-    start = config.get("start_from_encoder", 0)
-    is_erw = config["warmup_steps"] > 0 or config.get("warmup_from") is not None
+    draws_class_token = config["class_token_weight"] > 0
+    start = config["start_from_encoder"]
+    is_erw = config["warmup_steps"] > 0 or config["warmup_from"] is not None
     method = "ERW" if is_erw else "REPA" if aligned else "SiT"
     size = f"{config['sample_size']}x{config['sample_size']}"
     space = f"latents of `{public_name(config['vae'])}`, {size}" if config["vae"] else f"pixels, {size}"
@@ -243,7 +245,7 @@ def _recipe(config: Mapping[str, Any], method: str) -> str:
         "stop": f"stopped at step {config['alignment_stop_step']} of this phase",
     }
     matching = "velocity matching"
-    if config.get("class_token_weight", 0) > 0:
+    if config["class_token_weight"] > 0:
         matching += f", {config['class_token_weight']} times that of the encoder's class token,"
     if config["contrastive_weight"] > 0:
         matching += (
@@ -254,14 +256,12 @@ def _recipe(config: Mapping[str, Any], method: str) -> str:
         f"{matching} plus λ times the alignment of block {config['projector_depth']}, λ = "
         f"{config['alignment_weight']}, {schedules.get(config['alignment_schedule'], config['alignment_schedule'])}"
     )
-    start = (
-        f"From the weights of `{public_name(config['init_from'])}`: " if config.get("init_from") is not None else ""
-    )
+    start = f"From the weights of `{public_name(config['init_from'])}`: " if config["init_from"] is not None else ""
     if method == "SiT":
         return f"{start}{full} steps of {matching.rstrip(',')}."
     if method == "REPA":
         return f"{start}{full} steps of {aligned}."
-    if config.get("warmup_from") is not None:
+    if config["warmup_from"] is not None:
         return f"From the warmup `{public_name(config['warmup_from'])}`: {full} steps of {aligned}."
     return (
         f"1. Warmup, {config['warmup_steps']} steps: the embedders and the first {config['warmup_depth']} blocks only, "
@@ -272,46 +272,22 @@ def _recipe(config: Mapping[str, Any], method: str) -> str:
 
 
 def _settings(config: Mapping[str, Any], num_classes: int | None, aligned: bool) -> list[tuple[str, object]]:
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    start = config.get("start_from_encoder", 0)
-    has_encoder = aligned or start > 0 or config.get("class_token_weight", 0) > 0
-    alignment = f"{config['alignment_loss']}, {config['projector']}, {config['spatial_norm']}"
-    ema = config["ema_decay"] if config["ema_sigma_rel"] is None else f"σ_rel {config['ema_sigma_rel']}"
-    return [
-        ("data", f"`{public_name(config['dataset_name'])}`, split `{config['dataset_split']}`"),
-        ("classes", "taken from the data" if num_classes is None else num_classes or "none"),
-        ("autoencoder", f"`{public_name(config['vae'])}`" if config["vae"] else "none: pixels"),
-        ("encoder", f"`{public_name(config['encoder'])}`" if has_encoder else "none"),
-        ("blocks that started as the encoder's", start or "none"),
-        ("alignment loss, projector, spatial norm of the encoder's tokens", alignment if aligned else "none"),
-        ("tokens hidden from the projector", config.get("alignment_mask_ratio") or "none"),
-        ("weight of the contrastive term", config["contrastive_weight"] or "none"),
-        ("weight of the class token's velocity", config.get("class_token_weight", 0.0) or "none"),
-        ("blocks, width, heads", f"{config['num_layers']}, {width}, {config['num_attention_heads']}"),
-        (
-            "patch size, rank of its embedding",
-            f"{config['patch_size']}, {config.get('patch_bottleneck_dim') or 'full'}",
-        ),
-        ("rotary embeddings, QK-norm", f"{config['use_rope']}, {config['qk_norm']}"),
-        ("norm, activation", f"{config['norm_type']}, {config['activation_fn']}"),
-        ("positions", config.get("pos_embed_type", "sincos")),
-        ("path, times", f"{config['path_type']}, {_times(config)}"),
-        ("prediction", f"{config.get('prediction_type', 'velocity')}; the loss is of velocities"),
-        ("batch of one process", config["train_batch_size"] * config["gradient_accumulation_steps"]),
-        ("optimizer", config["optimizer"]),
-        ("learning rate", f"{config['learning_rate']}, {config['lr_scheduler']}"),
-        ("AdamW", f"β {config['adam_beta1']}, {config['adam_beta2']}; weight decay {config['adam_weight_decay']}"),
-        ("gradient clipping, EMA", f"{config['max_grad_norm']}, {ema}"),
-        ("label dropout", config["class_dropout_prob"]),
-        ("seed", config["seed"]),
-    ]
-
-
-def _times(config: Mapping[str, Any]) -> str:
-    text = config["timestep_distribution"]
-    if text == "logit_normal":
-        text += f" (mean {config['timestep_logit_mean']}, deviation {config['timestep_logit_std']})"
-    return text if config["timestep_shift"] == 1 else f"{text}, shift {config['timestep_shift']}"
+    """The keys that a card always shows, and those that decide the losses and differ from their default."""
+    has_encoder = aligned or config["start_from_encoder"] > 0 or config["class_token_weight"] > 0
+    unused = set() if aligned else {key.name for key in fields(AlignmentConfig)}
+    rows: list[tuple[str, object]] = []
+    for name, key in KEYS.items():
+        value, metadata = config[name], key.metadata
+        if name == "num_classes":
+            value = "from the data" if num_classes is None else num_classes or None
+        elif name == "encoder" and has_encoder:
+            pass
+        elif name in unused:
+            value = None
+        if metadata["card"] or (metadata["fixed"] and value not in (key.default, None)):
+            shown = str(value).lower() if value is None or isinstance(value, bool) else value
+            rows.append((f"`{name}`", f"`{public_name(value)}`" if metadata["path"] and value is not None else shown))
+    return rows
 
 
 def write_warmup_record(
@@ -350,7 +326,7 @@ def write_warmup_record(
         library_name="diffusers",
         tags=["erw-hf", "erw", "warmup"],
         datasets=[data] if is_hub_id(data) else None,
-        base_model=start if (start := config.get("init_from")) and is_hub_id(start) else None,
+        base_model=start if (start := config["init_from"]) and is_hub_id(start) else None,
     )
     settings = [
         ("blocks", config["warmup_depth"]),

@@ -45,16 +45,11 @@ from erw_hf.files import sync_tree
 from erw_hf.hub.cards import dataset_card, evaluation_files, run_card
 from erw_hf.hub.public import public_value
 from erw_hf.hub.upload import HUB_ERRORS, leave_silent_servers, prepare_repo, retry, upload
+from erw_hf.trainer.config import OWN_KEYS
 from erw_hf.trainer.run_record import keep_until, read_metrics
 
 
 logger = logging.getLogger(__name__)
-
-# Keys that are useless to someone who repeats the run, or would make them overwrite or push.
-OWN_KEYS = (
-    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private",
-    "hub_strategy",
-)  # fmt: skip
 
 # Files of a run's record, removed from the Hub if this snapshot lacks them: they would belong to other weights.
 RECORD_FILES = (
@@ -300,7 +295,7 @@ def push_cache(folder: Path, repo_id: str, private: bool = False) -> None:
     Pushes a latent cache as a dataset with its card; after an interruption, only the missing files. Raises ValueError
     if the cache is not complete.
     """
-    from erw_hf.data.source import check_cache_files
+    from erw_hf.data.cache import check_cache_files
 
     check_cache_files(folder)
     repo_id = prepare_repo(repo_id, private, repo_type="dataset")

@@ -31,12 +31,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from erw_hf.data.folder import say
 from erw_hf.files import written_whole
 from erw_hf.hub.licences import check_licence
 from erw_hf.names import expand_path, resolve_name
 from erw_hf.sizes import size_config, size_name
-from erw_hf.trainer.ema import SNAPSHOT_SIGMA_RELS, EMAProfile
 from erw_hf.trainer.run_record import split_names
 
 
@@ -58,13 +56,18 @@ def _key(
     fixed: bool = False,
     path: Literal["local", "or_id", None] = None,
     source: str | None = None,
+    card: bool = False,
+    pushed: bool = True,
 ) -> Any:
     """
     A key. `range`: interval of a number. `fixed`: must not change when a run resumes, since its losses depend on it.
     `path`: a local folder, or either a folder or a Hub id; `~` and `$HOME` are expanded. `source`: the argument of
-    `load_source` that it becomes.
+    `load_source` that it becomes. `card`: the model card shows it always, not only when it is fixed and not the default.
+    `pushed`: false for what is useless to someone who repeats the run, or would make them overwrite or push.
     """
-    metadata = {"help": help, "range": range, "fixed": fixed, "path": path, "source": source}
+    metadata = {
+        "help": help, "range": range, "fixed": fixed, "path": path, "source": source, "card": card, "pushed": pushed
+    }  # fmt: skip
     return field(default=default, metadata=metadata)
 
 
@@ -73,11 +76,13 @@ class RunConfig:
     """Run"""
 
     output_dir: str = _key(
-        "outputs/erw", "Folder of the run: checkpoints, metrics.jsonl, samples, pipeline.", path="local"
+        "outputs/erw", "Folder of the run: checkpoints, metrics.jsonl, samples, pipeline.", path="local", pushed=False
     )
     dry_run: bool = _key(False, "Check the configuration, print what the run costs, and stop.")
-    overwrite_output_dir: bool = _key(False, "Delete an earlier run in output_dir.")
-    seed: int = _key(0, "Seed of the initial weights and of every random draw.", range="[0, 4294967295]", fixed=True)
+    overwrite_output_dir: bool = _key(False, "Delete an earlier run in output_dir.", pushed=False)
+    seed: int = _key(
+        0, "Seed of the initial weights and of every random draw.", range="[0, 4294967295]", fixed=True, card=True
+    )
 
 
 @dataclass
@@ -90,11 +95,12 @@ class DataConfig:
         fixed=True,
         path="or_id",
         source="dataset_name",
+        card=True,
     )
     dataset_config_name: str | None = _key(
         None, "Configuration of a Hub dataset.", fixed=True, source="dataset_config_name"
     )
-    dataset_split: str = _key("train", "Split to train on.", fixed=True, source="split")
+    dataset_split: str = _key("train", "Split to train on.", fixed=True, source="split", card=True)
     streaming: bool = _key(
         False,
         "Read row by row, from the Hub or from disk, without downloading first.",
@@ -121,6 +127,7 @@ class DataConfig:
         "Hub id or folder of a diffusers autoencoder; without one the model trains on pixels.",
         fixed=True,
         path="or_id",
+        card=True,
     )
 
 
@@ -131,18 +138,21 @@ class ModelConfig:
     model: str | None = _key(
         "SiT-XL/2",
         "Published size: SiT-S, B, L or XL with the side of its patches. The four keys below override it.",
+        card=True,
     )
-    num_layers: int = _key(None, "Transformer blocks; set by model.", range=AT_LEAST_1, fixed=True)
-    num_attention_heads: int = _key(None, "Attention heads; set by model.", range=AT_LEAST_1, fixed=True)
-    attention_head_dim: int = _key(None, "Channels of each head; set by model.", range=AT_LEAST_1, fixed=True)
+    num_layers: int = _key(None, "Transformer blocks; set by model.", range=AT_LEAST_1, fixed=True, card=True)
+    num_attention_heads: int = _key(None, "Attention heads; set by model.", range=AT_LEAST_1, fixed=True, card=True)
+    attention_head_dim: int = _key(
+        None, "Channels of each head; set by model.", range=AT_LEAST_1, fixed=True, card=True
+    )
     patch_size: int = _key(
-        None, "Side of the patch that becomes one token; set by model.", range=AT_LEAST_1, fixed=True
+        None, "Side of the patch that becomes one token; set by model.", range=AT_LEAST_1, fixed=True, card=True
     )
     sample_size: int = _key(
-        32, "Side of the latent (without a vae: of the image, in pixels).", range=AT_LEAST_1, fixed=True
+        32, "Side of the latent (without a vae: of the image, in pixels).", range=AT_LEAST_1, fixed=True, card=True
     )
     in_channels: int = _key(
-        4, "Channels of the latent (without a vae: 3 for RGB, 1 for grey).", range=AT_LEAST_1, fixed=True
+        4, "Channels of the latent (without a vae: 3 for RGB, 1 for grey).", range=AT_LEAST_1, fixed=True, card=True
     )
     mlp_ratio: float = _key(
         4.0, "Width of the feed-forward layers, as a multiple of the width of the model.", range=ABOVE_0, fixed=True
@@ -153,20 +163,24 @@ class ModelConfig:
         range=AT_LEAST_0,
         fixed=True,
         source="num_classes",
+        card=True,
     )
     class_dropout_prob: float = _key(
-        0.1, "Probability of dropping a label, for classifier-free guidance.", range="[0, 1)", fixed=True
+        0.1, "Probability of dropping a label, for classifier-free guidance.", range="[0, 1)", fixed=True, card=True
     )
     use_rope: bool = _key(
-        False, "Rotary position embeddings in addition to the sin-cos ones, in both phases.", fixed=True
+        False, "Rotary position embeddings in addition to the sin-cos ones, in both phases.", fixed=True, card=True
     )
-    qk_norm: Literal["none", "layer_norm", "rms_norm"] = _key("none", "Norm of queries and keys.", fixed=True)
-    norm_type: Literal["layer_norm", "rms_norm"] = _key("layer_norm", "Norm of the blocks.", fixed=True)
+    qk_norm: Literal["none", "layer_norm", "rms_norm"] = _key(
+        "none", "Norm of queries and keys.", fixed=True, card=True
+    )
+    norm_type: Literal["layer_norm", "rms_norm"] = _key("layer_norm", "Norm of the blocks.", fixed=True, card=True)
     norm_eps: float = _key(1e-6, "Epsilon of the blocks' norms.", range=ABOVE_0, fixed=True)
     activation_fn: Literal["gelu-approximate", "gelu", "geglu-approximate", "swiglu"] = _key(
         "gelu-approximate",
         "Feed-forward activation, as diffusers names them: GELU by tanh, exact, by sigmoid as CLIP's; or gated.",
         fixed=True,
+        card=True,
     )
     pos_embed_type: Literal["sincos", "learned"] = _key(
         "sincos", "Table of positions: fixed, or trained from there.", fixed=True
@@ -179,6 +193,7 @@ class ModelConfig:
         "velocity",
         "What the network predicts: the velocity, or the clean sample, as JiT does on pixels. The loss compares velocities either way.",
         fixed=True,
+        card=True,
     )
     patch_bottleneck_dim: int | None = _key(
         None,
@@ -197,6 +212,7 @@ class AlignmentConfig:
         "Hub id or folder of the vision encoder to align with; several are separated by commas. Without one it trains a plain SiT.",
         fixed=True,
         path="or_id",
+        card=True,
     )
     encoder_image_size: int | None = _key(
         None, "Side of the encoder's input; token grid x its patch size by default.", range=AT_LEAST_1, fixed=True
@@ -208,13 +224,17 @@ class AlignmentConfig:
         "cosine",
         "cosine: patch-wise, as published; nt_xent: in-batch negatives, as in ERW's text; structural: as in SARA.",
         fixed=True,
+        card=True,
     )
     alignment_temperature: float = _key(0.1, "Temperature of nt_xent.", range=ABOVE_0, fixed=True)
-    spatial_norm: bool = _key(False, "Normalise the encoder's tokens over the grid, as in iREPA.", fixed=True)
+    spatial_norm: bool = _key(
+        False, "Normalise the encoder's tokens over the grid, as in iREPA.", fixed=True, card=True
+    )
     projector: Literal["mlp", "conv", "transformer"] = _key(
         "mlp",
         "mlp: three layers per token, as in REPA; conv: 3x3, as in iREPA; transformer: two blocks, as in PixelREPA.",
         fixed=True,
+        card=True,
     )
     alignment_mask_ratio: float = _key(
         0.0,
@@ -222,8 +242,24 @@ class AlignmentConfig:
         "projector predicts them too; with another they are left out of the loss.",
         range="[0, 1)",
         fixed=True,
+        card=True,
     )
     projector_dim: int = _key(2048, "Width of the mlp projector's hidden layers.", range=AT_LEAST_1, fixed=True)
+    projector_depth: int = _key(8, "Block whose output is aligned in phase 2.", range=AT_LEAST_1, fixed=True)
+    alignment_schedule: Literal["constant", "half_life", "stop"] = _key("constant", "Schedule of lambda in phase 2.")
+    alignment_weight: float = _key(0.5, "lambda at the first step of phase 2.", range=AT_LEAST_0)
+    alignment_half_life: int | None = _key(
+        None, 'Steps in which lambda halves; schedule "half_life".', range=AT_LEAST_1
+    )
+    alignment_stop_step: int | None = _key(
+        None, 'First step of phase 2 without alignment; schedule "stop".', range=AT_LEAST_0
+    )
+
+
+@dataclass
+class StartConfig:
+    """Warmup, and other weights to start from"""
+
     start_from_encoder: int = _key(
         0,
         "Number of blocks that start as the first encoder's (a ViT of the model's width); 0 for none. Sets activation_fn, "
@@ -231,9 +267,10 @@ class AlignmentConfig:
         "encoder's too; otherwise the warmup trains a new one to give the encoder's tokens after these blocks.",
         range=AT_LEAST_0,
         fixed=True,
+        card=True,
     )
     warmup_steps: int = _key(
-        0, "Steps of phase 1, the representation warmup; 0 for none.", range=AT_LEAST_0, fixed=True
+        0, "Steps of phase 1, the representation warmup; 0 for none.", range=AT_LEAST_0, fixed=True, card=True
     )
     warmup_depth: int = _key(5, "Blocks that are warmed up.", range=AT_LEAST_1, fixed=True)
     warmup_noised: bool = _key(False, "Warm up on noised latents instead of clean ones at t = 0.", fixed=True)
@@ -263,23 +300,16 @@ class AlignmentConfig:
         "to_q,to_k,to_v,to_out.0", "Linear layers that the adapter changes, by the ends of their names.", fixed=True
     )
     hand_over_projector: bool = _key(True, "Hand the warmup's projector over to phase 2.", fixed=True)
-    projector_depth: int = _key(8, "Block whose output is aligned in phase 2.", range=AT_LEAST_1, fixed=True)
-    alignment_schedule: Literal["constant", "half_life", "stop"] = _key("constant", "Schedule of lambda in phase 2.")
-    alignment_weight: float = _key(0.5, "lambda at the first step of phase 2.", range=AT_LEAST_0)
-    alignment_half_life: int | None = _key(
-        None, 'Steps in which lambda halves; schedule "half_life".', range=AT_LEAST_1
-    )
-    alignment_stop_step: int | None = _key(
-        None, 'First step of phase 2 without alignment; schedule "stop".', range=AT_LEAST_0
-    )
 
 
 @dataclass
 class ObjectiveConfig:
     """Objective"""
 
-    path_type: Literal["linear", "cosine"] = _key("linear", "Interpolation path.", fixed=True)
-    timestep_distribution: Literal["uniform", "logit_normal"] = _key("uniform", "Distribution of t.", fixed=True)
+    path_type: Literal["linear", "cosine"] = _key("linear", "Interpolation path.", fixed=True, card=True)
+    timestep_distribution: Literal["uniform", "logit_normal"] = _key(
+        "uniform", "Distribution of t.", fixed=True, card=True
+    )
     timestep_logit_mean: float = _key(0.0, "Mean of logit(t); logit_normal.", range=FINITE, fixed=True)
     timestep_logit_std: float = _key(1.0, "Standard deviation of logit(t); logit_normal.", range=ABOVE_0, fixed=True)
     timestep_shift: float | Literal["auto"] = _key(
@@ -294,12 +324,14 @@ class ObjectiveConfig:
         "0 for none.",
         range="[0, 1)",
         fixed=True,
+        card=True,
     )
     class_token_weight: float = _key(
         0.0,
         "Weight of drawing the first encoder's class token together with the image, as in REG; 0.03 as published, 0 for none.",
         range=AT_LEAST_0,
         fixed=True,
+        card=True,
     )
 
 
@@ -307,31 +339,34 @@ class ObjectiveConfig:
 class OptimisationConfig:
     """Optimisation"""
 
-    train_batch_size: int = _key(32, "Samples per rank and forward pass.", range=AT_LEAST_1)
-    gradient_accumulation_steps: int = _key(1, "Forward passes per step.", range=AT_LEAST_1)
-    max_train_steps: int = _key(400_000, "Steps of both phases together.", range=AT_LEAST_1)
-    learning_rate: float = _key(1e-4, "Peak learning rate of phase 2; 0 trains nothing.", range=AT_LEAST_0)
+    train_batch_size: int = _key(32, "Samples per rank and forward pass.", range=AT_LEAST_1, card=True)
+    gradient_accumulation_steps: int = _key(1, "Forward passes per step.", range=AT_LEAST_1, card=True)
+    max_train_steps: int = _key(400_000, "Steps of both phases together.", range=AT_LEAST_1, card=True)
+    learning_rate: float = _key(1e-4, "Peak learning rate of phase 2; 0 trains nothing.", range=AT_LEAST_0, card=True)
     warmup_learning_rate: float | None = _key(
         None, "Peak learning rate of phase 1; learning_rate by default.", range=AT_LEAST_0
     )
     lr_scheduler: Literal["constant", "linear", "cosine"] = _key(
-        "constant", "Course of the learning rate after lr_warmup_steps, in each phase."
+        "constant", "Course of the learning rate after lr_warmup_steps, in each phase.", card=True
     )
     lr_warmup_steps: int = _key(
-        0, "Steps over which the learning rate rises, at the start of each phase.", range=AT_LEAST_0
+        0, "Steps over which the learning rate rises, at the start of each phase.", range=AT_LEAST_0, card=True
     )
     optimizer: Literal["adamw", "muon"] = _key(
-        "adamw", "adamw for all weights; muon for the matrices of the blocks and AdamW for the others.", fixed=True
+        "adamw",
+        "adamw for all weights; muon for the matrices of the blocks and AdamW for the others.",
+        fixed=True,
+        card=True,
     )
-    adam_beta1: float = _key(0.9, "AdamW beta 1.", range="[0, 1)")
-    adam_beta2: float = _key(0.999, "AdamW beta 2.", range="[0, 1)")
+    adam_beta1: float = _key(0.9, "AdamW beta 1.", range="[0, 1)", card=True)
+    adam_beta2: float = _key(0.999, "AdamW beta 2.", range="[0, 1)", card=True)
     adam_epsilon: float = _key(1e-8, "AdamW epsilon.", range=ABOVE_0)
-    adam_weight_decay: float = _key(0.0, "AdamW weight decay.", range=AT_LEAST_0)
+    adam_weight_decay: float = _key(0.0, "AdamW weight decay.", range=AT_LEAST_0, card=True)
     max_grad_norm: float = _key(
-        1.0, "Norm to which gradients are clipped; a large one such as 1e9 clips none.", range=ABOVE_0
+        1.0, "Norm to which gradients are clipped; a large one such as 1e9 clips none.", range=ABOVE_0, card=True
     )
     ema_decay: float = _key(
-        0.9999, "Decay of the exponential moving average of the weights, in phase 2.", range="[0, 1)"
+        0.9999, "Decay of the exponential moving average of the weights, in phase 2.", range="[0, 1)", card=True
     )
     ema_ramp: bool = _key(
         True,
@@ -343,6 +378,7 @@ class OptimisationConfig:
         "Instead of ema_decay: relative width of a power-function average (EDM2), 0.05 to 0.15.",
         range="(0, 0.2886)",
         fixed=True,
+        card=True,
     )
     ema_snapshot_steps: int = _key(
         0,
@@ -378,7 +414,7 @@ class CheckpointsConfig:
     checkpointing_steps: int = _key(5_000, "Steps between checkpoints.", range=AT_LEAST_1)
     checkpoints_total_limit: int | None = _key(3, "Newest checkpoints to keep; none keeps all.", range=AT_LEAST_1)
     resume_from_checkpoint: str | None = _key(
-        None, 'A checkpoint folder, its name in output_dir, or "latest".', path="local"
+        None, 'A checkpoint folder, its name in output_dir, or "latest".', path="local", pushed=False
     )
 
 
@@ -413,13 +449,14 @@ class MonitoringConfig:
 class HubConfig:
     """Hub"""
 
-    push_to_hub: bool = _key(False, "Push to the Hub while training. A failed push never ends a run.")
-    hub_model_id: str | None = _key(None, "Hub repo; the name of output_dir by default.")
-    hub_private: bool = _key(False, "Make the repo private.")
+    push_to_hub: bool = _key(False, "Push to the Hub while training. A failed push never ends a run.", pushed=False)
+    hub_model_id: str | None = _key(None, "Hub repo; the name of output_dir by default.", pushed=False)
+    hub_private: bool = _key(False, "Make the repo private.", pushed=False)
     hub_strategy: Literal["end", "every_save", "checkpoint"] = _key(
         "end",
         "end: the finished run; every_save: also the EMA's pipeline with each checkpoint; checkpoint: also the checkpoint, "
         "as last-checkpoint, to resume from.",
+        pushed=False,
     )
     hub_license: str = _key("apache-2.0", "Licence of the weights, as the Hub's identifier.")
 
@@ -432,6 +469,7 @@ class TrainingConfig(
     CheckpointsConfig,
     OptimisationConfig,
     ObjectiveConfig,
+    StartConfig,
     AlignmentConfig,
     ModelConfig,
     DataConfig,
@@ -548,19 +586,6 @@ class TrainingConfig(
             raise ValueError('alignment_schedule "half_life" needs alignment_half_life')
         if self.alignment_schedule == "stop" and self.alignment_stop_step is None:
             raise ValueError('alignment_schedule "stop" needs alignment_stop_step')
-
-    def ema_profiles(self) -> list[EMAProfile]:
-        """
-        Returns:
-            `list[EMAProfile]`: The averages of the weights: first the one that pictures and the pipeline are made with.
-        """
-        first = (
-            EMAProfile(decay=self.ema_decay, ramp=self.ema_ramp)
-            if self.ema_sigma_rel is None
-            else EMAProfile(sigma_rel=self.ema_sigma_rel)
-        )
-        stored = SNAPSHOT_SIGMA_RELS if self.ema_snapshot_steps else ()
-        return [first, *(EMAProfile(sigma_rel=width) for width in stored)]
 
     @property
     def encoders(self) -> list[str]:
@@ -683,6 +708,7 @@ class TrainingConfig(
 KEYS = TrainingConfig.__dataclass_fields__
 TYPES = {name: hint for name, hint in get_type_hints(TrainingConfig).items() if name in KEYS}
 NAMED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+OWN_KEYS = tuple(name for name, key in KEYS.items() if not key.metadata["pushed"])
 PATH_OR_ID = tuple(name for name, key in KEYS.items() if key.metadata["path"] == "or_id")
 
 
@@ -725,12 +751,33 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
             values = {name: value for name, value in values.items() if name not in MODEL_KEYS}
         values |= {name: _read_value(name, text) for name, text in flags.items()}
         config = TrainingConfig(**values)
-        if kept and config.encoders:
+        if kept and config.encoders and os.environ.get("RANK", "0") == "0":
             text = f"--model {config.model} keeps {', '.join(kept)}, which {file} has for another size"
-            say(logger, f"{text}: its first lines say what each size takes")
+            logger.warning(f"{text}: its first lines say what each size takes")
         return config
     except (ValueError, OSError) as error:
         parser.error(str(error))
+
+
+def check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace, **ranges: str) -> None:
+    """
+    Ends another script for a flag that is out of its range: for the name of a key that of the key.
+
+    Args:
+        parser (`argparse.ArgumentParser`): What ends it.
+        flags (`argparse.Namespace`): The flags.
+        ranges (`str`): Intervals of its own flags, such as `"[1, inf)"`, for each number of a list.
+    """
+    try:
+        for name, value in vars(flags).items():
+            if name in ranges:
+                for number in value if isinstance(value, list) else [value]:
+                    if not _lies_in(number, ranges[name]):
+                        raise ValueError(f"{name} must {_in_words(ranges[name], number)}, got {number!r}")
+            elif name in KEYS:
+                _check_value(name, value)
+    except ValueError as error:
+        parser.error(f"--{error}")
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

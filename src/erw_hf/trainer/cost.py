@@ -22,29 +22,28 @@ from diffusers import AutoModel as Autoencoder
 from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.utils.constants import DIFFUSERS_ATTN_BACKEND
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig
 
+from erw_hf.data.cache import FEATURES_COLUMN, MOMENTS_COLUMN
 from erw_hf.data.folder import find_label_column
 from erw_hf.data.latents import check_autoencoder, image_channels
 from erw_hf.data.retrying import hub_or_cache
 from erw_hf.data.samples import read_row
 from erw_hf.data.source import (
-    FEATURES_COLUMN,
     IMAGE_COLUMNS,
-    MOMENTS_COLUMN,
     Source,
     check_split,
     class_columns,
     find_column,
     is_local,
-    load_source,
 )
-from erw_hf.encoders import VISION_TOWERS, RepresentationEncoder
+from erw_hf.encoders import RepresentationEncoder
 from erw_hf.objective import Teacher
 from erw_hf.pipeline_erw import ERWPipeline
 from erw_hf.provenance import device_name
 from erw_hf.trainer.config import TrainingConfig
-from erw_hf.trainer.device import choose_precision, found_device
+from erw_hf.trainer.device import choose_attention, choose_precision, found_device
+from erw_hf.trainer.ema import ema_profiles
 from erw_hf.trainer.flops import CARDS, count_encoder_flops, count_step_flops, count_vae_flops
 from erw_hf.trainer.memory import GIB, step_memory
 from erw_hf.trainer.run_record import split_names
@@ -53,10 +52,9 @@ from erw_hf.trainer.setup import (
     build_full_model,
     build_teacher,
     build_warmup_model,
-    check_cache,
     check_start,
-    choose_attention,
     fit_to_encoder,
+    open_source,
     teaches_embedding,
     vae_precision,
 )
@@ -225,7 +223,7 @@ def cost_report(config: TrainingConfig) -> str:
         config, averaged, trained, frozen, None if data.has_latents else _vae_on_meta(config), data.image_size
     )
     memory["state"] += 4.0 * (whole - trained)  # the weights under an adapter
-    saved = 4 * (whole + 2 * trained + len(config.ema_profiles()) * averaged)
+    saved = 4 * (whole + 2 * trained + len(ema_profiles(config)) * averaged)
     rows = [
         ("transformer", f"{parameters / 1e6:.1f} M parameters, {config.token_grid}x{config.token_grid} tokens"),
         ("projector, encoder", f"{(whole - parameters) / 1e6:.1f} M trained, {frozen / 1e6:.1f} M frozen"),
@@ -261,8 +259,7 @@ def cost_report(config: TrainingConfig) -> str:
 def _check_data(config: TrainingConfig) -> DataSummary:
     """Of a local dataset all, of one on the Hub the metadata alone."""
     if is_local(config.dataset_name):
-        source = load_source(**config.source_arguments())
-        check_cache(config, source)
+        source = open_source(config)
         if not config.streaming:
             read_row(source, 0)  # skips broken ones; none at all is said now
         return summary_of(source, *_check_pixels(config))
@@ -317,7 +314,7 @@ def _vae_on_meta(config: TrainingConfig) -> ModelMixin | None:
 
 def _average(config: TrainingConfig, steps: int) -> str:
     """Where the averaged weights, which make pictures and pipeline, are at the end."""
-    share, behind = config.ema_profiles()[0].after(steps)
+    share, behind = ema_profiles(config)[0].after(steps)
     text = f"at the end {behind:.0f} steps behind the weights, {share:.1%} initial weights"
     if share > 0.05:
         text += ": too slow for this run, set ema_ramp or a lower ema_decay"
@@ -332,11 +329,6 @@ def _rows(info: DatasetInfo, config: TrainingConfig) -> int | None:
 def _encoder_on_meta(config: TrainingConfig, name: str, depth: int | None = None) -> RepresentationEncoder:
     with hub_or_cache(name, "encoder"):
         encoder_config = AutoConfig.from_pretrained(name)
-    tower = VISION_TOWERS.get(encoder_config.model_type)
-    if tower is not None:
-        model = tower(encoder_config.vision_config)
-    else:
-        model = AutoModel.from_config(encoder_config)
-    return RepresentationEncoder(
-        model, [0.5] * 3, [0.5] * 3, config.token_grid, config.encoder_image_size, depth=depth
+    return RepresentationEncoder.from_config(
+        encoder_config, config.token_grid, config.encoder_image_size, config.encoder_antialias, depth
     )

@@ -35,6 +35,7 @@ from tqdm.auto import tqdm
 
 from erw_hf.files import written_whole
 from erw_hf.pipeline_erw import ERWPipeline
+from erw_hf.trainer.config import TrainingConfig
 
 
 SNAPSHOT_SIGMA_RELS = (0.05, 0.10)  # the two averages that EDM2 stores, all others are rebuilt from them (§3.2)
@@ -89,6 +90,17 @@ class EMAProfile:
             decay = self.decay_at(step)
             share, behind = share * decay, decay * (behind + 1)
         return share, behind
+
+
+def ema_profiles(config: TrainingConfig) -> list[EMAProfile]:
+    """The averages of a run: first the one that pictures and the pipeline are made with."""
+    first = (
+        EMAProfile(decay=config.ema_decay, ramp=config.ema_ramp)
+        if config.ema_sigma_rel is None
+        else EMAProfile(sigma_rel=config.ema_sigma_rel)
+    )
+    stored = SNAPSHOT_SIGMA_RELS if config.ema_snapshot_steps else ()
+    return [first, *(EMAProfile(sigma_rel=width) for width in stored)]
 
 
 class EMA:

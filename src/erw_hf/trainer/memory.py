@@ -18,6 +18,7 @@ import math
 from diffusers import ModelMixin
 
 from erw_hf.trainer.config import TrainingConfig
+from erw_hf.trainer.ema import ema_profiles
 
 
 GIB = 2**30
@@ -61,7 +62,7 @@ def step_memory(
         frozen += 2 * sum(p.numel() for p in vae.parameters())  # float32, where encoders are in bf16
         encoding = config.train_batch_size * image_size**2 * BYTES_OF_PIXEL
     return {
-        "state": 4.0 * (4 * trained + len(config.ema_profiles()) * parameters),
+        "state": 4.0 * (4 * trained + len(ema_profiles(config)) * parameters),
         "copies": 2.0 * trained if size == 2 else 0.0,
         "frozen": float(size * frozen),
         # Images are encoded before the model keeps anything.

@@ -16,11 +16,12 @@
 from typing import Any
 
 from erw_hf.objective import AlignedTransformer
-from erw_hf.trainer.ema import EMA
+from erw_hf.trainer.device import choose_attention, compile_blocks
+from erw_hf.trainer.ema import EMA, ema_profiles
 from erw_hf.trainer.engines import autocast_forward
 from erw_hf.trainer.flops import count_step_flops, count_vae_flops
 from erw_hf.trainer.optimizers import build_lr_scheduler, build_optimizer, restore_learning_rate
-from erw_hf.trainer.setup import Inputs, choose_attention, compile_blocks
+from erw_hf.trainer.setup import Inputs
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
 
@@ -67,7 +68,7 @@ class Phase:
         autocast_forward(model, accelerator)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.parameters = list(self.model.parameters())  # once: in every step it would take the host 4 ms for XL
-        self.ema = None if self.warmup else EMA(self.transformer, config.ema_profiles())
+        self.ema = None if self.warmup else EMA(self.transformer, ema_profiles(config))
 
     @property
     def transformer(self) -> ERWTransformer2DModel:

@@ -13,27 +13,21 @@
 # limitations under the License.
 """Building the inputs of a run from its configuration: data, autoencoder, encoders, the models of the two phases."""
 
-import contextlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import AutoModel, ModelMixin
-from diffusers.models.attention_dispatch import AttentionBackendName
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from torch._functorch import config as functorch_config
 from transformers import AutoConfig
 
 from erw_hf.alignment import ConvProjector, MLPProjector, TransformerProjector, choose_alignment_loss
+from erw_hf.data.cache import check_cache
 from erw_hf.data.latents import check_autoencoder, check_finite, image_channels, moments_to_latents, pixels_to_latents
 from erw_hf.data.retrying import hub_or_cache
-from erw_hf.data.source import Source, check_cache_files, load_source
+from erw_hf.data.source import Source, load_source
 from erw_hf.encoders import RepresentationEncoder, vit_blocks
 from erw_hf.objective import AlignedTransformer, Objective, Teacher
 from erw_hf.pipeline_erw import ERWPipeline
@@ -98,8 +92,7 @@ class Inputs:
 
 def open_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
     """Loads everything and checks that it fits together."""
-    source = load_source(**config.source_arguments())
-    check_cache(config, source)
+    source = open_source(config)
     vae, image_size, channels = load_vae(config, accelerator.device)
     encoders = load_encoders(config, accelerator.device, accelerator.mixed_precision)
     model_config = config.model_config(source.num_classes, class_token_dim(config, encoders))
@@ -125,6 +118,14 @@ def open_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
         image_size=image_size,
         image_channels=channels,
     )
+
+
+def open_source(config: TrainingConfig) -> Source:
+    """The data; of a latent cache one that fits the run."""
+    source = load_source(**config.source_arguments())
+    if source.is_latent_cache:
+        check_cache(source.has_features, config.encoders, vars(config))
+    return source
 
 
 def fit_to_encoder(config: TrainingConfig) -> None:
@@ -254,49 +255,6 @@ def _load_encoder(
     return encoder
 
 
-def check_cache(config: TrainingConfig, source: Source) -> None:
-    """
-    Checks that a latent cache was made with the autoencoder, size and encoder of this run. Raises ValueError if not,
-    if it is incomplete, or if the run asks for what a cache cannot provide. Other data passes.
-    """
-    if not source.is_latent_cache:
-        return
-    if source.has_features and len(config.encoders) > 1:
-        raise ValueError(
-            "a latent cache holds the tokens of one encoder: to align with several, make it without --encoder"
-        )
-    if source.has_features and config.class_token_weight > 0:
-        raise ValueError(
-            "a latent cache with the column `features` holds no class tokens, which class_token_weight needs: make "
-            "it by cache_latents.py without --encoder (the run then encodes its images), or set class_token_weight "
-            "to 0"
-        )
-    if config.vae is None:
-        raise ValueError(f"{config.dataset_name} is a latent cache: set vae to the one it was made with")
-    if config.random_flip:
-        raise ValueError("random_flip does not work on a latent cache: cache the flipped images too (--flipped)")
-    folder = Path(config.dataset_name)
-    record = folder / "cache.json"
-    if not folder.exists():
-        with contextlib.suppress(EntryNotFoundError):
-            record = Path(hf_hub_download(config.dataset_name, "cache.json", repo_type="dataset"))
-    if not record.is_file():  # the cache was moved without its record
-        return
-    made = json.loads(record.read_text())
-    if made.get("encoder") is not None and config.encoders:
-        for name in ("encoder", "patch_size", "encoder_image_size", "encoder_antialias"):
-            value = getattr(config, name)
-            if Path(str(made[name])).name != Path(str(value)).name:
-                raise ValueError(f"the cache holds tokens of {name}={made[name]!r}, the config has {value!r}")
-    if made["sample_size"] != config.sample_size:
-        raise ValueError(f"the cache has sample_size {made['sample_size']}, the config {config.sample_size}")
-    if Path(made["vae"]).name != Path(config.vae).name:
-        raise ValueError(f"the cache was made with the vae {made['vae']!r}, the config names {config.vae!r}")
-    if not folder.exists():  # pushed caches are complete
-        return
-    check_cache_files(folder)
-
-
 def build_warmup_model(
     config: TrainingConfig, num_classes: int, encoders: Encoders, start_encoder: RepresentationEncoder | None = None
 ) -> AlignedTransformer:
@@ -364,27 +322,6 @@ def add_lora(model: AlignedTransformer, config: TrainingConfig, new_classes: Seq
 def _start(transformer: ERWTransformer2DModel, config: TrainingConfig, encoder: RepresentationEncoder) -> None:
     with_patch_embedding = not teaches_embedding(config, encoder)
     start_from_encoder(transformer, encoder, config.start_from_encoder, with_patch_embedding)
-
-
-def compile_blocks(transformer: ERWTransformer2DModel, device_type: str, memory_budget: float = 1.0) -> None:
-    """Compiles the blocks in place, to keep that share of their activations; one compilation serves them all."""
-    functorch_config.activation_memory_budget = memory_budget  # read when the first batch comes
-    # Without this Inductor's tanh, of GELU, takes a CPU three times as long as its exponential does.
-    options = {"cpp.use_decompose_tanh": True} if device_type == "cpu" else None
-    transformer.compile_repeated_blocks(fullgraph=True, options=options)
-
-
-def choose_attention(transformer: ERWTransformer2DModel, device_type: str, mixed_precision: str) -> None:
-    """
-    Lets a CPU in bf16 compute a short attention as separate matrix products. torch's fused kernel takes ten times as long for the
-    backward pass with 16 patch tokens, twice as long with 64, and a third of the time with 256 (Xeon with AMX, torch 2.14).
-    Sampling keeps the fused kernel.
-    """
-    tokens = (transformer.config.sample_size // transformer.config.patch_size) ** 2
-    if device_type == "cpu" and mixed_precision == "bf16" and tokens <= 64:
-        for processor in transformer.attn_processors.values():
-            # Not `set_attention_backend`, which would change every model in this process.
-            processor._attention_backend = AttentionBackendName._NATIVE_MATH
 
 
 def class_token_dim(config: TrainingConfig, encoders: Encoders) -> int | None:

@@ -27,7 +27,7 @@ from erw_hf.pipeline_erw import ERWPipeline
 from erw_hf.processes import forgiven
 from erw_hf.scheduling_erw import FlowMatchEulerMaruyamaScheduler
 from erw_hf.trainer.checkpoints import Progress
-from erw_hf.trainer.ema import whole_state_dict
+from erw_hf.trainer.ema import save_snapshots, whole_state_dict
 from erw_hf.trainer.lora import save_lora
 from erw_hf.trainer.phase import Phase
 from erw_hf.trainer.plots import image_grid, plot_losses
@@ -68,6 +68,12 @@ class Snapshots:
         if self.quality.is_due(phase, self.progress.step):
             make_pipeline = self._pipeline(phase)
             self.quality.measure(phase, self.progress.step, self.progress.images_seen, make_pipeline)
+
+    def store_averages(self, phase: Phase) -> None:
+        """Stores the power-function averages if they are due."""
+        every = self.inputs.config.ema_snapshot_steps
+        if phase.ema and every and self.progress.step % every == 0:
+            save_snapshots(phase.ema, self.folder / "ema_snapshots", self.inputs.accelerator.is_main_process)
 
     def push_checkpoint(self, phase: Phase) -> None:
         """Hands the pipeline of phase 2 and, by strategy, the checkpoint of this step to the process that pushes."""
