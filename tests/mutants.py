@@ -15,13 +15,15 @@
 
     python tests/mutants.py
 
-Each mutant lives in a process of its own that imports the spoilt source in place of the file, so the working tree stays as
-it is. Exit status 1 if fewer than 90 % are noticed.
+Each mutant lives in a fork that imports the spoilt source in place of the file, so the working tree stays as it is, and meets
+the quickest tests first. Exit status 1 if fewer than 90 % are noticed.
 """
 
+import hashlib
 import importlib
 import importlib.machinery
 import importlib.util
+import json
 import os
 import signal
 import sys
@@ -183,6 +185,25 @@ class SpoiltFinder:
             return importlib.util.spec_from_file_location(name, self.path, loader=loader)
 
 
+class QuickestFirst:
+    """A plugin of pytest: notes how long each test took, in a file, and runs those first that were quick before."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds = json.loads(path.read_text()) if path.exists() else {}
+        self.known = dict(self.seconds)
+
+    def pytest_collection_modifyitems(self, items: list) -> None:
+        items.sort(key=lambda item: self.known.get(item.nodeid, 0.0))
+
+    def pytest_runtest_logreport(self, report) -> None:
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        if not self.known:
+            self.path.write_text(json.dumps(self.seconds))
+
+
 def run_tests(tests: tuple[str, ...], mutant: Mutant | None, folder: Path) -> tuple[int, str]:
     """The status of pytest in a process of its own (-14: the time was up), and the first test that failed."""
     log = folder / "log"
@@ -197,7 +218,9 @@ def run_tests(tests: tuple[str, ...], mutant: Mutant | None, folder: Path) -> tu
         os.dup2(output, 2)
         if mutant is not None:
             sys.meta_path.insert(0, SpoiltFinder(mutant))
-        status = pytest.main([*tests, "-x", "-q", "--no-header", "-p", "no:cacheprovider", f"--basetemp={folder}/tmp"])
+        flags = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", f"--basetemp={folder}/tmp"]
+        seconds = folder / f"{hashlib.sha256(repr(tests).encode()).hexdigest()}.json"
+        status = pytest.main([*tests, *flags], plugins=[QuickestFirst(seconds)])
         sys.stdout.flush()
         os._exit(status)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -23,15 +23,8 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """
-    A temporary name beside the file. When the block ends, the file appears, synced to disk; if it raises, nothing appears.
-
-    Args:
-        path (`str` or `os.PathLike`): The file.
-
-    Returns:
-        `Iterator[Path]`: Of a context manager: where to write.
-    """
+    """A temporary name beside the file. When the block ends, the file appears, synced to disk; if it raises, nothing
+    appears."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.writing")
     try:
@@ -45,15 +38,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """
-    The same for a folder, which takes the place of the one that is there.
-
-    Args:
-        path (`str` or `os.PathLike`): The folder.
-
-    Returns:
-        `Iterator[Path]`: Of a context manager: an empty folder to write to.
-    """
+    """The same for a folder, which takes the place of the one that is there."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed

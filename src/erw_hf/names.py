@@ -23,12 +23,7 @@ from pathlib import Path
 
 def expand_path(text: str, folder: Path | None = None) -> str:
     """
-    Args:
-        text (`str`): A path or Hub id.
-        folder (`Path`, *optional*): Where a path with a leading dot starts; by default where the process is.
-
-    Returns:
-        `str`: The same with `~` and variables of the environment filled in, as a shell does.
+    The same path or Hub id with `~` and variables of the environment filled in, as a shell does; a path with a leading dot starts in `folder`.
 
     Raises:
         ValueError: for a variable that is not set, or a user that this machine does not have.
@@ -46,25 +41,14 @@ def expand_path(text: str, folder: Path | None = None) -> str:
 
 
 def may_be_hub_id(name: str) -> bool:
-    """
-    Args:
-        name (`str`): A Hub id or a path.
-
-    Returns:
-        `bool`: Whether it consists of one or two words, and the first is not a folder here.
-    """
+    """Whether a name consists of one or two words, and the first is not a folder here."""
     is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) is not None
     return is_id and not os.path.isdir(name.split("/")[0])
 
 
 def resolve_name(name: str, key: str) -> str:
     """
-    Args:
-        name (`str`): A local path or Hub id.
-        key (`str`): What it was given for, for the message.
-
-    Returns:
-        `str`: The same, expanded by [`expand_path`].
+    A local path or Hub id, expanded by [`expand_path`]; `key` is what it was given for, for the message.
 
     Raises:
         ValueError: see [`expand_path`].
@@ -80,15 +64,8 @@ def resolve_name(name: str, key: str) -> str:
 def resolve_flags(
     parser: argparse.ArgumentParser, flags: argparse.Namespace, paths: Iterable[str], names: Iterable[str]
 ) -> None:
-    """
-    Expands flags that hold paths or Hub ids, in place; ends the program for a name that can only be a mistyped path.
-
-    Args:
-        parser (`argparse.ArgumentParser`): What ends it.
-        flags (`argparse.Namespace`): The flags.
-        paths (`Iterable[str]`): Flags that hold a path, there or not.
-        names (`Iterable[str]`): Flags that hold a Hub id or a path that is there.
-    """
+    """Expands in place the flags that hold a path (`paths`, there or not), or a Hub id or a path that is there (`names`); ends the program for a name that
+    can only be a mistyped path."""
     try:
         for flag in paths:
             if getattr(flags, flag) is not None:
@@ -101,13 +78,7 @@ def resolve_flags(
 
 
 def alike(path: str) -> str:
-    """
-    Args:
-        path (`str`): A path that does not exist.
-
-    Returns:
-        `str`: A folder beside it of nearly that name, as advice; empty if there is none.
-    """
+    """As advice, a folder beside a path that does not exist, of nearly its name; empty if there is none."""
     parent, name = os.path.split(path.rstrip("/"))
     folders = (
         [entry.name for entry in os.scandir(parent or ".") if entry.is_dir()] if os.path.isdir(parent or ".") else []

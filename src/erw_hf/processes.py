@@ -29,17 +29,10 @@ T = TypeVar("T")
 
 def decided_by_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
     """
-    Asks the main process alone and tells the others: what they see of a disk may be older. All processes call it.
-
-    Args:
-        accelerator (`Accelerator`): The processes.
-        decide (`Callable`): The question. Its answer has to be picklable.
-
-    Returns:
-        `T`: The main process's answer, on all.
+    Asks the main rank alone and tells the others its picklable answer: what they see of a disk may be older. All ranks call it.
 
     Raises:
-        Exception: what `decide` raised, on the main process.
+        Exception: what `decide` raised, on the main rank.
         SystemExit: on the others then, with status 1, so that none waits for the main one.
     """
     answer, error = None, None
@@ -58,19 +51,11 @@ def decided_by_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
 
 def done_by_all(accelerator: Accelerator, do: Callable[[], T]) -> T:
     """
-    Lets each process do its part, and waits for all. Where a part fails, all processes raise, so that none goes on alone.
-    All processes call it.
-
-    Args:
-        accelerator (`Accelerator`): The processes.
-        do (`Callable`): The part of this process, in which it does not wait for others.
-
-    Returns:
-        `T`: What `do` returned here.
+    Lets each rank do its part, in which it does not wait for others, and waits for all. Where a part fails, all ranks raise, so that none goes on alone.
 
     Raises:
         Exception: what `do` raised here.
-        RuntimeError: on the other processes then, with the first failure.
+        RuntimeError: on the other ranks then, with the first failure.
     """
     error = None
     try:
@@ -87,15 +72,8 @@ def done_by_all(accelerator: Accelerator, do: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def forgiven(missing: str) -> Iterator[None]:
-    """
-    Turns a failure of something optional into a warning. Not for collective work, unless it fails on all ranks.
-
-    Args:
-        missing (`str`): What is missing after a failure, for the warning.
-
-    Returns:
-        `contextlib.AbstractContextManager`: The block that may fail.
-    """
+    """Around something optional: a failure becomes a warning that names what is missing. Not for collective work,
+    unless it fails on all ranks."""
     try:
         yield
     except Exception as error:

@@ -97,15 +97,8 @@ def named_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
 
 
 def check_same_data(progress: Progress, source: Source, dataset_name: str, retry_seconds: float = 300) -> None:
-    """
-    Raises ValueError if a checkpoint was trained on other data: class ids and the order of samples depend on it.
-
-    Args:
-        progress ([`Progress`]): Of the checkpoint, or of a new run. Its `data` is set.
-        source ([`~data.source.Source`]): The data now.
-        dataset_name (`str`): The name it was opened with.
-        retry_seconds (`float`, *optional*, defaults to 300): How long to retry while the data cannot be read.
-    """
+    """Raises ValueError if a checkpoint was trained on other data, on which class ids and the order of samples depend;
+    sets `progress.data`."""
     data = data_identity(source, dataset_name, retry_seconds)
     if progress.data is not None:
         changes = describe_changes(progress.data, data)
@@ -170,20 +163,16 @@ def find_damage(checkpoint: Path) -> str | None:
 
 def resolve_checkpoint(output_dir: str | os.PathLike[str], value: str | None) -> Path | None:
     """
-    Finds the checkpoint to resume from.
+    The checkpoint to resume from, `None` for a new run.
 
     Args:
         output_dir (`str` or `os.PathLike`): Folder of the run.
         value (`str`, *optional*):
-            `"latest"`, a checkpoint's name in `output_dir`, or a path. `None` starts a new run. `"latest"` passes over, with a
-            warning, damaged checkpoints and those saved during a streak of non-finite steps that no finite step ended.
-
-    Returns:
-        `Path`, *optional*: The checkpoint; `None` for a new run, also for `"latest"` if there is nothing to resume.
+            A checkpoint's name in `output_dir`, a path, or `"latest"`, which passes over, with a warning, damaged checkpoints and those
+            saved during a streak of non-finite steps that no finite step ended.
 
     Raises:
-        ValueError: if another value names no checkpoint or a damaged one, or if `"latest"` meets a run whose checkpoints
-            have gone.
+        ValueError: if it names no checkpoint or a damaged one, or if `"latest"` meets a run whose checkpoints have gone.
     """
     if value is None:
         return None
@@ -297,17 +286,13 @@ def save_checkpoint(
     data_state: dict[str, Any] | None = None,
 ) -> None:
     """
-    Writes `checkpoint-STEP`; all ranks call it. A kill or a power cut at any moment leaves the earlier checkpoints intact: this
-    one is written under another name, synced to disk and renamed when it is complete.
+    Writes `checkpoint-STEP`; all ranks call it. A kill or a power cut at any moment leaves the earlier checkpoints intact: this one is
+    written under another name, synced to disk and renamed when it is complete.
 
     Args:
-        accelerator (`Accelerator`): Holds what to save.
-        output_dir (`str` or `os.PathLike`): Folder of the run.
-        progress ([`Progress`]): How far the run is.
         total_limit (`int`, *optional*):
-            Newest checkpoints to keep, this one included. The newest one known to be good (a finite step followed it) also
-            stays. This one may turn out to be bad, so a limit of 1 keeps two.
-        phase ([`~trainer.phase.Phase`]): The current phase.
+            Newest checkpoints to keep, this one included. The newest one known to be good (a finite step followed it) also stays, so
+            a limit of 1 keeps two.
         data_state (`dict`, *optional*): State of this rank's stream; accelerate would keep one for all ranks.
 
     Raises:

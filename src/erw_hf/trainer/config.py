@@ -597,23 +597,11 @@ class TrainingConfig(
         return split_names(self.encoder)
 
     def step_batch_size(self, processes: int) -> int:
-        """
-        Args:
-            processes (`int`): Number of training processes.
-
-        Returns:
-            `int`: Images of a step.
-        """
+        """Images of a step of so many ranks."""
         return self.train_batch_size * self.gradient_accumulation_steps * processes
 
     def compiles(self, device_type: str) -> bool:
-        """
-        Args:
-            device_type (`str`): `"cuda"`, `"cpu"` ...
-
-        Returns:
-            `bool`: Whether the blocks are compiled.
-        """
+        """Whether the blocks are compiled on a device such as `"cuda"`."""
         return self.torch_compile == "yes" or (self.torch_compile == "auto" and device_type == "cuda")
 
     @property
@@ -622,45 +610,26 @@ class TrainingConfig(
         return self.sample_size // self.patch_size
 
     def model_config(self, num_classes: int, class_token_dim: int | None = None) -> dict[str, Any]:
-        """
-        Args:
-            num_classes (`int`): Number of classes of the data.
-            class_token_dim (`int`, *optional*): Width of the encoder's class token, for a run that draws it.
-
-        Returns:
-            `dict[str, Any]`: Arguments of the [`ERWTransformer2DModel`].
-        """
+        """Arguments of the [`ERWTransformer2DModel`]; `class_token_dim` for a run that draws the encoder's class
+        token."""
         config = {key.name: getattr(self, key.name) for key in fields(ModelConfig) if key.name != "model"}
         config |= {"num_classes": num_classes, "class_token_dim": class_token_dim}
         config["qk_norm"] = None if self.qk_norm == "none" else self.qk_norm
         return config
 
     def source_arguments(self) -> dict[str, Any]:
-        """
-        Returns:
-            `dict[str, Any]`: Arguments of [`~data.source.load_source`].
-        """
+        """Arguments of [`~data.source.load_source`]."""
         arguments = {key.metadata["source"]: getattr(self, key.name) for key in fields(self) if key.metadata["source"]}
         return arguments | {"needs_images": bool(self.encoders)}
 
     def check_names(self) -> None:
-        """
-        Looks for the models and data that the run names, as far as the disk tells.
-
-        Raises:
-            FileNotFoundError: for a name that can only be a local path, and does not exist.
-        """
+        """Raises FileNotFoundError for a model or data that can only be a local path, and does not exist."""
         for name in PATH_OR_ID:
             for part in split_names(getattr(self, name) or ""):
                 resolve_name(part, name)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """
-        Writes the resolved configuration as YAML that `--config` accepts.
-
-        Args:
-            path (`str` or `os.PathLike`): File to write.
-        """
+        """Writes the resolved configuration as YAML that `--config` accepts."""
         values = dataclasses.asdict(self)
         for name, value in values.items():
             # Beside this file, a relative path would mean another place.
@@ -672,15 +641,8 @@ class TrainingConfig(
             temporary.write_text(text, encoding="utf-8")
 
     def check_resumable(self, path: str | os.PathLike[str]) -> None:
-        """
-        Compares what must not change when a run resumes. `ema_ramp` keeps its old value: false for a run older than the key.
-
-        Args:
-            path (`str` or `os.PathLike`): The `config.yaml` of the run so far.
-
-        Raises:
-            ValueError: if the model, the data, the seed or the length of the warmup differs.
-        """
+        """Raises ValueError if this differs from the `config.yaml` of the run so far in what must not change when a run resumes. `ema_ramp` keeps its old
+        value: false for a run older than the key."""
         before = read_config_file(Path(path))
         for key in fields(self):
             if not key.metadata["fixed"] or (key.name not in before and key.name in MODEL_KEYS):
@@ -713,25 +675,13 @@ PATH_OR_ID = tuple(name for name, key in KEYS.items() if key.metadata["path"] ==
 
 
 def local_names(config: Mapping[str, Any]) -> list[str]:
-    """
-    Args:
-        config (`Mapping[str, Any]`): Configuration of a run, as `vars` or its `config.yaml` gives it.
-
-    Returns:
-        `list[str]`: The models and data in it that lie on this machine, not on the Hub.
-    """
+    """The models and data in a run's configuration that lie on this machine, not on the Hub."""
     return [part for name in PATH_OR_ID for part in split_names(config.get(name) or "") if Path(part).exists()]
 
 
 def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
     """
     Reads `--config FILE.yaml` and flags. Flags override the file; `--model` overrides any size keys in it.
-
-    Args:
-        arguments (`list[str]`, *optional*): Command line without the program's name. Defaults to `sys.argv[1:]`.
-
-    Returns:
-        [`TrainingConfig`]: The configuration.
 
     Raises:
         SystemExit: for an unknown key or an impossible value, with a message that names it.
@@ -760,14 +710,8 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
 
 
 def check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace, **ranges: str) -> None:
-    """
-    Ends another script for a flag that is out of its range: for the name of a key that of the key.
-
-    Args:
-        parser (`argparse.ArgumentParser`): What ends it.
-        flags (`argparse.Namespace`): The flags.
-        ranges (`str`): Intervals of its own flags, such as `"[1, inf)"`, for each number of a list.
-    """
+    """Ends another script for a flag out of its range: the key's of that name, or one in `ranges`, such as `rows="[1,
+    inf)"`."""
     try:
         for name, value in vars(flags).items():
             if name in ranges:
@@ -782,17 +726,11 @@ def check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace, **ra
 
 def read_config_file(path: Path) -> dict[str, Any]:
     """
-    Reads a YAML file of flat keys. A value is read by the type of its key, like a flag, whatever YAML makes of it: `1e-4`
-    is a number, `no` a choice of `mixed_precision`, `123` a name. A path with a leading dot is relative to the file.
-
-    Args:
-        path (`Path`): The file.
-
-    Returns:
-        `dict[str, Any]`: Values of the keys that it sets.
+    The keys that a flat YAML file sets. A value is read by the type of its key, like a flag, whatever YAML makes of it: `1e-4` is a number, `no` a
+    choice of `mixed_precision`, `123` a name. A path with a leading dot is relative to the file.
 
     Raises:
-        ValueError: for another kind of file, or an unknown key, a repeated key or an impossible value, with its line.
+        ValueError: for another kind of file, an unknown or repeated key, or an impossible value, with its line.
         OSError: if it cannot be read.
     """
     try:

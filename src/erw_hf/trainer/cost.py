@@ -79,15 +79,7 @@ class DataSummary:
 
 
 def summary_of(source: Source, image_size: int, channels: int) -> DataSummary:
-    """
-    Args:
-        source ([`~data.source.Source`]): Data that has been opened.
-        image_size (`int`): Side of the images as the run takes them.
-        channels (`int`): Their channels.
-
-    Returns:
-        [`DataSummary`]: The part of it that the reports show.
-    """
+    """What the reports show of data that has been opened, for images of a side in pixels."""
     images = len(source.dataset) if isinstance(source.dataset, Dataset) else None
     names = [] if source.id2label is None else [source.id2label[i] for i in sorted(source.id2label)]
     return DataSummary(
@@ -98,19 +90,8 @@ def summary_of(source: Source, image_size: int, channels: int) -> DataSummary:
 def start_report(
     config: TrainingConfig, data: DataSummary, precision: tuple[str, str], device: torch.device, processes: int
 ) -> str:
-    """
-    What is about to happen, in one block; a run and its dry run print the same.
-
-    Args:
-        config ([`TrainingConfig`]): The run.
-        data ([`DataSummary`]): Its data.
-        precision (`tuple[str, str]`): What [`~trainer.device.choose_precision`] chose, and why.
-        device (`torch.device`): Where it computes.
-        processes (`int`): Number of training processes.
-
-    Returns:
-        `str`: Lines of plain text.
-    """
+    """What is about to happen, in one block; a run and its dry run print the same. `precision` is what
+    [`~trainer.device.choose_precision`] chose."""
     with torch.device("meta"):
         transformer = ERWTransformer2DModel(**config.model_config(data.num_classes))
     choose_attention(transformer, device.type, precision[0])
@@ -167,13 +148,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 def cost_report(config: TrainingConfig) -> str:
     """
-    Checks a configuration and computes its cost: parameters, FLOPs, memory, hours, disk.
-
-    Args:
-        config ([`TrainingConfig`]): The run.
-
-    Returns:
-        `str`: A table in plain text.
+    Checks a configuration and computes its cost, as a table: parameters, FLOPs, memory, hours, disk.
 
     Raises:
         ValueError: for columns, depths, grids or classes that do not fit, with what to change.

@@ -28,25 +28,17 @@ from erw_hf.transformer_erw import ERWTransformer2DModel
 
 
 def found_device() -> torch.device:
-    """
-    Returns:
-        `torch.device`: Where a run started here would compute, as accelerate chooses it.
-    """
+    """Where a run started here would compute, as accelerate chooses it."""
     accelerator = None if parse_flag_from_env("ACCELERATE_USE_CPU") else torch.accelerator.current_accelerator(True)
     return torch.device("cpu") if accelerator is None else accelerator
 
 
 def choose_precision(setting: str) -> tuple[str, str]:
     """
-    Decides once, from the key, the launcher and the device.
+    The precision, `"no"`, `"fp16"` or `"bf16"`, and why; decided once, from the key, the launcher and the device.
 
-    Args:
-        setting (`str`): `mixed_precision` of the run: `"auto"`, `"no"`, `"fp16"` or `"bf16"`.
-
-    Returns:
-        `tuple[str, str]`: `"no"`, `"fp16"` or `"bf16"`, and why. `"auto"` is what `accelerate launch` says; else bf16 where
-        the device computes it itself (GPUs since Ampere, CPUs with AMX); fp16 on older GPUs, whose bf16 is emulated and
-        slower than float32, while fp16 has tensor cores and is what ERW's paper trained in; else float32.
+    `"auto"` is what `accelerate launch` says; else bf16 where the device computes it itself (GPUs since Ampere, CPUs with AMX); fp16 on older
+    GPUs, whose bf16 is emulated and slower than float32, while fp16 has tensor cores and is what ERW's paper trained in; else float32.
 
     Raises:
         ValueError: if the key and `accelerate launch` name two precisions.
@@ -96,16 +88,8 @@ def choose_attention(transformer: ERWTransformer2DModel, device_type: str, mixed
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """
-    Copies on a stream of its own, beside the step that the device is still busy with.
-
-    Args:
-        batch (`dict[str, torch.Tensor]`): On the CPU, pinned if the device is a GPU.
-        device (`torch.device`): Where the step will run.
-
-    Returns:
-        `dict[str, torch.Tensor]`: The same there.
-    """
+    """Copies a batch, pinned if the device is a GPU, on a stream of its own, beside the step that the device is still
+    busy with."""
     if device.type != "cuda":
         return {name: tensor.to(device) for name, tensor in batch.items()}
     with torch.cuda.stream(_copy_stream(device)):
@@ -123,13 +107,8 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class LateValues:
-    """
-    Numbers on their way from the device to the host, which goes on with its work meanwhile. `arrived` is when they were
-    there, on `time.perf_counter`'s clock.
-
-    Args:
-        values (`torch.Tensor` of shape `(N,)`): The numbers, where they were computed.
-    """
+    """Numbers, `(N,)`, on their way from the device to the host, which goes on with its work meanwhile. `arrived` is when they were there, on
+    `time.perf_counter`'s clock."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self.arrived = time.perf_counter()
@@ -140,12 +119,7 @@ class LateValues:
             self._copied.record()
 
     def fetch(self) -> list[float]:
-        """
-        Waits for them, if they are not there yet.
-
-        Returns:
-            `list[float]`: The numbers.
-        """
+        """Waits for the numbers, if they are not there yet."""
         if self._copied is not None:
             self._copied.synchronize()
             self.arrived = time.perf_counter()
@@ -153,13 +127,7 @@ class LateValues:
 
 
 def peak_memory(device: torch.device) -> int:
-    """
-    Args:
-        device (`torch.device`): Where a run computes.
-
-    Returns:
-        `int`: Most bytes that were in use so far: of the GPU by tensors, or of this process on a CPU.
-    """
+    """Most bytes in use so far: of a GPU by tensors, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

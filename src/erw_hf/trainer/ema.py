@@ -60,14 +60,8 @@ class EMAProfile:
     ramp: bool = False
 
     def decay_at(self, step: int) -> float:
-        """
-        Args:
-            step (`int`): Step of the average, from 1.
-
-        Returns:
-            `float`: Share of the average that stays (EDM2, arXiv 2312.02696, Eq. 127); 0 at the first step of a
-            power-function or ramped average, which thus forgets the initial weights.
-        """
+        """Share of the average that stays at a step, from 1 (EDM2, arXiv 2312.02696, Eq. 127); 0 at the first step of a power-function or ramped average,
+        which thus forgets the initial weights."""
         if self.sigma_rel is not None:
             return float((1 - 1 / step) ** (power_of(self.sigma_rel) + 1))
         assert self.decay is not None
@@ -76,15 +70,7 @@ class EMAProfile:
         return self.decay
 
     def after(self, steps: int) -> tuple[float, float]:
-        """
-        Where the average of a run of some steps is.
-
-        Args:
-            steps (`int`): Steps of the average.
-
-        Returns:
-            `tuple[float, float]`: Share of the initial weights in it, and how many steps it lies behind the weights.
-        """
+        """Share of the initial weights in the average after some steps, and how many steps it lies behind the weights."""
         share, behind = 1.0, 0.0
         for step in range(1, steps + 1):
             decay = self.decay_at(step)
@@ -104,16 +90,8 @@ def ema_profiles(config: TrainingConfig) -> list[EMAProfile]:
 
 
 class EMA:
-    """
-    Averages of a model's trained parameters in float32, which follow it step by step.
-
-    The parameters may be sharded by FSDP2: the averages are then sharded alike, and gathered only for checkpoints and
-    pictures.
-
-    Args:
-        model (`nn.Module`): The model as it is trained, after `accelerator.prepare`. The averages start from its weights.
-        profiles (`Sequence[EMAProfile]`): One average for each.
-    """
+    """Averages of a model's trained parameters in float32, one per profile, which follow it step by step. The model has been prepared by accelerate;
+    where FSDP2 shards its parameters the averages are sharded alike, and gathered only for checkpoints and pictures."""
 
     def __init__(self, model: nn.Module, profiles: Sequence[EMAProfile]) -> None:
         self.profiles = tuple(profiles)
@@ -132,15 +110,8 @@ class EMA:
             torch._foreach_lerp_(average, weights, 1 - profile.decay_at(self.step_count))
 
     def weights(self, index: int = 0) -> dict[str, torch.Tensor]:
-        """
-        Whole weights; every process calls it, since sharded ones are gathered.
-
-        Args:
-            index (`int`, *optional*, defaults to 0): Which average.
-
-        Returns:
-            `dict[str, torch.Tensor]`: float32, by the model's parameter names, where the model is.
-        """
+        """Whole float32 weights of one average, by the model's parameter names, where the model is; every rank calls
+        it."""
         return {name: whole_tensor(tensor) for name, tensor in zip(self.names, self.averages[index], strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -173,38 +144,21 @@ class EMA:
 
 
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """
-    Args:
-        tensor (`torch.Tensor` of any shape): Sharded over the processes by FSDP2, or not.
-
-    Returns:
-        `torch.Tensor` of the same shape: The whole of it; every process calls this.
-    """
+    """The whole of a tensor that FSDP2 may have sharded; every rank calls it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """
-    Args:
-        model (`nn.Module`): Sharded by FSDP2, or not.
-
-    Returns:
-        `dict[str, torch.Tensor]`: Copy of its state on the CPU, on every process.
-    """
+    """Copy of a model's state on the CPU of every rank; FSDP2 may have sharded it."""
     return {name: whole_tensor(tensor).cpu().clone() for name, tensor in model.state_dict().items()}
 
 
 @functools.cache
 def power_of(sigma_rel: float) -> float:
     """
-    The exponent of a power-function average, whose weight at time t of a training of length T is as `(t / T) ** gamma`.
-
-    Args:
-        sigma_rel (`float`): Its relative width, in (0, 0.28): the standard deviation of that profile over T.
-
-    Returns:
-        `float`: gamma (EDM2, arXiv 2312.02696, Eq. 126: the root of
-        `sigma_rel ** 2 = (gamma + 1) / ((gamma + 2) ** 2 (gamma + 3))`).
+    gamma, the exponent of a power-function average, whose weight at time t of a training of length T is as `(t / T) ** gamma`: the root of
+    `sigma_rel ** 2 = (gamma + 1) / ((gamma + 2) ** 2 (gamma + 3))` (EDM2, arXiv 2312.02696, Eq. 126). `sigma_rel` is the standard deviation of that
+    profile over T.
 
     Raises:
         ValueError: for a width that no such profile has.
@@ -218,19 +172,8 @@ def power_of(sigma_rel: float) -> float:
 def post_hoc_coefficients(
     steps: Sequence[int], sigma_rels: Sequence[float], step: int, sigma_rel: float
 ) -> np.ndarray:
-    """
-    How stored averages add up to one that was not stored (EDM2, arXiv 2312.02696, Alg. 3): the least-squares fit of its
-    profile by theirs.
-
-    Args:
-        steps (`Sequence[int]`): Step of the average at which each was stored.
-        sigma_rels (`Sequence[float]`): Relative width of each.
-        step (`int`): Step at which the wanted average ends.
-        sigma_rel (`float`): Its relative width.
-
-    Returns:
-        `numpy.ndarray` of shape `(len(steps),)`: Coefficients, which sum to about 1.
-    """
+    """How averages that were stored at `steps`, `(N,)`, of widths `sigma_rels`, add up to one that was not, which ends at `step` (EDM2, arXiv 2312.02696,
+    Alg. 3): the least-squares fit of its profile by theirs. The `(N,)` coefficients sum to about 1."""
     ends = np.array([*steps, step], dtype=np.float64)
     powers = np.array([power_of(value) for value in [*sigma_rels, sigma_rel]])
     # Integral of the product of two profiles p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on [0, T].
@@ -242,14 +185,8 @@ def post_hoc_coefficients(
 
 
 def save_snapshots(ema: EMA, folder: Path, is_main_process: bool) -> None:
-    """
-    Stores the power-function averages, in float16 as EDM2 does; every process calls it.
-
-    Args:
-        ema ([`EMA`]): The averages.
-        folder (`Path`): Where to write `step-N-sigma-S.safetensors`.
-        is_main_process (`bool`): Whether this process writes.
-    """
+    """Stores the power-function averages as `step-N-sigma-S.safetensors`, in float16 as EDM2 does; every rank calls
+    it."""
     for index, profile in enumerate(ema.profiles):
         if profile.sigma_rel is not None:
             weights = ema.weights(index)
@@ -261,28 +198,14 @@ def save_snapshots(ema: EMA, folder: Path, is_main_process: bool) -> None:
 
 
 def later_snapshots(folder: Path, step: int) -> list[Path]:
-    """
-    Args:
-        folder (`Path`): Where [`save_snapshots`] wrote.
-        step (`int`): A step of the average.
-
-    Returns:
-        `list[Path]`: The snapshots of later steps.
-    """
+    """Those that [`save_snapshots`] wrote after a step of the average."""
     return [path for path in folder.glob("step-*-sigma-*.safetensors") if int(path.stem.split("-")[1]) > step]
 
 
 def rebuild(folder: Path, sigma_rel: float, step: int | None = None) -> dict[str, torch.Tensor]:
     """
-    The average of another width than those that were stored.
-
-    Args:
-        folder (`Path`): Where [`save_snapshots`] wrote.
-        sigma_rel (`float`): The wanted width.
-        step (`int`, *optional*): Where it ends. Defaults to the last step that was stored.
-
-    Returns:
-        `dict[str, torch.Tensor]`: float32 weights by parameter name.
+    float32 weights, by parameter name, of an average of another width than those that [`save_snapshots`] wrote; it ends at `step`, by default the
+    last that was stored.
 
     Raises:
         ValueError: if there are no snapshots, or none that late.

@@ -35,15 +35,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def open_accelerator(**kwargs: Any) -> Accelerator:
-    """
-    The accelerator of a script; `close_accelerator` ends it.
-
-    Args:
-        kwargs (`Any`): Of `Accelerator`.
-
-    Returns:
-        `Accelerator`: Its ranks wait up to two hours for one another.
-    """
+    """The accelerator of a script, whose ranks wait up to two hours for one another; `close_accelerator` ends it."""
     # A block that is compiled by itself is one graph: torch would cut it where DDP's buckets end, to overlap their reduction
     # with the rest of the graph, which blocks one by one do anyway.
     torch._dynamo.config.optimize_ddp = False
@@ -53,13 +45,8 @@ def open_accelerator(**kwargs: Any) -> Accelerator:
 
 
 def close_accelerator(accelerator: Accelerator) -> None:
-    """
-    Ends the trackers and the process group, with its threads, once all processes are here. No model that it prepared may be
-    referred to any more: return from the function that made it.
-
-    Args:
-        accelerator (`Accelerator`): Not used afterwards, but to ask which process this is.
-    """
+    """Ends the trackers and the process group, with its threads, once all ranks are here. No model that it prepared may be referred to any more:
+    return from the function that made it."""
     accelerator.wait_for_everyone()
     accelerator.end_training()
     accelerator.free_memory()
@@ -79,13 +66,8 @@ def end_process_group() -> None:
 
 
 def autocast_forward(model: torch.nn.Module, accelerator: Accelerator) -> None:
-    """
-    Makes a model's forward run under autocast, as accelerate does for every engine but FSDP2.
-
-    Args:
-        model (`torch.nn.Module`): Before `accelerator.prepare`.
-        accelerator (`Accelerator`): Its engine and precision decide; but for FSDP2 nothing is done.
-    """
+    """Makes a model's forward run under autocast, before `accelerator.prepare`, as accelerate does for every engine
+    but FSDP2."""
     dtype = _DTYPES.get(accelerator.mixed_precision)
     if accelerator.distributed_type == "FSDP" and dtype is not None:
         model.forward = torch.autocast(accelerator.device.type, dtype)(model.forward)
@@ -93,12 +75,7 @@ def autocast_forward(model: torch.nn.Module, accelerator: Accelerator) -> None:
 
 def check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
     """
-    Lets DDP, FSDP2 and DeepSpeed's ZeRO 1 and 2 pass, and gives them the precision that all have, and DeepSpeed what the
-    run's configuration says.
-
-    Args:
-        config ([`TrainingConfig`]): The run.
-        accelerator (`Accelerator`): As accelerate's configuration and the launcher made it.
+    Lets DDP, FSDP2 and DeepSpeed's ZeRO 1 and 2 pass; gives them the precision that all have, and DeepSpeed what the run's configuration says.
 
     Raises:
         ValueError: for an engine, a precision or an optimizer that would not train as it should, with what to set.

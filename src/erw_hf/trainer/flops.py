@@ -28,13 +28,8 @@ from erw_hf.objective import AlignedTransformer
 
 
 class Card(NamedTuple):
-    """
-    A GPU, from its maker's data sheet.
-
-    Args:
-        flops (`float`): Dense FLOP/s in bf16, without sparsity; in fp16 for GPUs older than bf16.
-        memory (`int`): GB of 10^9 bytes; of the smallest, where it comes in several sizes.
-    """
+    """A GPU, from its maker's data sheet: dense FLOP/s in bf16 without sparsity (in fp16 for GPUs older than bf16), and memory in GB of 10^9
+    bytes, of the smallest where it comes in several sizes."""
 
     flops: float
     memory: int
@@ -77,14 +72,8 @@ CARDS = {
 
 
 def card_of(name: str) -> Card | None:
-    """
-    Args:
-        name (`str`): What a driver calls a GPU, as `"NVIDIA A100-SXM4-80GB"`.
-
-    Returns:
-        [`Card`], *optional*: `None` for a GPU that [`CARDS`] does not know, for a part of one (MIG), and for a laptop's, which
-        has another chip under the same name.
-    """
+    """The GPU that a driver calls, for example, `"NVIDIA A100-SXM4-80GB"`; `None` if [`CARDS`] lacks it, for a part of one (MIG), and for a
+    laptop's, which has another chip under the same name."""
     if re.search(r"\b(MIG|Laptop|Max-Q)\b", name):
         return None
     found = [card for card in CARDS if re.search(rf"\b{card}\b", name)]
@@ -92,16 +81,8 @@ def card_of(name: str) -> Card | None:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """
-    What MFU is a share of.
-
-    Args:
-        device (`torch.device`): Where a run computes.
-
-    Returns:
-        `float`, *optional*: Dense bf16 FLOP/s of one GPU, whatever the precision of the run; `None` for one that
-        [`card_of`] does not know, and for CPUs.
-    """
+    """What MFU is a share of: dense bf16 FLOP/s of one GPU, whatever the precision of the run. `None` for CPUs and GPUs that [`card_of`] does
+    not know."""
     if device.type != "cuda":
         return None
     card = card_of(torch.cuda.get_device_name(device))
@@ -109,17 +90,9 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def count_step_flops(model: AlignedTransformer, encoders: Sequence[RepresentationEncoder]) -> int:
-    """
-    Floating-point operations of training on one image: forward and backward of the model and its projectors, forward of
-    the encoders. One multiply-add counts as two. Element-wise operations are not counted, as is usual.
-
-    Args:
-        model ([`AlignedTransformer`]): The model of a phase; in warmup mode only the blocks that run are counted.
-        encoders (`Sequence[RepresentationEncoder]`): The encoders that the step runs; may be empty.
-
-    Returns:
-        `int`: FLOPs for each image of a step. An optimizer step is not counted: it does not grow with the batch.
-    """
+    """FLOPs of training on one image: forward and backward of the model and its projectors, forward of the encoders that the step runs. In
+    warmup mode only the blocks that run count. One multiply-add counts as two; element-wise operations and the optimizer are not counted, as
+    is usual."""
     transformer: Any = model.transformer
     config = transformer.config
     # Recomputation by gradient checkpointing does not count, and it would run outside `functional_call`.
@@ -139,15 +112,7 @@ def count_step_flops(model: AlignedTransformer, encoders: Sequence[Representatio
 
 
 def count_encoder_flops(encoder: RepresentationEncoder) -> int:
-    """
-    Floating-point operations of the encoder's tokens of one image, counted as in [`count_step_flops`].
-
-    Args:
-        encoder ([`RepresentationEncoder`]): Any.
-
-    Returns:
-        `int`: FLOPs.
-    """
+    """FLOPs of the encoder's tokens of one image, counted as in [`count_step_flops`]."""
     with FlopCounterMode(display=False) as counter:
         images = torch.empty(1, 3, encoder.image_size, encoder.image_size, device="meta")
         functional_call(encoder, on_meta(encoder), (images,))
@@ -155,16 +120,8 @@ def count_encoder_flops(encoder: RepresentationEncoder) -> int:
 
 
 def count_vae_flops(vae: ModelMixin | None, image_size: int) -> int:
-    """
-    Floating-point operations of encoding one image, counted as in [`count_step_flops`].
-
-    Args:
-        vae (a diffusers autoencoder, *optional*): Its configuration is looked at alone.
-        image_size (`int`): Side of the image, in pixels.
-
-    Returns:
-        `int`: FLOPs; 0 without an autoencoder.
-    """
+    """FLOPs of encoding one image of `image_size` pixels, counted as in [`count_step_flops`]; 0 without an
+    autoencoder. Its weights are not read."""
     if vae is None:
         return 0
     with torch.device("meta"):

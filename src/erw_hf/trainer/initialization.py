@@ -66,14 +66,11 @@ def find_warmup(path_or_repo_id: str) -> Path:
 
 def load_warmup(path_or_repo_id: str, model_config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """
-    The state dict of a warmed-up [`AlignedTransformer`], for [`~warmup.hand_over`].
-
-    Args:
-        path_or_repo_id (`str`): A warmup that a run saved, in a folder or on the Hub, or a published `.pt` file of ERW.
-        model_config (`Mapping[str, Any]`): Arguments of the model that will start from it.
+    The state dict of a warmed-up [`AlignedTransformer`], for [`~warmup.hand_over`]: what a run saved, in a folder or on the Hub, or a published `.pt` file
+    of ERW.
 
     Raises:
-        ValueError: if it is not a warmup, or belongs to another model.
+        ValueError: if it is not a warmup, or does not fit the model of `model_config`.
     """
     path = Path(path_or_repo_id)
     if path.is_file():

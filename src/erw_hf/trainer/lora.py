@@ -28,15 +28,8 @@ from erw_hf.trainer.phase import Phase
 
 
 def save_lora(phase: Phase, id2label: Mapping[int, str] | None, base_model: str | None, folder: Path) -> None:
-    """
-    Writes the adapter with its averaged weights, the embeddings and names of the new classes, and a card.
-
-    Args:
-        phase ([`~trainer.phase.Phase`]): Of a run with `lora_rank`.
-        id2label (`Mapping[int, str]`, *optional*): Names of the classes.
-        base_model (`str`, *optional*): What `--init_from` named.
-        folder (`Path`): Where to write.
-    """
+    """Writes the adapter of a run with `lora_rank`, with its averaged weights, the embeddings and names of the new
+    classes, and a card."""
     assert phase.ema is not None
     averages = {name: tensor.cpu().contiguous() for name, tensor in phase.ema.weights().items()}
     layers = {name.replace(".default.", "."): tensor for name, tensor in averages.items() if ".lora_" in name}

@@ -72,13 +72,7 @@ def step_memory(
 
 
 def activation_bytes(config: TrainingConfig) -> float:
-    """
-    Args:
-        config ([`TrainingConfig`]): The run.
-
-    Returns:
-        `float`: Bytes that the blocks keep for the backward pass of one forward in bf16, and one block's while it goes back.
-    """
+    """Bytes that the blocks keep for the backward pass of one forward in bf16, and one block's while it goes back."""
     width = config.num_attention_heads * config.attention_head_dim
     numbers = config.train_batch_size * (config.token_grid**2 + (config.class_token_weight > 0)) * width
     block = kept_by_block(config)
@@ -88,14 +82,8 @@ def activation_bytes(config: TrainingConfig) -> float:
 
 
 def kept_by_block(config: TrainingConfig) -> float:
-    """
-    Args:
-        config ([`TrainingConfig`]): The run.
-
-    Returns:
-        `float`: Bytes for each token and channel, as `benchmarks/block_cost.py` counts them: eager, compiled, or compiled with
-        `activation_memory_budget`; torch stays a little below it.
-    """
+    """Bytes per token and channel, as `benchmarks/block_cost.py` counts them: eager, compiled, or compiled with `activation_memory_budget`; torch
+    stays a little below it."""
     qk_norm, swiglu = config.qk_norm != "none", config.activation_fn == "swiglu"
     if config.torch_compile == "no":
         return 52.0 + 16 * qk_norm + 8 * (config.norm_type == "rms_norm") + 5 * swiglu

@@ -29,16 +29,9 @@ from erw_hf.trainer.ema import whole_tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """
-    Momentum whose updates are orthogonalised (Jordan et al., 2024), what torch's own does, in fewer and larger kernels: matrices
-    of one shape are one stack, and each process orthogonalises its share of it. Processes must hold the same gradients.
-
-    Args:
-        matrices (`list[nn.Parameter]`): Weights of two dimensions.
-        lr (`float`): Learning rate; updates are scaled to the size of AdamW's (arXiv 2502.16982, Eq. 4).
-        weight_decay (`float`): Decoupled, as AdamW's.
-        momentum (`float`, *optional*, defaults to 0.95): Nesterov's.
-    """
+    """Momentum whose updates are orthogonalised (Jordan et al., 2024), what torch's own does, in fewer and larger kernels: matrices of one
+    shape are one stack, and each rank orthogonalises its share of it. Ranks must hold the same gradients. `lr` is scaled to the size of
+    AdamW's updates (arXiv 2502.16982, Eq. 4), `weight_decay` is decoupled, `momentum` is Nesterov's."""
 
     def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -77,15 +70,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized_together(matrices: torch.Tensor) -> torch.Tensor:
-    """
-    [`orthogonalized`]; each rank does its share.
-
-    Args:
-        matrices (`torch.Tensor` of shape `(n, rows, columns)`): The same on all processes.
-
-    Returns:
-        `torch.Tensor` of shape `(n, rows, columns)`: bfloat16, the same on all.
-    """
+    """[`orthogonalized`] of the same (n, rows, columns) on all ranks, each of which does its share; bfloat16, the same
+    on all."""
     processes = dist.get_world_size() if dist.is_initialized() else 1
     if processes == 1:
         return orthogonalized(matrices)
@@ -101,16 +87,8 @@ def orthogonalized_together(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
-    """
-    Five quintic Newton-Schulz iterations towards U V^T of M = U S V^T, with the coefficients of Jordan et al., whose singular
-    values end near 1.
-
-    Args:
-        matrices (`torch.Tensor` of shape `(n, rows, columns)`): Any.
-
-    Returns:
-        `torch.Tensor` of shape `(n, rows, columns)`: bfloat16.
-    """
+    """Five quintic Newton-Schulz iterations of each of (n, rows, columns) towards U V^T of M = U S V^T, with the coefficients of Jordan et al.,
+    whose singular values end near 1; bfloat16."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.bfloat16()
     x = x.mT if tall else x
@@ -123,17 +101,8 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """
-    Muon and AdamW as one optimizer, whose groups a learning-rate schedule moves together.
-
-    Args:
-        matrices (`list[nn.Parameter]`): For Muon: weights of two dimensions.
-        others (`list[nn.Parameter]`): For AdamW.
-        lr (`float`): Learning rate of both.
-        betas (`tuple[float, float]`): Of AdamW.
-        eps (`float`): Of AdamW.
-        weight_decay (`float`): Of both.
-    """
+    """Muon for matrices and AdamW for the others as one optimizer, whose groups a learning-rate schedule moves
+    together."""
 
     def __init__(
         self,
@@ -170,19 +139,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
 def clip_gradients(
     accelerator: Accelerator, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float
 ) -> torch.Tensor:
-    """
-    Clips gradients by their norm: on a GPU inside of the optimizer's step where it is AdamW and nothing is sharded or scaled,
-    which leaves out a pass over the gradients. There a gradient is divided where it was multiplied, so its last bit may differ.
-
-    Args:
-        accelerator (`Accelerator`): What prepared the model.
-        optimizer (`torch.optim.Optimizer`): That which steps next, as [`build_optimizer`] made it.
-        parameters (`list[nn.Parameter]`): Of the model, after `accelerator.prepare`.
-        max_norm (`float`): The norm to clip to.
-
-    Returns:
-        `torch.Tensor` of shape `()`: The norm before, on the device; `nan` or `inf` for gradients that are.
-    """
+    """Clips gradients by their norm, and returns the norm before, on the device; `nan` or `inf` for gradients that are. Where the optimizer is
+    AdamW on a GPU and nothing is sharded or scaled, its step clips, which saves a pass over the gradients. There a gradient is divided where
+    it was multiplied, so its last bit may differ."""
     fused = isinstance(optimizer, torch.optim.AdamW) and accelerator.scaler is None
     if fused and accelerator.device.type == "cuda" and accelerator.distributed_type in ("NO", "MULTI_GPU"):
         return clip_in_step(optimizer, parameters, max_norm)
@@ -191,17 +150,7 @@ def clip_gradients(
 
 
 def clip_in_step(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """
-    Has the next step of a fused AdamW clip the gradients as it reads them.
-
-    Args:
-        optimizer (`torch.optim.AdamW`): Fused.
-        parameters (`list[nn.Parameter]`): Whose gradients count.
-        max_norm (`float`): The norm to clip to.
-
-    Returns:
-        `torch.Tensor` of shape `()`: The norm before.
-    """
+    """Has the next step of a fused AdamW clip the gradients as it reads them; returns their norm before."""
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     # The kernel divides gradients by it, as GradScaler's; 1e-6 is `clip_grad_norm_`'s.
     optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1)  # type: ignore[attr-defined]
@@ -230,16 +179,8 @@ def build_optimizer(
 def build_lr_scheduler(
     optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """
-    Args:
-        optimizer (`torch.optim.Optimizer`): With the peak rate.
-        name (`str`): `"constant"`, `"linear"` or `"cosine"`; all rise linearly first.
-        warmup_steps (`int`): Steps of that rise.
-        steps (`int`): Steps of the phase; `"linear"` and `"cosine"` end at 0.
-
-    Returns:
-        `torch.optim.lr_scheduler.LambdaLR`: To be stepped after each step.
-    """
+    """The course of the learning rate over the `steps` of a phase: it rises linearly to the peak in `warmup_steps`, then stays (`"constant"`) or
+    falls to 0 (`"linear"`, `"cosine"`)."""
     name = "constant_with_warmup" if name == "constant" else name
     return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
 
@@ -247,14 +188,8 @@ def build_lr_scheduler(
 def restore_learning_rate(
     optimizer: torch.optim.Optimizer, lr_scheduler: torch.optim.lr_scheduler.LambdaLR, peak: float
 ) -> None:
-    """
-    Gives a loaded optimizer and schedule another peak rate than that of their checkpoint.
-
-    Args:
-        optimizer (`torch.optim.Optimizer`): Loaded.
-        lr_scheduler (`torch.optim.lr_scheduler.LambdaLR`): Loaded; its step holds.
-        peak (`float`): The peak rate.
-    """
+    """Gives a loaded optimizer and schedule another peak rate than that of their checkpoint; the schedule's step
+    holds."""
     lr_scheduler.base_lrs = [peak] * len(lr_scheduler.base_lrs)
     for group, factor in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
         group["initial_lr"] = peak

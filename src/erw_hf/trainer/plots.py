@@ -24,13 +24,7 @@ from erw_hf.trainer.run_record import read_metrics
 
 
 def plot_losses(metrics_path: str | os.PathLike[str], png_path: str | os.PathLike[str]) -> None:
-    """
-    Draws the losses of both phases against the images seen.
-
-    Args:
-        metrics_path (`str` or `os.PathLike`): A `metrics.jsonl`.
-        png_path (`str` or `os.PathLike`): The picture to write.
-    """
+    """Draws the losses of both phases in a `metrics.jsonl` against the images seen."""
     from matplotlib.figure import Figure  # the object interface needs no display and no global state
 
     records = read_metrics(metrics_path)
@@ -56,13 +50,8 @@ def plot_losses(metrics_path: str | os.PathLike[str], png_path: str | os.PathLik
 
 
 def plot_quality(records: list[dict[str, Any]], png_path: str | os.PathLike[str]) -> None:
-    """
-    Draws the measurements of a run, with their standard errors, against the images seen, one panel each.
-
-    Args:
-        records (`list[dict]`): Lines of `evaluations.jsonl`.
-        png_path (`str` or `os.PathLike`): The picture to write.
-    """
+    """Draws the measurements in the lines of `evaluations.jsonl`, with their standard errors, against the images seen,
+    one panel each."""
     from matplotlib.figure import Figure
 
     names = [name for name in ("fid", "accuracy") if any(record.get(name) is not None for record in records)]
@@ -77,15 +66,8 @@ def plot_quality(records: list[dict[str, Any]], png_path: str | os.PathLike[str]
 
 
 def plot_probes(probes: list[tuple[str, dict[str, Any]]], png_path: str | os.PathLike[str]) -> None:
-    """
-    Draws CKNNA and the linear probe's accuracy of every block, a line for each probe, the later the lighter; a column of
-    panels for each measure, a row for each flow time.
-
-    Args:
-        probes (`list[tuple[str, dict]]`):
-            Names (a step, for instance) and results of [`~evaluation.probes.probe_blocks`], one flow time each.
-        png_path (`str` or `os.PathLike`): The picture to write.
-    """
+    """Draws CKNNA and the linear probe's accuracy of every block: a column of panels for each measure, a row for each flow time, a line for each
+    probe, lighter the later it was. `probes` holds a name and a result of [`~evaluation.probes.probe_blocks`] for each line."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -115,17 +97,8 @@ def _smooth(values: tuple[float, ...]) -> np.ndarray:
 
 
 def image_grid(images: list[Image.Image], columns: int, min_side: int = 48) -> Image.Image:
-    """
-    Pastes images into a grid; small ones are magnified first, without smoothing.
-
-    Args:
-        images (`list[PIL.Image.Image]`): Images of one size, row by row.
-        columns (`int`): Images in a row.
-        min_side (`int`, *optional*, defaults to 48): Smallest side of an image in the grid, in pixels.
-
-    Returns:
-        `PIL.Image.Image`: The grid.
-    """
+    """Pastes images of one size into a grid, row by row; images smaller than `min_side` pixels are magnified first,
+    without smoothing."""
     from diffusers.utils import make_image_grid
 
     factor = max(1, math.ceil(min_side / images[0].width))

@@ -53,13 +53,7 @@ class RunLock:
         self._ended = threading.Event()
 
     def acquire(self) -> None:
-        """
-        Takes the folder.
-
-        Raises:
-            ValueError: if a live process owns it.
-            OSError: if it cannot be written to.
-        """
+        """Takes the folder; raises ValueError if a live process owns it, OSError if it cannot be written to."""
         while self._descriptor is None:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:

@@ -218,17 +218,8 @@ def load_vae(config: TrainingConfig, device: torch.device) -> tuple[ModelMixin |
 
 
 def vae_precision(device_type: str, mixed_precision: str) -> str:
-    """
-    What an autoencoder computes in, in a step; its weights stay float32. bf16 keeps 8 bits of a latent, as the model does that
-    reads it, and has the range of float32; fp16, which may overflow, is not taken. A latent cache is made in float32.
-
-    Args:
-        device_type (`str`): `"cuda"`, `"cpu"` ...
-        mixed_precision (`str`): Of the run.
-
-    Returns:
-        `str`: `"bf16"` or `"no"`.
-    """
+    """`"bf16"` or `"no"`: what an autoencoder computes in, in a step; its weights stay float32. bf16 keeps 8 bits of a latent, as the model does that reads
+    it, and has the range of float32; fp16, which may overflow, is not used. A latent cache is made in float32."""
     return "bf16" if device_type == "cuda" and mixed_precision == "bf16" else "no"
 
 

@@ -41,13 +41,7 @@ logger = get_logger(__name__)
 
 
 class Snapshots:
-    """
-    Created and called on all ranks, since weights may be sharded and images are measured together.
-
-    Args:
-        inputs ([`~trainer.setup.Inputs`]): The run.
-        progress ([`~trainer.checkpoints.Progress`]): How far it is.
-    """
+    """Created and called on all ranks, since weights may be sharded and images are measured together."""
 
     def __init__(self, inputs: Inputs, progress: Progress) -> None:
         config = inputs.config

@@ -60,19 +60,9 @@ class Step:
 
 
 class StepLog:
-    """
-    Logs a step while the next one runs, so that the host never waits for the device.
+    """Logs a step while the next one runs, so that the host never waits for the device.
 
-    Reasons to end a run travel with the losses in one reduction: SIGTERM to any rank, missing data on any rank, and a
-    gradient that stays non-finite.
-
-    Args:
-        inputs ([`~trainer.setup.Inputs`]): The run.
-        folder ([`~trainer.run_folder.RunFolder`]): Its folder.
-        progress ([`~trainer.checkpoints.Progress`]): How far it is, which is counted here.
-        batches ([`~trainer.batches.Batches`]): What it reads.
-        stop_requested (`Callable[[], bool]`): Whether this process got SIGTERM.
-    """
+    Reasons to end a run travel with the losses in one reduction: SIGTERM to any rank, missing data on any rank, and a gradient that stays non-finite."""
 
     def __init__(
         self,

@@ -32,24 +32,13 @@ TRACKER_FILES = ("events.out.tfevents.*", "*/events.out.tfevents.*", "*/hparams.
 
 
 def check_trackers(config: TrainingConfig, accelerator: Accelerator) -> None:
-    """
-    Args:
-        config ([`TrainingConfig`]): The run.
-        accelerator (`Accelerator`): Made with `log_with=config.report_to`.
-
-    Raises:
-        ValueError: if the tracker is not installed.
-    """
+    """Raises ValueError if a tracker of `report_to` is not installed."""
     if config.report_to != "none" and not accelerator.log_with:
         raise ValueError(f"report_to={config.report_to!r} is not installed: pip install it, or --report_to none")
 
 
 def start_trackers(config: TrainingConfig, accelerator: Accelerator) -> None:
-    """
-    Args:
-        config ([`TrainingConfig`]): The run; its keys become hyperparameters.
-        accelerator (`Accelerator`): Its trackers start, each as a [`ForgivingTracker`].
-    """
+    """Starts the trackers, each as a [`ForgivingTracker`]; the run's keys become hyperparameters."""
     if config.report_to != "none":
         # Numbers stay numbers on the trackers, so that runs can be sorted by them.
         hyperparameters = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in vars(config).items()}
@@ -58,13 +47,7 @@ def start_trackers(config: TrainingConfig, accelerator: Accelerator) -> None:
 
 
 def track_picture(accelerator: Accelerator, name: str, picture: Image.Image, step: int) -> None:
-    """
-    Args:
-        accelerator (`Accelerator`): Its trackers get the picture, if they take pictures.
-        name (`str`): Its name there.
-        picture (`PIL.Image.Image`): The picture.
-        step (`int`): Step of the run.
-    """
+    """Hands a picture of a step to the trackers that take pictures."""
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -72,12 +55,8 @@ def track_picture(accelerator: Accelerator, name: str, picture: Image.Image, ste
 
 
 class ForgivingTracker:
-    """
-    A tracker of accelerate whose failures cost only its own record. It warns at the first failure and keeps trying.
-
-    Args:
-        tracker (`GeneralTracker`): The tracker, started.
-    """
+    """A started tracker of accelerate whose failures cost only its own record. It warns at the first failure and keeps
+    trying."""
 
     def __init__(self, tracker: GeneralTracker) -> None:
         self._tracker = tracker
