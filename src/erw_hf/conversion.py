@@ -132,16 +132,8 @@ def convert_checkpoint(
 
 
 def build_model(converted: Converted) -> ERWTransformer2DModel:
-    """
-    Args:
-        converted ([`Converted`]): What was read.
-
-    Returns:
-        [`ERWTransformer2DModel`]: The model, float32, in evaluation mode.
-
-    Raises:
-        ValueError: for a warmup, and for tensors that do not fit.
-    """
+    """The model of what was read, float32, in evaluation mode. Raises ValueError for a warmup, and for tensors that do
+    not fit."""
     if converted.is_warmup:
         raise ValueError(
             "this checkpoint is a warmup, which has no final layer and no later blocks: give it to "

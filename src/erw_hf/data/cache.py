@@ -30,17 +30,8 @@ KEY_COLUMN = "key"  # what identifies the sample
 
 
 def check_cache(has_features: bool, encoders: Sequence[str], settings: Mapping[str, Any]) -> None:
-    """
-    Checks that a latent cache was made with the autoencoder, size and encoder of a run.
-
-    Args:
-        has_features (`bool`): Whether it holds an encoder's tokens.
-        encoders (`Sequence[str]`): What the run aligns with; may be empty.
-        settings (`Mapping[str, Any]`): The run's configuration.
-
-    Raises:
-        ValueError: if they differ, files are missing, or the run asks for what a cache cannot provide.
-    """
+    """Raises ValueError if a latent cache was not made with the autoencoder, size and encoder in a run's `settings`, if files are missing, or if the run asks
+    for what a cache cannot provide. `encoders` are what the run aligns with."""
     if has_features and len(encoders) > 1:
         raise ValueError(
             "a latent cache holds the tokens of one encoder: to align with several, make it without --encoder"

@@ -49,11 +49,7 @@ class BadImageError(ValueError):
 
 def read_file(path: str) -> bytes:
     """
-    Args:
-        path (`str`): A file, also in an archive or on the Hub, as `datasets` names it.
-
-    Returns:
-        `bytes`: Its content.
+    Content of a file, also in an archive or on the Hub, as `datasets` names it.
 
     Raises:
         BadImageError: if it lies in a damaged archive.
@@ -77,16 +73,11 @@ def image_name(encoded: dict[str, Any] | None) -> str:
 
 def decode_image(encoded: dict[str, Any] | None, retry_seconds: float = 300) -> tuple[Image.Image, bytes]:
     """
-    The first frame, upright by EXIF, scaled to 8 bit, transparency on white.
+    The first frame, upright by EXIF, scaled to 8 bit, transparency on white, in mode L or RGB; and its file's content.
 
     Args:
-        encoded (`dict`, *optional*):
-            `bytes`, or the `path` to read them from, as an undecoded image column of `datasets` has them.
-        retry_seconds (`float`, *optional*, defaults to 300):
-            How long to retry while the system or the Hub cannot read it.
-
-    Returns:
-        `tuple[PIL.Image.Image, bytes]`: The image, in mode L or RGB, and its file's content.
+        encoded (`dict`, *optional*): `bytes`, or the `path` to read them from, as an undecoded image column of `datasets` has them.
+        retry_seconds (`float`, *optional*, defaults to 300): How long to retry while the system or the Hub cannot read it.
 
     Raises:
         BadImageError: if there is no image, or none that can be decoded.
@@ -152,16 +143,7 @@ def _levels(values: np.ndarray) -> np.ndarray:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """
-    ADM's preprocessing (arXiv 2105.05233): the largest centred square, resized to `size`.
-
-    Args:
-        image (`PIL.Image.Image`): Any image.
-        size (`int`): Side of the result in pixels.
-
-    Returns:
-        `PIL.Image.Image`: The square image.
-    """
+    """ADM's preprocessing (arXiv 2105.05233): the largest centred square, resized to `size` pixels."""
     # Box-halving down to less than twice the size, then bicubic: what the reference statistics of FID were made with.
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
@@ -178,25 +160,11 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def prepare_image(image: Image.Image, size: int, channels: int) -> Image.Image:
-    """
-    Args:
-        image (`PIL.Image.Image`): What [`decode_image`] gave.
-        size (`int`): Side of the result in pixels.
-        channels (`int`): 3 for RGB, 1 for grey.
-
-    Returns:
-        `PIL.Image.Image`: Its [`center_crop`], in these colours.
-    """
+    """The [`center_crop`] of what [`decode_image`] gave, in RGB (3 channels) or grey (1)."""
     return center_crop(image.convert({1: "L", 3: "RGB"}[channels]), size)
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
-    """
-    Args:
-        image (`PIL.Image.Image`): What [`prepare_image`] gave.
-
-    Returns:
-        `torch.Tensor` of shape `(C, H, W)`, uint8: Its pixels.
-    """
+    """(C, H, W) uint8 pixels of what [`prepare_image`] gave."""
     pixels = np.asarray(image).reshape(image.height, image.width, -1)
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())

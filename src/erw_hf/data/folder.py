@@ -67,12 +67,7 @@ def say(to: logging.Logger, message: str, level: int = logging.WARNING) -> None:
 
 def find_label_column(columns: Iterable[str], wanted: str | None, class_columns: Iterable[str] = ()) -> str | None:
     """
-    The column of labels that the user named or that looks like one; `None` if none does.
-
-    Args:
-        columns (`Iterable[str]`): Columns of a dataset.
-        wanted (`str`, *optional*): The one that the user named.
-        class_columns (`Iterable[str]`, *optional*, defaults to `()`): Columns whose type holds classes.
+    The column of labels that the user named or that looks like one, `class_columns` among them; `None` if none does.
 
     Raises:
         ValueError: if the named column does not exist, or if columns look like labels but none has a usual name.
@@ -111,18 +106,15 @@ def read_image_folder(
     Reads which images a folder holds and their classes, and logs it.
 
     Args:
-        folder (`str`): The folder.
         label_column (`str`, *optional*): Column of `metadata.csv` (`.jsonl`, `.parquet`) that holds the labels.
         labelled (`bool`, *optional*, defaults to `True`): `False` if no labels are wanted, so that missing ones are fine.
 
     Returns:
-        `dict[str, datasets.Dataset]`, *optional*: The rows of each split, in the order of the paths or of the metadata:
-        `image` (undecoded paths), and `label` if there are classes. `None` for a folder with other files than images, or
-        with a `README.md` that says how to read it.
+        `dict[str, datasets.Dataset]`, *optional*: The rows of each split, in the order of the paths or of the metadata: `image` (undecoded paths), and
+        `label` if there are classes. `None` for a folder with other files than images, or with a `README.md` that says how to read it.
 
     Raises:
-        ValueError: for an ambiguous folder, for labels on disk that are not found, or for images of kinds that Pillow does
-            not read; with what to do.
+        ValueError: for an ambiguous folder, for labels on disk that are not found, or for images of kinds that Pillow does not read; with what to do.
         OSError: for folders that cannot be read.
     """
     listing = _list(folder)

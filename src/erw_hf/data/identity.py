@@ -35,18 +35,8 @@ from erw_hf.data.source import Source
 
 
 def data_identity(source: Source, dataset_name: str, retry_seconds: float = 300) -> dict[str, Any]:
-    """
-    Identifies the data of a run.
-
-    Args:
-        source ([`~data.source.Source`]): The data.
-        dataset_name (`str`): The name it was opened with.
-        retry_seconds (`float`, *optional*, defaults to 300): How long to retry while the system or the Hub fails.
-
-    Returns:
-        `dict[str, Any]`: `rows` (`None` for a stream), `classes` (names in order, or their number), `columns`, `fingerprint`;
-        it survives JSON.
-    """
+    """Identifies the data of a run: `rows` (`None` for a stream), `classes` (names in order, or their number),
+    `columns`, `fingerprint`; it survives JSON."""
     dataset, classes = source.dataset, list((source.id2label or {}).values())
     if dataset_name == "digits":
         parts: Iterator[bytes] = iter(())  # encoded anew at each start, depending on Pillow's version

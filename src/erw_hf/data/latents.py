@@ -49,16 +49,8 @@ def encode_moments(pixels: torch.Tensor, vae: ModelMixin) -> torch.Tensor:
 
 
 def check_finite(moments: torch.Tensor, name: str, vae: ModelMixin, samples: Sequence[object]) -> None:
-    """
-    Args:
-        moments (`torch.Tensor` of shape `(B, 2 c, h, w)`): What [`encode_moments`] gave, in the dtype that it is kept in.
-        name (`str`): What the autoencoder is called, for the message.
-        vae (a diffusers autoencoder): The autoencoder.
-        samples (`Sequence`): What identifies each sample.
-
-    Raises:
-        ValueError: if any of them holds NaN or infinity.
-    """
+    """Raises ValueError if moments `(B, 2 c, h, w)`, in the dtype that they are kept in, hold NaN or infinity; names
+    the samples and the autoencoder."""
     broken = ~moments.isfinite().flatten(1).all(dim=1)
     if broken.any():
         raise ValueError(
@@ -69,17 +61,8 @@ def check_finite(moments: torch.Tensor, name: str, vae: ModelMixin, samples: Seq
 
 
 def check_autoencoder(config: Mapping[str, object], name: str, in_channels: int) -> None:
-    """
-    Checks an autoencoder by its config alone.
-
-    Args:
-        config (`Mapping[str, object]`): Its `config.json`.
-        name (`str`): What it is called, for messages.
-        in_channels (`int`): Channels of the latents that the transformer takes.
-
-    Raises:
-        ValueError: if its latents have another number of channels, or their scale is unknown.
-    """
+    """Raises ValueError if an autoencoder, by its `config.json` alone, gives other than `in_channels` channels, or
+    latents of unknown scale."""
     channels = config.get("latent_channels") or config.get("encoder_hidden_size")
     if channels is not None and channels != in_channels:
         raise ValueError(

@@ -58,16 +58,8 @@ FATAL = (
 
 
 class Backoff:
-    """
-    Waits after failures, longer each time, and gives up at a deadline. Once one exists, `datasets` itself no longer retries in
-    this process.
-
-    Args:
-        seconds (`float`): How long to retry after the first failure.
-        listed (`bool`, *optional*, defaults to `False`):
-            The file existed before: if it is missing or denied now (`ENOENT`, `EACCES`), the system is at fault, and reading
-            is retried.
-    """
+    """Waits after failures, longer each time, and gives up `seconds` after the first. Once one exists, `datasets` itself no longer retries in this process.
+    `listed`: the file existed before, so if it is missing or denied now (`ENOENT`, `EACCES`), the system is at fault, and reading is retried."""
 
     def __init__(self, seconds: float, listed: bool = False) -> None:
         self.seconds = seconds
@@ -88,9 +80,6 @@ class Backoff:
     def failed(self, error: Exception) -> None:
         """
         Waits before the next attempt.
-
-        Args:
-            error (`Exception`): What happened.
 
         Raises:
             Exception: `error` itself, if waiting does not help.
@@ -113,15 +102,7 @@ class Backoff:
 
 def retried(seconds: float, call: Callable[[], Result], listed: bool = False) -> Result:
     """
-    Calls until it succeeds.
-
-    Args:
-        seconds (`float`): How long to retry after the first failure.
-        call (`Callable`): What to do.
-        listed (`bool`, *optional*, defaults to `False`): See [`Backoff`].
-
-    Returns:
-        What `call` returned.
+    Calls until it succeeds, for `seconds` after the first failure; see [`Backoff`].
 
     Raises:
         Exception: what `call` raised, if waiting does not help.
@@ -138,14 +119,7 @@ def retried(seconds: float, call: Callable[[], Result], listed: bool = False) ->
 @contextlib.contextmanager
 def hub_or_cache(name: str, what: str) -> Iterator[None]:
     """
-    Makes code that reads from the Hub answer within seconds: while the Hub is away, only this machine's cache is read.
-
-    Args:
-        name (`str`): Hub id or folder to read; a folder never asks the Hub.
-        what (`str`): Its name in messages, such as "encoder".
-
-    Returns:
-        `contextlib.AbstractContextManager`: The block to read in.
+    Makes code that reads from the Hub answer within seconds: while the Hub is away, only this machine's cache is read. `what` names it in messages.
 
     Raises:
         FileNotFoundError: if it can only be a local folder and does not exist.

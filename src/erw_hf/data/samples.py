@@ -36,17 +36,7 @@ IN_A_ROW = 10_000  # broken images after which the data as a whole is at fault
 
 
 def sample_rng(seed: int, epoch: int, key: str | int) -> np.random.Generator:
-    """
-    The random numbers of one sample in one epoch: the same on any rank, in any loader worker and after any restart.
-
-    Args:
-        seed (`int`): Seed of the run.
-        epoch (`int`): Epoch, from 0.
-        key (`str` or `int`): What identifies the sample in its dataset.
-
-    Returns:
-        `numpy.random.Generator`: A counter-based generator keyed by the three.
-    """
+    """The random numbers of one sample in one epoch: the same on any rank, in any loader worker and after any restart."""
     digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
@@ -102,18 +92,12 @@ class SampleMaker:
         features: bytes | None = None,
     ) -> dict[str, torch.Tensor]:
         """
-        Args:
-            image (`PIL.Image.Image`, *optional*): The image, of any mode and size.
-            label (`int`, *optional*): Its class.
-            epoch (`int`): Epoch, from 0.
-            key (`str` or `int`): What identifies the sample.
-            moments (`bytes`, *optional*): Moments from a latent cache.
-            features (`bytes`, *optional*): An encoder's tokens from a latent cache.
+        A sample of an image of any mode and size, or of what a latent cache holds of it.
 
         Returns:
-            `dict[str, torch.Tensor]`: `pixels` (C, H, W) uint8 if there is an image, `label`, `drop`, `time_normal`,
-            `noise` (c, h, w), `posterior_noise` (c, h, w), with a class token `class_noise` (E,), with hidden tokens
-            `hidden` (N,) bool and, from a cache, `moments` (2 c, h, w) float16 and `features` (N D,) bfloat16.
+            `dict[str, torch.Tensor]`: `pixels` (C, H, W) uint8 if there is an image, `label`, `drop`, `time_normal`, `noise` (c, h, w), `posterior_noise`
+            (c, h, w), with a class token `class_noise` (E,), with hidden tokens `hidden` (N,) bool and, from a cache, `moments` (2 c, h, w) float16 and
+            `features` (N D,) bfloat16.
         """
         rng = sample_rng(self.seed, epoch, key)
         # The order of the draws is part of the reproducibility promise: append, never insert.
@@ -153,17 +137,8 @@ def read_row(
     source: Source, index: int, retry_seconds: float = 300, skipped: int = 0
 ) -> tuple[int, dict[str, Any], Image.Image | None, int]:
     """
-    A row and its image. A broken row is named in the log and replaced by the next readable one, so that batches keep
-    their size and a resumed run keeps its order.
-
-    Args:
-        source ([`~data.source.Source`]): Data that is not streamed.
-        index (`int`): Which row.
-        retry_seconds (`float`, *optional*, defaults to 300): How long to retry while the system fails.
-        skipped (`int`, *optional*, defaults to 0): Rows skipped before, for the log.
-
-    Returns:
-        `tuple[int, dict, PIL.Image.Image | None, int]`: Number of the row, the row, its image, rows skipped so far.
+    Number of a row, the row, its image, and rows skipped so far. A broken row is named in the log and replaced by the next readable one, so that batches
+    keep their size and a resumed run keeps its order.
 
     Raises:
         ValueError: if no row is readable, or `IN_A_ROW` rows in a row are not.
@@ -189,13 +164,7 @@ def read_row(
 
 
 class TrainingSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """
-    Training samples of a dataset that is not streamed, read in any order.
-
-    Args:
-        maker ([`SampleMaker`]): Makes samples of rows.
-        retry_seconds (`float`, *optional*, defaults to 300): How long to retry while the system fails.
-    """
+    """Training samples of a dataset that is not streamed, read in any order."""
 
     def __init__(self, maker: SampleMaker, retry_seconds: float = 300) -> None:
         self.maker = maker
@@ -214,23 +183,10 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 class StepSampler(torch.utils.data.Sampler[list[tuple[int, int]]]):
-    """
-    The batches of one rank as a pure function of the step, so that resuming needs only the step.
+    """The batches of one rank as a pure function of the step, so that resuming needs only the step.
 
-    The run reads an endless sequence of positions; each epoch is a fresh permutation. Step s takes the positions
-    `[s B, (s + 1) B)`, where B is the batch over all ranks and accumulation steps. So a step has the same samples however
-    B is divided.
-
-    Args:
-        num_samples (`int`): Rows of the dataset.
-        batch_size (`int`): Samples per rank and forward pass.
-        accumulation_steps (`int`): Forward passes per step.
-        num_processes (`int`): Number of ranks.
-        process_index (`int`): This rank.
-        start_step (`int`): First step, counted from 0.
-        end_step (`int`): Step after the last one.
-        seed (`int`): Seed of the run.
-    """
+    The run reads an endless sequence of positions; each epoch is a fresh permutation. Step s takes the positions `[s B, (s + 1) B)`, where B is the batch
+    over all ranks and accumulation steps. So a step has the same samples however B is divided."""
 
     def __init__(
         self,

@@ -58,15 +58,14 @@ class RowReader:
     """
     The rows of one epoch of a stream, despite network failures and broken shards.
 
-    Failures are retried with back-off. A truncated shard is counted, named and abandoned where it breaks, and reading
-    continues with the next one. Neither changes the order of the other rows, so such a run also resumes exactly.
+    Failures are retried with back-off. A truncated shard is counted, named and abandoned where it breaks, and reading continues with the next one. Neither
+    changes the order of the other rows, so such a run also resumes exactly.
 
     Args:
         dataset (`datasets.IterableDataset`): The stream; its epoch is set.
         state (`dict`, *optional*): Where to begin, from `state_dict`; `None` begins the epoch.
         retry_seconds (`float`): How long to retry while no row comes.
-        stride (`int`, *optional*, defaults to 1): Return only every `stride`-th row.
-        first (`int`, *optional*, defaults to 0): The first row to return, less than `stride`.
+        stride (`int`, *optional*, defaults to 1): Return only every `stride`-th row, from `first`.
         image_column (`str`, *optional*): Column of undecoded images; if they are paths, the files are read.
     """
 
@@ -104,16 +103,8 @@ class RowReader:
         return {"upstream": self._upstream(), "row": self._row}
 
     def read(self, count: int) -> list[dict[str, Any]]:
-        """
-        Args:
-            count (`int`): Rows to read.
-
-        Returns:
-            `list[dict]`: The rows; fewer at the end of the epoch, none after it.
-
-        Raises:
-            ConnectionError: if no row came for `retry_seconds`.
-        """
+        """Up to `count` rows; fewer at the end of the epoch, none after it. Raises ConnectionError if no row came for
+        `retry_seconds`."""
         rows: list[dict[str, Any]] = []
         backoff = Backoff(self.retry_seconds, listed=True)
         while True:
@@ -173,20 +164,10 @@ def _innermost(state: dict[str, Any]) -> dict[str, Any]:
 
 
 class StreamingSamples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
-    """
-    An endless stream of one rank's training samples, epoch after epoch, each in another order.
+    """An endless stream of one rank's training samples, epoch after epoch, each in another order; `block` rows are shuffled together.
 
-    Each sample comes exactly once per epoch over all ranks and workers. Its random draws depend on the seed, the epoch and
-    the image's own bytes, so the numbers of ranks and workers do not change them. A file that is not a readable image is
-    skipped, counted and named in the log.
-
-    Args:
-        maker ([`SampleMaker`]): Makes samples from rows; its source is a stream.
-        num_processes (`int`): Number of ranks.
-        process_index (`int`): This rank.
-        block (`int`, *optional*, defaults to 1000): Rows shuffled together.
-        retry_seconds (`float`, *optional*, defaults to 300): How long to retry while no data comes.
-    """
+    Each sample comes exactly once per epoch over all ranks and workers. Its random draws depend on the seed, the epoch and the image's own bytes, so the
+    numbers of ranks and workers do not change them. A file that is not a readable image is skipped, counted and named in the log."""
 
     def __init__(
         self,
@@ -214,12 +195,7 @@ class StreamingSamples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]
         return dict(self._state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
-        Moves the stream to a position.
-
-        Args:
-            state (`dict`): A state from `state_dict`.
-        """
+        """Moves the stream to a position that `state_dict` gave."""
         self._state = dict(state)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -288,20 +264,8 @@ class StreamingSamples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]
 def stream_loader(
     samples: StreamingSamples, batch_size: int, num_workers: int, pin_memory: bool, state: dict[str, Any] | None
 ) -> StatefulDataLoader:
-    """
-    A loader whose `state_dict` says exactly which sample comes next, prefetched batches included.
-
-    Args:
-        samples ([`StreamingSamples`]): One rank's stream.
-        batch_size (`int`): Samples per batch.
-        num_workers (`int`):
-            Loader processes; reduced to the number of shards, since a worker without a shard would wait for ever.
-        pin_memory (`bool`): Allocate batches in pinned memory, from which CUDA copies fastest.
-        state (`dict`, *optional*): State of an earlier loader with the same number of workers.
-
-    Returns:
-        `StatefulDataLoader`: The loader.
-    """
+    """A loader whose `state_dict` says exactly which sample comes next, prefetched batches included. `num_workers` is reduced to the number of shards, since a
+    worker without a shard would wait for ever; `state` is of a loader with the same number of workers."""
     num_workers = min(num_workers, samples.dataset.num_shards)
     loader = StatefulDataLoader(samples, batch_size=batch_size, num_workers=num_workers, pin_memory=pin_memory)
     if state is not None:

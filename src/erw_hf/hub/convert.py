@@ -36,15 +36,8 @@ __all__ = ["convert_checkpoint", "main"]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """
-    The command line.
-
-    Args:
-        arguments (`list[str]`, *optional*): Arguments. Defaults to `sys.argv[1:]`.
-
-    Raises:
-        SystemExit: with a message, for a checkpoint that cannot be converted or written; nothing is written then.
-    """
+    """The command line. For a checkpoint that cannot be converted or written, it ends with a message and writes
+    nothing."""
     parser = argparse.ArgumentParser(prog="python -m erw_hf.hub.convert", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help=".pt or .safetensors file")
     parser.add_argument("--output_dir", required=True, help="folder for the model and projectors.safetensors")

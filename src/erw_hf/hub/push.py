@@ -59,13 +59,8 @@ RECORD_FILES = (
 
 
 class BackgroundPush:
-    """
-    Pushes snapshots while a run continues, by `python -m erw_hf.hub.push` in a separate process.
-
-    Args:
-        run_dir (`str` or `os.PathLike`): Folder of the run.
-        resume_step (`int`): Step at which the run starts; snapshots of later steps belong to a run that was given up.
-    """
+    """Pushes snapshots while a run continues, by `python -m erw_hf.hub.push` in a separate process. Snapshots after `resume_step` belong to a run that was
+    given up."""
 
     def __init__(self, run_dir: str | os.PathLike[str], resume_step: int) -> None:
         self.run_dir = Path(run_dir)
@@ -83,14 +78,8 @@ class BackgroundPush:
         return f"python -m erw_hf.hub.push {self.run_dir}"
 
     def submit(self, step: int, write_pipeline: Callable[[Path], None] | None, checkpoint: Path | None) -> None:
-        """
-        Takes a snapshot and starts its push. It replaces a snapshot that still waits.
-
-        Args:
-            step (`int`): Steps so far.
-            write_pipeline (`Callable`, *optional*): Writes the pipeline into a folder; `None` if there is none yet.
-            checkpoint (`Path`, *optional*): Checkpoint to push with it.
-        """
+        """Takes a snapshot and starts its push. It replaces a snapshot that still waits. `write_pipeline` writes into
+        a folder; `None` if there is no pipeline yet."""
         self._staged = False
         try:
             stage(self.run_dir, step, write_pipeline, checkpoint)
@@ -118,15 +107,7 @@ class BackgroundPush:
 
 
 def stage(run_dir: Path, step: int, write_pipeline: Callable[[Path], None] | None, checkpoint: Path | None) -> Path:
-    """
-    Puts a snapshot into a run's queue, complete or not at all. Files that never change are hard links.
-
-    Args:
-        run_dir (`Path`): Folder of the run.
-        step (`int`): Steps so far.
-        write_pipeline (`Callable`, *optional*): Writes the pipeline into a folder; `None` if there is none yet.
-        checkpoint (`Path`, *optional*): Checkpoint to push with it.
-    """
+    """Puts a snapshot into a run's queue, complete or not at all. Files that never change are hard links."""
     final, temporary = run_dir / "hub" / f"step-{step}", run_dir / "hub" / ".writing"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -164,17 +145,8 @@ def _queue(run_dir: Path) -> list[Path]:
 
 
 def push_run(run_dir: Path, repo_id: str | None = None, private: bool = False) -> None:
-    """
-    Pushes the snapshot that waits in a run's queue or, without one, the finished run.
-
-    Args:
-        run_dir (`Path`): Folder of the run.
-        repo_id (`str`, *optional*): Hub id; by default the config's `hub_model_id`, otherwise the folder's name.
-        private (`bool`, *optional*, defaults to `False`): Make the repo private.
-
-    Raises:
-        ValueError: if there is nothing to push, or it cannot be pushed.
-    """
+    """Pushes the snapshot that waits in a run's queue or, without one, the finished run; by default to the config's `hub_model_id`, otherwise the folder's name.
+    Raises ValueError if there is nothing to push, or it cannot be pushed."""
     (run_dir / "hub").mkdir(exist_ok=True)
     with (run_dir / "hub" / ".lock").open("w") as lock:
         try:
@@ -320,12 +292,7 @@ def push_cache(folder: Path, repo_id: str, private: bool = False) -> None:
 
 
 def main() -> None:
-    """
-    `python -m erw_hf.hub.push`.
-
-    Raises:
-        SystemExit: with the reason, if nothing was pushed.
-    """
+    """`python -m erw_hf.hub.push`."""
     parser = argparse.ArgumentParser(
         prog="python -m erw_hf.hub.push",
         description="Push a run, its warmup or a latent cache to the Hub, or finish a push that was interrupted.",

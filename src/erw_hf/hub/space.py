@@ -29,21 +29,8 @@ FILES = ("app.py", "README.md", "requirements.txt")  # required
 
 
 def publish_space(model: str, space: str, folder: Path = DEMO, private: bool = False) -> str:
-    """
-    Creates or updates a Space that serves a model.
-
-    Args:
-        model (`str`): Hub id of a pushed pipeline.
-        space (`str`): Hub id of the Space.
-        folder (`Path`, *optional*, defaults to `spaces/erw` of the checkout): The demo.
-        private (`bool`, *optional*, defaults to `False`): Make the Space private.
-
-    Returns:
-        `str`: The Space's id, with its namespace.
-
-    Raises:
-        ValueError: if the model is not a pipeline on the Hub, the demo is missing, or the Space cannot be pushed to.
-    """
+    """Creates or updates a Space that serves a pushed pipeline, and returns its id with its namespace. Raises ValueError if the model is not a pipeline on the
+    Hub, the demo is missing, or the Space cannot be pushed to."""
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} lacks {missing}: name the folder `spaces/erw` of a checkout with --folder")
@@ -64,12 +51,7 @@ def publish_space(model: str, space: str, folder: Path = DEMO, private: bool = F
 
 
 def main() -> None:
-    """
-    `python -m erw_hf.hub.space`.
-
-    Raises:
-        SystemExit: with the reason, if nothing was published.
-    """
+    """`python -m erw_hf.hub.space`."""
     parser = argparse.ArgumentParser(prog="python -m erw_hf.hub.space", description="Publish the demo of a model.")
     parser.add_argument("--model", required=True, help="Hub id of a pushed pipeline")
     parser.add_argument("--space", required=True, help="Hub id of the Space")

@@ -42,16 +42,8 @@ Result = TypeVar("Result")
 
 def prepare_repo(repo_id: str, private: bool = False, repo_type: str = "model", **kwargs: Any) -> str:
     """
-    Creates a repo, or checks that it can be pushed to. The trainer calls it before its first step.
-
-    Args:
-        repo_id (`str`): Hub id; without a namespace it is the user's.
-        private (`bool`, *optional*, defaults to `False`): Make it private. An existing repo stays as it is.
-        repo_type (`str`, *optional*, defaults to `"model"`): `"model"`, `"dataset"` or `"space"`.
-        kwargs: Arguments of [`~huggingface_hub.HfApi.create_repo`].
-
-    Returns:
-        `str`: The id with its namespace.
+    Creates a repo, or checks that it can be pushed to, and returns its id with its namespace. The trainer calls it before its first step. An existing repo
+    stays as private as it is. `kwargs` are those of [`~huggingface_hub.HfApi.create_repo`].
 
     Raises:
         ValueError: if there is no token, no permission, no connection, or something else with this name.
@@ -98,18 +90,8 @@ def _check_content(api: HfApi, repo_id: str, repo_type: str) -> None:
 
 
 def retry(call: Callable[[], Result]) -> Result:
-    """
-    Calls, and retries with growing pauses if that may help.
-
-    Args:
-        call (`Callable`): A request to the Hub that is safe to repeat.
-
-    Returns:
-        `Any`: What it returns.
-
-    Raises:
-        HfHubHTTPError: or whatever else the last attempt raised.
-    """
+    """Makes a request to the Hub that is safe to repeat, and retries with growing pauses if that may help; raises what
+    the last attempt raised."""
     for seconds in (*RETRY_SECONDS, None):
         try:
             return call()
@@ -130,20 +112,8 @@ def retry(call: Callable[[], Result]) -> Result:
 
 
 def upload(folder: Path, repo_id: str, message: str, repo_type: str = "model", replaced: Collection[str] = ()) -> str:
-    """
-    Uploads a folder as one commit, retrying with growing pauses. What is already on the Hub is not sent again.
-
-    Args:
-        folder (`Path`): The files. In each of its subfolders, files of the repo that it lacks are removed.
-        repo_id (`str`): Hub id.
-        message (`str`): Message of the commit.
-        repo_type (`str`, *optional*, defaults to `"model"`): `"model"`, `"dataset"` or `"space"`.
-        replaced (`Collection[str]`, *optional*, defaults to `()`):
-            Other files of the repo that are removed if the folder lacks them.
-
-    Returns:
-        `str`: Address of the commit.
-    """
+    """Uploads a folder as one commit, retrying with growing pauses, and returns the commit's address. What is already on the Hub is not sent again. Files of the
+    repo that the folder lacks are removed from each of its subfolders, and those in `replaced`."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     folders = tuple({name.split("/")[0] + "/" for name in paths if "/" in name})
 
