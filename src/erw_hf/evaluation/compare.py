@@ -30,14 +30,7 @@ ERRORS = 2.0  # how many standard errors of the difference count as one
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line.
-
-    Args:
-        arguments (`list[str]`, *optional*): Arguments. Defaults to `sys.argv[1:]`.
-
-    Raises:
-        SystemExit: with a message, for what is not a record.
-    """
+    """The command line; ends with a message for what is not a record."""
     parser = argparse.ArgumentParser(prog="python -m erw_hf.evaluation.compare", description=__doc__.splitlines()[0])
     parser.add_argument("records", nargs=2, metavar="RECORD", help="evaluation.json")
     records = []
@@ -52,29 +45,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def differs(value: float, error: float, other: float, other_error: float) -> bool:
-    """
-    Args:
-        value (`float`): A number.
-        error (`float`): Its standard error.
-        other (`float`): The same number of another model.
-        other_error (`float`): Its standard error.
-
-    Returns:
-        `bool`: Whether they are two standard errors of their difference apart, 1 in 20 by chance. The errors of models that were
-        drawn with one seed are not independent; as a rule their difference is surer than that.
-    """
+    """Whether two numbers are two standard errors of their difference apart, 1 in 20 by chance. The errors of models that were drawn with one seed are not
+    independent; as a rule their difference is surer than that."""
     return abs(value - other) > ERRORS * math.hypot(error, other_error)
 
 
 def protocol_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """
-    Args:
-        first (`Mapping`): A record.
-        second (`Mapping`): Another.
-
-    Returns:
-        `list[str]`: A line for each difference: settings, reference and extractor first, then weights, versions and hardware.
-    """
+    """A line for each difference of two records: settings, reference and extractor first, then weights, versions and
+    hardware."""
     lines = []
     for part in PARTS:
         old, new = first.get(part) or {}, second.get(part) or {}
@@ -87,19 +65,8 @@ def protocol_differences(first: Mapping[str, Any], second: Mapping[str, Any]) ->
 
 
 def compare_records(first: Mapping[str, Any], second: Mapping[str, Any], tolerance: float = SAME) -> tuple[bool, str]:
-    """
-    Compares two evaluations, of two models or of one that is evaluated again.
-
-    Of unequal numbers of samples the numbers less their bias are compared, where both records have it.
-
-    Args:
-        first (`Mapping`): A record.
-        second (`Mapping`): Another.
-        tolerance (`float`, *optional*, defaults to 1e-6): Relative difference that still counts as the same.
-
-    Returns:
-        `tuple[bool, str]`: Whether all metrics of the first are the same in the second, and the text.
-    """
+    """Compares two evaluations, of two models or of one that is evaluated again: whether all metrics of the first are the same in the second, up to a relative
+    `tolerance`, and the text. Of unequal numbers of samples the numbers less their bias are compared, where both records have it."""
     lines, same = protocol_differences(first, second), True
     counts = [(record.get("settings") or {}).get("num_samples") for record in (first, second)]
     head = f"{'metric':22}{'first':>16}{'error':>10}{'second':>16}{'error':>10}{'difference':>12}"

@@ -103,13 +103,8 @@ class InceptionExtractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """
-        Args:
-            images (`torch.Tensor` of shape `(B, 3, H, W)`, uint8): Images; the graph's own resize makes them 299 px.
-
-        Returns:
-            `dict[str, torch.Tensor]`: `pool` (B, 2048), `spatial` (B, 2023) and `logits` (B, 1008), float32.
-        """
+        """(B, 3, H, W) uint8 images, which the graph's own resize makes 299 px, to `pool` (B, 2048), `spatial` (B,
+        2023) and `logits` (B, 1008), float32."""
         pool, logits = self.inception(images)
         return {"pool": pool, "spatial": self._spatial.float(), "logits": logits}
 
@@ -145,13 +140,7 @@ class ClassifierExtractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """
-        Args:
-            images (`torch.Tensor` of shape `(B, 3, H, W)`, uint8): Images.
-
-        Returns:
-            `dict[str, torch.Tensor]`: `pool` (B, D) and `logits` (B, classes), float32.
-        """
+        """(B, 3, H, W) uint8 images to `pool` (B, D) and `logits` (B, classes), float32."""
         pixels = _resize(images, self.size)
         pool = self.model.resnet((pixels - self.mean) / self.std).pooler_output.flatten(1)
         return {"pool": pool, "logits": self.model.classifier(pool)}
@@ -198,13 +187,7 @@ class RepresentationExtractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """
-        Args:
-            images (`torch.Tensor` of shape `(B, 3, H, W)`, uint8): Images.
-
-        Returns:
-            `dict[str, torch.Tensor]`: The name -> (B, D), float32.
-        """
+        """(B, 3, H, W) uint8 images to the name's (B, D), float32."""
         output = self.model(pixel_values=(_resize(images, self.size) - self.mean) / self.std)
         features = output.last_hidden_state
         network = getattr(self.model, "timm_model", getattr(self.model, "embeddings", None))
@@ -222,14 +205,8 @@ class RepresentationExtractor(nn.Module):
 
 
 def describe_extractors(extractors: Sequence[nn.Module], names: Sequence[str]) -> dict[str, object]:
-    """
-    Args:
-        extractors (`Sequence[torch.nn.Module]`): Networks; the first is Inception or a classifier.
-        names (`Sequence[str]`): Hub id or path of each.
-
-    Returns:
-        `dict[str, object]`: What a record says of them: names, hashes, sizes, normalisation and precision as applied.
-    """
+    """What a record says of extractors, the first of them Inception or a classifier: names (Hub ids or paths), hashes, sizes, normalisation and precision as
+    applied."""
     described: dict[str, object] = {
         "name": names[0], "sha256": weights_hash(extractors[0]), "precision": "float32 without TF32, sums in float64",
     }  # fmt: skip
@@ -245,14 +222,7 @@ def describe_extractors(extractors: Sequence[nn.Module], names: Sequence[str]) -
 
 
 def load_extractor(name: str, inception_weights: str | None = None) -> nn.Module:
-    """
-    Args:
-        name (`str`): `"inception"`, or the folder or Hub id of a [`ClassifierExtractor`].
-        inception_weights (`str`, *optional*): See [`InceptionExtractor`].
-
-    Returns:
-        `torch.nn.Module`: The extractor, whose `layers` name its features.
-    """
+    """Inception, or the [`ClassifierExtractor`] of a folder or Hub id; its `layers` name its features."""
     return InceptionExtractor(inception_weights) if name == "inception" else ClassifierExtractor(name)
 
 

@@ -36,12 +36,7 @@ from erw_hf.processes import done_by_all
 
 
 class FeatureStatistics:
-    """
-    Mean and covariance of features that arrive in batches: only float64 sums are kept.
-
-    Args:
-        dim (`int`): Width D of the features.
-    """
+    """Mean and covariance of features of width `dim` that arrive in batches: only float64 sums are kept."""
 
     def __init__(self, dim: int) -> None:
         self.count = 0
@@ -49,32 +44,20 @@ class FeatureStatistics:
         self.products = torch.zeros(dim, dim, dtype=torch.float64)
 
     def update(self, features: torch.Tensor) -> None:
-        """
-        Args:
-            features (`torch.Tensor` of shape `(B, D)`): More features.
-        """
+        """Adds features, (B, D)."""
         features = features.cpu().double()
         self.count += len(features)
         self.sum += features.sum(dim=0)
         self.products += features.T @ features
 
     def merge(self, other: "FeatureStatistics") -> None:
-        """
-        Args:
-            other ([`FeatureStatistics`]): Of other samples.
-        """
+        """Adds those of other samples."""
         self.count += other.count
         self.sum += other.sum
         self.products += other.products
 
     def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
-        """
-        Returns:
-            `tuple[numpy.ndarray, numpy.ndarray]`: Mean (D,) and unbiased covariance (D, D), as of `numpy.cov`.
-
-        Raises:
-            ValueError: for fewer than 2 samples.
-        """
+        """Mean (D,) and unbiased covariance (D, D), as of `numpy.cov`. Raises ValueError for fewer than 2 samples."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, there are {self.count}")
         mean = self.sum / self.count
@@ -97,16 +80,8 @@ class Features:
     seconds: dict[str, float]
 
     def layer(self, name: str) -> torch.Tensor:
-        """
-        Args:
-            name (`str`): A layer that was kept, or `"labels"`.
-
-        Returns:
-            `torch.Tensor` of shape `(N, ...)`: Of every image, in order.
-
-        Raises:
-            FileNotFoundError: if it was not kept.
-        """
+        """A layer that was kept, or `"labels"`: (N, ...) of every image, in order. Raises FileNotFoundError if it was
+        not kept."""
         files = sorted(self.folder.glob(f"{name}-*.npy"))
         if not files:
             raise FileNotFoundError(f"the features {name!r} were not kept in {self.folder}")
@@ -126,23 +101,18 @@ def extract_features(
     description: str = "images",
 ) -> Features:
     """
-    Reads images and sums up their features. All ranks call it, and each takes whole batches: batch b holds the images
-    `[b B, (b + 1) B)`, whatever the number of ranks. Finished work is kept in `folder`, which all ranks must see; a call
-    after a kill continues there, and with the same number of ranks its sums are bitwise the uninterrupted ones.
+    Reads images and sums up their features. All ranks call it, and each takes whole batches: batch b holds the images `[b B, (b + 1) B)`, whatever the
+    number of ranks. Finished work is kept in `folder`, which all ranks must see; a call after a kill continues there, and with the same number of ranks
+    its sums are bitwise the uninterrupted ones.
 
     Args:
-        images ([`ImageSet`]): The images.
-        extractors (`Sequence[torch.nn.Module]`): Networks, on the accelerator's device.
-        accelerator (`Accelerator`): The processes.
-        folder (`str` or `os.PathLike`): Folder for the work.
-        batch_size (`int`): Images of one batch.
         keep (`Sequence[str]`, *optional*, defaults to `()`): Layers whose features are to be kept, in files.
         save_steps (`int`, *optional*, defaults to 10): Batches between two saves of the sums.
         write (`Callable`, *optional*): Called with the indices and the pixels of each batch.
         description (`str`, *optional*, defaults to `"images"`): Name of the progress bar.
 
     Returns:
-        [`Features`]: On every process.
+        [`Features`]: On every rank.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

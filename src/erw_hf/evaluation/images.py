@@ -50,18 +50,8 @@ class ImageSet:
 
 
 def sample_label(seed: int, index: int, num_classes: int, labels: str) -> int:
-    """
-    The class of a sample, by its index alone.
-
-    Args:
-        seed (`int`): Seed of the evaluation.
-        index (`int`): Which sample.
-        num_classes (`int`): Number of classes; 0 for an unconditional model.
-        labels (`str`): `"random"`: uniform, as SiT, REPA and ERW; `"balanced"`: each class in turn.
-
-    Returns:
-        `int`: The class; 0, the null class, for an unconditional model.
-    """
+    """The class of a sample, by its index alone: `"random"` is uniform, as SiT, REPA and ERW; `"balanced"` takes each class in turn. 0, the null class, for an
+    unconditional model."""
     if num_classes == 0:
         return 0
     if labels == "balanced":
@@ -70,16 +60,7 @@ def sample_label(seed: int, index: int, num_classes: int, labels: str) -> int:
 
 
 def sample_generator(seed: int, index: int) -> torch.Generator:
-    """
-    The noise of a sample, by its index alone: on the CPU, so that every device draws the same.
-
-    Args:
-        seed (`int`): Seed of the evaluation.
-        index (`int`): Which sample.
-
-    Returns:
-        `torch.Generator`: Its generator.
-    """
+    """The noise of a sample, by its index alone: on the CPU, so that every device draws the same."""
     # torch's generator takes the low 32 bits of a seed: hashes of (seed, index) would collide among 50 000 samples.
     first = int(sample_rng(seed, 0, "noise").integers(2**32))
     return torch.Generator().manual_seed((first + index) % 2**32)
@@ -95,26 +76,9 @@ def generated_images(
     guidance_interval: tuple[float, float] = (0.0, 0.7),
     autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> ImageSet:
-    """
-    Images that a pipeline draws, each a function of (seed, index). The last bits of an image also depend on the batch
-    that it is drawn in, as those of any batched product do; 8-bit rounding hides nearly all of that.
-
-    Args:
-        pipe ([`ERWPipeline`]): The pipeline, on its device.
-        count (`int`): Number of images.
-        seed (`int`): Seed of the evaluation.
-        labels (`str`, *optional*, defaults to `"random"`): See [`sample_label`].
-        num_inference_steps (`int`, *optional*, defaults to 250): See [`ERWPipeline`].
-        guidance_scale (`float`, *optional*, defaults to 1.8): See [`ERWPipeline`].
-        guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 0.7)`): See [`ERWPipeline`].
-        autocast (`Callable`, *optional*, defaults to `contextlib.nullcontext`): Context that the pipeline runs in.
-
-    Returns:
-        [`ImageSet`]: The images.
-
-    Raises:
-        ValueError: when read, where the model gives NaN or infinity.
-    """
+    """Images that a pipeline draws, each a function of (seed, index). The last bits of an image also depend on the batch that it is drawn in, as those of any
+    batched product do; 8-bit rounding hides nearly all of that. `labels` are those of [`sample_label`]; the pipeline runs inside `autocast()`. Reading
+    raises ValueError where the model gives NaN or infinity."""
     num_classes = pipe.transformer.config.num_classes
 
     def read(indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,31 +112,14 @@ def generated_images(
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """
-    Rounds as diffusers does when it makes PIL images, so that what is measured is what users save.
-
-    Args:
-        images (`torch.Tensor` of shape `(B, C, H, W)`): Images in [0, 1], of 3 channels or one.
-
-    Returns:
-        `torch.Tensor` of shape `(B, 3, H, W)`, uint8, on the CPU: The same.
-    """
+    """(B, C, H, W) images in [0, 1], of 3 channels or one, as (B, 3, H, W) uint8 on the CPU; rounded as diffusers does when it makes PIL images, so that what is
+    measured is what users save."""
     return (images * 255).round().to(torch.uint8).cpu().expand(-1, 3, -1, -1)
 
 
 def npz_images(path: str | Path) -> ImageSet:
-    """
-    The images of a file in ADM's layout, without reading the file into memory.
-
-    Args:
-        path (`str` or `Path`): An npz file whose `arr_0` is (N, H, W, 3) uint8.
-
-    Returns:
-        [`ImageSet`]: The images.
-
-    Raises:
-        ValueError: if there is no such array.
-    """
+    """The images of a file in ADM's layout, whose `arr_0` is (N, H, W, 3) uint8, without reading it into memory.
+    Raises ValueError if there is no such array."""
     archive = open_npz(path)
     if "arr_0.npy" not in archive.namelist():
         raise ValueError(
@@ -198,17 +145,7 @@ def npz_images(path: str | Path) -> ImageSet:
 
 
 def open_npz(path: str | Path) -> zipfile.ZipFile:
-    """
-    Args:
-        path (`str` or `Path`): An npz file.
-
-    Returns:
-        `zipfile.ZipFile`: The open file.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged or another kind of file.
-    """
+    """An npz file, open. Raises FileNotFoundError, or ValueError if it is damaged or another kind of file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
@@ -226,20 +163,12 @@ def dataset_images(
     num_classes: int | None = None,
 ) -> ImageSet:
     """
-    The images of a dataset.
+    The images of a dataset, which may be a folder of image files; see [`~data.source.load_source`].
 
     Args:
-        dataset_name (`str`): See [`~data.source.load_source`]; a folder of image files is one too.
-        split (`str`, *optional*, defaults to `"train"`): Split to read.
         image_size (`int`, *optional*):
-            Side in pixels of the centred square to take, by ADM's preprocessing. Without it all images must have one
-            size.
-        image_column (`str`, *optional*): See [`~data.source.load_source`], as for those that follow.
-        label_column (`str`, *optional*): The same.
-        num_classes (`int`, *optional*): The same; 0 where no classes are needed, as in a reference.
-
-    Returns:
-        [`ImageSet`]: The images.
+            Side in pixels of the centred square to take, by ADM's preprocessing. Without it all images must have one size.
+        num_classes (`int`, *optional*): 0 where no classes are needed, as in a reference.
 
     Raises:
         ValueError: for a latent cache without images; when read, for images of several sizes and for broken ones.
@@ -276,15 +205,7 @@ def dataset_images(
 
 
 def take(images: ImageSet, count: int, seed: int) -> ImageSet:
-    """
-    Args:
-        images ([`ImageSet`]): Images.
-        count (`int`): How many of them.
-        seed (`int`): Seed of the choice, which is random because datasets are often sorted by class.
-
-    Returns:
-        [`ImageSet`]: That many of them, or all, in their order.
-    """
+    """`count` of the images, or all, in their order; chosen at random, because datasets are often sorted by class."""
     if count >= images.count:
         return images
     rows = np.sort(np.random.default_rng(seed).permutation(images.count)[:count])
@@ -292,13 +213,8 @@ def take(images: ImageSet, count: int, seed: int) -> ImageSet:
 
 
 class NpzWriter:
-    """
-    Writes images as ADM's sample file, on all ranks; resumable.
-
-    Args:
-        path (`str` or `Path`): The npz file. Until [`close`] the images lie beside it as `.npy`.
-        count (`int`): Number of images.
-    """
+    """Writes `count` images as ADM's sample file, on all ranks; resumable. Until [`close`] the images lie beside it as
+    `.npy`."""
 
     def __init__(self, path: str | Path, count: int) -> None:
         self.path, self.count = Path(path), count
@@ -306,11 +222,7 @@ class NpzWriter:
         self.array: np.memmap | None = None
 
     def write(self, indices: Sequence[int], images: torch.Tensor) -> None:
-        """
-        Args:
-            indices (`Sequence[int]`): Which images.
-            images (`torch.Tensor` of shape `(B, 3, H, W)`, uint8): The images.
-        """
+        """Writes (B, 3, H, W) uint8 images at their indices."""
         pixels = images.permute(0, 2, 3, 1).numpy()
         if self.array is None:
             self.array = self._open((self.count, *pixels.shape[1:]))

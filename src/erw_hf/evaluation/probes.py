@@ -47,22 +47,8 @@ class ProbeImages:
 
 
 def load_probe_images(source: Source, count: int, image_size: int, channels: int, seed: int) -> ProbeImages:
-    """
-    Reads images for probing: a random choice, or from a stream the first ones.
-
-    Args:
-        source ([`~data.source.Source`]): The data.
-        count (`int`): Maximum number of images.
-        image_size (`int`): Side in pixels.
-        channels (`int`): 3 for RGB, 1 for grey.
-        seed (`int`): Seed of the choice and of the noise.
-
-    Returns:
-        [`ProbeImages`]: The images.
-
-    Raises:
-        ValueError: if none can be read.
-    """
+    """Reads at most `count` images of `image_size` pixels for probing: a random choice, or from a stream the first ones. `seed` is of the choice and of the
+    noise. Raises ValueError if none can be read."""
     if source.image_column is None:
         raise ValueError("a latent cache without images cannot be used for probing: name a dataset of images")
     rows = source.dataset
@@ -93,28 +79,11 @@ def block_features(
     batch_size: int = 64,
     encoder: RepresentationEncoder | None = None,
 ) -> torch.Tensor:
-    """
-    The mean patch token of each block. The model is given no class, since its embedding would tell the probe the answer.
+    """The mean patch token of each block, `(num_layers, N, D)`, float32, on the CPU. The model is given no class, since its embedding would tell the probe the
+    answer. At `time` 0 it sees clean latents, at other times the noise of an image is always the same.
 
-    A model with a class token (REG) sees that of the image, noised with the same t: at t = 0 its blocks are shown a
-    part of what they are compared with.
-
-    Args:
-        transformer ([`ERWTransformer2DModel`]): The model.
-        images ([`ProbeImages`]): What it sees.
-        time (`float`): Flow time; 0 shows clean latents, at other times the noise of an image is always the same.
-        vae (a diffusers autoencoder, *optional*): `None` for a model of pixels.
-        path_type (`str`, *optional*, defaults to `"linear"`): See [`~flow.path_coefficients`].
-        batch_size (`int`, *optional*, defaults to 64): Images of one forward.
-        encoder ([`RepresentationEncoder`], *optional*):
-            The first encoder that the model was trained with; for a model with a class token only.
-
-    Returns:
-        `torch.Tensor` of shape `(num_layers, N, D)`, float32, on the CPU: Mean tokens.
-
-    Raises:
-        ValueError: for a model with a class token, if the encoder is missing or another.
-    """
+    A model with a class token (REG) sees that of the image by its first `encoder`, noised with the same t: at t = 0 its blocks are shown a part of what they
+    are compared with. Raises ValueError if that encoder is missing or another."""
     width = transformer.config.class_token_dim
     if width is not None and (encoder is None or encoder.class_token_dim != width):
         raise ValueError(
@@ -146,17 +115,7 @@ def _noised(
 
 
 def encoder_features(encoder: RepresentationEncoder, images: ProbeImages, batch_size: int = 64) -> torch.Tensor:
-    """
-    The mean patch token of an encoder.
-
-    Args:
-        encoder ([`RepresentationEncoder`]): The encoder.
-        images ([`ProbeImages`]): What it sees.
-        batch_size (`int`, *optional*, defaults to 64): Images of one forward.
-
-    Returns:
-        `torch.Tensor` of shape `(N, D)`, float32, on the CPU: Mean tokens.
-    """
+    """The mean patch token of an encoder, `(N, D)`, float32, on the CPU."""
     device = encoder.image_mean.device
     batches = images.pixels.split(batch_size)
     return torch.cat([encoder(batch.to(device) / 255).float().mean(dim=1).cpu() for batch in batches])
@@ -169,20 +128,8 @@ def linear_probe(
     test_labels: torch.Tensor,
     weight_decay: float = 1e-3,
 ) -> float:
-    """
-    Accuracy of a multinomial logistic regression on standardised features, fitted to the optimum by L-BFGS.
-
-    Args:
-        features (`torch.Tensor` of shape `(N, D)`): To fit on.
-        labels (`torch.Tensor` of shape `(N,)`): Their classes.
-        test_features (`torch.Tensor` of shape `(M, D)`): To test on.
-        test_labels (`torch.Tensor` of shape `(M,)`): Their classes.
-        weight_decay (`float`, *optional*, defaults to 1e-3): Factor of half the squared norm of the weights, in a loss that
-            is a mean over samples.
-
-    Returns:
-        `float`: Share of the test samples whose class is found.
-    """
+    """Accuracy on test features, `(M, D)`, of a multinomial logistic regression on standardised features, `(N, D)`, fitted to the optimum by L-BFGS. `weight_decay`
+    is the factor of half the squared norm of the weights, in a loss that is a mean over samples."""
     # On the CPU: not every device has float64.
     features, test_features = features.cpu().double(), test_features.cpu().double()
     mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
@@ -214,24 +161,8 @@ def probe_blocks(
     path_type: str = "linear",
     k: int = 10,
 ) -> list[dict[str, Any]]:
-    """
-    Probes every block.
-
-    Args:
-        transformer ([`ERWTransformer2DModel`]): The model.
-        fit_images ([`ProbeImages`]): What the linear probe is fitted on.
-        test_images ([`ProbeImages`]): Held-out images, for its accuracy and for CKNNA.
-        times (`Sequence[float]`, *optional*, defaults to `(0.0,)`): Flow times.
-        vae (a diffusers autoencoder, *optional*): `None` for a model of pixels.
-        encoder ([`RepresentationEncoder`], *optional*):
-            What CKNNA compares with, and whose class token a model sees that has one; `None` goes without.
-        path_type (`str`, *optional*, defaults to `"linear"`): See [`~flow.path_coefficients`].
-        k (`int`, *optional*, defaults to 10): Neighbours of CKNNA.
-
-    Returns:
-        `list[dict[str, Any]]`: For each time: `t`, and lists over blocks, `cknna` (with an encoder) and `accuracy`
-        (with labels).
-    """
+    """Probes every block: for each time `t`, and lists over blocks, `cknna` (with an encoder, `k` neighbours) and `accuracy` (with labels). The linear probe is
+    fitted on `fit_images`; `test_images` are held out. A model with a class token sees the encoder's."""
     # Of length 1, as in Huh et al.'s code: else a few long vectors are everyone's nearest neighbours.
     target = None if encoder is None else F.normalize(encoder_features(encoder, test_images), dim=-1)
     results = []

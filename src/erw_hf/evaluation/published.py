@@ -153,10 +153,7 @@ PUBLISHED: dict[str, Published] = {
 
 
 def list_published() -> str:
-    """
-    Returns:
-        `str`: The table, an entry in a few lines.
-    """
+    """The table, an entry in a few lines."""
     lines = []
     for name, entry in PUBLISHED.items():
         numbers = ", ".join(f"{metric} {value}" for metric, value in entry.numbers.items())
@@ -173,19 +170,8 @@ def list_published() -> str:
 
 
 def build_published(name: str, checkpoint: str | None = None) -> ERWPipeline:
-    """
-    Fetches and converts a published checkpoint.
-
-    Args:
-        name (`str`): A key of `PUBLISHED`.
-        checkpoint (`str`, *optional*): Its file, in place of the one that would be fetched.
-
-    Returns:
-        [`ERWPipeline`]: It draws as its authors did, as far as `differs` and `unverified` say.
-
-    Raises:
-        ValueError: for one that cannot be drawn with here, or whose file is not on the Hub.
-    """
+    """Fetches and converts a published checkpoint, or its file in `checkpoint`. The pipeline draws as its authors did, as far as `differs` and `unverified` say.
+    Raises ValueError for one that cannot be drawn with here, or whose file is not on the Hub."""
     entry = PUBLISHED[name]
     if entry.refused:
         raise ValueError(f"{name} is not measured here: {entry.refused}")
@@ -202,14 +188,7 @@ def build_published(name: str, checkpoint: str | None = None) -> ERWPipeline:
 
 
 def verification(name: str, record: Mapping[str, Any]) -> str:
-    """
-    Args:
-        name (`str`): A key of `PUBLISHED`.
-        record (`Mapping`): The record of its evaluation.
-
-    Returns:
-        `str`: Published numbers beside measured ones, and what is different in the protocol.
-    """
+    """Published numbers beside those of the record of its evaluation, and what is different in the protocol."""
     entry = PUBLISHED[name]
     lines = [f"{'metric':22}{'published':>12}{'measured':>12}{'error':>12}{'bias':>12}  {name}, {entry.source}"]
     for metric, value in entry.numbers.items():

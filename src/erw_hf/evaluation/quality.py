@@ -102,13 +102,7 @@ class Quality:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, value: float, error: float | None = None, bias: float | None = None) -> None:
-        """
-        Args:
-            name (`str`): Of the number.
-            value (`float`): The number.
-            error (`float`, *optional*): Its standard error.
-            bias (`float`, *optional*): Its bias.
-        """
+        """Adds a number, its standard error and its bias."""
         self.metrics[name] = value
         for numbers, number in ((self.errors, error), (self.bias, bias)):
             if number is not None and np.isfinite(number):  # NaN is not JSON
@@ -143,27 +137,15 @@ def save_reference(
 
 
 def extractor_hashes(extractors: Sequence[torch.nn.Module]) -> dict[str, str]:
-    """
-    Args:
-        extractors (`Sequence[torch.nn.Module]`): Networks; the first is Inception or a classifier.
-
-    Returns:
-        `dict[str, str]`: [`~evaluation.extractors.weights_hash`] of each, by its name in a reference.
-    """
+    """[`~evaluation.extractors.weights_hash`] of each network, by its name in a reference; the first is Inception or a
+    classifier."""
     names = ["extractor", *(f"extractor_{extractor.layers[0]}" for extractor in extractors[1:])]  # type: ignore[index]
     return {name: weights_hash(extractor) for name, extractor in zip(names, extractors, strict=True)}
 
 
 def check_counts(metrics: Sequence[str], count: int, what: str) -> None:
-    """
-    Args:
-        metrics (`Sequence[str]`): Some of `METRICS`.
-        count (`int`): Number of images.
-        what (`str`): What they are called in the error, as `"samples"`.
-
-    Raises:
-        ValueError: if a metric needs more of them.
-    """
+    """Raises ValueError if a metric needs more images than there are; `what` they are called in the error, as
+    `"samples"`."""
     for metric in metrics:
         if count < (fewest := _FEWEST.get(metric, 1)):
             raise ValueError(
@@ -173,14 +155,7 @@ def check_counts(metrics: Sequence[str], count: int, what: str) -> None:
 
 @torch.no_grad()
 def feature_widths(extractors: Sequence[torch.nn.Module], image_size: tuple[int, int]) -> dict[str, int]:
-    """
-    Args:
-        extractors (`Sequence[torch.nn.Module]`): Networks.
-        image_size (`tuple[int, int]`): Height and width of the images.
-
-    Returns:
-        `dict[str, int]`: Width of the features of each layer, found on a black image.
-    """
+    """Width of the features of each layer, found on a black image of that height and width."""
     widths: dict[str, int] = {}
     for extractor in extractors:
         tensor = next(iter(extractor.parameters()), torch.zeros(0))
@@ -267,14 +242,8 @@ def _other_extractor(path: Path, theirs: int, ours: int) -> str:
 
 
 def available_metrics(extractors: Sequence[torch.nn.Module], num_classes: int) -> list[str]:
-    """
-    Args:
-        extractors (`Sequence[torch.nn.Module]`): Networks.
-        num_classes (`int`): Number of classes of the images; 0 for images without.
-
-    Returns:
-        `list[str]`: Those of `METRICS` that can be computed; accuracy only if the first network knows the same classes.
-    """
+    """Those of `METRICS` that can be computed; accuracy only if the first network knows the same classes.
+    `num_classes` is 0 for images without."""
     layers = {layer for extractor in extractors for layer in extractor.layers}  # type: ignore[union-attr]
     needs = {"inception_score": "logits", "accuracy": "logits", **dict.fromkeys(_NEED_IMAGES, "pool"), **_FRECHET}
     reads_classes = num_classes > 0 and extractors[0].num_classes == num_classes
@@ -288,14 +257,7 @@ def available_metrics(extractors: Sequence[torch.nn.Module], num_classes: int) -
 
 
 def kept_layers(metrics: Sequence[str], layers: Sequence[str]) -> list[str]:
-    """
-    Args:
-        metrics (`Sequence[str]`): Some of `METRICS`.
-        layers (`Sequence[str]`): Those of the extractors.
-
-    Returns:
-        `list[str]`: Layers whose features must be kept: for what compares samples one by one, and for the errors.
-    """
+    """Layers whose features must be kept: for what compares samples one by one, and for the errors."""
     needed = {_FRECHET[metric] for metric in metrics if metric in _FRECHET}
     needed |= {"pool"} if set(metrics) & set(_NEED_IMAGES) else set()
     needed |= {"pool", *FDR6} if "fdr6" in metrics else set()
@@ -399,20 +361,8 @@ def _fidelity_metric(metric: str, samples: Features, real: torch.Tensor | None, 
 def reference_file(
     folder: Path, name: str, split: str, image_size: int, extractors: Sequence[torch.nn.Module], seed: int
 ) -> Path:
-    """
-    The path of the reference made from a dataset; the file name depends on all arguments.
-
-    Args:
-        folder (`Path`): Folder of the evaluation or of the run.
-        name (`str`): The dataset.
-        split (`str`): Its split.
-        image_size (`int`): Side of the images.
-        extractors (`Sequence[torch.nn.Module]`): Networks.
-        seed (`int`): Seed of the choice of the images that the file holds.
-
-    Returns:
-        `Path`: The npz file, there or not.
-    """
+    """The path of the reference made from a dataset, there or not; its name depends on all arguments. `seed` is of the
+    choice of the images that it holds."""
     made_of = repr((name, split, image_size, [weights_hash(extractor) for extractor in extractors], seed))
     return folder / f"reference-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}.npz"
 
