@@ -121,24 +121,47 @@ def test_data(script, tmp_path):
 def test_gpu_suite_in_tiny_sizes_on_a_cpu(script, tmp_path, monkeypatch, capsys):
     suite = script("gpu_suite")
     AcceleratorState._reset_state(reset_partial_state=True)  # another test of this process may have left float32's
-    monkeypatch.setitem(suite.STAGES, "fsdp2", lambda suite: 1 / 0)  # a stage that fails
-    flags = ["--device", "cpu", "--quick", "--output_dir", str(tmp_path)]
+    monkeypatch.setitem(suite.STAGES, "evaluate", (lambda suite: 1 / 0, 60))  # a stage that fails
+    monkeypatch.setitem(suite.STAGES, "step", (lambda suite: {"line": "tested above"}, 60))
+    monkeypatch.setattr("erw_hf.trainer.step_log.peak_flops", lambda device: 1e12)  # of the card, wherever it runs
+    output = tmp_path / "results" / "out.json"
+    flags = ["--device", "cpu", "--quick", "--output", str(output), "--work", str(tmp_path / "work")]
+    suite.main([*flags, "--call", "1", "--minutes", "0"])  # no time: nothing is begun
+    assert "attention: not begun" in capsys.readouterr().out and not output.exists()
     with pytest.raises(SystemExit, match="something failed"):
         suite.main(flags)
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results) == set(suite.STAGES)
-    assert "ZeroDivisionError" in results.pop("fsdp2")["failed"]
-    assert not [name for name, found in results.items() if "failed" in found]
-    assert all(check["passed"] for check in results["paths"]["checks"].values())
-    assert results["resume"]["steps"] == 12 and results["resume"]["largest_relative_difference_of_losses"] == 0
-    assert 0 < results["train_b"]["mfu"] < 1
+    stages = json.loads(output.read_text())["stages"]
+    assert list(stages) == list(suite.STAGES)  # in the order of the calls
+    assert "ZeroDivisionError" in stages.pop("evaluate")["failed"]
+    assert not [name for name, found in stages.items() if "failed" in found]
+    assert all(found["line"] and found["device"] for found in stages.values())
+    assert stages["resume"]["steps"] == 10 and stages["resume"]["largest_relative_difference_of_losses"] == 0
+    assert 0 < stages["train_b"]["mfu"]["median"] < 1 and len(stages["train_b"]["losses"]) == 3
+    shares = stages["train_xl"]["shares_of_a_step"]
+    assert shares["products"] > 0 and sum(shares.values()) == pytest.approx(1, abs=0.01)
+    assert all(
+        kernel["difference"] < 0.05
+        for kernel in stages["attention"]["cases"][0]["kernels"].values()
+        if "error" not in kernel
+    )
 
-    # What is there is not done again; what failed is.
-    monkeypatch.setattr(suite, "STAGES", dict.fromkeys(suite.STAGES, lambda suite: 1 / 0))
-    suite.STAGES["fsdp2"] = lambda suite: {"skipped": "not here"}
-    capsys.readouterr()
-    suite.main(flags)
-    assert "| FSDP2, one process | skipped | not here |" in capsys.readouterr().out
+    # What is there is not done again; what failed is, and each line has its verdict.
+    monkeypatch.setattr(suite, "STAGES", dict.fromkeys(suite.STAGES, (lambda suite: 1 / 0, 60)))
+    suite.STAGES["evaluate"] = (lambda suite: {"line": "it runs: keep"}, 60)
+    suite.main([*flags, "--call", "2"])
+    text = output.with_suffix(".md").read_text()
+    assert "| 2 | evaluate | it runs: keep |" in text and "bf16 autoencoder: " in text and "not measured" not in text
+    with pytest.raises(SystemExit):  # tiny sizes are no result
+        suite.main(["--device", "cpu", "--quick"])
+
+
+def test_gpu_suite_ends_a_stage_that_hangs_and_says_so(script, tmp_path, monkeypatch):
+    suite = script("gpu_suite")
+    monkeypatch.setattr(suite.sys, "executable", "/bin/sh")
+    monkeypatch.setattr(suite, "__file__", str(tmp_path / "stage.sh"))
+    (tmp_path / "stage.sh").write_text("echo begun; sleep 60")
+    found = suite.run_apart(suite.Suite(tmp_path, "cpu", False), "vae", 0.3)
+    assert found["failed"].startswith("begun") and suite.told(found).endswith("ended after 0 s")
 
 
 def test_the_memory_of_a_second_model_is_its_own(script, monkeypatch):
