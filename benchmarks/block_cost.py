@@ -15,9 +15,9 @@
 
     PYTHONPATH=src python benchmarks/block_cost.py --output benchmarks/results/block_cost.json
 
-The block runs on fake tensors through torch's own partitioner and, moved to a GPU that is made believe, Inductor's scheduler; no
-kernel is generated or run. A fusion that is lost, a tensor that is kept in float32, or a product that is split shows in the
-counts. They are of torch's version: compare within one.
+The block runs on fake tensors through torch's own partitioner and, moved to an imaginary GPU, Inductor's scheduler; no kernel is
+generated or run. A lost fusion, a tensor kept in float32, or a split product shows in the counts. They depend on torch's version:
+compare within one.
 """
 
 import argparse
@@ -61,7 +61,7 @@ H100 = types.SimpleNamespace(
 
 
 class CudaAutocast(TorchFunctionMode):
-    """CUDA's autocast in bf16, which torch without a driver leaves out, and flash attention."""
+    """CUDA's autocast in bf16, which torch lacks without a driver, and flash attention."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         dtype = {
@@ -80,7 +80,7 @@ class CudaAutocast(TorchFunctionMode):
 
 @contextmanager
 def an_h100() -> Iterator[None]:
-    """Lets torch believe in one: it is asked for its properties alone."""
+    """Makes torch believe that there is a GPU; only its properties are asked for."""
     answers = {
         "get_device_properties": lambda *_, **__: H100, "current_device": lambda: 0, "is_available": lambda: True,
         "device_count": lambda: 1,
@@ -122,7 +122,7 @@ def fake_block(batch: int, size: str, **options):
 
 
 def saved_when_eager(batch: int, size: str = "SiT-XL/2", **options) -> float:
-    """Bytes for each token and channel that autograd keeps of a block that is not compiled, but its weights and their copies."""
+    """Bytes per token and channel that autograd keeps of a block that is not compiled, without its weights and their copies."""
     kept = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         block, hidden, temb, rotary = fake_block(batch, size, **options)
@@ -185,7 +185,9 @@ def onto_cuda(module: torch.fx.GraphModule, mode: FakeTensorMode) -> list[torch.
             tokens = node.args[1].meta["val"].shape[2]
             with graph.inserting_before(node):
                 options = {"dtype": torch.uint64, "device": torch.device("cuda:0")}
-                seed = graph.call_function(aten.empty.memory_format, ([2],), options)  # of a dropout that is none
+                seed = graph.call_function(
+                    aten.empty.memory_format, ([2],), options
+                )  # of a dropout with probability 0
             node.target = aten._scaled_dot_product_flash_attention_backward.default
             node.args = (*node.args[:6], None, None, tokens, tokens, 0.0, False, seed, seed)
             node.kwargs = {}
@@ -231,7 +233,7 @@ def count(name: str, batch: int, budget: float = 1.0, one_product: bool = True, 
 
 
 def report(result: dict[str, object]) -> str:
-    """Markdown; bytes for each token and channel."""
+    """A table in Markdown; bytes per token and channel."""
     rows = []
     for found in result["blocks"]:
         forward, backward = found["forward"], found["backward"]

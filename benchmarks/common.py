@@ -45,7 +45,7 @@ def some_of(names: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def add_flags(parser: argparse.ArgumentParser, sections: Sequence[str], batch: int, repeats: int) -> None:
-    """Those of a benchmark that has sections, with its defaults."""
+    """The flags of a benchmark with sections, and its defaults."""
     parser.add_argument("--only", type=some_of(sections), default=sections, help="sections, separated by commas")
     parser.add_argument("--sizes", default="S/2,B/2", help="models, separated by commas")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="separated by commas; bfloat16 needs AMX or CUDA")
@@ -58,7 +58,7 @@ def add_flags(parser: argparse.ArgumentParser, sections: Sequence[str], batch: i
 
 
 def begin(args: argparse.Namespace, sections: Sequence[str]) -> dict[str, object]:
-    """Of [`add_flags`]: sets the threads, and returns the result as it is before anything is measured."""
+    """For the flags of [`add_flags`]: sets the threads, and returns the result before anything is measured."""
     torch.set_num_threads(args.threads)
     missing = [{"what": "everything on CUDA", "why": "this run is of the CPU"}] if args.device == "cpu" else []
     return {section: {} for section in sections} | {
@@ -70,7 +70,7 @@ def begin(args: argparse.Namespace, sections: Sequence[str]) -> dict[str, object
 
 
 def dtypes(args: argparse.Namespace, result: dict[str, object]) -> list[str]:
-    """Those that the machine can be measured in; the result names what it cannot."""
+    """The precisions that this machine can be measured in; the result names the others."""
     names = args.dtypes.split(",")
     if "bfloat16" in names and args.device == "cpu" and not result["environment"]["amx"]:
         result["not_measured"].append({"what": "all figures in bf16", "why": "no AMX"})
@@ -79,7 +79,7 @@ def dtypes(args: argparse.Namespace, result: dict[str, object]) -> list[str]:
 
 
 def environment(device: str = "cpu") -> dict[str, object]:
-    """The hardware and the versions that figures need beside them."""
+    """The hardware and versions that belong to the figures."""
     installed = versions()
     packages = ("python", "torch", "diffusers", "transformers", "datasets", "erw-hf")
     return {
@@ -92,7 +92,7 @@ def environment(device: str = "cpu") -> dict[str, object]:
 
 
 def describe(record: Mapping[str, object]) -> str:
-    """One line of it, for under a table."""
+    """The record of the machine in one line, for under a table."""
     packages = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return f"{record['device']}, {record['threads']} of {record['cores']} cores; {packages}."
 
@@ -111,7 +111,7 @@ def seconds_of(function: Callable[[], object], device: str = "cpu") -> float:
 def in_turns(
     ways: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1, device: str = "cpu", name: str = ""
 ) -> dict[str, list[float]]:
-    """Times every way once a round, A B C A B C ..., so that what else the machine does meets all of them alike."""
+    """Times every way once per round, A B C A B C ..., so that other load on the machine affects all of them alike."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     bar = tqdm(range(warmup + repeats), desc=name or "rounds", mininterval=1)
     for round_number in bar:
@@ -126,12 +126,12 @@ def in_turns(
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most."""
+    """Median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def ratio(seconds: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
-    """Of two ways timed in the same rounds: over the ratios of the rounds."""
+    """The ratio of two ways timed in the same rounds: median, minimum and maximum over the rounds."""
     return spread([ours / theirs for ours, theirs in zip(seconds, reference, strict=True)])
 
 
@@ -141,25 +141,25 @@ def shown(value: Mapping[str, float], digits: int = 2) -> str:
 
 
 def verdict(value: float, target: float, at_least: bool = False) -> str:
-    """Whether a figure holds its target."""
+    """Whether a figure meets its target."""
     return "met" if (value >= target if at_least else value <= target) else "missed"
 
 
 def matmul(side: int, dtype: torch.dtype, device: str = "cpu", times: int = 1) -> tuple[Callable[[], object], int]:
-    """A large product of matrices, the ceiling of what a model can reach, and its FLOPs."""
+    """A large matrix product, the ceiling of what a model can reach, and its FLOPs."""
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
     return lambda: [torch.mm(left, right, out=out) for _ in range(times)], 2 * side**3 * times
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Markdown."""
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
 def draw_bars(axes: Axes, bars: Sequence[tuple[str, float]], label: str) -> None:
-    """Of times, ours in orange."""
+    """A bar chart of times, ours in orange."""
     names, values = zip(*bars, strict=True)
     axes.barh(range(len(values)), values, color=["tab:orange" if "ours" in name else "0.7" for name in names])
     axes.set_yticks(range(len(values)), names, fontsize=6)

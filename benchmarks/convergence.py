@@ -331,7 +331,7 @@ def plan(config: TrainingConfig, budget: float, evaluations: int) -> tuple[int, 
     steps = config.warmup_steps + int((budget - config.warmup_steps * warmup) // full)
     if steps < config.warmup_steps + evaluations:
         raise ValueError(
-            f"a budget of {budget:g} FLOPs ends before phase 2: a warmup step takes {warmup:g}, a full one {full:g}"
+            f"a budget of {budget:g} FLOPs ends before full training: a warmup step takes {warmup:g}, a full one {full:g}"
         )
     every = steps // evaluations
     return every * evaluations, every

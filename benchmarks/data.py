@@ -96,7 +96,7 @@ def samples_of(folder: Path, streaming: bool, needs_images: bool) -> Iterable[di
 
 
 def rate(samples: Iterator[dict[str, torch.Tensor]], count: int) -> float:
-    started = time.process_time()  # of this process alone: what else the machine does is not counted
+    started = time.process_time()  # of this process alone: other load on the machine does not count
     for _ in range(count):
         next(samples)
     return count / (time.process_time() - started)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""SiT in plain PyTorch, stated from its equations in the way such models are published: what ours is measured against.
+"""SiT in plain PyTorch, written from its equations as such models are published: the baseline of our measurements.
 
 Same function, same initial weights as `ERWTransformer2DModel` with its defaults; a test compares outputs and gradients.
 """

@@ -17,8 +17,8 @@
 
 `speed`: 50 steps of our pipeline with guidance in (0, 0.7) beside DiTPipeline of the same size and step count, which
 guides at every step; random weights, the same tiny autoencoder for both, runs in turns. `caching`: step caches of diffusers
-on the shipped digits, with what they cost in quality: Fréchet distance to the training digits over a classifier's
-features, and squared difference of pixels to the pictures that are drawn without a cache from the same seeds.
+on the shipped digits, and their cost in quality: Fréchet distance to the training digits over a classifier's
+features, and squared pixel difference to the pictures drawn without a cache from the same seeds.
 """
 
 import argparse
@@ -81,7 +81,7 @@ CACHES = {
 
 
 def tiny_autoencoder() -> AutoencoderKL:
-    """Of SD's compression, one layer of 8 channels a level: nearly nothing beside the transformer."""
+    """An autoencoder with SD's compression and one layer of 8 channels per level: negligible beside the transformer."""
     torch.manual_seed(0)
     return AutoencoderKL(
         block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4, latent_channels=4,
@@ -95,7 +95,7 @@ def quiet(pipe):
 
 
 def guided_steps(pipe: ERWPipeline, steps: int) -> int:
-    """Of a draw of so many steps."""
+    """Seconds of a draw of so many steps."""
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)
     times = [t / scheduler.config.num_train_timesteps for t in scheduler.timesteps.tolist()]
@@ -119,7 +119,7 @@ def measure_speed(
         "ours, compiled": ERWPipeline(copy.deepcopy(transformer), vae, FlowMatchEulerMaruyamaScheduler()),
     }
     pipes = {name: quiet(pipe).to(device, dtype) for name, pipe in pipes.items()}
-    # `dynamic`: outside of the interval a batch is half as large, and one graph is to serve both.
+    # `dynamic`: outside the interval a batch is half as large, and one graph should serve both.
     backend = "eager" if quick else "inductor"
     pipes["ours, compiled"].transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend=backend)
 
@@ -151,7 +151,7 @@ def measure_speed(
 
 
 def digits_pipe(cache, device: str) -> ERWPipeline:
-    # A model of its own for each: diffusers 0.40 does not find the hooks of a cache that is enabled after a call.
+    # A new model for each: diffusers 0.40 does not find the hooks of a cache that is enabled after a call.
     pipe = quiet(ERWPipeline.from_pretrained(PIPELINES / "erw-digits")).to(device)
     if cache is not None:
         pipe.transformer.enable_cache(copy.deepcopy(cache))

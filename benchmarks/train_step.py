@@ -17,7 +17,7 @@
 
 All ways of a section are timed in turns in one process (A B A B ...), ratios are medians over the rounds. Sections:
 `forward` (forward and backward of the model), `step` (a whole step with encoder, projector, alignment, EMA and
-optimizer), `warmup` (a step of phase 1 beside one of phase 2), `scaling` (batch, tokens, depth against the FLOP count,
+optimizer), `warmup` (a warmup step beside one of full training), `scaling` (batch, tokens, depth against the FLOP count,
 and memory with and without gradient checkpointing). Latents are given, so no autoencoder runs. Weights are random.
 """
 
@@ -78,10 +78,10 @@ LEARNING_RATE = 1e-4
 
 @dataclass(frozen=True)
 class Setting:
-    """On what is measured."""
+    """Where and how the measurement runs."""
 
     device: str
-    dtype: torch.dtype  # that the products of matrices run in; weights are float32
+    dtype: torch.dtype  # of matrix products; weights are float32
     batch: int
     repeats: int
     quick: bool = False
@@ -108,7 +108,7 @@ def width(config: dict[str, int]) -> int:
 
 
 def build_ours(config: dict[str, int], device: str = "cpu") -> ERWTransformer2DModel:
-    """Ours, with a little noise in what adaLN-zero starts at zero: a model that predicts zeros would prove nothing."""
+    """Ours, with a little noise in the weights that adaLN-zero starts at zero: comparing zeros would prove nothing."""
     torch.manual_seed(0)
     with torch.device(device):
         model = ERWTransformer2DModel(**config)
@@ -119,14 +119,14 @@ def build_ours(config: dict[str, int], device: str = "cpu") -> ERWTransformer2DM
 
 
 def build_plain(ours: ERWTransformer2DModel, config: dict[str, int], device: str = "cpu") -> PlainSiT:
-    """The plain model with the weights of ours."""
+    """The plain model with our weights."""
     model = PlainSiT(**config).to(device)
     model.load_state_dict(plain_state_dict(ours.state_dict()))
     return model.train()
 
 
 def build_dit(config: dict[str, int]) -> DiTTransformer2DModel:
-    """diffusers' of the same shape, but that it predicts noise and its variance."""
+    """diffusers' DiT of the same shape, which predicts noise and its variance."""
     return DiTTransformer2DModel(**config | {"out_channels": 2 * config["in_channels"], "norm_eps": 1e-6})
 
 
@@ -164,7 +164,7 @@ def training_batch(drawn: dict[str, torch.Tensor], targets: list[torch.Tensor] |
 
 
 def measure_forward(size: str, setting: Setting) -> dict[str, object]:
-    """Ours, eager and compiled, beside the plain model and diffusers' DiT, and how near each comes to a large matmul."""
+    """Ours, eager and compiled, beside the plain model and diffusers' DiT, and what share of a large matmul's rate each reaches."""
     config, device = model_config(size), setting.device
     ours = build_ours(config, device)
     flops = setting.batch * count_step_flops(AlignedTransformer(ours, [], 1), [])
@@ -212,7 +212,7 @@ def measure_forward(size: str, setting: Setting) -> dict[str, object]:
 
 
 def check_equal(plain: PlainSiT, *models: nn.Module, tolerance: float) -> None:
-    """The gradients of the same loss are the same, weight by weight."""
+    """Checks that the gradients of the same loss agree, weight by weight."""
     theirs = {name: parameter.grad for name, parameter in plain.named_parameters()}
     for model in models:
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -258,7 +258,7 @@ class Step:
 
 class AsPublished(Step):
     """As ERW's released code has it: float32 encoder outside of autocast, a Python loop over the samples for the
-    alignment, an EMA parameter by parameter, AdamW as it comes."""
+    alignment, an EMA parameter by parameter, AdamW with its defaults."""
 
     def build(self, transformer, projector, encoder, config) -> None:
         self.model, self.projector = build_plain(transformer, config, self.setting.device), projector
@@ -349,7 +349,7 @@ class Ours(Step):
 
 
 def build_dinov2(grid: int, quick: bool) -> Dinov2Model:
-    """DINOv2-B's shape with random weights, for images of 14 px a token."""
+    """DINOv2-B's shape with random weights, for images of 14 px per token."""
     torch.manual_seed(2)
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2} if quick else {}
     return Dinov2Model(Dinov2Config(image_size=14 * grid, patch_size=14, **small))
@@ -389,7 +389,7 @@ def measure_step(size: str, setting: Setting) -> dict[str, object]:
         ((predicted - velocity).square().mean() + WEIGHT * alignment).backward()
 
     def update_part() -> None:
-        # The projector is left out of the share; its weights are a part of the optimizer's work all the same.
+        # The projector is not in the share, but its weights are part of the optimizer's work.
         for parameter, gradient in zip(ours.trained, gradients, strict=True):
             parameter.grad = gradient
         float(nn.utils.clip_grad_norm_(ours.trained, 1.0))
@@ -426,7 +426,7 @@ def measure_step(size: str, setting: Setting) -> dict[str, object]:
 
 
 def measure_warmup(size: str, setting: Setting) -> dict[str, object]:
-    """A step of phase 1 (a third of the blocks, no final layer) beside one of phase 2, without encoder and projector."""
+    """A warmup step (a third of the blocks, no final layer) beside one of full training, without encoder and projector."""
     config, device = model_config(size), setting.device
     depth = max(1, config["num_layers"] // 3)
     batch = draw_batch(config, setting.batch, device, image_side=8)
@@ -453,7 +453,7 @@ def measure_warmup(size: str, setting: Setting) -> dict[str, object]:
 def step_of(
     model: AlignedTransformer, batch: dict[str, torch.Tensor], targets: list[torch.Tensor] | None, setting: Setting
 ) -> Callable[[], None]:
-    """A step of the model's phase on tokens that are given, or without alignment."""
+    """A step of the model's phase on given tokens, or without alignment."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(model, "adamw", LEARNING_RATE, (0.9, 0.999), 1e-8, 0.0)
     ema = None if model.warmup else EMA(model.transformer, [EMAProfile(decay=DECAY)])
@@ -478,7 +478,7 @@ def step_of(
 
 
 def measure_scaling(size: str, setting: Setting, memory: bool = True) -> dict[str, object]:
-    """Steps of other batches, token counts and depths: one constant of proportion to the FLOPs, fitted to all."""
+    """Steps with other batch sizes, token counts and depths: one factor of proportion to the FLOPs, fitted to all."""
     base, layers = setting.batch, model_config(size)["num_layers"]
     points = {  # batch, sample_size, num_layers
         f"batch {max(1, base // 2)}": (max(1, base // 2), 32, layers),
@@ -506,7 +506,7 @@ def measure_scaling(size: str, setting: Setting, memory: bool = True) -> dict[st
 def plain_step(
     config: dict[str, int], batch_size: int, setting: Setting, checkpointing: bool = False
 ) -> tuple[Callable[[], None], int]:
-    """A step of phase 2 without alignment, eager, and its FLOPs."""
+    """A step of full training without alignment, eager, and its FLOPs."""
     model = AlignedTransformer(build_ours(config, setting.device), [], 1)
     flops = batch_size * count_step_flops(model, [])
     if checkpointing:
@@ -515,16 +515,16 @@ def plain_step(
 
 
 def measure_memory(size: str, setting: Setting) -> dict[str, dict[str, float]]:
-    """Most bytes that tensors held in a step: the weights' state (weights, gradients, moments, average) and the rest."""
+    """Peak bytes of tensors in a step: the weights' state (weights, gradients, moments, average) and the rest."""
     ways = {"without checkpointing": False, "with checkpointing": True}
     return {name: memory_of(size, setting, checkpointing) for name, checkpointing in ways.items()}
 
 
 def memory_of(size: str, setting: Setting, checkpointing: bool) -> dict[str, float]:
-    """Of one way; its model is gone on return."""
+    """Peak bytes of one way; its model is freed on return."""
     config, batch = model_config(size), 64 if setting.quick else setting.batch
     if setting.device == "cuda":
-        gc.collect()  # a model that ended in a cycle would be in `before`, and not in what follows
+        gc.collect()  # a model left in a reference cycle would count in `before`, and not in what follows
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
     step, _ = plain_step(config, batch, setting, checkpointing)
@@ -549,7 +549,7 @@ def memory_of(size: str, setting: Setting, checkpointing: bool) -> dict[str, flo
 
 
 def report(result: dict[str, object]) -> str:
-    """Markdown of what was measured; what was not is named."""
+    """What was measured, in Markdown; what was not is named."""
     rows_forward, rows_step, rows_targets = [], [], []
     for key, found in result["forward"].items():
         for way, values in found["seconds"].items():
@@ -680,7 +680,7 @@ def main(arguments: list[str] | None = None) -> None:
             for size in its_sizes:
                 result[section][f"{size} {name}"] = measure(size, setting)
                 torch._dynamo.reset()
-                write(args.output, result, report(result))  # what stands so far
+                write(args.output, result, report(result))  # what was measured so far
     finish(args.output, result, report, plot)
 
 

@@ -469,7 +469,7 @@ def test_a_run_records_the_part_and_leaves_a_pipeline_and_a_warmup(whole, tmp_pa
               f"--output_dir={tmp_path}/other")  # fmt: skip
 
 
-@pytest.mark.parametrize("kept", [2, 3, 5])  # in the warmup, at the hand-over, in phase 2
+@pytest.mark.parametrize("kept", [2, 3, 5])  # in the warmup, at the hand-over, in full training
 def test_resumed_run_is_bitwise_the_uninterrupted_one(whole, tmp_path, kept):
     run, flags = whole
     cut = tmp_path / "cut"

@@ -356,6 +356,7 @@ WORDS = {
     r"whole or absent": "complete or not there",
     r"(?<!there )(?:is|are) no (?!longer\b|more than\b)[a-z]+": "is not a, lacks",
     r"sooner by \d": "1.11× faster",
+    r"phase [12]": "warmup, full training",
     r"(?:run|training|it) (?:goes|go|going) on": "resume, continue",
     r"parts samples|samples parted": "pushes samples apart",
 }
@@ -390,7 +391,7 @@ def test_words(path):
     "text",
     [
         "a data set", "one line a step", "40 images a second", "three of\n    # which", "what is wrong with it",
-        "nothing of it", "it is tried\nagain", "a file that is no image", "the run goes on", 'data at " "hand',
+        "nothing of it", "it is tried\nagain", "a file that is no image", "the run goes on", 'data at " "hand', "lambda in Phase 2",
     ],
 )  # fmt: skip
 def test_an_unidiomatic_phrase_is_found(text):

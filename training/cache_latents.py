@@ -211,7 +211,7 @@ def write_file(
                     tqdm.write(f"left out row {row}: {error}")
                     continue
                 image = prepare_image(image, side, channels)
-                image = image.transpose(0) if flip else image  # 0: left and right exchanged
+                image = image.transpose(0) if flip else image  # mirrored
                 buffer = io.BytesIO()
                 image.save(buffer, "JPEG", quality=args.jpeg_quality, subsampling=0)
                 pixels.append(to_pixels(image))

@@ -37,7 +37,7 @@ from erw_hf.data.source import load_source
 
 # Loading, `normalise` and the processor are copied in train_tiny_encoder.py: no script imports another, and the
 # library has no use for them.
-MEAN, STD = 0.3, 0.35  # about those of the digits, and near enough elsewhere
+MEAN, STD = 0.3, 0.35  # about those of the digits, and close enough elsewhere
 
 
 def main() -> None:
@@ -115,7 +115,7 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 
 
 def augment(images: torch.Tensor) -> torch.Tensor:
-    """Turned by up to 12 degrees, scaled by up to 12 %, moved by up to a source pixel; noise."""
+    """Rotates by up to 12 degrees, scales by up to 12 %, shifts by up to a source pixel, and adds noise."""
     n = len(images)
     angle = (torch.rand(n) * 2 - 1) * math.radians(12)
     scale = 1 + 0.12 * (torch.rand(n) * 2 - 1)
@@ -129,7 +129,7 @@ def augment(images: torch.Tensor) -> torch.Tensor:
     )  # (B, 2, 3)
     padding = (
         "zeros" if images.shape[1] == 1 else "border"
-    )  # digits are white on black, pictures on whatever they are on
+    )  # digits are white on black; pictures keep their background
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
     return (images + 0.05 * torch.rand(n, 1, 1, 1) * torch.randn_like(images)).clamp(0, 1)

@@ -15,8 +15,7 @@
 
     accelerate launch training/train_erw.py --config training/configs/digits.yaml [--any_key value ...]
 
-One run does everything: warmup of the early blocks (phase 1), verified hand-over, full training (phase 2), pictures and
-a pipeline. It can be stopped anywhere and started again with `--resume_from_checkpoint latest`.
+One run does everything: warmup of the early blocks, verified hand-over, full training, pictures and a pipeline. It can be stopped anywhere and started again with `--resume_from_checkpoint latest`.
 
     train                           the two phases and the hand-over between them
       warmup_phase, full_phase      the model of a phase and what it starts from
@@ -80,7 +79,7 @@ def main() -> None:
         try:
             if os.environ.get("RANK", "0") == "0":
                 print(cost_report(config))
-        except ConnectionError as error:  # the Hub is away: an answer, not a fault of the code
+        except ConnectionError as error:  # the Hub does not answer: say so without a traceback
             raise SystemExit(str(error)) from None
         return
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
@@ -127,15 +126,15 @@ def train(
     batches, snapshots = Batches(inputs), Snapshots(inputs, progress)
     log = StepLog(inputs, folder, progress, batches, stop_requested)
     phase = None
-    # A run that stopped at the last step of its warmup ends it once more, to hand it over.
+    # A run that stopped at the last step of its warmup ends it again, to hand it over.
     if config.warmup_steps > 0 and progress.step <= config.warmup_steps:
         phase = warmup_phase(inputs)
         resume(phase, batches, checkpoint)
         if not train_phase(phase, progress, batches, log, snapshots):
             return None
         start = end_warmup(phase, progress)
-        checkpoint = phase = None  # phase 2 starts from the hand-over
-    # One that stopped at its last step of all writes its pipeline and pictures once more.
+        checkpoint = phase = None  # full training starts from the hand-over
+    # A run that stopped at its very last step writes its pipeline and pictures again.
     if progress.step < config.max_train_steps or checkpoint is not None:
         phase = full_phase(inputs, start)
         resume(phase, batches, checkpoint)
@@ -146,7 +145,7 @@ def train(
 
 
 def warmup_phase(inputs: Inputs) -> Phase:
-    """Phase 1: the embedders, the first `warmup_depth` blocks and a projector learn what images mean."""
+    """The warmup: the embedders, the first `warmup_depth` blocks and a projector learn what images mean."""
     config = inputs.config
     set_seed(config.seed)
     model = build_warmup_model(config, inputs.source.num_classes, inputs.teacher.encoders, inputs.start_encoder)
@@ -169,9 +168,9 @@ def end_warmup(phase: Phase, progress: Progress) -> State:
 
 
 def full_phase(inputs: Inputs, start: State | None) -> Phase:
-    """Phase 2: the whole model learns to draw, from the handed-over early blocks, lambda keeping them aligned."""
+    """Full training: the whole model learns to draw, from the handed-over early blocks, lambda keeping them aligned."""
     config = inputs.config
-    set_seed(config.seed)  # the later blocks start the same whatever the warmup was
+    set_seed(config.seed)  # the later blocks start the same after any warmup
     start_encoder = inputs.start_encoder if config.warmup_steps == 0 else None
     model = build_full_model(config, inputs.source.num_classes, inputs.teacher.encoders, start_encoder)
     new_classes: list[int] = []
@@ -189,7 +188,7 @@ def full_phase(inputs: Inputs, start: State | None) -> Phase:
 
 
 def train_phase(phase: Phase, progress: Progress, batches: Batches, log: StepLog, snapshots: Snapshots) -> bool:
-    """The loop, for either phase; returns whether it got to its end, or was told to stop."""
+    """The loop of either phase; returns whether it reached its end, or was told to stop."""
     config, accelerator = phase.inputs.config, phase.inputs.accelerator
     batches.start(range(progress.step, phase.steps.stop))
     phase.model.train()
@@ -198,9 +197,7 @@ def train_phase(phase: Phase, progress: Progress, batches: Batches, log: StepLog
         saving = progress.step % config.checkpointing_steps == 0 or progress.step == phase.steps.stop
         if saving or stopping or snapshots.is_due(phase):
             stopping |= log.settle()
-        snapshots.store_averages(
-            phase
-        )  # before the checkpoint: a run that resumes from it does not come by here again
+        snapshots.store_averages(phase)  # before the checkpoint: a run that resumes from it does not repeat this step
         if saving or stopping:
             save_checkpoint(
                 accelerator, config.output_dir, progress, config.checkpoints_total_limit, phase, batches.state_dict()
@@ -232,7 +229,7 @@ def train_step(phase: Phase, batches: Batches, step: int) -> Step:
                 sums[name] = sums.get(name, 0) + value.detach() / config.gradient_accumulation_steps
             if accelerator.sync_gradients:
                 grad_norm = clip_gradients(accelerator, optimizer.optimizer, phase.parameters, config.max_grad_norm)
-                # The optimizer leaves out a non-finite step on the device, as it does for fp16's loss scaler.
+                # The optimizer skips a non-finite step on the device, as it does for fp16's loss scaler.
                 optimizer.optimizer.found_inf = (~grad_norm.isfinite()).float()
                 optimizer.step()
             optimizer.zero_grad()
@@ -262,13 +259,13 @@ def make_batch(phase: Phase, samples: Samples, aligned: bool) -> Batch:
         targets=targets,
         class_token=class_token,
         class_noise=samples.get("class_noise"),
-        # Of a projector, which a warmup has not that teaches a new patch embedding.
+        # A warmup that teaches a new patch embedding has no projector to hide tokens from.
         hidden=samples.get("hidden") if phase.teacher is inputs.teacher else None,
     )
 
 
 def find_checkpoint(config: TrainingConfig, accelerator: Accelerator) -> tuple[Path | None, Progress]:
-    """The checkpoint to go on from and what its run has done; none, and nothing, for a new run."""
+    """The checkpoint to resume from and the progress of its run; `None` and no progress for a new run."""
     checkpoint = agree_on_checkpoint(accelerator, config.output_dir, config.resume_from_checkpoint)
     if checkpoint is None:
         check_vacant(Path(config.output_dir), may_replace(config))
@@ -282,12 +279,12 @@ def find_checkpoint(config: TrainingConfig, accelerator: Accelerator) -> tuple[P
 
 
 def may_replace(config: TrainingConfig) -> bool:
-    """Whether a new run may take the place of another: if told so, or of one that was killed before its first checkpoint."""
+    """Whether a new run may replace another: if told so, or if that one was killed before its first checkpoint."""
     return config.overwrite_output_dir or config.resume_from_checkpoint is not None
 
 
 def load_start(inputs: Inputs, checkpoint: Path | None) -> State | None:
-    """The state that phase 2 starts from: the warmup's of `--warmup_from`, which is to fit, or the model's of `--init_from`."""
+    """The state that full training starts from: the warmup of `--warmup_from`, after checking that it fits, or the model of `--init_from`."""
     config = inputs.config
     if config.warmup_from is not None:
         state = load_warmup(config.warmup_from, inputs.model_config)
@@ -307,7 +304,7 @@ def hands_over_projector(config: TrainingConfig, state: State) -> bool:
 
 
 def begin_folder(inputs: Inputs, folder: RunFolder, checkpoint: Path | None, progress: Progress) -> None:
-    """Makes the run's folder, or takes away what an earlier process wrote after the checkpoint; writes what the run is."""
+    """Makes the run's folder, or removes what an earlier process wrote after the checkpoint; writes the run's configuration."""
     config, accelerator = inputs.config, inputs.accelerator
     output_dir = Path(config.output_dir)
     resume_step = None if checkpoint is None else progress.step

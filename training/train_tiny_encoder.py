@@ -24,7 +24,7 @@ names agree up to the last hyphen. `--names` adds what no picture says: the word
 make_emoji.py writes. `--teacher` distils another encoder instead: patch tokens and their mean, by cosine. `--resnet` trains a
 convolutional network.
 
-The held-out images serve for the accuracy that is printed and recorded, and for nothing else: 10 nearest neighbours, or with
+The held-out images give the printed and recorded accuracy, and nothing else: 10 nearest neighbours, or with
 `--pairs` how often the other artist's picture is the nearest one. The result is a transformers folder, which
 `AutoModel.from_pretrained` and `RepresentationEncoder.from_pretrained` load, and `training.json` with what it took.
 """
@@ -143,7 +143,7 @@ def main() -> None:
 
 
 class Targets(nn.Module):
-    """What the encoder learns from, and the heads that are thrown away afterwards."""
+    """What the encoder learns from, and the heads that are dropped afterwards."""
 
     def __init__(self, args: argparse.Namespace, names: list[str]) -> None:
         super().__init__()

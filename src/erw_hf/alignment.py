@@ -215,10 +215,10 @@ def alignment_weight(
     step: int, schedule: str, initial: float, half_life: int | None = None, stop_step: int | None = None
 ) -> float:
     """
-    The weight lambda of the alignment loss at a step of phase 2.
+    The weight lambda of the alignment loss at a step of full training.
 
     Args:
-        step (`int`): Steps of phase 2 done so far; the first step has 0.
+        step (`int`): Steps of full training done so far; the first step has 0.
         schedule (`str`):
             `"constant"` (REPA); `"half_life"`: `initial * 2 ** (-step / half_life)` (ERW, arXiv 2504.10188, Eq. 14 ff:
             `c0 exp(-k / tau)` with tau = half_life / ln 2); `"stop"`: `initial` before `stop_step`, then 0 (HASTE,

@@ -113,7 +113,7 @@ class RepresentationEncoder(nn.Module):
                 f"{type(model).__name__} does not take images of {self.image_size} px, which {token_grid}x{token_grid} "
                 f"tokens need: {error}"
             ) from error
-        # Class and register tokens come first in every encoder that has them; how many is worked out, not assumed.
+        # Class and register tokens come first in every encoder that has them; their number is computed, not assumed.
         self.num_prefix_tokens = tokens.shape[1] - token_grid**2
         if not 0 <= self.num_prefix_tokens < 32:
             side = math.isqrt(tokens.shape[1])
@@ -180,7 +180,7 @@ class RepresentationEncoder(nn.Module):
         depth: int | None = None,
     ) -> "RepresentationEncoder":
         """
-        An encoder of random weights, which counts what one costs: on the meta device it takes no memory.
+        An encoder with random weights, to count its cost; on the meta device it takes no memory.
 
         Args:
             config (`transformers.PretrainedConfig`): Of its model.
@@ -280,7 +280,7 @@ class RepresentationEncoder(nn.Module):
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Patch tokens `(B, token_grid ** 2, embed_dim)` in row-major order, and the
-            class token `(B, embed_dim)`, after the model's last norm. Of a network of convolutions what its head reads: a
+            class token `(B, embed_dim)`, after the model's last norm. For a convolutional network it is what the head reads: a
             ResNet's is the mean of its patch tokens, without a norm.
 
         Raises:
@@ -288,7 +288,7 @@ class RepresentationEncoder(nn.Module):
         """
         hidden_states = self._encode(images)
         class_token = hidden_states[:, 0, : self.class_token_dim]  # (B, D)
-        if hasattr(self.model, "post_layernorm"):  # CLIP's last norm, for which it keeps its class token alone
+        if hasattr(self.model, "post_layernorm"):  # CLIP's last norm, which CLIP applies to the class token alone
             class_token = self.model.post_layernorm(class_token)
         return hidden_states[:, self.num_prefix_tokens :], class_token
 
@@ -299,7 +299,7 @@ class RepresentationEncoder(nn.Module):
             )
         if not images.is_floating_point():
             raise ValueError(f"images must be floats in [0, 1], got {images.dtype}: divide images of 8 bits by 255")
-        # On a GPU the first batch tells, since each look waits for the device; FLOPs are counted on meta.
+        # On a GPU only the first batch is checked, since each look waits for the device; FLOPs are counted on meta.
         if images.numel() == 0 or images.is_meta or (self._seen_range and images.device.type != "cpu"):
             return
         low, high = (value.item() for value in images.aminmax())

@@ -23,7 +23,8 @@ from pathlib import Path
 
 def expand_path(text: str, folder: Path | None = None) -> str:
     """
-    The same path or Hub id with `~` and variables of the environment filled in, as a shell does; a path with a leading dot starts in `folder`.
+    The same path or Hub id with `~` and variables of the environment filled in, as a shell does; a path with a leading
+    dot starts in `folder`.
 
     Raises:
         ValueError: for a variable that is not set, or a user that this machine does not have.
@@ -64,8 +65,8 @@ def resolve_name(name: str, key: str) -> str:
 def resolve_flags(
     parser: argparse.ArgumentParser, flags: argparse.Namespace, paths: Iterable[str], names: Iterable[str]
 ) -> None:
-    """Expands in place the flags that hold a path (`paths`, there or not), or a Hub id or a path that is there (`names`); ends the program for a name that
-    can only be a mistyped path."""
+    """Expands in place the flags that hold a path (`paths`, there or not), or a Hub id or a path that is there
+    (`names`); ends the program for a name that can only be a mistyped path."""
     try:
         for flag in paths:
             if getattr(flags, flag) is not None:

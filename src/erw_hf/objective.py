@@ -14,8 +14,8 @@
 """The objective of both phases: the batch, the teacher's targets, the aligned model, the loss terms, the schedule of lambda.
 
 t is 0 for data and 1 for noise; x_t is a point on the path between them, v = dx_t/dt (arXiv 2504.10188).
-Phase 1:                     L = alignment(early tokens of x_0, the teacher's)
-Phase 2:  |model(x_t) - v|^2 + lambda * alignment(tokens of x_t, the teacher's)   + the terms of other papers
+Warmup:         L = alignment(early tokens of x_0, the teacher's)
+Full training:  L = |model(x_t) - v|^2 + lambda * alignment(tokens of x_t, the teacher's)   + the terms of other papers
 """
 
 from collections.abc import Mapping, Sequence
@@ -92,7 +92,8 @@ class Teacher:
             aligned (`bool`): Whether the step aligns.
 
         Returns:
-            `Sequence[RepresentationEncoder]`: The encoders that the step runs: all, or only the first if just a class token is needed.
+            `Sequence[RepresentationEncoder]`: The encoders that the step runs: all, or only the first if just a class
+            token is needed.
         """
         if self.cached:
             return ()
@@ -259,9 +260,9 @@ class Objective:
         contrastive_weight (`float`, *optional*, defaults to 0.0): Weight of contrastive flow matching.
         class_token_weight (`float`, *optional*, defaults to 0.0): Weight of the class token's velocity.
         projector (`str`, *optional*, defaults to `"mlp"`): `"transformer"` is compared at hidden tokens too.
-        alignment_mask_ratio (`float`, *optional*, defaults to 0.0): Share of the hidden tokens.
+        alignment_mask_ratio (`float`, *optional*, defaults to 0.0): Share of the tokens that are hidden.
         alignment_schedule (`str`, *optional*, defaults to `"constant"`): See [`~alignment.alignment_weight`].
-        alignment_weight (`float`, *optional*, defaults to 0.5): lambda at the first step of phase 2.
+        alignment_weight (`float`, *optional*, defaults to 0.5): lambda at the first step of full training.
         alignment_half_life (`int`, *optional*): See [`~alignment.alignment_weight`].
         alignment_stop_step (`int`, *optional*): Likewise.
     """
@@ -284,7 +285,7 @@ class Objective:
 
     def warmup_loss(self, model: nn.Module, batch: Batch, weight: float = 1.0) -> Losses:
         """
-        Phase 1 (ERW, Eq. 13): align the early blocks' tokens with the encoder's. Published with clean latents, at t = 0.
+        The warmup (ERW, Eq. 13): align the early blocks' tokens with the encoder's. Published with clean latents, at t = 0.
 
         Args:
             model ([`AlignedTransformer`]): In warmup mode.
@@ -300,7 +301,7 @@ class Objective:
 
     def full_loss(self, model: nn.Module, batch: Batch, weight: float) -> Losses:
         """
-        Phase 2 (ERW, Eq. 5 and 14): velocity matching plus lambda times the alignment of the noised latents' tokens.
+        Full training (ERW, Eq. 5 and 14): velocity matching plus lambda times the alignment of the noised latents' tokens.
 
         Args:
             model ([`AlignedTransformer`]): The full model.
@@ -350,7 +351,7 @@ class Objective:
     def weight_at(self, step: int) -> float:
         """
         Args:
-            step (`int`): Steps of phase 2 done so far.
+            step (`int`): Steps of full training done so far.
 
         Returns:
             `float`: lambda.

@@ -51,7 +51,8 @@ def decided_by_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
 
 def done_by_all(accelerator: Accelerator, do: Callable[[], T]) -> T:
     """
-    Lets each rank do its part, in which it does not wait for others, and waits for all. Where a part fails, all ranks raise, so that none goes on alone.
+    Lets each rank do its part, in which it does not wait for others, and waits for all. Where a part fails, all ranks
+    raise, so that none goes on alone.
 
     Raises:
         Exception: what `do` raised here.

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The early model of phase 1, its hand-over to the full one (ERW, arXiv 2504.10188, §3.3), and a start from an encoder's blocks.
+"""The early model of the warmup, its hand-over to the full one (ERW, arXiv 2504.10188, §3.3), and a start from an encoder's blocks.
 
 A pre-norm ViT block is an adaLN block whose modulation has no weights: scale = gamma - 1 and shift = beta of each norm, gate =
 LayerScale. Without the encoder's class and register tokens, the model's early tokens are the encoder's own.
@@ -60,7 +60,7 @@ _PARTS = {
 
 def build_warmup_transformer(model_config: Mapping[str, Any], warmup_depth: int) -> ERWTransformer2DModel:
     """
-    The model of phase 1: the embedders and the first blocks of the full model, and nothing else.
+    The model of the warmup: the embedders and the first blocks of the full model, and nothing else.
 
     Args:
         model_config (`Mapping[str, Any]`): Configuration of the full [`ERWTransformer2DModel`].
@@ -162,7 +162,7 @@ def encoder_options(
     encoder_config: PretrainedConfig, model_config: Mapping[str, Any], name: str | None = None
 ) -> dict[str, Any]:
     """
-    What a transformer has to be to hold an encoder's blocks.
+    The options that a transformer needs to hold an encoder's blocks.
 
     Args:
         encoder_config (`transformers.PretrainedConfig`): Of a ViT: DINOv2 with or without registers, DINO, MAE, CLIP, SigLIP or
@@ -254,7 +254,7 @@ def start_from_encoder(
     """
     Makes an encoder's first blocks those of a transformer, in place. Call it before an optimizer is made: its activation,
     norms and table of positions become the encoder's too, and its configuration says so, so that it is saved as what it is.
-    Time and class have no say in these blocks until they are trained.
+    Time and class do not affect these blocks until they are trained.
 
     Args:
         transformer ([`ERWTransformer2DModel`]): The model, of the encoder's width, heads and token grid.
@@ -262,8 +262,8 @@ def start_from_encoder(
         depth (`int`): Number of blocks.
         with_patch_embedding (`bool`, *optional*):
             Take the patch embedding too, for a model on images in [-1, 1]; grey ones are read as three equal channels. By
-            default where the patches are as large as the encoder's. For a model on latents `False`: its own stays, which has
-            to learn to speak the encoder's language.
+            default where the patches are as large as the encoder's. For a model on latents `False`: its own stays, and has to
+            learn to give the encoder's tokens.
 
     Returns:
         `list[str]`: Names of the transformer's tensors that are the encoder's.

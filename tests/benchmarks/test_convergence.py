@@ -93,7 +93,7 @@ def test_the_budget_buys_whole_evaluations_and_pays_for_the_warmup(recipes):
     config.warmup_steps = 0
     assert convergence.plan(config, 4 * warmup + 6.5 * full, 2)[0] == 2 * int((4 * warmup + 6.5 * full) / full / 2)
     config.warmup_steps = 4
-    with pytest.raises(ValueError, match="ends before phase 2"):
+    with pytest.raises(ValueError, match="ends before full training"):
         convergence.plan(config, 4 * warmup + full, 2)
     # No projector, no encoder: SiT's step is cheaper.
     assert convergence.step_flops(convergence.read_config(study, {"alignment_weight": 0.0}))[1] < full

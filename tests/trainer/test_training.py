@@ -77,7 +77,7 @@ def test_metrics_count_both_phases(finished_run):
     warmup, full = records[0]["flops"], records[4]["flops"] - records[3]["flops"]
     assert records[2]["flops"] == pytest.approx(3 * warmup) and full > warmup > 0
     schedule = yaml.safe_load((finished_run / "config.yaml").read_text())
-    for step, record in enumerate(records[3:]):  # the schedule of lambda starts with phase 2
+    for step, record in enumerate(records[3:]):  # the schedule of lambda starts with full training
         expected = schedule["alignment_weight"] * 2 ** (-step / schedule["alignment_half_life"])
         assert record["lambda"] == pytest.approx(expected)
         assert record["loss"] == pytest.approx(record["velocity"] + expected * record["alignment"], rel=1e-5)
@@ -86,9 +86,9 @@ def test_metrics_count_both_phases(finished_run):
 
 
 def test_phase_2_starts_from_what_phase_1_learnt_in_the_same_run(finished_run, tmp_path, tiny_flags):
-    """The published code starts phase 2 from random weights in an uninterrupted run: this test fails on it."""
+    """The published code starts full training from random weights in an uninterrupted run: this test fails on it."""
     warmup = load_file(finished_run / "warmup" / "transformer" / "diffusion_pytorch_model.safetensors")
-    # The same run with a learning rate that moves nothing in phase 2, and an EMA that follows at once: its pipeline is
+    # The same run with a learning rate that moves nothing in full training, and an EMA that follows at once: its pipeline is
     # the hand-over itself.
     train(
         *tiny_flags,
@@ -130,7 +130,7 @@ def uninterrupted(tmp_path_factory, tiny_flags):
     return run, flags
 
 
-@pytest.mark.parametrize("kept", [2, 3, 4, 6])  # in the warmup, at the hand-over, in phase 2
+@pytest.mark.parametrize("kept", [2, 3, 4, 6])  # in the warmup, at the hand-over, in full training
 def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, uninterrupted, kept):
     whole, flags = uninterrupted
     cut = tmp_path / "cut"
@@ -183,7 +183,7 @@ def test_no_file_of_a_checkpoint_can_execute_code(tmp_path, uninterrupted, file)
 
 @pytest.mark.parametrize(("processes", "kill_after"), [(1, 150), (2, 45)])
 def test_killed_and_resumed_is_bitwise_the_uninterrupted_one(tmp_path, tiny_flags, processes, kill_after):
-    """kill -9 to launcher, processes and loader workers, of one process in phase 2, of two in the warmup."""
+    """kill -9 to launcher, processes and loader workers, of one process in full training, of two in the warmup."""
     flags = [*tiny_flags, "--dataloader_num_workers=2", "--warmup_steps=100", "--max_train_steps=200"]
     flags += ["--checkpoints_total_limit=2", "--checkpointing_steps=20", "--train_batch_size=2"]
     launch_training(*flags, f"--output_dir={tmp_path}/whole", processes=processes)

@@ -30,8 +30,9 @@ KEY_COLUMN = "key"  # what identifies the sample
 
 
 def check_cache(has_features: bool, encoders: Sequence[str], settings: Mapping[str, Any]) -> None:
-    """Raises ValueError if a latent cache was not made with the autoencoder, size and encoder in a run's `settings`, if files are missing, or if the run asks
-    for what a cache cannot provide. `encoders` are what the run aligns with."""
+    """Raises ValueError if a latent cache was not made with the autoencoder, size and encoder in a run's `settings`,
+    if files are missing, or if the run asks for what a cache cannot provide. `encoders` are what the run aligns
+    with."""
     if has_features and len(encoders) > 1:
         raise ValueError(
             "a latent cache holds the tokens of one encoder: to align with several, make it without --encoder"

@@ -24,10 +24,12 @@ FACTOR = 4  # the source's 8x8 pixels become 32x32
 
 
 def load_digits_dataset() -> DatasetDict:
-    """The handwritten digits (Alpaydin & Kaynak, UCI 1998, test part; CC BY 4.0): `train` (1 438 rows) and `test` (359 rows), columns `image` and `label`.
+    """The handwritten digits (Alpaydin & Kaynak, UCI 1998, test part; CC BY 4.0): `train` (1 438 rows) and `test` (359
+    rows), columns `image` and `label`.
 
-    Images are 32x32, grey, white on black: the source's 8x8 pixels, enlarged smoothly so that the mean of each 4x4 cell is the source's value. Every fifth
-    image is held out for `test`; neither the transformer nor the tiny encoder is trained on it."""
+    Images are 32x32, grey, white on black: the source's 8x8 pixels, enlarged smoothly so that the mean of each 4x4
+    cell is the source's value. Every fifth image is held out for `test`; neither the transformer nor the tiny
+    encoder is trained on it."""
     return DatasetDict(_digits())  # a caller may change its own
 
 

@@ -107,14 +107,17 @@ def read_image_folder(
 
     Args:
         label_column (`str`, *optional*): Column of `metadata.csv` (`.jsonl`, `.parquet`) that holds the labels.
-        labelled (`bool`, *optional*, defaults to `True`): `False` if no labels are wanted, so that missing ones are fine.
+        labelled (`bool`, *optional*, defaults to `True`): `False` if no labels are wanted, so that missing ones are
+            fine.
 
     Returns:
-        `dict[str, datasets.Dataset]`, *optional*: The rows of each split, in the order of the paths or of the metadata: `image` (undecoded paths), and
-        `label` if there are classes. `None` for a folder with other files than images, or with a `README.md` that says how to read it.
+        `dict[str, datasets.Dataset]`, *optional*: The rows of each split, in the order of the paths or of the
+        metadata: `image` (undecoded paths), and `label` if there are classes. `None` for a folder with other files
+        than images, or with a `README.md` that says how to read it.
 
     Raises:
-        ValueError: for an ambiguous folder, for labels on disk that are not found, or for images of kinds that Pillow does not read; with what to do.
+        ValueError: for an ambiguous folder, for labels on disk that are not found, or for images of kinds that Pillow
+            does not read; with what to do.
         OSError: for folders that cannot be read.
     """
     listing = _list(folder)

@@ -58,8 +58,9 @@ FATAL = (
 
 
 class Backoff:
-    """Waits after failures, longer each time, and gives up `seconds` after the first. Once one exists, `datasets` itself no longer retries in this process.
-    `listed`: the file existed before, so if it is missing or denied now (`ENOENT`, `EACCES`), the system is at fault, and reading is retried."""
+    """Waits after failures, longer each time, and gives up `seconds` after the first. Once one exists, `datasets`
+    itself no longer retries in this process. `listed`: the file existed before, so if it is missing or denied now
+    (`ENOENT`, `EACCES`), the system is at fault, and reading is retried."""
 
     def __init__(self, seconds: float, listed: bool = False) -> None:
         self.seconds = seconds
@@ -119,7 +120,8 @@ def retried(seconds: float, call: Callable[[], Result], listed: bool = False) ->
 @contextlib.contextmanager
 def hub_or_cache(name: str, what: str) -> Iterator[None]:
     """
-    Makes code that reads from the Hub answer within seconds: while the Hub is away, only this machine's cache is read. `what` names it in messages.
+    Makes code that reads from the Hub answer within seconds: while the Hub is away, only this machine's cache is read.
+    `what` names it in messages.
 
     Raises:
         FileNotFoundError: if it can only be a local folder and does not exist.

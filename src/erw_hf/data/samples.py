@@ -95,9 +95,9 @@ class SampleMaker:
         A sample of an image of any mode and size, or of what a latent cache holds of it.
 
         Returns:
-            `dict[str, torch.Tensor]`: `pixels` (C, H, W) uint8 if there is an image, `label`, `drop`, `time_normal`, `noise` (c, h, w), `posterior_noise`
-            (c, h, w), with a class token `class_noise` (E,), with hidden tokens `hidden` (N,) bool and, from a cache, `moments` (2 c, h, w) float16 and
-            `features` (N D,) bfloat16.
+            `dict[str, torch.Tensor]`: `pixels` (C, H, W) uint8 if there is an image, `label`, `drop`, `time_normal`,
+            `noise` (c, h, w), `posterior_noise` (c, h, w), with a class token `class_noise` (E,), with hidden tokens
+            `hidden` (N,) bool and, from a cache, `moments` (2 c, h, w) float16 and `features` (N D,) bfloat16.
         """
         rng = sample_rng(self.seed, epoch, key)
         # The order of the draws is part of the reproducibility promise: append, never insert.
@@ -137,8 +137,8 @@ def read_row(
     source: Source, index: int, retry_seconds: float = 300, skipped: int = 0
 ) -> tuple[int, dict[str, Any], Image.Image | None, int]:
     """
-    Number of a row, the row, its image, and rows skipped so far. A broken row is named in the log and replaced by the next readable one, so that batches
-    keep their size and a resumed run keeps its order.
+    Number of a row, the row, its image, and rows skipped so far. A broken row is named in the log and replaced by the
+    next readable one, so that batches keep their size and a resumed run keeps its order.
 
     Raises:
         ValueError: if no row is readable, or `IN_A_ROW` rows in a row are not.
@@ -185,8 +185,9 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 class StepSampler(torch.utils.data.Sampler[list[tuple[int, int]]]):
     """The batches of one rank as a pure function of the step, so that resuming needs only the step.
 
-    The run reads an endless sequence of positions; each epoch is a fresh permutation. Step s takes the positions `[s B, (s + 1) B)`, where B is the batch
-    over all ranks and accumulation steps. So a step has the same samples however B is divided."""
+    The run reads an endless sequence of positions; each epoch is a fresh permutation. Step s takes the positions
+    `[s B, (s + 1) B)`, where B is the batch over all ranks and accumulation steps. So a step has the same samples
+    however B is divided."""
 
     def __init__(
         self,

@@ -58,8 +58,8 @@ class RowReader:
     """
     The rows of one epoch of a stream, despite network failures and broken shards.
 
-    Failures are retried with back-off. A truncated shard is counted, named and abandoned where it breaks, and reading continues with the next one. Neither
-    changes the order of the other rows, so such a run also resumes exactly.
+    Failures are retried with back-off. A truncated shard is counted, named and abandoned where it breaks, and reading
+    continues with the next one. Neither changes the order of the other rows, so such a run also resumes exactly.
 
     Args:
         dataset (`datasets.IterableDataset`): The stream; its epoch is set.
@@ -164,10 +164,12 @@ def _innermost(state: dict[str, Any]) -> dict[str, Any]:
 
 
 class StreamingSamples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
-    """An endless stream of one rank's training samples, epoch after epoch, each in another order; `block` rows are shuffled together.
+    """An endless stream of one rank's training samples, epoch after epoch, each in another order; `block` rows are
+    shuffled together.
 
-    Each sample comes exactly once per epoch over all ranks and workers. Its random draws depend on the seed, the epoch and the image's own bytes, so the
-    numbers of ranks and workers do not change them. A file that is not a readable image is skipped, counted and named in the log."""
+    Each sample comes exactly once per epoch over all ranks and workers. Its random draws depend on the seed, the
+    epoch and the image's own bytes, so the numbers of ranks and workers do not change them. A file that is not a
+    readable image is skipped, counted and named in the log."""
 
     def __init__(
         self,
@@ -264,8 +266,9 @@ class StreamingSamples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]
 def stream_loader(
     samples: StreamingSamples, batch_size: int, num_workers: int, pin_memory: bool, state: dict[str, Any] | None
 ) -> StatefulDataLoader:
-    """A loader whose `state_dict` says exactly which sample comes next, prefetched batches included. `num_workers` is reduced to the number of shards, since a
-    worker without a shard would wait for ever; `state` is of a loader with the same number of workers."""
+    """A loader whose `state_dict` says exactly which sample comes next, prefetched batches included. `num_workers` is
+    reduced to the number of shards, since a worker without a shard would wait for ever; `state` is of a loader with
+    the same number of workers."""
     num_workers = min(num_workers, samples.dataset.num_shards)
     loader = StatefulDataLoader(samples, batch_size=batch_size, num_workers=num_workers, pin_memory=pin_memory)
     if state is not None:

@@ -45,8 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def differs(value: float, error: float, other: float, other_error: float) -> bool:
-    """Whether two numbers are two standard errors of their difference apart, 1 in 20 by chance. The errors of models that were drawn with one seed are not
-    independent; as a rule their difference is surer than that."""
+    """Whether two numbers are two standard errors of their difference apart, 1 in 20 by chance. The errors of models
+    that were drawn with one seed are not independent; as a rule their difference is surer than that."""
     return abs(value - other) > ERRORS * math.hypot(error, other_error)
 
 
@@ -65,8 +65,9 @@ def protocol_differences(first: Mapping[str, Any], second: Mapping[str, Any]) ->
 
 
 def compare_records(first: Mapping[str, Any], second: Mapping[str, Any], tolerance: float = SAME) -> tuple[bool, str]:
-    """Compares two evaluations, of two models or of one that is evaluated again: whether all metrics of the first are the same in the second, up to a relative
-    `tolerance`, and the text. Of unequal numbers of samples the numbers less their bias are compared, where both records have it."""
+    """Compares two evaluations, of two models or of one that is evaluated again: whether all metrics of the first are
+    the same in the second, up to a relative `tolerance`, and the text. Of unequal numbers of samples the numbers
+    less their bias are compared, where both records have it."""
     lines, same = protocol_differences(first, second), True
     counts = [(record.get("settings") or {}).get("num_samples") for record in (first, second)]
     head = f"{'metric':22}{'first':>16}{'error':>10}{'second':>16}{'error':>10}{'difference':>12}"

@@ -205,8 +205,8 @@ class RepresentationExtractor(nn.Module):
 
 
 def describe_extractors(extractors: Sequence[nn.Module], names: Sequence[str]) -> dict[str, object]:
-    """What a record says of extractors, the first of them Inception or a classifier: names (Hub ids or paths), hashes, sizes, normalisation and precision as
-    applied."""
+    """What a record says of extractors, the first of them Inception or a classifier: names (Hub ids or paths), hashes,
+    sizes, normalisation and precision as applied."""
     described: dict[str, object] = {
         "name": names[0], "sha256": weights_hash(extractors[0]), "precision": "float32 without TF32, sums in float64",
     }  # fmt: skip

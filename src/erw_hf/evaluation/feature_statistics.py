@@ -101,9 +101,9 @@ def extract_features(
     description: str = "images",
 ) -> Features:
     """
-    Reads images and sums up their features. All ranks call it, and each takes whole batches: batch b holds the images `[b B, (b + 1) B)`, whatever the
-    number of ranks. Finished work is kept in `folder`, which all ranks must see; a call after a kill continues there, and with the same number of ranks
-    its sums are bitwise the uninterrupted ones.
+    Reads images and sums up their features. All ranks call it, and each takes whole batches: batch b holds the images
+    `[b B, (b + 1) B)`, whatever the number of ranks. Finished work is kept in `folder`, which all ranks must see; a
+    call after a kill continues there, and with the same number of ranks its sums are bitwise the uninterrupted ones.
 
     Args:
         keep (`Sequence[str]`, *optional*, defaults to `()`): Layers whose features are to be kept, in files.

@@ -50,8 +50,8 @@ class ImageSet:
 
 
 def sample_label(seed: int, index: int, num_classes: int, labels: str) -> int:
-    """The class of a sample, by its index alone: `"random"` is uniform, as SiT, REPA and ERW; `"balanced"` takes each class in turn. 0, the null class, for an
-    unconditional model."""
+    """The class of a sample, by its index alone: `"random"` is uniform, as SiT, REPA and ERW; `"balanced"` takes each
+    class in turn. 0, the null class, for an unconditional model."""
     if num_classes == 0:
         return 0
     if labels == "balanced":
@@ -76,9 +76,10 @@ def generated_images(
     guidance_interval: tuple[float, float] = (0.0, 0.7),
     autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> ImageSet:
-    """Images that a pipeline draws, each a function of (seed, index). The last bits of an image also depend on the batch that it is drawn in, as those of any
-    batched product do; 8-bit rounding hides nearly all of that. `labels` are those of [`sample_label`]; the pipeline runs inside `autocast()`. Reading
-    raises ValueError where the model gives NaN or infinity."""
+    """Images that a pipeline draws, each a function of (seed, index). The last bits of an image also depend on the
+    batch that it is drawn in, as those of any batched product do; 8-bit rounding hides nearly all of that. `labels`
+    are those of [`sample_label`]; the pipeline runs inside `autocast()`. Reading raises ValueError where the model
+    gives NaN or infinity."""
     num_classes = pipe.transformer.config.num_classes
 
     def read(indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,8 +113,8 @@ def generated_images(
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) images in [0, 1], of 3 channels or one, as (B, 3, H, W) uint8 on the CPU; rounded as diffusers does when it makes PIL images, so that what is
-    measured is what users save."""
+    """(B, C, H, W) images in [0, 1], of 3 channels or one, as (B, 3, H, W) uint8 on the CPU; rounded as diffusers does
+    when it makes PIL images, so that what is measured is what users save."""
     return (images * 255).round().to(torch.uint8).cpu().expand(-1, 3, -1, -1)
 
 

@@ -47,8 +47,8 @@ class ProbeImages:
 
 
 def load_probe_images(source: Source, count: int, image_size: int, channels: int, seed: int) -> ProbeImages:
-    """Reads at most `count` images of `image_size` pixels for probing: a random choice, or from a stream the first ones. `seed` is of the choice and of the
-    noise. Raises ValueError if none can be read."""
+    """Reads at most `count` images of `image_size` pixels for probing: a random choice, or from a stream the first
+    ones. `seed` is of the choice and of the noise. Raises ValueError if none can be read."""
     if source.image_column is None:
         raise ValueError("a latent cache without images cannot be used for probing: name a dataset of images")
     rows = source.dataset
@@ -79,11 +79,13 @@ def block_features(
     batch_size: int = 64,
     encoder: RepresentationEncoder | None = None,
 ) -> torch.Tensor:
-    """The mean patch token of each block, `(num_layers, N, D)`, float32, on the CPU. The model is given no class, since its embedding would tell the probe the
-    answer. At `time` 0 it sees clean latents, at other times the noise of an image is always the same.
+    """The mean patch token of each block, `(num_layers, N, D)`, float32, on the CPU. The model is given no class,
+    since its embedding would tell the probe the answer. At `time` 0 it sees clean latents, at other times the noise
+    of an image is always the same.
 
-    A model with a class token (REG) sees that of the image by its first `encoder`, noised with the same t: at t = 0 its blocks are shown a part of what they
-    are compared with. Raises ValueError if that encoder is missing or another."""
+    A model with a class token (REG) sees that of the image by its first `encoder`, noised with the same t: at t = 0
+    its blocks are shown a part of what they are compared with. Raises ValueError if that encoder is missing or
+    another."""
     width = transformer.config.class_token_dim
     if width is not None and (encoder is None or encoder.class_token_dim != width):
         raise ValueError(
@@ -128,8 +130,9 @@ def linear_probe(
     test_labels: torch.Tensor,
     weight_decay: float = 1e-3,
 ) -> float:
-    """Accuracy on test features, `(M, D)`, of a multinomial logistic regression on standardised features, `(N, D)`, fitted to the optimum by L-BFGS. `weight_decay`
-    is the factor of half the squared norm of the weights, in a loss that is a mean over samples."""
+    """Accuracy on test features, `(M, D)`, of a multinomial logistic regression on standardised features, `(N, D)`,
+    fitted to the optimum by L-BFGS. `weight_decay` is the factor of half the squared norm of the weights, in a loss
+    that is a mean over samples."""
     # On the CPU: not every device has float64.
     features, test_features = features.cpu().double(), test_features.cpu().double()
     mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
@@ -161,8 +164,9 @@ def probe_blocks(
     path_type: str = "linear",
     k: int = 10,
 ) -> list[dict[str, Any]]:
-    """Probes every block: for each time `t`, and lists over blocks, `cknna` (with an encoder, `k` neighbours) and `accuracy` (with labels). The linear probe is
-    fitted on `fit_images`; `test_images` are held out. A model with a class token sees the encoder's."""
+    """Probes every block: for each time `t`, and lists over blocks, `cknna` (with an encoder, `k` neighbours) and
+    `accuracy` (with labels). The linear probe is fitted on `fit_images`; `test_images` are held out. A model with a
+    class token sees the encoder's."""
     # Of length 1, as in Huh et al.'s code: else a few long vectors are everyone's nearest neighbours.
     target = None if encoder is None else F.normalize(encoder_features(encoder, test_images), dim=-1)
     results = []

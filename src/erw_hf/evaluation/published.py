@@ -170,8 +170,9 @@ def list_published() -> str:
 
 
 def build_published(name: str, checkpoint: str | None = None) -> ERWPipeline:
-    """Fetches and converts a published checkpoint, or its file in `checkpoint`. The pipeline draws as its authors did, as far as `differs` and `unverified` say.
-    Raises ValueError for one that cannot be drawn with here, or whose file is not on the Hub."""
+    """Fetches and converts a published checkpoint, or its file in `checkpoint`. The pipeline draws as its authors did,
+    as far as `differs` and `unverified` say. Raises ValueError for one that cannot be drawn with here, or whose
+    file is not on the Hub."""
     entry = PUBLISHED[name]
     if entry.refused:
         raise ValueError(f"{name} is not measured here: {entry.refused}")

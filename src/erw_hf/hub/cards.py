@@ -72,8 +72,9 @@ DATA_LICENCES = {
 
 
 def run_card(folder: Path, repo_id: str) -> ModelCard:
-    """The card of a run, from a snapshot of it: `config.yaml` and `metrics.jsonl` and, if there are any, the pipeline, pictures, `evaluation.json`, the warmup
-    and a checkpoint. The records are already public (see [`~hub.public.public_value`])."""
+    """The card of a run, from a snapshot of it: `config.yaml` and `metrics.jsonl` and, if there are any, the pipeline,
+    pictures, `evaluation.json`, the warmup and a checkpoint. The records are already public (see
+    [`~hub.public.public_value`])."""
     config = {name: key.default for name, key in KEYS.items()}  # a run may be older than a key
     config |= yaml.safe_load((folder / "config.yaml").read_text())
     environment = _read_json(folder / "environment.json")
@@ -287,8 +288,9 @@ def write_warmup_record(
     model_config: Mapping[str, Any],
     taught: bool = False,
 ) -> None:
-    """Completes the `warmup` folder of a run for others to use: `warmup.json`, its cost, and its card. `progress` is at the end of the warmup; `taught`: it
-    taught a new patch embedding before the encoder's blocks, by its tokens after these, without a projector."""
+    """Completes the `warmup` folder of a run for others to use: `warmup.json`, its cost, and its card. `progress` is
+    at the end of the warmup; `taught`: it taught a new patch embedding before the encoder's blocks, by its tokens
+    after these, without a projector."""
     target = f"tokens after block {config['warmup_depth']}" if taught else "patch tokens"
     record = {
         "steps": progress["step"],

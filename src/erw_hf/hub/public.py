@@ -22,8 +22,8 @@ from erw_hf.trainer.run_record import split_names
 
 
 def public_value(value: object, local: Collection[str] = ()) -> object:
-    """A JSON or YAML value with each local path reduced to its last name. A string may hold several names, separated by commas; those in `local` are local
-    folders, whatever they look like."""
+    """A JSON or YAML value with each local path reduced to its last name. A string may hold several names, separated
+    by commas; those in `local` are local folders, whatever they look like."""
     if isinstance(value, Mapping):
         return {key: public_value(entry, local) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

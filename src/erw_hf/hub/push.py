@@ -59,8 +59,8 @@ RECORD_FILES = (
 
 
 class BackgroundPush:
-    """Pushes snapshots while a run continues, by `python -m erw_hf.hub.push` in a separate process. Snapshots after `resume_step` belong to a run that was
-    given up."""
+    """Pushes snapshots while a run continues, by `python -m erw_hf.hub.push` in a separate process. Snapshots after
+    `resume_step` belong to a run that was given up."""
 
     def __init__(self, run_dir: str | os.PathLike[str], resume_step: int) -> None:
         self.run_dir = Path(run_dir)
@@ -145,8 +145,9 @@ def _queue(run_dir: Path) -> list[Path]:
 
 
 def push_run(run_dir: Path, repo_id: str | None = None, private: bool = False) -> None:
-    """Pushes the snapshot that waits in a run's queue or, without one, the finished run; by default to the config's `hub_model_id`, otherwise the folder's name.
-    Raises ValueError if there is nothing to push, or it cannot be pushed."""
+    """Pushes the snapshot that waits in a run's queue or, without one, the finished run; by default to the config's
+    `hub_model_id`, otherwise the folder's name. Raises ValueError if there is nothing to push, or it cannot be
+    pushed."""
     (run_dir / "hub").mkdir(exist_ok=True)
     with (run_dir / "hub" / ".lock").open("w") as lock:
         try:

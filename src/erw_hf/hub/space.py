@@ -29,8 +29,8 @@ FILES = ("app.py", "README.md", "requirements.txt")  # required
 
 
 def publish_space(model: str, space: str, folder: Path = DEMO, private: bool = False) -> str:
-    """Creates or updates a Space that serves a pushed pipeline, and returns its id with its namespace. Raises ValueError if the model is not a pipeline on the
-    Hub, the demo is missing, or the Space cannot be pushed to."""
+    """Creates or updates a Space that serves a pushed pipeline, and returns its id with its namespace. Raises
+    ValueError if the model is not a pipeline on the Hub, the demo is missing, or the Space cannot be pushed to."""
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} lacks {missing}: name the folder `spaces/erw` of a checkout with --folder")

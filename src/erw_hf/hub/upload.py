@@ -42,8 +42,9 @@ Result = TypeVar("Result")
 
 def prepare_repo(repo_id: str, private: bool = False, repo_type: str = "model", **kwargs: Any) -> str:
     """
-    Creates a repo, or checks that it can be pushed to, and returns its id with its namespace. The trainer calls it before its first step. An existing repo
-    stays as private as it is. `kwargs` are those of [`~huggingface_hub.HfApi.create_repo`].
+    Creates a repo, or checks that it can be pushed to, and returns its id with its namespace. The trainer calls it
+    before its first step. An existing repo stays as private as it is. `kwargs` are those of
+    [`~huggingface_hub.HfApi.create_repo`].
 
     Raises:
         ValueError: if there is no token, no permission, no connection, or something else with this name.
@@ -112,8 +113,9 @@ def retry(call: Callable[[], Result]) -> Result:
 
 
 def upload(folder: Path, repo_id: str, message: str, repo_type: str = "model", replaced: Collection[str] = ()) -> str:
-    """Uploads a folder as one commit, retrying with growing pauses, and returns the commit's address. What is already on the Hub is not sent again. Files of the
-    repo that the folder lacks are removed from each of its subfolders, and those in `replaced`."""
+    """Uploads a folder as one commit, retrying with growing pauses, and returns the commit's address. What is already
+    on the Hub is not sent again. Files of the repo that the folder lacks are removed from each of its subfolders,
+    and those in `replaced`."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     folders = tuple({name.split("/")[0] + "/" for name in paths if "/" in name})
 

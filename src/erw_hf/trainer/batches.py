@@ -36,8 +36,8 @@ Samples = dict[str, torch.Tensor]
 
 
 class Batches:
-    """This rank's samples in both phases. Without streaming, the step alone decides what is read; a stream has a state that checkpoints keep and phase 2
-    continues."""
+    """This rank's samples in both phases. Without streaming, the step alone decides what is read; a stream has a state
+    that checkpoints keep and full training continues."""
 
     def __init__(self, inputs: Inputs) -> None:
         config = inputs.config
@@ -71,8 +71,9 @@ class Batches:
             self._batches = itertools.chain([first], self._batches)
 
     def next(self) -> Samples | None:
-        """The next batch, as [`~data.samples.SampleMaker`] makes its samples. After a failure it returns the last batch again, so that no other rank waits for
-        ever for this one's share of the step; [`check`] then ends the run on all ranks, and nothing from that step is kept."""
+        """The next batch, as [`~data.samples.SampleMaker`] makes its samples. After a failure it returns the last
+        batch again, so that no other rank waits for ever for this one's share of the step; [`check`] then ends the
+        run on all ranks, and nothing from that step is kept."""
         started = time.perf_counter()
         if self.error is None:
             try:

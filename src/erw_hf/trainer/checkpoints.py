@@ -168,11 +168,12 @@ def resolve_checkpoint(output_dir: str | os.PathLike[str], value: str | None) ->
     Args:
         output_dir (`str` or `os.PathLike`): Folder of the run.
         value (`str`, *optional*):
-            A checkpoint's name in `output_dir`, a path, or `"latest"`, which passes over, with a warning, damaged checkpoints and those
-            saved during a streak of non-finite steps that no finite step ended.
+            A checkpoint's name in `output_dir`, a path, or `"latest"`, which passes over, with a warning, damaged
+            checkpoints and those saved during a streak of non-finite steps that no finite step ended.
 
     Raises:
-        ValueError: if it names no checkpoint or a damaged one, or if `"latest"` meets a run whose checkpoints have gone.
+        ValueError: if it names no checkpoint or a damaged one, or if `"latest"` meets a run whose checkpoints have
+            gone.
     """
     if value is None:
         return None
@@ -286,13 +287,13 @@ def save_checkpoint(
     data_state: dict[str, Any] | None = None,
 ) -> None:
     """
-    Writes `checkpoint-STEP`; all ranks call it. A kill or a power cut at any moment leaves the earlier checkpoints intact: this one is
-    written under another name, synced to disk and renamed when it is complete.
+    Writes `checkpoint-STEP`; all ranks call it. A kill or a power cut at any moment leaves the earlier checkpoints
+    intact: this one is written under another name, synced to disk and renamed when it is complete.
 
     Args:
         total_limit (`int`, *optional*):
-            Newest checkpoints to keep, this one included. The newest one known to be good (a finite step followed it) also stays, so
-            a limit of 1 keeps two.
+            Newest checkpoints to keep, this one included. The newest one known to be good (a finite step followed it)
+            also stays, so a limit of 1 keeps two.
         data_state (`dict`, *optional*): State of this rank's stream; accelerate would keep one for all ranks.
 
     Raises:

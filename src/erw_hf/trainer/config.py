@@ -245,14 +245,16 @@ class AlignmentConfig:
         card=True,
     )
     projector_dim: int = _key(2048, "Width of the mlp projector's hidden layers.", range=AT_LEAST_1, fixed=True)
-    projector_depth: int = _key(8, "Block whose output is aligned in phase 2.", range=AT_LEAST_1, fixed=True)
-    alignment_schedule: Literal["constant", "half_life", "stop"] = _key("constant", "Schedule of lambda in phase 2.")
-    alignment_weight: float = _key(0.5, "lambda at the first step of phase 2.", range=AT_LEAST_0)
+    projector_depth: int = _key(8, "Block whose output is aligned in full training.", range=AT_LEAST_1, fixed=True)
+    alignment_schedule: Literal["constant", "half_life", "stop"] = _key(
+        "constant", "Schedule of lambda in full training."
+    )
+    alignment_weight: float = _key(0.5, "lambda at the first step of full training.", range=AT_LEAST_0)
     alignment_half_life: int | None = _key(
         None, 'Steps in which lambda halves; schedule "half_life".', range=AT_LEAST_1
     )
     alignment_stop_step: int | None = _key(
-        None, 'First step of phase 2 without alignment; schedule "stop".', range=AT_LEAST_0
+        None, 'First step of full training without alignment; schedule "stop".', range=AT_LEAST_0
     )
 
 
@@ -270,7 +272,7 @@ class StartConfig:
         card=True,
     )
     warmup_steps: int = _key(
-        0, "Steps of phase 1, the representation warmup; 0 for none.", range=AT_LEAST_0, fixed=True, card=True
+        0, "Steps of the representation warmup; 0 for none.", range=AT_LEAST_0, fixed=True, card=True
     )
     warmup_depth: int = _key(5, "Blocks that are warmed up.", range=AT_LEAST_1, fixed=True)
     warmup_noised: bool = _key(False, "Warm up on noised latents instead of clean ones at t = 0.", fixed=True)
@@ -278,7 +280,7 @@ class StartConfig:
         True, "Train the blocks of start_from_encoder in the warmup too; false keeps them frozen there.", fixed=True
     )
     warmup_from: str | None = _key(
-        None, "Start phase 2 from the `warmup` folder (or Hub repo) of an earlier run.", path="or_id"
+        None, "Start full training from the `warmup` folder (or Hub repo) of an earlier run.", path="or_id"
     )
     init_from: str | None = _key(
         None,
@@ -299,7 +301,7 @@ class StartConfig:
     lora_targets: str = _key(
         "to_q,to_k,to_v,to_out.0", "Linear layers that the adapter changes, by the ends of their names.", fixed=True
     )
-    hand_over_projector: bool = _key(True, "Hand the warmup's projector over to phase 2.", fixed=True)
+    hand_over_projector: bool = _key(True, "Hand the warmup's projector over to full training.", fixed=True)
 
 
 @dataclass
@@ -342,9 +344,11 @@ class OptimisationConfig:
     train_batch_size: int = _key(32, "Samples per rank and forward pass.", range=AT_LEAST_1, card=True)
     gradient_accumulation_steps: int = _key(1, "Forward passes per step.", range=AT_LEAST_1, card=True)
     max_train_steps: int = _key(400_000, "Steps of both phases together.", range=AT_LEAST_1, card=True)
-    learning_rate: float = _key(1e-4, "Peak learning rate of phase 2; 0 trains nothing.", range=AT_LEAST_0, card=True)
+    learning_rate: float = _key(
+        1e-4, "Peak learning rate of full training; 0 trains nothing.", range=AT_LEAST_0, card=True
+    )
     warmup_learning_rate: float | None = _key(
-        None, "Peak learning rate of phase 1; learning_rate by default.", range=AT_LEAST_0
+        None, "Peak learning rate of the warmup; learning_rate by default.", range=AT_LEAST_0
     )
     lr_scheduler: Literal["constant", "linear", "cosine"] = _key(
         "constant", "Course of the learning rate after lr_warmup_steps, in each phase.", card=True
@@ -366,7 +370,7 @@ class OptimisationConfig:
         1.0, "Norm to which gradients are clipped; a large one such as 1e9 clips none.", range=ABOVE_0, card=True
     )
     ema_decay: float = _key(
-        0.9999, "Decay of the exponential moving average of the weights, in phase 2.", range="[0, 1)", card=True
+        0.9999, "Decay of the exponential moving average of the weights, in full training.", range="[0, 1)", card=True
     )
     ema_ramp: bool = _key(
         True,
@@ -423,11 +427,13 @@ class MonitoringConfig:
     """Logging, pictures and quality during training"""
 
     report_to: str = _key("tensorboard", "Trackers of accelerate: tensorboard, trackio, wandb, all, or none.")
-    validation_steps: int = _key(5_000, "Steps between sample grids in phase 2; 0 for none.", range=AT_LEAST_0)
+    validation_steps: int = _key(5_000, "Steps between sample grids in full training; 0 for none.", range=AT_LEAST_0)
     num_validation_images: int = _key(16, "Images per sample grid.", range=AT_LEAST_1)
     num_inference_steps: int = _key(50, "Sampling steps for a sample grid.", range=AT_LEAST_1)
     guidance_scale: float = _key(1.8, "Guidance scale for a sample grid.", range=AT_LEAST_0)
-    evaluation_steps: int = _key(0, "Steps between measurements of FID in phase 2; 0 for none.", range=AT_LEAST_0)
+    evaluation_steps: int = _key(
+        0, "Steps between measurements of FID in full training; 0 for none.", range=AT_LEAST_0
+    )
     evaluation_samples: int = _key(1000, "Images drawn per measurement, without guidance.", range="[2, inf)")
     evaluation_reference: str | None = _key(
         None, "What FID compares with: an npz of statistics, or a dataset.", path="or_id"
@@ -564,7 +570,7 @@ class TrainingConfig(
         if not self.warmup_trains_blocks and (self.start_from_encoder == 0 or self.warmup_steps == 0):
             raise ValueError("warmup_trains_blocks: false needs a warmup of start_from_encoder's blocks")
         if self.warmup_from is not None and self.warmup_steps > 0:
-            raise ValueError("warmup_from starts phase 2 from an earlier warmup: set warmup_steps to 0")
+            raise ValueError("warmup_from starts full training from an earlier warmup: set warmup_steps to 0")
         if self.init_from is not None and (self.warmup_steps > 0 or self.warmup_from is not None):
             raise ValueError("init_from starts from a whole model: set warmup_steps to 0 and omit warmup_from")
         if self.lora_rank > 0:
@@ -641,8 +647,8 @@ class TrainingConfig(
             temporary.write_text(text, encoding="utf-8")
 
     def check_resumable(self, path: str | os.PathLike[str]) -> None:
-        """Raises ValueError if this differs from the `config.yaml` of the run so far in what must not change when a run resumes. `ema_ramp` keeps its old
-        value: false for a run older than the key."""
+        """Raises ValueError if this differs from the `config.yaml` of the run so far in what must not change when a
+        run resumes. `ema_ramp` keeps its old value: false for a run older than the key."""
         before = read_config_file(Path(path))
         for key in fields(self):
             if not key.metadata["fixed"] or (key.name not in before and key.name in MODEL_KEYS):
@@ -726,8 +732,9 @@ def check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace, **ra
 
 def read_config_file(path: Path) -> dict[str, Any]:
     """
-    The keys that a flat YAML file sets. A value is read by the type of its key, like a flag, whatever YAML makes of it: `1e-4` is a number, `no` a
-    choice of `mixed_precision`, `123` a name. A path with a leading dot is relative to the file.
+    The keys that a flat YAML file sets. A value is read by the type of its key, like a flag, whatever YAML makes of
+    it: `1e-4` is a number, `no` a choice of `mixed_precision`, `123` a name. A path with a leading dot is relative to
+    the file.
 
     Raises:
         ValueError: for another kind of file, an unknown or repeated key, or an impossible value, with its line.

@@ -37,8 +37,9 @@ def choose_precision(setting: str) -> tuple[str, str]:
     """
     The precision, `"no"`, `"fp16"` or `"bf16"`, and why; decided once, from the key, the launcher and the device.
 
-    `"auto"` is what `accelerate launch` says; else bf16 where the device computes it itself (GPUs since Ampere, CPUs with AMX); fp16 on older
-    GPUs, whose bf16 is emulated and slower than float32, while fp16 has tensor cores and is what ERW's paper trained in; else float32.
+    `"auto"` is what `accelerate launch` says; else bf16 where the device computes it itself (GPUs since Ampere, CPUs
+    with AMX); fp16 on older GPUs, whose bf16 is emulated and slower than float32, while fp16 has tensor cores and is
+    what ERW's paper trained in; else float32.
 
     Raises:
         ValueError: if the key and `accelerate launch` name two precisions.
@@ -97,7 +98,7 @@ def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str,
     current = torch.cuda.current_stream()
     current.wait_stream(_copy_stream(device))
     for tensor in copies.values():
-        tensor.record_stream(current)  # whose memory is not given out again before the step is done with it
+        tensor.record_stream(current)  # keeps their memory until the step is done with it
     return copies
 
 
@@ -107,8 +108,8 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class LateValues:
-    """Numbers, `(N,)`, on their way from the device to the host, which goes on with its work meanwhile. `arrived` is when they were there, on
-    `time.perf_counter`'s clock."""
+    """Numbers, `(N,)`, on their way from the device to the host, which keeps working meanwhile. `arrived` is when they
+    were there, on `time.perf_counter`'s clock."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self.arrived = time.perf_counter()

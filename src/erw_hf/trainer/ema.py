@@ -60,8 +60,8 @@ class EMAProfile:
     ramp: bool = False
 
     def decay_at(self, step: int) -> float:
-        """Share of the average that stays at a step, from 1 (EDM2, arXiv 2312.02696, Eq. 127); 0 at the first step of a power-function or ramped average,
-        which thus forgets the initial weights."""
+        """Share of the average that stays at a step, from 1 (EDM2, arXiv 2312.02696, Eq. 127); 0 at the first step of
+        a power-function or ramped average, which thus forgets the initial weights."""
         if self.sigma_rel is not None:
             return float((1 - 1 / step) ** (power_of(self.sigma_rel) + 1))
         assert self.decay is not None
@@ -90,8 +90,9 @@ def ema_profiles(config: TrainingConfig) -> list[EMAProfile]:
 
 
 class EMA:
-    """Averages of a model's trained parameters in float32, one per profile, which follow it step by step. The model has been prepared by accelerate;
-    where FSDP2 shards its parameters the averages are sharded alike, and gathered only for checkpoints and pictures."""
+    """Averages of a model's trained parameters in float32, one per profile, which follow it step by step. The model
+    has been prepared by accelerate; where FSDP2 shards its parameters the averages are sharded alike, and gathered
+    only for checkpoints and pictures."""
 
     def __init__(self, model: nn.Module, profiles: Sequence[EMAProfile]) -> None:
         self.profiles = tuple(profiles)
@@ -156,9 +157,9 @@ def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 @functools.cache
 def power_of(sigma_rel: float) -> float:
     """
-    gamma, the exponent of a power-function average, whose weight at time t of a training of length T is as `(t / T) ** gamma`: the root of
-    `sigma_rel ** 2 = (gamma + 1) / ((gamma + 2) ** 2 (gamma + 3))` (EDM2, arXiv 2312.02696, Eq. 126). `sigma_rel` is the standard deviation of that
-    profile over T.
+    gamma, the exponent of a power-function average, whose weight at time t of a training of length T is as `(t / T) **
+    gamma`: the root of `sigma_rel ** 2 = (gamma + 1) / ((gamma + 2) ** 2 (gamma + 3))` (EDM2, arXiv 2312.02696, Eq.
+    126). `sigma_rel` is the standard deviation of that profile over T.
 
     Raises:
         ValueError: for a width that no such profile has.
@@ -172,8 +173,9 @@ def power_of(sigma_rel: float) -> float:
 def post_hoc_coefficients(
     steps: Sequence[int], sigma_rels: Sequence[float], step: int, sigma_rel: float
 ) -> np.ndarray:
-    """How averages that were stored at `steps`, `(N,)`, of widths `sigma_rels`, add up to one that was not, which ends at `step` (EDM2, arXiv 2312.02696,
-    Alg. 3): the least-squares fit of its profile by theirs. The `(N,)` coefficients sum to about 1."""
+    """How averages that were stored at `steps`, `(N,)`, of widths `sigma_rels`, add up to one that was not, which ends
+    at `step` (EDM2, arXiv 2312.02696, Alg. 3): the least-squares fit of its profile by theirs. The `(N,)`
+    coefficients sum to about 1."""
     ends = np.array([*steps, step], dtype=np.float64)
     powers = np.array([power_of(value) for value in [*sigma_rels, sigma_rel]])
     # Integral of the product of two profiles p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on [0, T].
@@ -204,8 +206,8 @@ def later_snapshots(folder: Path, step: int) -> list[Path]:
 
 def rebuild(folder: Path, sigma_rel: float, step: int | None = None) -> dict[str, torch.Tensor]:
     """
-    float32 weights, by parameter name, of an average of another width than those that [`save_snapshots`] wrote; it ends at `step`, by default the
-    last that was stored.
+    float32 weights, by parameter name, of an average of another width than those that [`save_snapshots`] wrote; it
+    ends at `step`, by default the last that was stored.
 
     Raises:
         ValueError: if there are no snapshots, or none that late.
@@ -231,7 +233,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Choose the width of the weight average after training.")
     parser.add_argument("run_dir", type=Path, help="a finished run that was trained with ema_snapshot_steps")
     parser.add_argument("--sigma_rel", type=float, required=True, help="relative width, 0.01 to 0.25")
-    parser.add_argument("--step", type=int, help="step of phase 2 at which the average ends; the last by default")
+    parser.add_argument(
+        "--step", type=int, help="step of full training at which the average ends; the last by default"
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="where to write the pipeline")
     args = parser.parse_args()
     weights = rebuild(args.run_dir / "ema_snapshots", args.sigma_rel, args.step)

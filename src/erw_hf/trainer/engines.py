@@ -45,8 +45,8 @@ def open_accelerator(**kwargs: Any) -> Accelerator:
 
 
 def close_accelerator(accelerator: Accelerator) -> None:
-    """Ends the trackers and the process group, with its threads, once all ranks are here. No model that it prepared may be referred to any more:
-    return from the function that made it."""
+    """Ends the trackers and the process group, with its threads, once all ranks are here. No model that it prepared
+    may be referred to any more: return from the function that made it."""
     accelerator.wait_for_everyone()
     accelerator.end_training()
     accelerator.free_memory()
@@ -56,8 +56,8 @@ def close_accelerator(accelerator: Accelerator) -> None:
 
 def end_process_group() -> None:
     """Destroys the process group and joins its threads; models of DDP or FSDP2 must be gone."""
-    # A thread of gloo lets go of its last exchange after the process went on. If the interpreter ends first, the thread asks for
-    # its lock in vain, and aborts. Only a group that nothing refers to joins its threads, and DTensor's caches keep meshes.
+    # A gloo thread may release its last exchange after the process has moved on. If the interpreter ends first, the thread waits
+    # for its lock in vain and aborts. Only an unreferenced group joins its threads, and DTensor's caches keep meshes.
     if dist.is_initialized():
         dist.destroy_process_group()
     for mesh in [o for o in gc.get_objects() if type(o) is DeviceMesh]:
@@ -75,7 +75,8 @@ def autocast_forward(model: torch.nn.Module, accelerator: Accelerator) -> None:
 
 def check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
     """
-    Lets DDP, FSDP2 and DeepSpeed's ZeRO 1 and 2 pass; gives them the precision that all have, and DeepSpeed what the run's configuration says.
+    Lets DDP, FSDP2 and DeepSpeed's ZeRO 1 and 2 pass; gives them the precision that all have, and DeepSpeed what the
+    run's configuration says.
 
     Raises:
         ValueError: for an engine, a precision or an optimizer that would not train as it should, with what to set.

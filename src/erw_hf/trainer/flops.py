@@ -28,14 +28,14 @@ from erw_hf.objective import AlignedTransformer
 
 
 class Card(NamedTuple):
-    """A GPU, from its maker's data sheet: dense FLOP/s in bf16 without sparsity (in fp16 for GPUs older than bf16), and memory in GB of 10^9
-    bytes, of the smallest where it comes in several sizes."""
+    """A GPU, from its maker's data sheet: dense FLOP/s in bf16 without sparsity (in fp16 for GPUs older than bf16),
+    and memory in GB of 10^9 bytes, of the smallest where it comes in several sizes."""
 
     flops: float
     memory: int
 
 
-# By the words that a device's name has; of names that fit, the longest holds.
+# By words of the device's name; where several fit, the longest counts.
 CARDS = {
     "B300": Card(2250e12, 270),
     "GB200": Card(2500e12, 186),
@@ -72,8 +72,8 @@ CARDS = {
 
 
 def card_of(name: str) -> Card | None:
-    """The GPU that a driver calls, for example, `"NVIDIA A100-SXM4-80GB"`; `None` if [`CARDS`] lacks it, for a part of one (MIG), and for a
-    laptop's, which has another chip under the same name."""
+    """The GPU that a driver calls, for example, `"NVIDIA A100-SXM4-80GB"`; `None` if [`CARDS`] lacks it, for a part of
+    one (MIG), and for a laptop's, which has another chip under the same name."""
     if re.search(r"\b(MIG|Laptop|Max-Q)\b", name):
         return None
     found = [card for card in CARDS if re.search(rf"\b{card}\b", name)]
@@ -81,8 +81,8 @@ def card_of(name: str) -> Card | None:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """What MFU is a share of: dense bf16 FLOP/s of one GPU, whatever the precision of the run. `None` for CPUs and GPUs that [`card_of`] does
-    not know."""
+    """What MFU is a share of: dense bf16 FLOP/s of one GPU, whatever the precision of the run. `None` for CPUs and
+    GPUs that [`card_of`] does not know."""
     if device.type != "cuda":
         return None
     card = card_of(torch.cuda.get_device_name(device))
@@ -90,9 +90,9 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def count_step_flops(model: AlignedTransformer, encoders: Sequence[RepresentationEncoder]) -> int:
-    """FLOPs of training on one image: forward and backward of the model and its projectors, forward of the encoders that the step runs. In
-    warmup mode only the blocks that run count. One multiply-add counts as two; element-wise operations and the optimizer are not counted, as
-    is usual."""
+    """FLOPs of training on one image: forward and backward of the model and its projectors, forward of the encoders
+    that the step runs. In warmup mode only the blocks that run count. One multiply-add counts as two; element-wise
+    operations and the optimizer are not counted, as is usual."""
     transformer: Any = model.transformer
     config = transformer.config
     # Recomputation by gradient checkpointing does not count, and it would run outside `functional_call`.

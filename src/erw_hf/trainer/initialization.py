@@ -66,8 +66,8 @@ def find_warmup(path_or_repo_id: str) -> Path:
 
 def load_warmup(path_or_repo_id: str, model_config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """
-    The state dict of a warmed-up [`AlignedTransformer`], for [`~warmup.hand_over`]: what a run saved, in a folder or on the Hub, or a published `.pt` file
-    of ERW.
+    The state dict of a warmed-up [`AlignedTransformer`], for [`~warmup.hand_over`]: what a run saved, in a folder or
+    on the Hub, or a published `.pt` file of ERW.
 
     Raises:
         ValueError: if it is not a warmup, or does not fit the model of `model_config`.

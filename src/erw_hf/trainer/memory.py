@@ -42,7 +42,7 @@ def step_memory(
     config: TrainingConfig, parameters: int, trained: int, frozen: int, vae: ModelMixin | None, image_size: int
 ) -> dict[str, float]:
     """
-    Bytes of one GPU in a step of phase 2 in bf16 (in float32 for `mixed_precision` `"no"`), without sharding.
+    Bytes of one GPU in a step of full training in bf16 (in float32 for `mixed_precision` `"no"`), without sharding.
 
     Args:
         config ([`TrainingConfig`]): The run.
@@ -82,8 +82,8 @@ def activation_bytes(config: TrainingConfig) -> float:
 
 
 def kept_by_block(config: TrainingConfig) -> float:
-    """Bytes per token and channel, as `benchmarks/block_cost.py` counts them: eager, compiled, or compiled with `activation_memory_budget`; torch
-    stays a little below it."""
+    """Bytes per token and channel, as `benchmarks/block_cost.py` counts them: eager, compiled, or compiled with
+    `activation_memory_budget`; torch stays a little below it."""
     qk_norm, swiglu = config.qk_norm != "none", config.activation_fn == "swiglu"
     if config.torch_compile == "no":
         return 52.0 + 16 * qk_norm + 8 * (config.norm_type == "rms_norm") + 5 * swiglu

@@ -29,9 +29,10 @@ from erw_hf.trainer.ema import whole_tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose updates are orthogonalised (Jordan et al., 2024), what torch's own does, in fewer and larger kernels: matrices of one
-    shape are one stack, and each rank orthogonalises its share of it. Ranks must hold the same gradients. `lr` is scaled to the size of
-    AdamW's updates (arXiv 2502.16982, Eq. 4), `weight_decay` is decoupled, `momentum` is Nesterov's."""
+    """Momentum whose updates are orthogonalised (Jordan et al., 2024), what torch's own does, in fewer and larger
+    kernels: matrices of one shape are one stack, and each rank orthogonalises its share of it. Ranks must hold the
+    same gradients. `lr` is scaled to the size of AdamW's updates (arXiv 2502.16982, Eq. 4), `weight_decay` is
+    decoupled, `momentum` is Nesterov's."""
 
     def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -57,7 +58,7 @@ class Muon(torch.optim.Optimizer):
             buffers = [of_matrix["momentum_buffer"] for of_matrix in state]
             averages = torch.stack(buffers)
             decay: Any = group["lr"] * group["weight_decay"]
-            if skip is not None:  # an average of itself alone stays as it is
+            if skip is not None:  # averaged with itself, it stays as it is
                 gradients, decay = torch.where(skip.bool(), averages, gradients), decay * (1 - skip)
             averages.lerp_(gradients, 1 - group["momentum"])
             updates = orthogonalized_together(gradients.lerp_(averages, group["momentum"]))
@@ -70,8 +71,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized_together(matrices: torch.Tensor) -> torch.Tensor:
-    """[`orthogonalized`] of the same (n, rows, columns) on all ranks, each of which does its share; bfloat16, the same
-    on all."""
+    """[`orthogonalized`] of matrices (n, rows, columns) that all ranks hold; each computes its share. bfloat16, the same on
+    all."""
     processes = dist.get_world_size() if dist.is_initialized() else 1
     if processes == 1:
         return orthogonalized(matrices)
@@ -87,8 +88,8 @@ def orthogonalized_together(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
-    """Five quintic Newton-Schulz iterations of each of (n, rows, columns) towards U V^T of M = U S V^T, with the coefficients of Jordan et al.,
-    whose singular values end near 1; bfloat16."""
+    """Five quintic Newton-Schulz iterations of each of (n, rows, columns) towards U V^T of M = U S V^T, with the
+    coefficients of Jordan et al., whose singular values end near 1; bfloat16."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.bfloat16()
     x = x.mT if tall else x
@@ -115,9 +116,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
     ) -> None:
         self.muon = Muon(matrices, lr, weight_decay)
         self.adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
-        self.found_inf: torch.Tensor | None = None  # not 0: leave this step out; what torch's fused AdamW has too
+        self.found_inf: torch.Tensor | None = None  # not 0: skip this step, as torch's fused AdamW does
         super().__init__([{"params": matrices}, {"params": others}], {})
-        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]  # theirs, which a schedule changes
+        self.param_groups = [
+            *self.muon.param_groups,
+            *self.adamw.param_groups,
+        ]  # theirs, so that a schedule changes them
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: neither of the two needs one
         """One step of both."""
@@ -130,7 +134,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from it."""
+        """Restores both."""
         self.muon.load_state_dict(state_dict["muon"])
         self.adamw.load_state_dict(state_dict["adamw"])
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]  # loading makes new ones
@@ -139,9 +143,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
 def clip_gradients(
     accelerator: Accelerator, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float
 ) -> torch.Tensor:
-    """Clips gradients by their norm, and returns the norm before, on the device; `nan` or `inf` for gradients that are. Where the optimizer is
-    AdamW on a GPU and nothing is sharded or scaled, its step clips, which saves a pass over the gradients. There a gradient is divided where
-    it was multiplied, so its last bit may differ."""
+    """Clips gradients by their norm, and returns the norm before, on the device; `nan` or `inf` for gradients that
+    are. Where the optimizer is AdamW on a GPU and nothing is sharded or scaled, its step clips, which saves a pass
+    over the gradients. There a gradient is divided where it was multiplied, so its last bit may differ."""
     fused = isinstance(optimizer, torch.optim.AdamW) and accelerator.scaler is None
     if fused and accelerator.device.type == "cuda" and accelerator.distributed_type in ("NO", "MULTI_GPU"):
         return clip_in_step(optimizer, parameters, max_norm)
@@ -179,8 +183,8 @@ def build_optimizer(
 def build_lr_scheduler(
     optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The course of the learning rate over the `steps` of a phase: it rises linearly to the peak in `warmup_steps`, then stays (`"constant"`) or
-    falls to 0 (`"linear"`, `"cosine"`)."""
+    """The course of the learning rate over the `steps` of a phase: it rises linearly to the peak in `warmup_steps`,
+    then stays (`"constant"`) or falls to 0 (`"linear"`, `"cosine"`)."""
     name = "constant_with_warmup" if name == "constant" else name
     return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
 

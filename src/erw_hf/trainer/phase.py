@@ -34,7 +34,7 @@ class Phase:
 
     Args:
         inputs ([`~trainer.setup.Inputs`]): The run.
-        model ([`AlignedTransformer`]): What to train; its `warmup` says which phase this is. Phase 1 has no EMA.
+        model ([`AlignedTransformer`]): What to train; its `warmup` says which phase this is. The warmup has no EMA.
         steps (`range`): The steps, counted over both phases from 0.
         learning_rate (`float`): Peak learning rate.
     """
@@ -83,7 +83,7 @@ class Phase:
     def weight_at(self, step: int) -> float:
         """
         Weight of the alignment at a step of the run, from 0: 1 in the warmup, which has no other loss; then lambda, whose
-        schedule starts with phase 2.
+        schedule starts with full training.
         """
         return 1.0 if self.warmup else self.inputs.objective.weight_at(step - self.steps.start)
 

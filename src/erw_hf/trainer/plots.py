@@ -66,8 +66,9 @@ def plot_quality(records: list[dict[str, Any]], png_path: str | os.PathLike[str]
 
 
 def plot_probes(probes: list[tuple[str, dict[str, Any]]], png_path: str | os.PathLike[str]) -> None:
-    """Draws CKNNA and the linear probe's accuracy of every block: a column of panels for each measure, a row for each flow time, a line for each
-    probe, lighter the later it was. `probes` holds a name and a result of [`~evaluation.probes.probe_blocks`] for each line."""
+    """Draws CKNNA and the linear probe's accuracy of every block: a column of panels for each measure, a row for each
+    flow time, a line for each probe, lighter the later it was. `probes` holds a name and a result of
+    [`~evaluation.probes.probe_blocks`] for each line."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

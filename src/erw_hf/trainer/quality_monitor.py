@@ -46,11 +46,12 @@ PROBE_TIMES = [0.0, 0.5]  # flow times: clean tokens and noised ones
 
 
 class QualityMonitor:
-    """Measures a model while it is trained, into `evaluations.jsonl`, `quality_curve.png` and `probes.png`, without touching the random state of the run.
-    Measurements after `resume_step` are dropped. CKNNA compares with the run's first encoder.
+    """Measures a model while it is trained, into `evaluations.jsonl`, `quality_curve.png` and `probes.png`, without
+    touching the random state of the run. Measurements after `resume_step` are dropped. CKNNA compares with the
+    run's first encoder.
 
-    Created and called on all ranks, which draw the images together. What cannot work (missing weights, a reference that does not fit) raises here,
-    before the first step."""
+    Created and called on all ranks, which draw the images together. What cannot work (missing weights, a reference
+    that does not fit) raises here, before the first step."""
 
     def __init__(self, inputs: Inputs, resume_step: int) -> None:
         config, accelerator, source = inputs.config, inputs.accelerator, inputs.source

@@ -51,8 +51,8 @@ _WRITTEN = (
 
 
 class RunFolder:
-    """The folder that a run writes to: a context manager that all ranks enter before any of them reads what is there. The main rank owns it until
-    the end; a second start on it ends before it touches anything."""
+    """The folder that a run writes to: a context manager that all ranks enter before any of them reads what is there.
+    The main rank owns it until the end; a second start on it ends before it touches anything."""
 
     def __init__(self, path: str | os.PathLike[str], accelerator: Accelerator) -> None:
         self.path = Path(path)
@@ -172,8 +172,9 @@ def recover(folder: Path) -> None:
 
 
 def go_back(folder: Path, step: int, full_step: int) -> None:
-    """Puts a run's folder back to the checkpoint of `step`, `full_step` after the hand-over. Later checkpoints and weight averages move to a folder of
-    their own, with a copy of the lines that led to them; lines after the last checkpoint are dropped, since their steps are repeated."""
+    """Puts a run's folder back to the checkpoint of `step`, `full_step` after the hand-over. Later checkpoints and
+    weight averages move to a folder of their own, with a copy of the lines that led to them; lines after the last
+    checkpoint are dropped, since their steps are repeated."""
     for pattern in (".writing-checkpoint-*", ".removing-checkpoint-*"):
         for path in folder.glob(pattern):
             shutil.rmtree(path)

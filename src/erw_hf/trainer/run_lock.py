@@ -38,9 +38,9 @@ class RunLock:
     """
     The file `.lock` of a folder, for as long as a process owns the folder.
 
-    It holds a lock of the operating system if the disk supports them. Such a lock ends with the process, also by kill -9, and
-    children do not inherit it, unlike with `flock`. The file also contains host and process, and its time stamp serves as a heartbeat,
-    for disks without locks and for those whose locks another host does not see.
+    It holds a lock of the operating system if the disk supports them. Such a lock ends with the process, also by kill
+    -9, and children do not inherit it, unlike with `flock`. The file also contains host and process, and its time
+    stamp serves as a heartbeat, for disks without locks and for those whose locks another host does not see.
 
     Args:
         folder (`Path`): The folder, which exists.

@@ -39,8 +39,9 @@ def split_names(names: str) -> list[str]:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON line per optimizer step, without gaps or duplicates however often the run is killed. Lines up to `resume_step` stay
-    byte for byte; later ones, and (with a warning) lines that a power cut made unreadable, are removed."""
+    """`metrics.jsonl`: one JSON line per optimizer step, without gaps or duplicates however often the run is killed.
+    Lines up to `resume_step` stay byte for byte; later ones, and (with a warning) lines that a power cut made
+    unreadable, are removed."""
 
     def __init__(self, path: str | os.PathLike[str], resume_step: int) -> None:
         self.path = Path(path)
@@ -93,8 +94,9 @@ def _readable(text: bytes, path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]
 
 
 def training_cost(metrics: Path, environment: dict[str, Any] | None, warmup_steps: int = 0) -> dict[str, Any]:
-    """`steps`, and `rows` for a table: what a run has cost, the warmup counted, from its own `metrics.jsonl` and `environment.json`. A run that
-    branched off counts the steps of the first run, but not their time, which is unknown; `warmup_steps` if its lines lack the warmup."""
+    """`steps`, and `rows` for a table: what a run has cost, the warmup counted, from its own `metrics.jsonl` and
+    `environment.json`. A run that branched off counts the steps of the first run, but not their time, which is
+    unknown; `warmup_steps` if its lines lack the warmup."""
     seconds, own_images, full_step_flops, warmup = 0.0, 0.0, None, None
     waited, used, peak_memory = 0.0, 0.0, 0.0
     losses: list[float | None] = []

@@ -218,8 +218,9 @@ def load_vae(config: TrainingConfig, device: torch.device) -> tuple[ModelMixin |
 
 
 def vae_precision(device_type: str, mixed_precision: str) -> str:
-    """`"bf16"` or `"no"`: what an autoencoder computes in, in a step; its weights stay float32. bf16 keeps 8 bits of a latent, as the model does that reads
-    it, and has the range of float32; fp16, which may overflow, is not used. A latent cache is made in float32."""
+    """`"bf16"` or `"no"`: what an autoencoder computes in, in a step; its weights stay float32. bf16 keeps 8 bits of a
+    latent, as the model does that reads it, and has the range of float32; fp16, which may overflow, is not used. A
+    latent cache is made in float32."""
     return "bf16" if device_type == "cuda" and mixed_precision == "bf16" else "no"
 
 
@@ -250,7 +251,7 @@ def build_warmup_model(
     config: TrainingConfig, num_classes: int, encoders: Encoders, start_encoder: RepresentationEncoder | None = None
 ) -> AlignedTransformer:
     """
-    The model of phase 1. With `start_encoder` its blocks are those to begin with; before a new patch embedding they are aligned
+    The model of the warmup. With `start_encoder` its blocks are those to begin with; before a new patch embedding they are aligned
     with that encoder's own tokens, without a projector.
     """
     model_config = config.model_config(num_classes, class_token_dim(config, encoders))
@@ -274,7 +275,8 @@ def build_warmup_model(
 def build_full_model(
     config: TrainingConfig, num_classes: int, encoders: Encoders, start_encoder: RepresentationEncoder | None = None
 ) -> AlignedTransformer:
-    """The model of phase 2, without projectors if nothing is aligned; with `start_encoder` its first blocks are that one's."""
+    """The model of full training, without projectors if nothing is aligned; with `start_encoder` its first blocks are
+    that one's."""
     transformer = ERWTransformer2DModel(**config.model_config(num_classes, class_token_dim(config, encoders)))
     if start_encoder is not None:
         _start(transformer, config, start_encoder)

@@ -24,8 +24,9 @@ _PARENT = os.getppid()  # as early as this process can know it
 
 
 def stop_on_signals() -> Callable[[], bool]:
-    """Whether to stop, as a function: the run ends after the next step, with a checkpoint and status 0, once it gets SIGTERM, SIGHUP (a closed terminal)
-    or SIGINT (Ctrl-C; a second one ends it at once), or its launcher is gone. A signal that is ignored, as by `nohup`, stays so."""
+    """Whether to stop, as a function: the run ends after the next step, with a checkpoint and status 0, once it gets
+    SIGTERM, SIGHUP (a closed terminal) or SIGINT (Ctrl-C; a second one ends it at once), or its launcher is gone. A
+    signal that is ignored, as by `nohup`, stays so."""
     own_pid, received = os.getpid(), []
     launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     terminals = [fd for fd in (1, 2) if os.isatty(fd)]

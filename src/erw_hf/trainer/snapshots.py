@@ -70,7 +70,7 @@ class Snapshots:
             save_snapshots(phase.ema, self.folder / "ema_snapshots", self.inputs.accelerator.is_main_process)
 
     def push_checkpoint(self, phase: Phase) -> None:
-        """Hands the pipeline of phase 2 and, by strategy, the checkpoint of this step to the process that pushes."""
+        """Hands the pipeline of full training and, by strategy, the checkpoint of this step to the process that pushes."""
         make_pipeline = None if phase.warmup else self._pipeline(phase)
         checkpoint, step = self._checkpoint(), self.progress.step
         if self.push is not None and (make_pipeline is not None or checkpoint is not None):

@@ -62,7 +62,8 @@ class Step:
 class StepLog:
     """Logs a step while the next one runs, so that the host never waits for the device.
 
-    Reasons to end a run travel with the losses in one reduction: SIGTERM to any rank, missing data on any rank, and a gradient that stays non-finite."""
+    Reasons to end a run travel with the losses in one reduction: SIGTERM to any rank, missing data on any rank, and
+    a gradient that stays non-finite."""
 
     def __init__(
         self,
