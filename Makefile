@@ -19,7 +19,7 @@ test: $(VENV)/.installed ## all tests, a file at a time on each core
 soak: $(VENV)/.installed ## kill training 30 times and compare with runs that were left alone
 	cd tests && HF_HUB_OFFLINE=1 ../$(BIN)/python soak.py --kills 30
 
-mutants: $(VENV)/.installed ## spoil 44 lines of the core, one at a time: do the tests notice?
+mutants: $(VENV)/.installed ## spoil lines of the core, one at a time: do the tests notice?
 	$(BIN)/python tests/mutants.py
 
 test-browser: $(VENV)/.installed ## the demo in a headless Chromium, which root gets from Debian where it is missing, as Node; SCREENSHOTS=docs/images

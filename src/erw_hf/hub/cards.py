@@ -38,7 +38,7 @@ from huggingface_hub import (
 from safetensors import safe_open
 
 from erw_hf.files import write_record
-from erw_hf.hub.licences import check_licence
+from erw_hf.hub.licences import DATA_LICENCES, check_licence, licence_text
 from erw_hf.hub.public import is_hub_id, public_name
 from erw_hf.trainer.config import KEYS, AlignmentConfig, parse_config
 from erw_hf.trainer.run_record import split_names, training_cost
@@ -64,11 +64,6 @@ SIT = """@article{ma2024sit,
   year = {2024}
 }"""
 CITATION = f"{ERW}\n\n{REPA}\n\n{SIT}"
-DATA_LICENCES = {
-    "digits": "CC BY 4.0: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning "
-    "Repository, 1998.",
-    "ILSVRC/imagenet-1k": "ImageNet's terms of access: its images are for non-commercial research and education.",
-}
 
 
 def run_card(folder: Path, repo_id: str) -> ModelCard:
@@ -191,11 +186,6 @@ def _model_card(
             " It draws the encoder's class token together with the image ([REG](https://arxiv.org/abs/2507.01467))."
         )
     check_licence(config["hub_license"])  # a run may be older than the check of its configuration
-    licence = f"Weights: {config['hub_license']}." if cost else "Recipe and code: apache-2.0."
-    if start:
-        licence += (
-            f" They grew from those of `{public_name(split_names(encoder)[0])}`, whose licence may bind them too."
-        )
     card_data = ModelCardData(
         license=config["hub_license"],
         library_name="diffusers",
@@ -222,7 +212,7 @@ def _model_card(
         subject=subject,
         alignment=aligned,
         encoder=f"`{public_name(encoder)}`",
-        licence=f"{licence} {_data_licence(data)}",
+        licence=licence_text(config, trained=cost is not None),
         citation=CITATION,
         **context,
     )
@@ -337,7 +327,7 @@ def write_warmup_record(
         taught=taught,
         settings=settings,
         cost=cost,
-        licence=f"Weights: {config['hub_license']}. {_data_licence(data)}",
+        licence=licence_text(config),
         citation=CITATION,
     )
     card.save(folder / "README.md")
@@ -445,13 +435,6 @@ def _count_parameters(path: Path) -> int:
     """Number of values in a safetensors file, from its header."""
     with safe_open(path, framework="np") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
-
-
-def _data_licence(data: str) -> str:
-    if data in DATA_LICENCES:
-        return f"Data: {DATA_LICENCES[data]}"
-    where = f"its [card](https://huggingface.co/datasets/{data})" if is_hub_id(data) else "whoever made it"
-    return f"Data: `{public_name(data)}` is under the terms of {where}; they may also bind what is made from it."
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -11,9 +11,14 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The licence identifiers that the Hub takes in a card."""
+"""Licences: the identifiers that the Hub takes, and what a card says of weights and data."""
 
 import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from erw_hf.hub.public import is_hub_id, public_name
+from erw_hf.trainer.run_record import split_names
 
 
 # https://huggingface.co/docs/hub/repositories-licenses; huggingface_hub has no list of them.
@@ -27,6 +32,11 @@ LICENCES = """
     ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license fair-noncommercial-research-license llama2 llama3 llama3.1
     llama3.2 llama3.3 llama4 grok2-community gemma unknown other
 """.split()
+DATA_LICENCES = {
+    "digits": "CC BY 4.0: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning "
+    "Repository, 1998.",
+    "ILSVRC/imagenet-1k": "ImageNet's terms of access: its images are for non-commercial research and education.",
+}
 
 
 def check_licence(name: str) -> None:
@@ -39,3 +49,18 @@ def check_licence(name: str) -> None:
             f"{name!r} is not a licence identifier of the Hub:{meant} All are at "
             'https://huggingface.co/docs/hub/repositories-licenses; "other" is for a licence that you name in the repo'
         )
+
+
+def licence_text(config: Mapping[str, Any], trained: bool = True) -> str:
+    """The licences on the card of a run, or of a recipe: weights, the encoder that they grew from, data."""
+    text = f"Weights: {config['hub_license']}." if trained else "Recipe and code: apache-2.0."
+    if config["start_from_encoder"]:
+        encoder = public_name(split_names(config["encoder"])[0])
+        text += f" They grew from those of `{encoder}`, whose licence may bind them too."
+    data = str(config["dataset_name"])
+    if data in DATA_LICENCES:
+        return f"{text} Data: {DATA_LICENCES[data]}"
+    where = f"its [card](https://huggingface.co/datasets/{data})" if is_hub_id(data) else "whoever made it"
+    return (
+        f"{text} Data: `{public_name(data)}` is under the terms of {where}; they may also bind what is made from it."
+    )
