@@ -15,7 +15,7 @@
 
 import pytest
 
-from erw_hf.hub.licences import check_licence
+from erw_hf.hub.licences import check_licence, licence_text
 from erw_hf.trainer.config import TrainingConfig
 
 
@@ -45,3 +45,18 @@ def test_others_are_refused_with_the_nearest(name, meant):
 def test_a_licence_of_ones_own_is_said_to_be_other():
     with pytest.raises(ValueError, match='"other" is for a licence that you name in the repo'):
         check_licence("acme-1.0")
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted", "unwanted"),
+    [
+        ({}, ["Weights: apache-2.0.", "Data: CC BY 4.0"], ["grew"]),
+        ({"dataset_name": "user/photos"}, ["[card](https://huggingface.co/datasets/user/photos)"], ["CC BY"]),
+        ({"dataset_name": "/data/photos"}, ["`photos` is under the terms of whoever made it"], ["/data"]),
+        ({"start_from_encoder": 2, "encoder": "/my/dino,user/b"}, ["grew from those of `dino`"], ["/my", "user/b"]),
+    ],
+)
+def test_a_card_names_the_licences_of_weights_encoder_and_data(values, wanted, unwanted):
+    text = licence_text(vars(TrainingConfig(in_channels=1)) | values)
+    assert all(part in text for part in wanted) and not any(part in text for part in unwanted)
+    assert licence_text(vars(TrainingConfig(in_channels=1)) | values, trained=False).startswith("Recipe and code: ")

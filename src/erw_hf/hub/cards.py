@@ -70,7 +70,7 @@ def run_card(folder: Path, repo_id: str) -> ModelCard:
     """The card of a run, from a snapshot of it: `config.yaml` and `metrics.jsonl` and, if there are any, the pipeline,
     pictures, `evaluation.json`, the warmup and a checkpoint. The records are already public (see
     [`~hub.public.public_value`])."""
-    config = {name: key.default for name, key in KEYS.items()}  # a run may be older than a key
+    config: dict[str, Any] = {name: key.default for name, key in KEYS.items()}  # a run may be older than a key
     config |= yaml.safe_load((folder / "config.yaml").read_text())
     environment = _read_json(folder / "environment.json")
     cost = training_cost(folder / "metrics.jsonl", environment, config["warmup_steps"])
