@@ -40,6 +40,7 @@ def steps(accelerator) -> dict[str, object]:
     config = SimpleNamespace(
         optimizer="adamw",
         lora_rank=0,
+        gradient_reduction="float32",
         gradient_accumulation_steps=1,
         train_batch_size=2,
         max_grad_norm=1.0,

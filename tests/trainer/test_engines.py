@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from erw_hf import ERWPipeline, ERWTransformer2DModel, transformer_erw
 from erw_hf.trainer import engines
-from erw_hf.trainer.engines import open_accelerator
+from erw_hf.trainer.config import TrainingConfig
+from erw_hf.trainer.engines import check_engine, open_accelerator
 from erw_hf.trainer.run_record import read_metrics
 
 
@@ -137,3 +139,25 @@ def test_a_compiled_block_is_one_graph_under_ddp():
         dist.destroy_process_group()
         torch._dynamo.reset()
     assert len(graphs) == 1  # which all blocks share
+
+
+@pytest.mark.parametrize("reduction", ["float32", "bf16"])
+def test_gradients_are_added_up_in_float32_unless_told(reduction):
+    accelerator = open_accelerator(cpu=True)
+    check_engine(TrainingConfig(vae="v", gradient_reduction=reduction), accelerator)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(torch.nn.Linear(8, 8), **accelerator.ddp_handler.to_dict())
+        accelerator.ddp_handler.register_comm_hook(model)  # what `prepare` does
+        model(torch.randn(4, 8, generator=torch.Generator().manual_seed(0))).sum().backward()
+        gradient = model.module.weight.grad
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(gradient, gradient.bfloat16().float()) == (reduction == "bf16")
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_a_reduction_in_bf16_is_ddps_alone(engine):
+    accelerator = SimpleNamespace(distributed_type=engine)
+    with pytest.raises(ValueError, match="gradient_reduction bf16 is for DDP alone"):
+        check_engine(TrainingConfig(vae="v", gradient_reduction="bf16"), accelerator)

@@ -13,6 +13,7 @@
 # limitations under the License.
 """The optimizers are torch's: Muon in stacks and shares, clipping inside of AdamW's step."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ from helpers import TINY_MODEL
 
 from erw_hf.objective import AlignedTransformer
 from erw_hf.trainer import optimizers
+from erw_hf.trainer.ema import EMA, EMAProfile
 from erw_hf.trainer.engines import open_accelerator
 from erw_hf.trainer.optimizers import (
     Muon,
@@ -134,6 +136,31 @@ def test_clipping_inside_of_the_step_is_clipping(norm):
     inside.found_inf = (~clip_in_step(inside, ours, norm).isfinite()).float()
     inside.step()
     assert all(torch.equal(a, b) for a, b in zip(kept, ours, strict=True))
+
+
+def test_the_hosts_work_beside_the_optimizer_does_not_grow_with_the_parameters():
+    """Calls in Python and of C functions from it; torch's own AdamW makes about eleven for each tensor."""
+
+    def calls(function) -> int:
+        found = []
+        sys.setprofile(lambda frame, event, arg: found.append(event) if event in ("call", "c_call") else None)
+        try:
+            function()
+        finally:
+            sys.setprofile(None)
+        return len(found)
+
+    counted = []
+    for number in (20, 200):
+        model = torch.nn.ParameterList(parameters([(2,)] * number))
+        optimizer = torch.optim.AdamW(model, fused=True)
+        weights, ema = list(model), EMA(model, [EMAProfile(decay=0.9)])
+        parts = (lambda o=optimizer, w=weights: clip_in_step(o, w, 1.0), ema.step, optimizer.zero_grad)
+        for _ in range(2):  # the first step of a process also imports and caches
+            draw_gradients(model)
+            found = [calls(part) for part in parts]
+        counted.append(found)
+    assert counted[0] == counted[1] and max(counted[0]) < 150
 
 
 @pytest.mark.parametrize(

@@ -406,6 +406,10 @@ class OptimisationConfig:
         "a third less memory for a few percent of time; 1 keeps all.",
         range="(0, 1]",
     )
+    gradient_reduction: Literal["float32", "bf16"] = _key(
+        "float32",
+        "What DDP adds gradients up in over the ranks; bf16 halves the traffic between GPUs without NVLink, and rounds each gradient.",
+    )
     max_nonfinite_steps: int = _key(
         10, "Stop after this many steps in a row with a non-finite gradient.", range=AT_LEAST_1
     )

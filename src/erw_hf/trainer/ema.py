@@ -100,13 +100,14 @@ class EMA:
         self.names = list(trained)
         self.parameters = [parameter.detach() for parameter in trained.values()]
         self.averages = [[parameter.float().clone() for parameter in self.parameters] for _ in self.profiles]
+        self._are_float32 = all(parameter.dtype == torch.float32 for parameter in self.parameters)
         self.step_count = 0
 
     @torch.no_grad()
     def step(self) -> None:
         """Follows the weights, after an optimizer step."""
         self.step_count += 1
-        weights = [parameter.float() for parameter in self.parameters]  # themselves, where they are float32
+        weights = self.parameters if self._are_float32 else [parameter.float() for parameter in self.parameters]
         for profile, average in zip(self.profiles, self.averages, strict=True):
             torch._foreach_lerp_(average, weights, 1 - profile.decay_at(self.step_count))
 

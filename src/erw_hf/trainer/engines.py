@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -85,6 +85,10 @@ def check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
         raise ValueError("optimizer muon needs whole matrices on each process: use DDP, or optimizer adamw")
     if config.lora_rank > 0 and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
         raise ValueError("lora_rank needs whole class embeddings on each process: use DDP, or one process")
+    if config.gradient_reduction == "bf16":
+        if accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+            raise ValueError("gradient_reduction bf16 is for DDP alone: leave it at float32, or use DDP")
+        accelerator.ddp_handler.comm_hook = DDPCommunicationHookType.BF16
     if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
         raise ValueError("FSDP 1 is not supported: set fsdp_version: 2, as training/accelerate/fsdp2.yaml does")
     if accelerator.distributed_type == "FSDP" and accelerator.mixed_precision in _DTYPES:
