@@ -66,9 +66,10 @@ from erw_hf.evaluation.quality import (
 )
 from erw_hf.files import check_folder, write_record
 from erw_hf.names import resolve_flags
-from erw_hf.processes import done_by_all
+from erw_hf.processes import decided_by_main, done_by_all
 from erw_hf.provenance import file_hash, hardware, versions
 from erw_hf.trainer.engines import close_accelerator, open_accelerator
+from erw_hf.trainer.run_lock import RunLock
 
 
 # What does not change the numbers
@@ -91,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
         "--output_dir", default="outputs/evaluation", help="folder for evaluation.json and unfinished work"
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--model", help="Hub id or folder of a pipeline")
+    what.add_argument("--model", help="Hub id or folder of a pipeline, or the folder of a run")
     what.add_argument("--images", help="instead of a model: a folder of images, an npz file, or a dataset")
     what.add_argument("--record", help="an evaluation.json: repeat that evaluation and compare the numbers")
     what.add_argument(
@@ -111,18 +112,30 @@ def parse_arguments() -> argparse.Namespace:
         "--num_classes", type=int, help="of --images: from the dataset by default; 0 reads it without labels"
     )
     parser.add_argument("--num_samples", type=int, help="default: 50 000 for a model, all of --images")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--labels", choices=("random", "balanced"), default="random")
+    parser.add_argument("--seed", type=int, default=0, help="of noise and labels; default: 0")
+    parser.add_argument(
+        "--labels",
+        choices=("random", "balanced"),
+        default="random",
+        help="random: uniform, as SiT, REPA and ERW, the default; balanced: each class in turn",
+    )
     parser.add_argument(
         "--sampler",
         choices=("pipeline", "heun", "euler"),
         default="pipeline",
-        help="pipeline: the sampler saved with it, usually the SDE",
+        help="pipeline: the sampler saved with it, usually the SDE, the default; heun and euler: the ODE",
     )
-    parser.add_argument("--num_inference_steps", type=int, default=250)
-    parser.add_argument("--guidance_scale", type=float, default=1.8)
-    parser.add_argument("--guidance_interval", type=float, nargs=2, default=(0.0, 0.7), metavar=("LOW", "HIGH"))
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--num_inference_steps", type=int, default=250, help="default: 250")
+    parser.add_argument("--guidance_scale", type=float, default=1.8, help="1 is no guidance; default: 1.8")
+    parser.add_argument(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        default=(0.0, 0.7),
+        metavar=("LOW", "HIGH"),
+        help="times with guidance, 0 is data and 1 is noise; default: 0 0.7",
+    )
+    parser.add_argument("--batch_size", type=int, default=64, help="images at once, in each process; default: 64")
     parser.add_argument(
         "--mixed_precision",
         choices=("no", "fp16", "bf16"),
@@ -130,7 +143,7 @@ def parse_arguments() -> argparse.Namespace:
         help="precision of the model; accelerate's own setting is ignored",
     )
     parser.add_argument("--reference", help="npz of statistics (ADM's or ours), or a dataset to compute them from")
-    parser.add_argument("--reference_split", default="train")
+    parser.add_argument("--reference_split", default="train", help="split of --reference, if it is a dataset")
     parser.add_argument(
         "--save_reference", help="npz file to which the statistics of the evaluated images are written, as a reference"
     )
@@ -173,10 +186,9 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("name what to evaluate: --model or --images")
     # Missing npz files have sentences of their own.
     files = {name for name in ("images", "reference") if (getattr(args, name) or "").endswith((".npz", ".npy"))}
-    names = {"model", "images", "reference", "extractor", "dinov2"} - files
-    resolve_flags(
-        parser, args, {"output_dir", "record", "save_reference", "inception_weights", "checkpoint"} | files, names
-    )
+    names = {"images", "reference", "extractor", "dinov2", "representations"} - files
+    paths = {"output_dir", "record", "save_reference", "inception_weights", "checkpoint"} | files
+    resolve_flags(parser, args, paths, names, ["model"])
     if args.verify is not None:
         args.model = str(Path(args.output_dir) / "published")
     if args.reference is None and args.save_reference is None:
@@ -236,7 +248,11 @@ def problem_of(args: argparse.Namespace) -> str | None:
 def main() -> None:
     args = parse_arguments()
     accelerator = open_accelerator(mixed_precision=args.mixed_precision)
-    record = evaluate(args, accelerator)
+    lock = RunLock(Path(args.output_dir))
+    try:
+        record = evaluate(args, accelerator, lock)
+    finally:
+        lock.release()
     close_accelerator(accelerator)
     if args.record is not None and record is not None:
         compare(args.record, record)
@@ -244,12 +260,12 @@ def main() -> None:
         print(verification(args.verify, record))
 
 
-def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
+def evaluate(args: argparse.Namespace, accelerator: Accelerator, lock: RunLock) -> dict | None:
     """Returns the record, on the main process, if anything was compared."""
     output_dir, started = Path(args.output_dir), time.perf_counter()
-    repeats = args.record is not None and output_dir == Path(args.record).parent / "again"
-    if (output_dir / "evaluation.json").exists() and not repeats:
-        raise ValueError(f"{output_dir} holds a finished evaluation: choose another --output_dir")
+    check_unfinished(args)
+    if args.verify is not None:  # its pipeline is written into the folder
+        decided_by_main(accelerator, partial(own_folder, args, lock))
 
     images, model = open_samples(args, accelerator)
     args.num_samples = images.count
@@ -272,6 +288,8 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
         check_counts(["fid"], images.count, "images for a reference")
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     work = output_dir / "work"
+    if args.verify is None:  # now, so that a mistake above leaves no folder
+        decided_by_main(accelerator, partial(own_folder, args, lock))
     files = {"save_npz": args.save_npz, "save_png": args.save_png}  # batches that are done are not drawn again
     begin(output_dir, {"settings": settings, "model": model, "extractor": extractor, "files": files}, accelerator)
     seconds = {"load": time.perf_counter() - started}
@@ -313,6 +331,19 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
         report(record, output_dir)
     remove_work(work, accelerator)
     return record
+
+
+def check_unfinished(args: argparse.Namespace) -> None:
+    output_dir = Path(args.output_dir)
+    repeats = args.record is not None and output_dir == Path(args.record).parent / "again"
+    if (output_dir / "evaluation.json").exists() and not repeats:
+        raise ValueError(f"{output_dir} holds a finished evaluation: choose another --output_dir")
+
+
+def own_folder(args: argparse.Namespace, lock: RunLock) -> None:
+    lock.folder.mkdir(parents=True, exist_ok=True)
+    lock.acquire()
+    check_unfinished(args)  # again: the one that had the folder may have finished
 
 
 def open_samples(args: argparse.Namespace, accelerator: Accelerator) -> tuple[ImageSet, dict[str, object] | None]:

@@ -35,6 +35,8 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from erw_hf.names import resolve_flags
+
 
 VERSION = "16.0.0"
 ARTISTS = {"noto": "google", "twemoji": "twitter"}
@@ -61,7 +63,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--held_out", type=float, default=1 / 6, help="share of the concepts in the split validation")
     parser.add_argument("--seed", type=int, default=0, help="seed for choosing these concepts")
-    return parser.parse_args()
+    args = parser.parse_args()
+    resolve_flags(parser, args, ["output_dir", "packages"])
+    return args
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ from erw_hf.trainer.plots import plot_probes
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output_dir", default="outputs/probe")
-    parser.add_argument("--model", required=True, help="Hub id or folder of a pipeline")
+    parser.add_argument("--model", required=True, help="Hub id or folder of a pipeline, or the folder of a run")
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--image_column", help="column of images; detected by default")
     parser.add_argument("--label_column", help="column of labels; detected by default")
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--neighbours", type=int, default=10, help="k of CKNNA")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    resolve_flags(parser, args, ["output_dir"], ["model", "dataset_name", "encoder"])
+    resolve_flags(parser, args, ["output_dir"], ["dataset_name", "encoder"], ["model"])
     check_flags(parser, args, num_images="[2, inf)", neighbours=AT_LEAST_1, times="[0, 1]")
     try:
         check_folder(args.output_dir)
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def probe(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """All ranks would compute the same, so one is enough."""
+    """All ranks compute the same; the main one writes."""
     started = time.perf_counter()
     pipe = ERWPipeline.from_pretrained(args.model).to(accelerator.device)
     config = pipe.transformer.config
@@ -95,6 +95,8 @@ def probe(args: argparse.Namespace, accelerator: Accelerator) -> None:
         pipe.transformer, fit_images, test_images, args.times, pipe.vae, encoder,
         pipe.scheduler.config.get("path_type", "linear"), args.neighbours,
     )  # fmt: skip
+    if not accelerator.is_main_process:
+        return
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     record = {

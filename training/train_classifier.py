@@ -33,6 +33,7 @@ from transformers import BitImageProcessorPil, ResNetConfig, ResNetForImageClass
 from erw_hf.data.decoding import decode_image, prepare_image
 from erw_hf.data.digits import load_digits_dataset
 from erw_hf.data.source import load_source
+from erw_hf.names import resolve_flags
 
 
 # Loading, `normalise` and the processor are copied in train_tiny_encoder.py: no script imports another, and the
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    resolve_flags(parser, args, ["output_dir"], ["dataset_name"])
     torch.manual_seed(args.seed)
     train, train_labels, names = load(args, "train")
     test, test_labels, _ = load(args, "test" if args.dataset_name == "digits" else "validation")

@@ -46,6 +46,7 @@ from erw_hf.data.decoding import decode_image, prepare_image
 from erw_hf.data.digits import load_digits_dataset
 from erw_hf.data.source import load_source
 from erw_hf.files import write_record
+from erw_hf.names import resolve_flags
 from erw_hf.provenance import device_name
 
 
@@ -78,7 +79,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--temperature", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    args = parser.parse_args()
+    resolve_flags(parser, args, ["output_dir"], ["dataset_name", "teacher"])
+    return args
 
 
 def main() -> None:

@@ -62,18 +62,49 @@ def resolve_name(name: str, key: str) -> str:
     raise FileNotFoundError(f"{key}={name!r}: there is no {kind} {os.path.abspath(expanded)}{alike(expanded)}")
 
 
+def resolve_pipeline(name: str, key: str) -> str:
+    """[`resolve_name`] of a Hub id, a pipeline's folder, or that of a run, whose pipeline is in `pipeline`; ValueError for
+    a folder without one."""
+    resolved = resolve_name(name, key)
+    if not os.path.isdir(resolved):
+        return resolved
+    for folder in (resolved, os.path.join(resolved, "pipeline")):
+        if os.path.isfile(os.path.join(folder, "model_index.json")):
+            return folder
+    raise ValueError(
+        f"{key}={name!r} holds no pipeline: there is no model_index.json in {resolved} or its folder `pipeline`"
+    )
+
+
 def resolve_flags(
-    parser: argparse.ArgumentParser, flags: argparse.Namespace, paths: Iterable[str], names: Iterable[str]
+    parser: argparse.ArgumentParser,
+    flags: argparse.Namespace,
+    paths: Iterable[str],
+    names: Iterable[str] = (),
+    pipelines: Iterable[str] = (),
 ) -> None:
-    """Expands in place the flags that hold a path (`paths`, there or not), or a Hub id or a path that is there
-    (`names`); ends the program for a name that can only be a mistyped path."""
+    """Expands in place the flags that hold a path, there or not (`paths`), a Hub id or a path that is there, or a list of
+    `NAME=ID` (`names`), or what [`resolve_pipeline`] reads (`pipelines`); ends the program for a name that can only be a
+    mistyped path."""
     try:
         for flag in paths:
-            if getattr(flags, flag) is not None:
-                setattr(flags, flag, expand_path(getattr(flags, flag)))
+            value = getattr(flags, flag)
+            if isinstance(value, list):
+                value[:] = map(expand_path, value)
+            elif value is not None:
+                setattr(flags, flag, type(value)(expand_path(str(value))))
         for flag in names:
+            value = getattr(flags, flag)
+            if isinstance(value, str):
+                setattr(flags, flag, resolve_name(value, f"--{flag}"))
+            elif value is not None:
+                parts = [text.partition("=") for text in value]
+                value[:] = [
+                    f"{name}{equals}{path and resolve_name(path, f'--{flag} {name}')}" for name, equals, path in parts
+                ]
+        for flag in pipelines:
             if getattr(flags, flag) is not None:
-                setattr(flags, flag, resolve_name(getattr(flags, flag), f"--{flag}"))
+                setattr(flags, flag, resolve_pipeline(getattr(flags, flag), f"--{flag}"))
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
 

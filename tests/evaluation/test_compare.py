@@ -58,6 +58,14 @@ def test_a_difference_is_two_of_its_errors(fid, verdict):
     assert line.endswith(verdict) and same == (verdict == "the same")
 
 
+def test_one_seed_of_two_models_is_said_to_count_as_two():
+    line = "the same noise and labels, but the errors count as independent"
+    assert line in compare_records(record(), record(metrics={"fid": 10.2}))[1]
+    assert line not in compare_records(record(), record())[1]  # of one model, made again
+    assert line not in compare_records(record(), record(metrics={"fid": 10.2}, settings={"seed": 1}))[1]
+    assert line not in compare_records(record(), record(metrics={"fid": 10.2}) | {"model": None})[1]
+
+
 def test_numbers_without_errors_missing_ones_and_old_records(tmp_path):
     old = {"metrics": {"fid": 10.2, "recall": 0.5}, "settings": None}
     same, text = compare_records(record(), old)

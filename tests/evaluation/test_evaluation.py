@@ -29,6 +29,7 @@ from PIL import Image as PILImage
 from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler
 from erw_hf.evaluation.images import dataset_images, generated_images, npz_images, sample_generator, sample_label
 from erw_hf.trainer.config import TrainingConfig
+from erw_hf.trainer.run_lock import RunLock
 from erw_hf.trainer.run_record import read_metrics
 
 
@@ -169,6 +170,20 @@ def test_a_record_in_bfloat16_is_made_again_in_it(model, evaluated, tmp_path):
     assert record["hardware"]["mixed_precision"] == record["settings"]["mixed_precision"] == "bf16"
     assert record["metrics"]["fid"] != evaluated[1]["metrics"]["fid"]
     run_script("evaluate", f"--record={tmp_path}/evaluation.json")  # which compares
+
+
+def test_a_folder_that_another_evaluation_writes_to_is_refused(tmp_path):
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    flags = [f"--output_dir={tmp_path}", "--images=digits", "--split=test", *DIGITS, "--metrics=fid"]
+    code = "import runpy; runpy.run_path('training/evaluate.py', run_name='__main__')"
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, *flags], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    lock.release()
+    assert result.returncode != 0 and "belongs to a run that is still going" in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_images_without_a_model_have_the_numbers_of_their_model(model, evaluated, tmp_path):

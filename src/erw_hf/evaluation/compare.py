@@ -23,6 +23,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from erw_hf.names import resolve_flags
+
 
 PARTS = ("settings", "reference", "extractor", "model", "versions", "hardware")
 SAME = 1e-6  # relative difference of a number that was made again
@@ -33,8 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line; ends with a message for what is not a record."""
     parser = argparse.ArgumentParser(prog="python -m erw_hf.evaluation.compare", description=__doc__.splitlines()[0])
     parser.add_argument("records", nargs=2, metavar="RECORD", help="evaluation.json")
-    records = []
-    for path in parser.parse_args(arguments).records:
+    args, records = parser.parse_args(arguments), []
+    resolve_flags(parser, args, ["records"])
+    for path in args.records:
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             record["metrics"].items()
@@ -95,6 +98,12 @@ def compare_records(first: Mapping[str, Any], second: Mapping[str, Any], toleran
             f"{name:22}{value:16.10g}{shown[0]}{other:16.10g}{shown[1]}{difference:12.1e}  {verdict}".rstrip()
         )
     lines += [f"{name:22}{'missing':>16}" for name in second["metrics"] if name not in first["metrics"]]
+    seeds = [(record.get("settings") or {}).get("seed") for record in (first, second) if record.get("model")]
+    if len(seeds) == 2 and seeds[0] == seeds[1] and not same:
+        lines.append(
+            "Both were drawn from the same noise and labels, but the errors count as independent: what is not told apart "
+            "may still differ."
+        )
     return bool(same), "\n".join(lines)
 
 

@@ -140,9 +140,9 @@ class ClassifierExtractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(B, 3, H, W) uint8 images to `pool` (B, D) and `logits` (B, classes), float32."""
-        pixels = _resize(images, self.size)
-        pool = self.model.resnet((pixels - self.mean) / self.std).pooler_output.flatten(1)
+        """(B, 3, H, W) images, uint8 or [`resize`]d, to `pool` (B, D) and `logits` (B, classes), float32."""
+        pixels = resize(images, self.size)
+        pool = self.model.resnet(torch.sub(pixels, self.mean).div_(self.std)).pooler_output.flatten(1)
         return {"pool": pool, "logits": self.model.classifier(pool)}
 
 
@@ -187,8 +187,9 @@ class RepresentationExtractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(B, 3, H, W) uint8 images to the name's (B, D), float32."""
-        output = self.model(pixel_values=(_resize(images, self.size) - self.mean) / self.std)
+        """(B, 3, H, W) images, uint8 or [`resize`]d, to the name's (B, D), float32."""
+        pixels = resize(images, self.size)
+        output = self.model(pixel_values=torch.sub(pixels, self.mean).div_(self.std))
         features = output.last_hidden_state
         network = getattr(self.model, "timm_model", getattr(self.model, "embeddings", None))
         if features.ndim == 4:
@@ -236,9 +237,19 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    """float32 in [0, 1], bicubic with antialias as PIL's."""
-    images = images.float() / 255
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """
+    Bicubic with antialias, as PIL's.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, 3, H, W)`): Images, uint8 or float32 in [0, 1].
+        size (`int`): Side in pixels.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 3, size, size)`: float32 in [0, 1].
+    """
+    if images.dtype == torch.uint8:
+        images = images.float() / 255
     if images.shape[-2:] != (size, size):
-        images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp_(0, 1)
     return images

@@ -30,6 +30,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from erw_hf.evaluation.extractors import resize
 from erw_hf.evaluation.images import ImageSet
 from erw_hf.files import written_whole
 from erw_hf.processes import done_by_all
@@ -113,6 +114,9 @@ def extract_features(
 
     Returns:
         [`Features`]: On every rank.
+
+    Raises:
+        ValueError: for features that are not finite.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,6 +144,11 @@ def extract_features(
             read = time.perf_counter()
             layers = _layers(extractors, pixels.to(accelerator.device))
             for layer, features in layers.items():
+                if not torch.isfinite(features).all():
+                    raise ValueError(
+                        f"the features {layer!r} of {description} {indices[0]} to {indices[-1]} hold NaN or infinity: the "
+                        "extractor's weights are broken"
+                    )
                 if layer != "logits":
                     part["sums"].setdefault(layer, FeatureStatistics(features.shape[1])).update(features)
             kept = {layer: layers[layer] for layer in keep}
@@ -162,10 +171,15 @@ def extract_features(
 def _layers(extractors: Sequence[torch.nn.Module], pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     """Features of each layer of all networks, float32 on the CPU."""
     layers: dict[str, torch.Tensor] = {}
-    # TF32, cuDNN's default, rounds features to 10 bits. Contiguous, because other strides round differently.
+    resized: dict[int, torch.Tensor] = {}  # once for all networks of a size, which takes longer than a small network
+    pixels = pixels.contiguous()  # other strides round differently
+    # TF32, cuDNN's default, rounds features to 10 bits.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for extractor in extractors:
-            layers |= extractor(pixels.contiguous())
+            size = getattr(extractor, "size", None)  # Inception resizes inside its graph
+            if size is not None and size not in resized:
+                resized[size] = resize(pixels, size)
+            layers |= extractor(pixels if size is None else resized[size])
     return {layer: features.float().cpu() for layer, features in layers.items()}
 
 

@@ -15,9 +15,11 @@
 
 import contextlib
 import math
+import os
 import re
 import zipfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -181,16 +183,18 @@ def dataset_images(
         raise ValueError(f"{dataset_name} is a latent cache without images: name a dataset of images")
     first: dict[str, tuple[int, ...]] = {}  # the shape that all images must have
 
+    def decode(index: int, stored: object) -> np.ndarray:
+        try:
+            image = decode_image(stored)[0].convert("RGB")
+        except BadImageError as error:
+            raise ValueError(f"row {index} of {dataset_name}: {error}") from error
+        return np.asarray(image if image_size is None else center_crop(image, image_size))
+
     def read(indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        images, labels = [], []
-        for index in indices:
-            row = source.dataset[int(index)]
-            try:
-                image = decode_image(row[source.image_column])[0].convert("RGB")
-            except BadImageError as error:
-                raise ValueError(f"row {index} of {dataset_name}: {error}") from error
-            images.append(np.asarray(image if image_size is None else center_crop(image, image_size)))
-            labels.append(0 if source.label_column is None else row[source.label_column])
+        rows = [source.dataset[int(index)] for index in indices]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # decoding leaves Python's lock
+            images = list(threads.map(decode, indices, [row[source.image_column] for row in rows]))
+        labels = [0 if source.label_column is None else row[source.label_column] for row in rows]
         for index, array in zip(indices, images, strict=True):
             if array.shape != first.get("shape", array.shape):
                 raise ValueError(

@@ -11,19 +11,22 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The formulas of our own: Fréchet distance, MIND, CKNNA, and how far each number of an evaluation is from that of other draws.
+"""The formulas: Fréchet distance, Inception score, KID, precision and recall, MIND, CKNNA, and how far each number of an
+evaluation is from that of other draws.
 
 A metric is a function of the distribution of the samples. Its influence function says how the number moves with the weight of
 one sample; the standard error is the deviation of the influences over the square root of their number (the infinitesimal
 jackknife: what deleting samples one by one gives to first order). For a Fréchet distance that costs one product with the
 features, where a jackknife over groups holds a covariance for each group. No random numbers are drawn for it.
 
-The means and covariances of all samples are summed up in `feature_statistics`; torch-fidelity's metrics are called in `quality`.
+The means and covariances of all samples are summed up in `feature_statistics`. Tests compare the values with torch-fidelity's.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 
 ROWS = 4096  # of features in float64 at a time
@@ -37,16 +40,18 @@ class Estimate:
         value (`float`): The number.
         influence (`numpy.ndarray` of shape `(N,)`): Of each sample on it, mean 0.
         bias (`float`): What the count of samples adds to it: an estimate, to be subtracted.
+        shrinkage (`float`, *optional*, defaults to 1.0): Of the error, by what the influences overstate it.
     """
 
     value: float
     influence: np.ndarray
     bias: float
+    shrinkage: float = 1.0
 
     @property
     def error(self) -> float:
         """The standard error over the samples."""
-        return standard_error(self.influence)
+        return self.shrinkage * standard_error(self.influence)
 
 
 def standard_error(influence: np.ndarray) -> float:
@@ -79,14 +84,20 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     Raises:
         ValueError: if the shapes do not fit together or a value is not finite.
     """
-    mu1, sigma1, mu2, sigma2 = (np.asarray(value, dtype=np.float64) for value in (mu1, sigma1, mu2, sigma2))
+    mu1, sigma1, mu2, sigma2 = _checked(mu1, sigma1, mu2, sigma2)
+    root2 = _root(sigma2)
+    return _frechet(mu1, sigma1, mu2, sigma2, np.linalg.eigvalsh(root2 @ sigma1 @ root2))
+
+
+def _checked(*statistics: np.ndarray) -> tuple[np.ndarray, ...]:
+    mu1, sigma1, mu2, sigma2 = (np.asarray(value, dtype=np.float64) for value in statistics)
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != (mu1.size, mu1.size):
         raise ValueError(
             f"means {mu1.shape}, {mu2.shape} and covariances {sigma1.shape}, {sigma2.shape} do not fit together"
         )
     if not all(np.isfinite(value).all() for value in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("a mean or covariance is not finite")
-    return _frechet(mu1, sigma1, mu2, sigma2, _root(sigma2))
+    return mu1, sigma1, mu2, sigma2
 
 
 def _root(sigma: np.ndarray) -> np.ndarray:
@@ -94,9 +105,9 @@ def _root(sigma: np.ndarray) -> np.ndarray:
     return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
 
-def _frechet(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray, root2: np.ndarray) -> float:
-    # tr((A B)^(1/2)) = tr((B^(1/2) A B^(1/2))^(1/2)), and the latter matrix is symmetric.
-    trace = np.sqrt(np.linalg.eigvalsh(root2 @ sigma1 @ root2).clip(min=0)).sum()
+def _frechet(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray, values: np.ndarray) -> float:
+    # tr((A B)^(1/2)) = tr((B^(1/2) A B^(1/2))^(1/2)); the latter matrix is symmetric, and these are its eigenvalues.
+    trace = np.sqrt(values.clip(min=0)).sum()
     return float(max(0.0, ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace))
 
 
@@ -109,8 +120,9 @@ def frechet_estimate(features: np.ndarray, samples: Statistics, reference: Stati
 
     With Y = (X - m) R U, where R R = sigma and R S R = U L U^T, a sample moves the distance by
     `2 (m - mu) (x - m) + |x - m|^2 - tr S - sum(y^2 / L^(1/2)) + tr L^(1/2)`: the derivative along a shift of mean m and
-    covariance S. Below about 20 samples for each feature the error is too large rather than too small. The bias falls as
-    1 / N (Chong and Forsyth, arXiv 1911.07023), so it is what halving the samples adds.
+    covariance S. The bias falls as 1 / N (Chong and Forsyth, arXiv 1911.07023), so it is what halving the samples adds. The
+    influences overstate the variance, `a / N + 2 b / N^2` instead of `a / N + b / N^2`, where the second order counts (Efron and
+    Stein, Annals of Statistics 9, 1981). Those of the halves tell b.
 
     Args:
         features (`numpy.ndarray` of shape `(N, D)`): Of the samples.
@@ -119,9 +131,28 @@ def frechet_estimate(features: np.ndarray, samples: Statistics, reference: Stati
 
     Returns:
         [`Estimate`]: The distance; its bias is NaN for fewer than 4 samples.
+
+    Raises:
+        ValueError: see [`frechet_distance`].
     """
-    (mean, covariance), (mu, sigma) = samples, reference
-    value, root = frechet_distance(mean, covariance, mu, sigma), _root(np.asarray(sigma, dtype=np.float64))
+    mean, covariance, mu, sigma = _checked(*samples, *reference)
+    root = _root(sigma)
+    value, influence = _influence(features, mean, covariance, mu, sigma, root)
+    if len(features) < 4:
+        return Estimate(value, influence, float("nan"))
+    halves = [
+        _influence(half, *_mean_and_covariance(half), mu, sigma, root) for half in (features[::2], features[1::2])
+    ]
+    bias = float(np.mean([half_value for half_value, _ in halves])) - value
+    variance, variance_of_half = standard_error(influence) ** 2, np.mean([standard_error(x) ** 2 for _, x in halves])
+    shrinkage = np.sqrt(np.clip(1.5 - variance_of_half / variance / 4, 0.25, 1)) if variance > 0 else 1.0
+    return Estimate(value, influence, bias, float(shrinkage))
+
+
+def _influence(
+    features: np.ndarray, mean: np.ndarray, covariance: np.ndarray, mu: np.ndarray, sigma: np.ndarray, root: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """The distance and the influence of each sample; `root` is that of sigma."""
     values, vectors = np.linalg.eigh(root @ covariance @ root)
     seen = values > values[-1] * 1e-10  # a direction that no sample takes moves nothing
     spread, turn = np.sqrt(values[seen]), root @ vectors[:, seen]
@@ -130,9 +161,7 @@ def frechet_estimate(features: np.ndarray, samples: Statistics, reference: Stati
         x = features[start : start + ROWS].astype(np.float64) - mean
         shift = 2 * x @ (mean - mu) + (x**2).sum(axis=1)
         influence[start : start + ROWS] = shift - ((x @ turn) ** 2 / spread).sum(axis=1)
-    halves = [_mean_and_covariance(features[i::2]) for i in range(2)] if len(features) > 3 else []
-    bias = np.mean([_frechet(*part, mu, sigma, root) for part in halves]) - value if halves else np.nan
-    return Estimate(value, influence - influence.mean(), float(bias))
+    return _frechet(mean, covariance, mu, sigma, values), influence - influence.mean()
 
 
 def _mean_and_covariance(features: np.ndarray) -> Statistics:
@@ -161,51 +190,102 @@ def mind_estimate(features: np.ndarray, reference: np.ndarray, projections: int 
         samples adds, NaN for fewer than 4.
     """
     rng, count = np.random.default_rng(seed), min(len(features), len(reference))
-    chosen, other = (x[np.sort(rng.permutation(len(x))[:count])] for x in (features, reference))
+    chosen, other = (x[np.sort(rng.permutation(len(x))[:count])].astype(np.float32) for x in (features, reference))
     directions = rng.standard_normal((features.shape[1], projections)).astype(np.float32)
     directions /= np.linalg.norm(directions, axis=0)
-    costs, halved, influence = 0.0, 0.0, np.zeros(count)  # summed over the directions
+    costs, halved, influence, even = 0.0, 0.0, np.zeros(count), count // 2 * 2  # summed over the directions
     for start in range(0, projections, 100):
-        x, y = (side.astype(np.float32) @ directions[:, start : start + 100] for side in (chosen, other))  # (N, 100)
+        x, y = (directions[:, start : start + 100].T @ side.T for side in (chosen, other))  # (100, N)
+        order = np.argsort(x, axis=1)
+        sorted_x = np.take_along_axis(x, order, axis=1)
         for i in range(2):
-            even = len(x) // 2 * 2
-            halved += ((np.sort(x[i:even:2], axis=0) - np.sort(y[i:even:2], axis=0)) ** 2).mean(axis=0).sum() / 2
-        order = np.argsort(x, axis=0)
-        sorted_x = np.take_along_axis(x, order, axis=0).astype(np.float64)
-        slope = 2 * (sorted_x - np.sort(y, axis=0))  # of the potential, at each sample
-        costs += (slope**2).mean(axis=0).sum() / 4
-        steps = np.diff(sorted_x, axis=0) * (slope[1:] + slope[:-1]) / 2
-        potential = np.concatenate([np.zeros((1, x.shape[1])), np.cumsum(steps, axis=0)])
-        found = np.empty_like(potential)
-        np.put_along_axis(found, order, potential, axis=0)
-        influence += (found - found.mean(axis=0)).sum(axis=1)
+            half = sorted_x[(order % 2 == i) & (order < even)].reshape(len(x), -1)
+            halved += ((half - np.sort(y[:, i:even:2], axis=1)) ** 2).mean(axis=1, dtype=np.float64).sum() / 2
+        gap = sorted_x - np.sort(y, axis=1)  # half the slope of the potential, at each sample
+        costs += (gap**2).mean(axis=1, dtype=np.float64).sum()
+        potential = np.zeros(gap.shape)
+        np.cumsum(np.diff(sorted_x) * (gap[:, 1:] + gap[:, :-1]), axis=1, out=potential[:, 1:])
+        potential -= potential.mean(axis=1, keepdims=True)
+        influence += np.bincount(order.ravel(), potential.ravel(), count)
     scale = 3 * features.shape[1] / projections
     bias = float(scale * (halved - costs)) if count > 3 else float("nan")
     return Estimate(float(scale * costs), scale * influence, bias)
 
 
-def inception_score_error(logits: np.ndarray, chunk: int) -> tuple[float, float]:
+def inception_score(logits: np.ndarray, chunk: int) -> tuple[float, float, float, float]:
     """
+    Inception score (arXiv 1606.03498): the exponential of the mean divergence of a sample's classes from their mean.
+
     Args:
         logits (`numpy.ndarray` of shape `(N, K)`): Of the samples.
-        chunk (`int`): Samples per score; the mean of the scores is reported.
+        chunk (`int`): Samples per score, consecutive; what remains is shared out among the scores.
 
     Returns:
-        `tuple[float, float]`: Standard error and bias of the mean of the scores. A sample moves the logarithm of its
-        chunk's by its divergence from the mean; the entropy of a mean of n is short by `sum(var p / mean p) / 2 n`.
+        `tuple[float, float, float, float]`: Mean of the scores, their deviation, and standard error and bias of the mean. A
+        sample moves the logarithm of its chunk's by its divergence from the mean; the entropy of a mean of n is short by
+        `sum(var p / mean p) / 2 n`.
     """
-    variances, biases = [], []
-    for start in range(0, max(1, len(logits) // chunk) * chunk, chunk):
-        x = logits[start : start + chunk].astype(np.float64)
+    scores, variances, biases, splits = [], [], [], max(1, len(logits) // chunk)
+    for i in range(splits):
+        x = logits[i * len(logits) // splits : (i + 1) * len(logits) // splits].astype(np.float64)
         x = x - x.max(axis=1, keepdims=True)
         log_p = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
         p = np.exp(log_p)
-        mean = p.mean(axis=0)
+        mean = p.mean(axis=0).clip(min=np.finfo(np.float64).tiny)  # of a class that no sample can be
         divergence = (p * (log_p - np.log(mean))).sum(axis=1)
         score = np.exp(divergence.mean())
+        scores.append(score)
         variances.append((score * standard_error(divergence)) ** 2)
         biases.append(-score * (p.var(axis=0) / mean).sum() / (2 * len(p)))
-    return float(np.sqrt(np.sum(variances)) / len(variances)), float(np.mean(biases))
+    return (
+        float(np.mean(scores)),
+        float(np.std(scores)),
+        float(np.sqrt(np.sum(variances)) / splits),
+        float(np.mean(biases)),
+    )
+
+
+def kernel_distance(
+    features: np.ndarray, reference: np.ndarray, subset: int, subsets: int
+) -> tuple[float, float, float]:
+    """
+    Kernel distance (KID, arXiv 1801.01401): the unbiased squared maximum mean discrepancy of kernel `(x y / D + 1)^3`, over
+    the random subsets that torch-fidelity takes.
+
+    Args:
+        features (`numpy.ndarray` of shape `(N, D)`): Of the samples.
+        reference (`numpy.ndarray` of shape `(M, D)`): Of real images.
+        subset (`int`): Most images of either side in a subset.
+        subsets (`int`): Number of subsets.
+
+    Returns:
+        `tuple[float, float, float]`: Mean and deviation over the subsets, and the standard error of the mean: over the
+        samples, and of the choice of the subsets.
+    """
+    rng, size, found = np.random.RandomState(2020), min(subset, len(features), len(reference)), []
+    for _ in range(subsets):
+        # float64: the cubes of a 2 048-wide inner product lose digits in float32.
+        x, y = (side[rng.choice(len(side), size, replace=False)].astype(np.float64) for side in (features, reference))
+        within = sum((_kernel(z, z, sums=True) - _kernel_of_itself(z)).sum() for z in (x, y))
+        found.append(within / (size * (size - 1)) - 2 * _kernel(x, y, sums=True).sum() / size**2)
+    deviation = float(np.std(found))
+    return (
+        float(np.mean(found)),
+        deviation,
+        float(np.hypot(kid_error(features, reference, subset), deviation / np.sqrt(subsets))),
+    )
+
+
+def _kernel(x: np.ndarray, y: np.ndarray, sums: bool = False) -> np.ndarray:
+    """(N, M), or only the sums of its rows (N,)."""
+    base = (x / x.shape[1]) @ y.T
+    base += 1
+    # Ten times as fast as a power.
+    return np.einsum("ij,ij->i", base * base, base) if sums else base * base * base
+
+
+def _kernel_of_itself(x: np.ndarray) -> np.ndarray:
+    return ((x**2).mean(axis=1) + 1) ** 3  # (N,)
 
 
 def kid_error(features: np.ndarray, reference: np.ndarray, subset: int, seed: int = 0) -> float:
@@ -226,21 +306,55 @@ def kid_error(features: np.ndarray, reference: np.ndarray, subset: int, seed: in
     size, others = min(subset, len(features) // 2), min(subset, len(reference) // 2)
     for half in range(2):
         own, other = samples[half * size : (half + 1) * size], real[half * others : (half + 1) * others]
-        rows = []
+        compared, rows = [side.astype(np.float64) for side in (features[own], reference[other])], []
         for start in range(0, len(features), ROWS):
             x = features[start : start + ROWS].astype(np.float64)
-            kernels = [(x @ y.astype(np.float64).T / x.shape[1] + 1) ** 3 for y in (features[own], reference[other])]
-            itself = (own >= start) & (own < start + len(x))
-            kernels[0][own[itself] - start, np.flatnonzero(itself)] = np.nan
-            rows.append(np.nanmean(kernels[0], axis=1) - kernels[1].mean(axis=1))
+            itself = np.isin(np.arange(start, start + len(x)), own)  # a sample is not compared with itself
+            within = _kernel(x, compared[0], sums=True) - itself * _kernel_of_itself(x)
+            rows.append(within / np.maximum(size - itself, 1) - _kernel(x, compared[1], sums=True) / others)
         influences.append(2 * np.concatenate(rows))
     x, count = features[samples[:subset]].astype(np.float64), len(features)
-    pairs = (x @ x.T / x.shape[1] + 1) ** 3
+    pairs = _kernel(x, x)
     pairs += pairs.mean() - pairs.mean(axis=0) - pairs.mean(axis=1, keepdims=True)
     pairs = (pairs**2).mean() - (np.diag(pairs) ** 2).mean() / len(x)
     return float(
         np.sqrt(max(0.0, np.cov(influences[0], influences[1])[0, 1]) / count + 2 * pairs / (count * (count - 1)))
     )
+
+
+def precision_recall(features: torch.Tensor, reference: torch.Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """
+    Improved precision and recall (arXiv 1904.06991): the share of samples within the distance of some real image to its k-th
+    neighbour, and the share of real images within that of some sample. Block by block, so that no matrix of all distances is
+    held.
+
+    Args:
+        features (`torch.Tensor` of shape `(N, D)`): Of the samples.
+        reference (`torch.Tensor` of shape `(M, D)`): Of real images.
+        neighbours (`int`, *optional*, defaults to 3): k.
+
+    Returns:
+        `tuple[float, float]`: Precision and recall.
+    """
+    middle = reference.mean(dim=0)  # distances stay, and rounding shrinks
+    x, y = (features - middle).float(), (reference - middle).float()
+    x_radii, y_radii = (
+        torch.cat([block.topk(neighbours + 1, largest=False).values[:, -1] for block in _distances(side, side)])
+        for side in (x, y)
+    )
+    inside, covered, start = 0, torch.zeros(len(y), dtype=torch.bool), 0
+    for block in _distances(x, y):
+        inside += int((block <= y_radii).any(dim=1).sum())
+        covered |= (block <= x_radii[start : start + len(block), None]).any(dim=0)
+        start += len(block)
+    return inside / len(x), int(covered.sum()) / len(y)
+
+
+def _distances(x: torch.Tensor, y: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Squared distances (B, M), of a few rows of x at a time."""
+    squares = (y**2).sum(dim=1)
+    for rows in x.split(256):
+        yield torch.addmm(squares, rows, y.T, alpha=-2).add_((rows**2).sum(dim=1, keepdim=True))
 
 
 def share_error(share: float, count: int) -> float:

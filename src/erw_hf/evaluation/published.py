@@ -93,14 +93,15 @@ class Published:
 _SIT_FILE = "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=1"
 _SIT: dict[str, Any] = {
     "repo": "", "file": _SIT_FILE,
-    "unverified": ("that sd-vae-ft-ema decoded the published samples", "that the published labels were drawn at random"),
+    "unverified": ("that the published samples were multiplied in float32 (willisma/SiT#14), and not in TF32 as sample_ddp.py does unasked",),
 }  # fmt: skip
+_SIT_CODE = "labels at random, sd-vae-ft-ema and rounding as in its sample_ddp.py"
 _SIT_CHANNELS = "SiT guides 3 of 4 latent channels, as DiT's code; here guidance moves all"
 _REPA: dict[str, Any] = {
     "repo": "",
     "file": "https://www.dl.dropboxusercontent.com/scl/fi/cxedbs4da5ugjq5wg3zrg/last.pt?rlkey=8otgrdkno0nd89po3dpwngwcc&dl=1",
-    "unverified": ("that sd-vae-ft-ema decoded the published samples",),
-}
+    "differs": ("REPA's generate.py cuts 255 x to 8 bits, half a level darker, and multiplies in TF32; here it is rounded, in float32",),
+}  # fmt: skip
 _VAVAE: dict[str, Any] = {
     "vae": "REPA-E/vavae-hf",
     "latent_statistics": ("hustvl/vavae-imagenet256-f16d32-dinov2", "latents_stats.pt"),
@@ -108,44 +109,48 @@ _VAVAE: dict[str, Any] = {
     "scheduler_config": {"shift": 1 / 0.3},  # t = 1 is data there: hustvl/LightningDiT#37
     "differs": ("guided rows (1.35 and 2.11) are left out: LightningDiT guides 3 of 32 channels, at 6.7 and 10 (hustvl/LightningDiT#21, #49)",),
     "unverified": (
-        "that the unguided rows were drawn with the time shift of 0.3 and with float32",
+        "that the unguided rows were drawn as the guided configs say (Euler, 250 steps, time shift 0.3), and in float32",
         "that REPA-E/vavae-hf holds the weights of hustvl/vavae-imagenet256-f16d32-dinov2",
-        "that the latents of the statistics file are scaled by nothing else",
     ),
 }  # fmt: skip
+_VAVAE_CODE = "sampler, statistics and ADM's reference as in its configs/reproductions"
 
 PUBLISHED: dict[str, Published] = {
     "sit-xl-2": Published(
-        **_SIT, numbers={"fid": 2.06}, source="SiT, arXiv 2401.08740, abstract", protocol={"guidance_scale": 1.5},
+        **_SIT, numbers={"fid": 2.06, "sfid": 4.50, "inception_score": 270.3, "precision": 0.82, "recall": 0.59},
+        source=f"SiT, arXiv 2401.08740, abstract; all five in ERW, arXiv 2504.10188; {_SIT_CODE}", protocol={"guidance_scale": 1.5},
         remeasured=("2.45, 2.53 by users' samplers, 2.34 after mending the resize (willisma/SiT#14)",), differs=(_SIT_CHANNELS,),
     ),
     "sit-xl-2-unguided": Published(
-        **_SIT, numbers={"fid": 8.3}, source="SiT, arXiv 2401.08740; the author on the sampler, willisma/SiT#31",
+        **_SIT, numbers={"fid": 8.3, "sfid": 6.32, "inception_score": 131.7, "precision": 0.68, "recall": 0.67},
+        source=f"SiT, arXiv 2401.08740; all five in ERW, arXiv 2504.10188; the author on the sampler, willisma/SiT#31; {_SIT_CODE}",
         remeasured=("9.5 and never below 9.3 with the ODE of the README (willisma/SiT#31)",),
     ),
     "sit-xl-2-ode": Published(
-        **_SIT, numbers={"fid": 2.15}, source="SiT, arXiv 2401.08740; Heun with 125 steps by the author, willisma/SiT#18",
+        **_SIT, numbers={"fid": 2.15}, source=f"SiT, arXiv 2401.08740; Heun with 125 steps by the author, willisma/SiT#18; {_SIT_CODE}",
         protocol={"guidance_scale": 1.5, "num_inference_steps": 125}, scheduler="heun",
         remeasured=("2.08 with the README's ODE (willisma/SiT#31)", "2.149 (willisma/SiT#14)"), differs=(_SIT_CHANNELS,),
     ),
     "repa-xl-2": Published(
-        **_REPA, numbers={"fid": 1.42}, source="REPA, arXiv 2410.06940, and its README",
+        **_REPA, numbers={"fid": 1.42, "sfid": 4.70, "inception_score": 305.7, "precision": 0.80, "recall": 0.65},
+        source="REPA, arXiv 2410.06940; command in its README, labels at random and sd-vae-ft-ema as in its generate.py",
         protocol={"guidance_scale": 1.8, "guidance_interval": (0.0, 0.7)},
         remeasured=("7.8 of the official XL/2 at guidance 2.0, cause unknown, perhaps no interval (End2End-Diffusion/iREPA#10)",),
     ),
-    "repa-xl-2-unguided": Published(**_REPA, numbers={"fid": 5.9}, source="REPA, arXiv 2410.06940, 4M steps"),
+    "repa-xl-2-unguided": Published(**_REPA, numbers={"fid": 5.9}, source="REPA, arXiv 2410.06940, 4M steps; sampler of its generate.py"),
     "lightningdit-xl-1": Published(
         **_VAVAE, repo="hustvl/lightningdit-xl-imagenet256-800ep", file="lightningdit-xl-imagenet256-800ep.pt",
-        numbers={"fid": 2.17}, source="LightningDiT, README (800 epochs)",
+        numbers={"fid": 2.17}, source=f"LightningDiT, README (800 epochs); {_VAVAE_CODE}",
         remeasured=("1.45 for the guided 1.35 (hustvl/LightningDiT#88)",),
     ),
     "lightningdit-xl-1-64ep": Published(
         **_VAVAE, repo="hustvl/lightningdit-xl-imagenet256-64ep", file="lightningdit-xl-imagenet256-64ep.pt",
-        numbers={"fid": 5.14}, source="LightningDiT, README (64 epochs)",
+        numbers={"fid": 5.14}, source=f"LightningDiT, README (64 epochs); {_VAVAE_CODE}",
     ),
     "dit-xl-2": Published(
-        repo="facebook/DiT-XL-2-256", file="", numbers={"fid": 2.27}, source="DiT, arXiv 2212.09748",
-        protocol={"guidance_scale": 1.5}, remeasured=("2.27 guided and 9.5 for 9.6 unguided (willisma/SiT#31)",),
+        repo="facebook/DiT-XL-2-256", file="", numbers={"fid": 2.27, "inception_score": 278.24},
+        source="DiT, arXiv 2212.09748, and its README; labels at random by the author, facebookresearch/DiT#16", protocol={"guidance_scale": 1.5},
+        remeasured=("2.21 by its authors in float32 with PyTorch (README)", "2.27 guided and 9.5 for 9.6 unguided (willisma/SiT#31)"),
         refused="it predicts the noise and the variance of DDPM, which this library does not draw with: diffusers' DiTPipeline draws it, "
         "and --images measures what it drew",
     ),

@@ -14,12 +14,11 @@
 """The metrics that papers report, from images to numbers: which metric takes which features, and the reference files.
 
 A reference, in ADM's format, holds mean and covariance of real images, which `feature_statistics` sums up, and some of the images.
-Fréchet distance and MIND are in `metrics`, with the standard error of every number; Inception score, KID, precision and recall are
-torch-fidelity's, called here.
+The formulas are in `metrics`, with the standard error of every number.
 """
 
 import hashlib
-import math
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,15 +35,18 @@ from erw_hf.evaluation.images import ImageSet, npz_images, open_npz, take
 from erw_hf.evaluation.metrics import (
     Estimate,
     frechet_estimate,
-    inception_score_error,
-    kid_error,
+    inception_score,
+    kernel_distance,
     mind_estimate,
+    precision_recall,
     share_error,
     standard_error,
 )
 from erw_hf.files import written_whole
 from erw_hf.processes import done_by_all
 
+
+logger = logging.getLogger(__name__)
 
 METRICS = (
     "fid", "sfid", "inception_score", "precision_recall", "kid", "mind", *(f"fd_{name}" for name in REPRESENTATIONS), "fdr6",
@@ -79,10 +81,12 @@ class Reference:
     Args:
         path (`Path`): The npz file.
         statistics (`dict[str, tuple[numpy.ndarray, numpy.ndarray]]`): Mean and covariance of each layer that it has.
+        stored (`tuple[str, ...]`): Layers whose features of its images are in the file.
     """
 
     path: Path
     statistics: dict[str, tuple[np.ndarray, np.ndarray]]
+    stored: tuple[str, ...] = ()
 
 
 @dataclass
@@ -110,12 +114,18 @@ class Quality:
 
 
 def save_reference(
-    path: str | os.PathLike[str], features: Features, images: ImageSet, seed: int, hashes: Mapping[str, str]
+    path: str | os.PathLike[str],
+    features: Features,
+    images: ImageSet,
+    seed: int,
+    hashes: Mapping[str, str],
+    some: Features | None = None,
 ) -> None:
     """
     Writes statistics as ADM's reference files hold them: `mu`, `sigma`, `mu_s`, `sigma_s` of all images, and 10 000 of
-    the images as `arr_0`. Beside ADM's names: `mu_<name>`, `sigma_<name>` of other representations, and the hashes of the
-    extractors, `extractor` and `extractor_<name>`.
+    the images as `arr_0`. Beside ADM's names: `mu_<name>`, `sigma_<name>` of other representations, the hashes of the
+    extractors, `extractor` and `extractor_<name>`, and the features of the 10 000, `features_<layer>`, so that no evaluation
+    has to compute them again.
 
     Args:
         path (`str` or `os.PathLike`): The npz file.
@@ -123,15 +133,18 @@ def save_reference(
         images ([`ImageSet`]): The images.
         seed (`int`): Seed of the choice of the images.
         hashes (`Mapping[str, str]`): [`extractor_hashes`].
+        some ([`Features`], *optional*): Of the 10 000 images, kept.
     """
     arrays = {name: np.array(value) for name, value in hashes.items()}
     for layer, statistics in features.statistics.items():
         arrays |= dict(zip(_NAMES[layer], statistics.mean_and_covariance(), strict=True))
-    some = take(images, REFERENCE_IMAGES, seed)
-    arrays["arr_0"] = np.empty((some.count, *images.size, 3), dtype=np.uint8)
-    for start in range(0, some.count, 100):
-        indices = range(start, min(start + 100, some.count))
-        arrays["arr_0"][list(indices)] = some.read(indices)[0].permute(0, 2, 3, 1).numpy()
+        if some is not None and layer != "spatial":
+            arrays[f"features_{layer}"] = some.layer(layer).numpy()
+    shown = take(images, REFERENCE_IMAGES, seed)
+    arrays["arr_0"] = np.empty((shown.count, *images.size, 3), dtype=np.uint8)
+    for start in range(0, shown.count, 100):
+        indices = range(start, min(start + 100, shown.count))
+        arrays["arr_0"][list(indices)] = shown.read(indices)[0].permute(0, 2, 3, 1).numpy()
     with written_whole(path) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
 
@@ -213,6 +226,12 @@ def load_reference(
         statistics = {
             layer: (file[mu], file[sigma]) for layer, (mu, sigma) in _NAMES.items() if mu in file and sigma in file
         }
+        # Of networks whose weights were found to be these.
+        stored = tuple(
+            layer
+            for layer in _NAMES
+            if f"features_{layer}" in file and ("extractor" if layer == "pool" else f"extractor_{layer}") in file
+        )
     for layer in {_FRECHET[metric] for metric in metrics if metric in _FRECHET}:
         mu, sigma = statistics[layer]
         if (
@@ -234,7 +253,7 @@ def load_reference(
             f"{path} is of {npz_images(path).size} px images, the samples are {image_size} px: take a reference of their "
             "size, or set --image_size"
         )
-    return Reference(path, statistics)
+    return Reference(path, statistics, stored)
 
 
 def _other_extractor(path: Path, theirs: int, ours: int) -> str:
@@ -273,9 +292,9 @@ def quality_metrics(
     real: Mapping[str, torch.Tensor] | None = None,
 ) -> Quality:
     """
-    The numbers and their errors. Inception score, KID, precision and recall by torch-fidelity's functions; the score over
-    consecutive 5 000 samples, unshuffled, as ADM's evaluator; precision and recall with k = 3. MIND is of each representation
-    whose features of the reference's images are given, Inception's by that name alone.
+    The numbers and their errors. Inception score over consecutive 5 000 samples, unshuffled, as ADM's evaluator; KID over the
+    100 subsets of 1 000 that torch-fidelity takes; precision and recall with k = 3. MIND is of each representation whose
+    features of the reference's images are given, Inception's by that name alone.
 
     Args:
         metrics (`Sequence[str]`): Some of `METRICS`.
@@ -287,7 +306,6 @@ def quality_metrics(
         [`Quality`]: Numbers, errors and biases.
 
     Raises:
-        ImportError: for a metric of torch-fidelity where it is not installed.
         ValueError: if the features do not fit the reference's, or are not finite.
     """
     quality, real = Quality(), real or {}
@@ -300,8 +318,11 @@ def quality_metrics(
             units = {"pool": INCEPTION_VALIDATION} | {name: REPRESENTATIONS[name].validation for name in FDR6}
             parts = {layer: _frechet_of(layer, samples, reference, estimates) for layer in units}
             # Of the same samples, so the influences are added up, not the errors.
-            mean = [np.mean([getattr(parts[x], part) / units[x] for x in units], axis=0) for part in ("value", "influence", "bias")]  # fmt: skip
-            quality.add(metric, float(mean[0]), standard_error(mean[1]), float(mean[2]))
+            value, bias = (
+                float(np.mean([getattr(parts[x], part) / units[x] for x in units])) for part in ("value", "bias")
+            )
+            influence = np.mean([parts[x].shrinkage * parts[x].influence / units[x] for x in units], axis=0)
+            quality.add(metric, value, standard_error(influence), bias)
         elif metric == "mind":
             for layer, features in real.items():
                 estimate = mind_estimate(samples.layer(layer).numpy(), features.numpy())
@@ -310,8 +331,27 @@ def quality_metrics(
         elif metric == "accuracy":
             right = (samples.layer("logits").argmax(dim=1) == samples.layer("labels")).double()
             quality.add(metric, right.mean().item(), share_error(right.mean().item(), len(right)))
-        else:
-            _fidelity_metric(metric, samples, real.get("pool"), quality)
+        elif metric == "inception_score":
+            logits = samples.layer("logits").numpy()
+            value, deviation, error, bias = inception_score(logits, INCEPTION_CHUNK)
+            shuffled = inception_score(np.random.default_rng(0).permutation(logits), INCEPTION_CHUNK)[0]
+            if value < shuffled - 5 * error:
+                logger.warning(
+                    f"the images are in the order of their classes: Inception score {value:.4g}, of consecutive "
+                    f"{INCEPTION_CHUNK} images as ADM's evaluator finds it, would be {shuffled:.4g} in a random order"
+                )
+            quality.add(metric, value, error, bias)
+            quality.add("inception_score_std", deviation)
+        elif metric == "kid":
+            pool = samples.layer("pool").numpy(), real["pool"].numpy()
+            value, deviation, error = kernel_distance(*pool, KID_SUBSET_SIZE, KID_SUBSETS)
+            quality.add(metric, value, error)
+            quality.add("kid_std", deviation)
+        elif metric == "precision_recall":
+            precision, recall = precision_recall(samples.layer("pool"), real["pool"])
+            # Each sample lies in the reference's manifold or not; recall asks the same of each image of the reference.
+            quality.add("precision", precision, share_error(precision, len(samples.layer("pool"))))
+            quality.add("recall", recall, share_error(recall, len(real["pool"])))
     return quality
 
 
@@ -322,40 +362,6 @@ def _frechet_of(layer: str, samples: Features, reference: Reference, estimates: 
             raise ValueError(_other_extractor(reference.path, expected[0].size, found[0].size))
         estimates[layer] = frechet_estimate(samples.layer(layer).numpy(), found, expected)
     return estimates[layer]
-
-
-def _fidelity_metric(metric: str, samples: Features, real: torch.Tensor | None, quality: Quality) -> None:
-    try:
-        from torch_fidelity.metric_isc import isc_features_to_metric
-        from torch_fidelity.metric_kid import kid_features_to_metric
-        from torch_fidelity.metric_prc import prc_features_to_metric
-    except ImportError as missing:
-        raise ImportError(f"{metric} comes from torch-fidelity: pip install erw-hf[eval]") from missing
-    if metric == "inception_score":
-        logits = samples.layer("logits")
-        found = isc_features_to_metric(logits, splits=max(1, len(logits) // INCEPTION_CHUNK), shuffle=False)
-        error, bias = inception_score_error(logits.numpy(), INCEPTION_CHUNK)
-        quality.add(metric, found["inception_score_mean"], error, bias)
-        quality.add("inception_score_std", found["inception_score_std"])
-        return
-    pool = samples.layer("pool")
-    assert real is not None
-    if metric == "kid":
-        size = min(KID_SUBSET_SIZE, len(pool), len(real))
-        # float64: the cubes of a 2 048-wide inner product lose digits in float32.
-        found = kid_features_to_metric(
-            pool.double(), real.double(), kid_subset_size=size, kid_subsets=KID_SUBSETS, verbose=False
-        )
-        mean, deviation = found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
-        # Of all samples, and of the choice of the subsets.
-        error = math.hypot(kid_error(pool.numpy(), real.numpy(), KID_SUBSET_SIZE), deviation / math.sqrt(KID_SUBSETS))
-        quality.add(metric, mean, error)
-        quality.add("kid_std", deviation)
-        return
-    found = prc_features_to_metric(pool, real, save_cpu_ram=True, verbose=False)
-    # Each sample lies in the reference's manifold or not; recall asks the same of each image of the reference.
-    quality.add("precision", found["precision"], share_error(found["precision"], len(pool)))
-    quality.add("recall", found["recall"], share_error(found["recall"], len(real)))
 
 
 def reference_file(
@@ -393,9 +399,17 @@ def make_reference(
     """
     # Here, so that a failing write shows before the images are read.
     path.parent.mkdir(parents=True, exist_ok=True)
-    features = extract_features(images, extractors, accelerator, folder, batch_size, description="reference")
+    layers = [layer for extractor in extractors for layer in extractor.layers if layer not in ("spatial", "logits")]  # type: ignore[union-attr]
+    few = images.count <= REFERENCE_IMAGES
+    features = extract_features(
+        images, extractors, accelerator, folder, batch_size, layers if few else (), description="reference"
+    )
+    some = features if few else extract_features(
+        take(images, REFERENCE_IMAGES, seed), extractors, accelerator, folder / "some", batch_size, layers,
+        description="reference",
+    )  # fmt: skip
     if accelerator.is_main_process:
-        save_reference(path, features, images, seed, extractor_hashes(extractors))
+        save_reference(path, features, images, seed, extractor_hashes(extractors), some)
     accelerator.wait_for_everyone()
     return features.seconds
 
@@ -439,14 +453,21 @@ def measure(
     seconds = {"samples": samples.seconds["read"], "features": samples.seconds["extract"]}
     real = {}
     if set(metrics) & set(_NEED_IMAGES):
+        started = time.perf_counter()
         compared = [layer for layer in keep if layer == "pool" or (layer in REPRESENTATIONS and "mind" in metrics)]
-        networks = [extractor for extractor in extractors if set(extractor.layers) & set(compared)]  # type: ignore[arg-type]
-        features = extract_features(
-            npz_images(reference.path), networks, accelerator, folder / "reference_images", batch_size, compared,
-            description="reference",
-        )  # fmt: skip
-        real = {layer: features.layer(layer) for layer in compared}
-        seconds["reference_images"] = sum(features.seconds.values())
+        missing = [layer for layer in compared if layer not in reference.stored]  # as in ADM's file
+        if missing:
+            networks = [extractor for extractor in extractors if set(extractor.layers) & set(missing)]  # type: ignore[arg-type]
+            features = extract_features(
+                npz_images(reference.path), networks, accelerator, folder / "reference_images", batch_size, missing,
+                description="reference",
+            )  # fmt: skip
+        with np.load(reference.path) as file:
+            real = {
+                layer: features.layer(layer) if layer in missing else torch.from_numpy(file[f"features_{layer}"])
+                for layer in compared
+            }
+        seconds["reference_images"] = time.perf_counter() - started
 
     def compute() -> Quality:
         return quality_metrics(metrics, samples, reference, real) if accelerator.is_main_process else Quality()

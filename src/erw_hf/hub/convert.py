@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from erw_hf.conversion import Converted, build_model, convert_checkpoint, read_checkpoint
+from erw_hf.names import resolve_flags
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
 
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="JSON of what is inferred wrongly, for instance '{\"num_attention_heads\": 8}'",
     )
     args = parser.parse_args(arguments)
+    resolve_flags(parser, args, ["checkpoint", "output_dir"])
     try:
         if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
             raise ValueError(f"--output_dir {args.output_dir} is a file: name a folder")

@@ -45,6 +45,7 @@ from erw_hf.files import sync_tree
 from erw_hf.hub.cards import dataset_card, evaluation_files, run_card
 from erw_hf.hub.public import public_value
 from erw_hf.hub.upload import HUB_ERRORS, leave_silent_servers, prepare_repo, retry, upload
+from erw_hf.names import resolve_flags
 from erw_hf.trainer.config import OWN_KEYS
 from erw_hf.trainer.run_record import keep_until, read_metrics
 
@@ -304,6 +305,7 @@ def main() -> None:
     )
     parser.add_argument("--hub_private", action="store_true", help="make the repo private")
     args = parser.parse_args()
+    resolve_flags(parser, args, ["folder"])
     leave_silent_servers()
     try:
         if (args.folder / "cache.json").is_file():

@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 
 from erw_hf.files import written_whole
+from erw_hf.names import resolve_flags
 from erw_hf.pipeline_erw import ERWPipeline
 from erw_hf.trainer.config import TrainingConfig
 
@@ -239,6 +240,7 @@ def main() -> None:
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="where to write the pipeline")
     args = parser.parse_args()
+    resolve_flags(parser, args, ["run_dir", "output_dir"])
     weights = rebuild(args.run_dir / "ema_snapshots", args.sigma_rel, args.step)
     pipeline = ERWPipeline.from_pretrained(args.run_dir / "pipeline")
     pipeline.transformer.load_state_dict(weights, strict=False)  # the averages lack buffers
