@@ -126,7 +126,7 @@ def parse_arguments() -> argparse.Namespace:
         help="pipeline: the sampler saved with it, usually the SDE, the default; heun and euler: the ODE",
     )
     parser.add_argument("--num_inference_steps", type=int, default=250, help="default: 250")
-    parser.add_argument("--guidance_scale", type=float, default=1.8, help="1 is no guidance; default: 1.8")
+    parser.add_argument("--guidance_scale", type=float, default=1.8, help="1 leaves it out; default: 1.8")
     parser.add_argument(
         "--guidance_interval",
         type=float,

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -183,7 +184,7 @@ def dataset_images(
         raise ValueError(f"{dataset_name} is a latent cache without images: name a dataset of images")
     first: dict[str, tuple[int, ...]] = {}  # the shape that all images must have
 
-    def decode(index: int, stored: object) -> np.ndarray:
+    def decode(index: int, stored: dict[str, Any] | None) -> np.ndarray:
         try:
             image = decode_image(stored)[0].convert("RGB")
         except BadImageError as error:

@@ -315,7 +315,9 @@ def quality_metrics(
             estimate = _frechet_of(_FRECHET[metric], samples, reference, estimates)
             quality.add(metric, estimate.value, estimate.error, estimate.bias)
         elif metric == "fdr6":
-            units = {"pool": INCEPTION_VALIDATION} | {name: REPRESENTATIONS[name].validation for name in FDR6}
+            units = {"pool": INCEPTION_VALIDATION} | {
+                name: REPRESENTATIONS[name].validation or np.nan for name in FDR6
+            }
             parts = {layer: _frechet_of(layer, samples, reference, estimates) for layer in units}
             # Of the same samples, so the influences are added up, not the errors.
             value, bias = (
