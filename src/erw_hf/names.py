@@ -47,6 +47,19 @@ def may_be_hub_id(name: str) -> bool:
     return is_id and not os.path.isdir(name.split("/")[0])
 
 
+def names_hub_file(name: str) -> bool:
+    """
+    Args:
+        name (`str`): A Hub id or a path.
+
+    Returns:
+        `bool`: Whether it is a folder or file in a Hub repo, `owner/repo/folder`, and the first word is not a folder here.
+    """
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+){2,}", name) is not None and not os.path.isdir(
+        name.split("/")[0]
+    )
+
+
 def resolve_name(name: str, key: str) -> str:
     """
     A local path or Hub id, expanded by [`expand_path`]; `key` is what it was given for, for the message.
@@ -56,7 +69,8 @@ def resolve_name(name: str, key: str) -> str:
         FileNotFoundError: for what can only be a local path, and does not exist: the Hub need not be asked.
     """
     expanded = expand_path(name)
-    if os.path.exists(expanded) or (not os.path.lexists(expanded) and (may_be_hub_id(expanded) or "://" in expanded)):
+    on_hub = may_be_hub_id(expanded) or "://" in expanded or (key == "init_from" and names_hub_file(expanded))
+    if os.path.exists(expanded) or (not os.path.lexists(expanded) and on_hub):
         return expanded
     kind = "file" if expanded.endswith((".npz", ".pt", ".pth", ".ckpt", ".safetensors")) else "folder"
     raise FileNotFoundError(f"{key}={name!r}: there is no {kind} {os.path.abspath(expanded)}{alike(expanded)}")

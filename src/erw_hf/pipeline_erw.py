@@ -42,7 +42,7 @@ from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin  # diffuser
 from diffusers.models.modeling_utils import ModelMixin, _get_model_file
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import is_torch_xla_available, logging, replace_example_docstring
+from diffusers.utils import is_peft_available, is_torch_xla_available, logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -174,6 +174,9 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         # diffusers' own passes on no component that `__init__` leaves unannotated, and casts shared ones to float32.
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         new = cls(**{**pipeline.components, "id2label": pipeline.config.get("id2label"), **kwargs})
+        if new.transformer is getattr(pipeline, "transformer", None):  # with its adapters
+            new._adapter_classes, new._own_classes = dict(pipeline._adapter_classes), pipeline._own_classes
+            new._merged_adapters = set(pipeline._merged_adapters)
         if pipeline.config.get("_name_or_path"):
             new.register_to_config(_name_or_path=pipeline.config._name_or_path)
         return new if dtype is None else new.to(dtype=dtype)
@@ -237,8 +240,11 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             kwargs: As of other pipelines: `weight_name`, `subfolder`, `revision`, `token` ...
 
         Raises:
+            ImportError: without peft.
             ValueError: before anything changes, for a file that is pickled, damaged or made for another model.
         """
+        if not is_peft_available():
+            raise ImportError("LoRA adapters need peft: pip install peft")
         name = kwargs.get("weight_name") or pretrained_model_name_or_path_or_dict
         is_file = not isinstance(name, dict) and (kwargs.get("weight_name") or os.path.isfile(name))
         if is_file and not str(name).endswith(".safetensors"):
@@ -251,9 +257,9 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             state, metadata = self.lora_state_dict(
                 pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
             )
-        except SafetensorError as error:
+        except (SafetensorError, ValueError) as error:  # of a header, of the metadata
             raise ValueError(f"{pretrained_model_name_or_path_or_dict} cannot be read: {error}") from error
-        _check_lora(state, self.transformer)
+        metadata = _check_lora(state, metadata, self.transformer)
         classes = self._read_classes(pretrained_model_name_or_path_or_dict, kwargs)
         if self.guidance_transformer is not None and classes:
             raise ValueError(
@@ -1138,10 +1144,17 @@ def _check_loads_again(name: str, model: ModelMixin) -> None:
     )
 
 
-def _check_lora(state: dict[str, torch.Tensor], transformer: ModelMixin) -> None:
-    """Raises ValueError unless every tensor is a finite half of a LoRA pair of a layer of this transformer."""
+def _check_lora(
+    state: dict[str, torch.Tensor], metadata: dict[str, Any] | None, transformer: ModelMixin
+) -> dict[str, Any]:
+    """
+    The options that peft is to make the adapter with: ranks and layers from the tensors, and of the file's metadata, which may
+    ask for anything, the scale alone. Raises ValueError unless every tensor is a finite half of a LoRA pair of a layer of this
+    transformer.
+    """
     if not state:
         raise ValueError("the adapter holds no tensors")
+    ranks: dict[str, int] = {}
     for key, tensor in state.items():
         match = _LORA_KEY.fullmatch(key)
         if match is None:
@@ -1152,21 +1165,46 @@ def _check_lora(state: dict[str, torch.Tensor], transformer: ModelMixin) -> None
             layer = transformer.get_submodule(match[1])
         except AttributeError:
             layer = None
-        weight = getattr(layer, "weight", None)
-        if weight is None or weight.ndim != 2:
+        if "base_layer" in match[1] or not isinstance(getattr(layer, "base_layer", layer), torch.nn.Linear):
             raise ValueError(f"the adapter was made for another model: this one has no linear layer {match[1]!r}")
+        weight = layer.weight
         first, second = (state.get(f"transformer.{match[1]}.lora_{half}.weight") for half in "AB")
         fits = first is not None and second is not None and first.ndim == second.ndim == 2
         if fits:
             (rank, columns), (rows, same) = first.shape, second.shape  # type: ignore[union-attr]
             fits = rank == same and (rows, columns) == weight.shape
+            ranks[match[1]] = rank
         if not fits:
             raise ValueError(
                 f"the adapter was made for another model: {key!r} is {tuple(tensor.shape)}, without its half or not for a "
                 f"layer of {tuple(weight.shape)}"
             )
+        if not 0 < ranks[match[1]] <= min(weight.shape):
+            raise ValueError(
+                f"{key!r} has rank {ranks[match[1]]}, where a layer of {tuple(weight.shape)} has {min(weight.shape)}"
+            )
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ValueError(f"{key!r} of the adapter is {tensor.dtype}, or holds NaN or infinity")
+    if not isinstance(metadata, (dict, type(None))):
+        raise ValueError(f"the adapter's metadata are a {_kind(metadata)}, not a dict")
+    written = {key.removeprefix("transformer."): value for key, value in (metadata or {}).items()}
+    most = max(ranks.values(), key=list(ranks.values()).count)
+    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != most}
+    alpha, alphas = written.get("lora_alpha", most), written.get("alpha_pattern") or ({} if written else others)
+    for value in (alpha, *(alphas.values() if isinstance(alphas, dict) else [None])):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"the adapter's metadata give {value!r} as its lora_alpha, a number above 0")
+    if strange := [name for name in alphas if not re.fullmatch(r"\^?[\w.\\]+", name)]:
+        raise ValueError(f"the adapter's metadata name a layer {strange[0]!r}")
+    options = {
+        "r": most,
+        "lora_alpha": alpha,
+        "target_modules": list(ranks),
+        "rank_pattern": others,
+        "alpha_pattern": alphas,
+        "use_rslora": written.get("use_rslora") is True,
+    }
+    return {f"transformer.{key}": value for key, value in options.items()}
 
 
 def _replace(folder: Path, written: Path, variant: str | None) -> None:

@@ -41,7 +41,9 @@ from erw_hf import ERWPipeline
 from erw_hf.data.cache import check_cache
 from erw_hf.hub import push, upload
 from erw_hf.hub.space import publish_space
+from erw_hf.names import resolve_name
 from erw_hf.trainer.config import TrainingConfig
+from erw_hf.trainer.initialization import load_initial
 from erw_hf.trainer.run_record import read_metrics
 
 
@@ -514,3 +516,52 @@ def test_a_branch_off_another_run_is_pushed_with_the_steps_of_both(hub, run, tmp
         (line,) = re.findall(rf"^\| {row} \|.*$", whole, flags=re.M)
         assert line in card
     assert "3 warmup + 4 full" in card
+
+
+@pytest.fixture
+def adapter_run(run):
+    """The same run, as if it had trained an adapter of its own pipeline."""
+    pytest.importorskip("peft")
+    layer = torch.nn.Linear(16, 16)
+    layers = {"transformer_blocks.0.attn.to_q.lora_A.weight": layer.weight[:2].contiguous()}
+    layers |= {"transformer_blocks.0.attn.to_q.lora_B.weight": layer.weight[:, :2].contiguous()}
+    ERWPipeline.save_lora_weights(run / "lora", transformer_lora_layers=layers)
+    names = {"names": '["my cat"]'}
+    save_file({"class_embeddings": torch.ones(1, 16)}, run / "lora/class_embeddings.safetensors", metadata=names)
+    change_config(run, lora_rank=2, init_from="owner/ports/mine", encoder=None, warmup_steps=0)
+    return run
+
+
+def change_config(run, **values):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, **values}))
+
+
+def test_a_run_of_lora_pushes_its_adapter_which_loads_from_the_hub(hub, adapter_run):
+    shutil.rmtree(adapter_run / "warmup")
+    push.push_run(adapter_run, "user/photos.v1")
+    files = hub.files("models", "user/photos.v1")
+    assert {"pytorch_lora_weights.safetensors", "class_embeddings.safetensors", "grid.png", "README.md"} <= set(files)
+    assert not {"model_index.json", "transformer/config.json"} & set(files)
+    assert yaml.safe_load(files["config.yaml"])["init_from"] == "owner/ports/mine"
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.base_model == "owner/ports" and card.data.base_model_relation == "adapter"
+    assert {"lora", "adapter", "class-conditional"} <= set(card.data.tags)
+    assert "Classes that it adds: my cat." in card.text and 'adapter_name="photos_v1"' in card.text
+    pipe = ERWPipeline.from_pretrained(adapter_run / "pipeline")
+    pipe.load_lora_weights("user/photos.v1")
+    assert pipe.labels["my cat"] == 10
+
+
+def test_a_run_starts_from_a_folder_or_a_file_in_a_hub_repo(hub, run, tmp_path):
+    shutil.copytree(run / "pipeline", tmp_path / "repo/mine")
+    torch.save({"no": "model"}, tmp_path / "repo/SiT.pt")
+    hub.add_repo("models", "owner/ports", tmp_path / "repo")
+    config = ERWPipeline.from_pretrained(run / "pipeline").transformer.config
+    config = {name: config[name] for name in ("num_classes", "sample_size", "num_layers")}
+    state = load_initial("owner/ports/mine", config, None)
+    weights = load_file(run / "pipeline/transformer/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
+    with pytest.raises(ValueError, match="does not hold a SiT"):
+        load_initial("owner/ports/SiT.pt", config, None)
+    assert resolve_name("owner/ports/SiT.pt", "init_from") == "owner/ports/SiT.pt"

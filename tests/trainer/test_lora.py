@@ -13,11 +13,15 @@
 # limitations under the License.
 """LoRA: the trainer's adapter, and `ERWPipeline`'s loader."""
 
+import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from helpers import TINY_MODEL, randomize, train
+from helpers import HANGS, TINY_MODEL, randomize, train
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler
@@ -135,19 +139,103 @@ def test_a_foreign_adapter_is_refused(tmp_path, key, shape, message):
         make_base().load_lora_weights(tmp_path)
 
 
-def test_hostile_files_are_refused(run, tmp_path):
-    import shutil
+KEY = "transformer.transformer_blocks.0.attn.to_q"
 
+
+def rewrite(file, metadata=None, **tensors):
+    """An adapter's file with other tensors or metadata."""
+    with safe_open(file, "pt") as opened:
+        before = opened.metadata()
+    save_file({**load_file(file), **tensors}, file, metadata=before | (metadata or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "metadata", "message"),
+    [
+        ("lora", {f"{KEY}.lora_A.weight": torch.full((2, 16), torch.nan)}, {}, "holds NaN or infinity"),
+        ("lora", {f"{KEY}.lora_A.weight": torch.zeros(2, 16, dtype=torch.int32)}, {}, "int32"),
+        (
+            "lora",
+            {f"{KEY}.lora_A.weight": torch.zeros(17, 16), f"{KEY}.lora_B.weight": torch.zeros(16, 17)},
+            {},
+            "rank 17",
+        ),
+        ("lora", {f"{KEY}.lora_A.weight": torch.zeros(1 << 20)}, {}, "made for another model"),
+        ("lora", {}, {"lora_adapter_metadata": "no JSON"}, "cannot be read"),
+        ("lora", {}, {"lora_adapter_metadata": "[1]"}, "not a dict"),
+        ("lora", {}, {"lora_adapter_metadata": '{"transformer.lora_alpha": NaN}'}, "lora_alpha, a number above 0"),
+        ("lora", {}, {"lora_adapter_metadata": '{"transformer.alpha_pattern": {"(a+)+": 1}}'}, "name a layer"),
+        ("classes", {"class_embeddings": torch.zeros(1, 4)}, {"names": '["a"]'}, "this model's width"),
+        ("classes", {"class_embeddings": torch.full((1, 16), torch.nan)}, {"names": '["a"]'}, "not finite"),
+        ("classes", {"class_embeddings": torch.zeros(1, 16)}, {"names": '["a", "b"]'}, "a name of its own"),
+        ("classes", {"class_embeddings": torch.zeros(2, 16)}, {"names": '["a", "a"]'}, "a name of its own"),
+        ("classes", {"class_embeddings": torch.zeros(1, 16)}, {"names": "{"}, "cannot be read"),
+    ],
+)
+def test_hostile_files_are_refused_and_change_nothing(run, tmp_path, name, tensors, metadata, message):
+    shutil.copytree(run / "lora", tmp_path / "lora")
+    file = {"lora": "pytorch_lora_weights.safetensors", "classes": "class_embeddings.safetensors"}[name]
+    rewrite(tmp_path / "lora" / file, metadata, **tensors)
+    pipe = make_base()
+    with pytest.raises(ValueError, match=message):
+        pipe.load_lora_weights(tmp_path / "lora")
+    assert not pipe.get_list_adapters() and pipe.transformer.config.num_classes == 3
+
+
+def test_pickles_damaged_files_and_a_missing_peft_are_refused(run, tmp_path, monkeypatch):
     torch.save({}, tmp_path / "pytorch_lora_weights.bin")
     with pytest.raises(ValueError, match="safetensors files alone"):
         make_base().load_lora_weights(tmp_path / "pytorch_lora_weights.bin")
-    for index, (tensor, names) in enumerate(
-        [(torch.zeros(1, 4), '["a"]'), (torch.full((1, 16), torch.nan), '["a"]'), (torch.zeros(1, 16), '["a", "b"]')]
-    ):
-        folder = tmp_path / str(index)
-        shutil.copytree(run / "lora", folder)
-        save_file({"class_embeddings": tensor}, folder / "class_embeddings.safetensors", metadata={"names": names})
-        pipe = make_base()
-        with pytest.raises(ValueError, match="class embeddings of this model's width|a name of its own"):
-            pipe.load_lora_weights(folder)
-        assert not pipe.get_list_adapters()
+    with pytest.raises(OSError, match="no file named pytorch_lora_weights.safetensors"):
+        make_base().load_lora_weights(tmp_path)
+    whole = (run / "lora/pytorch_lora_weights.safetensors").read_bytes()
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        make_base().load_lora_weights(tmp_path)
+    monkeypatch.setattr("erw_hf.pipeline_erw.is_peft_available", lambda: False)
+    with pytest.raises(ImportError, match="pip install peft"):
+        make_base().load_lora_weights(run / "lora")
+
+
+def test_metadata_decide_the_scale_and_nothing_else(run, tmp_path):
+    """peft imports the module that `megatron_core` names, and reads `target_modules` as a regular expression."""
+    shutil.copytree(run / "lora", tmp_path / "lora")
+    asks = {"lora_alpha": 4, "target_modules": "(.*)*$", "megatron_core": "antigravity", "megatron_config": {}}
+    asks |= {"modules_to_save": ["proj_out"], "use_dora": True}
+    written = json.dumps({f"transformer.{key}": value for key, value in asks.items()})
+    rewrite(tmp_path / "lora/pytorch_lora_weights.safetensors", {"lora_adapter_metadata": written})
+    pipe = make_base()
+    pipe.load_lora_weights(tmp_path / "lora")
+    layer = pipe.transformer.transformer_blocks[0].attn.to_q
+    assert layer.scaling == {"default_0": 2.0} and "antigravity" not in sys.modules
+    assert not hasattr(pipe.transformer.proj_out, "modules_to_save") and not layer.use_dora["default_0"]
+
+
+def test_another_pipeline_of_the_same_parts_has_their_adapters(run, tmp_path):
+    pipe = make_base()
+    pipe.load_lora_weights(run / "lora", adapter_name="a")
+    five, other = draw(pipe, "5"), ERWPipeline.from_pipe(pipe)
+    assert other.get_active_adapters() == ["a"] and torch.equal(draw(other, "5"), five)
+    other.unload_lora_weights()
+    assert "5" not in other.labels and other.transformer.config.num_classes == 3
+    other.save_pretrained(tmp_path)
+
+
+WITHOUT_EXTRAS = """
+import sys
+for name in ("datasets", "jinja2", "matplotlib", "yaml", "sklearn", "tensorboard", "torchdata"):
+    sys.modules[name] = None  # as if it were not installed
+from erw_hf import ERWPipeline
+pipe = ERWPipeline.from_pretrained(sys.argv[1])
+pipe.load_lora_weights(sys.argv[2], adapter_name="a")
+pipe.set_adapters(["a"], [0.5])
+pipe.fuse_lora()
+pipe.unload_lora_weights()
+print(pipe(class_labels=["5"], num_inference_steps=1).images[0].size)
+"""
+
+
+def test_an_adapter_loads_in_a_fresh_process_without_the_trainers_extras(run, base):
+    command = [sys.executable, "-c", WITHOUT_EXTRAS, str(base), str(run / "lora")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
+    assert result.stdout == "(8, 8)\n", result.stderr[-2000:]

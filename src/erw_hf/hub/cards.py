@@ -20,7 +20,7 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,13 @@ from safetensors import safe_open
 from erw_hf.files import write_record
 from erw_hf.hub.licences import DATA_LICENCES, check_licence, licence_text
 from erw_hf.hub.public import is_hub_id, public_name
+from erw_hf.names import names_hub_file
 from erw_hf.trainer.config import KEYS, AlignmentConfig, parse_config
 from erw_hf.trainer.run_record import split_names, training_cost
 
 
 TEMPLATES = Path(__file__).parent / "model_cards"
+LORA, CLASS_EMBEDDINGS = "pytorch_lora_weights.safetensors", "class_embeddings.safetensors"  # of an adapter
 ERW = """@article{liu2025erw,
   title = {Efficient Generative Model Training via Embedded Representation Warmup},
   author = {Liu, Deyuan and Sun, Peng and Li, Xufeng and Lin, Tao},
@@ -66,6 +68,11 @@ SIT = """@article{ma2024sit,
 CITATION = f"{ERW}\n\n{REPA}\n\n{SIT}"
 
 
+def draws(folder: Path) -> bool:
+    """Whether a folder holds a pipeline, or an adapter of one."""
+    return (folder / "model_index.json").is_file() or (folder / LORA).is_file()
+
+
 def run_card(folder: Path, repo_id: str) -> ModelCard:
     """The card of a run, from a snapshot of it: `config.yaml` and `metrics.jsonl` and, if there are any, the pipeline,
     pictures, `evaluation.json`, the warmup and a checkpoint. The records are already public (see
@@ -74,8 +81,10 @@ def run_card(folder: Path, repo_id: str) -> ModelCard:
     config |= yaml.safe_load((folder / "config.yaml").read_text())
     environment = _read_json(folder / "environment.json")
     cost = training_cost(folder / "metrics.jsonl", environment, config["warmup_steps"])
-    trained = (folder / "model_index.json").is_file()
+    trained = draws(folder)
     id2label = (_read_json(folder / "model_index.json") or {}).get("id2label") or {}
+    adapter = (folder / LORA).is_file()
+    new_classes = _new_classes(folder / CLASS_EMBEDDINGS) if adapter else []
     transformer = _read_json(folder / "transformer" / "config.json") or {}
     warmup_note = None
     if config["warmup_from"] is not None:
@@ -88,7 +97,8 @@ def run_card(folder: Path, repo_id: str) -> ModelCard:
             if before is not None
             else "its cost is not known."
         )
-    parameters = sum(_count_parameters(path) for path in (folder / "transformer").glob("*.safetensors"))
+    weights = (folder / LORA, folder / CLASS_EMBEDDINGS) if adapter else (folder / "transformer").glob("*.safetensors")
+    parameters = sum(_count_parameters(path) for path in weights if path.is_file())
     return _model_card(
         config,
         repo_id,
@@ -97,7 +107,10 @@ def run_card(folder: Path, repo_id: str) -> ModelCard:
         trained=trained,
         unfinished=cost["steps"] < config["max_train_steps"],
         grid="grid.png" if (folder / "grid.png").is_file() else None,
-        example_label=json.dumps(next(iter(id2label.values()), "").split(",")[0]) if id2label else "0",
+        example_label=json.dumps(next(iter([*new_classes, *id2label.values()]), "").split(",")[0])
+        if new_classes or id2label
+        else "0",
+        new_classes=new_classes,
         class_names=bool(id2label),
         checkpoint=(folder / "last-checkpoint").is_dir(),
         warmup=(folder / "warmup").is_dir(),
@@ -108,6 +121,14 @@ def run_card(folder: Path, repo_id: str) -> ModelCard:
         probes=(folder / "probes.png").is_file(),
         record=_read_json(folder / "evaluation.json"),
     )
+
+
+def _new_classes(path: Path) -> list[str]:
+    """Names of the classes that come with an adapter."""
+    if not path.is_file():
+        return []
+    with safe_open(path, "np") as file:
+        return json.loads((file.metadata() or {}).get("names", "[]"))
 
 
 def preset_card(path: Path) -> ModelCard:
@@ -150,6 +171,7 @@ def _model_card(
     trained: bool = False,
     cost: dict[str, Any] | None = None,
     record: dict[str, Any] | None = None,
+    new_classes: Sequence[str] = (),
     **context: Any,
 ) -> ModelCard:
     name = repo_id.split("/")[-1]
@@ -179,6 +201,17 @@ def _model_card(
     summary = (
         f"A {kind} flow-matching transformer ({count}{space}), {verb} on `{public_name(data)}` {descriptions[method]}."
     )
+    base, lora_rank = str(config.get("init_from") or ""), config.get("lora_rank") or 0
+    base_id = "/".join(base.split("/")[:2])  # of a folder or a file in a repo too
+    base_model = base_id if is_hub_id(base) or names_hub_file(base) else None
+    if lora_rank:
+        method = "LoRA"
+        summary = (
+            f"A LoRA adapter of rank {lora_rank} ({count.replace('parameters; ', 'parameters, ')}layers "
+            f"{config['lora_targets']}) of `{base if base_model else public_name(base)}`, {verb} on `{public_name(data)}`."
+        )
+        if new_classes:
+            summary += f" Classes that it adds: {', '.join(new_classes)}."
     if start:
         summary += f" Its first {start} blocks started as those of `{public_name(split_names(encoder)[0])}`."
     if draws_class_token:
@@ -190,15 +223,25 @@ def _model_card(
         license=config["hub_license"],
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
-        tags=["erw-hf", method.lower(), "flow-matching", *(["class-conditional"] if num_classes != 0 else [])],
+        tags=[
+            "erw-hf",
+            method.lower(),
+            *(["adapter"] if lora_rank else []),
+            "flow-matching",
+            *(["class-conditional"] if num_classes != 0 else []),
+        ],
         datasets=[data] if is_hub_id(data) else None,
+        base_model=base_model,
+        base_model_relation="adapter" if lora_rank and base_model else None,
         model_name=name,
         eval_results=_eval_results(record) if record else None,
     )
     return ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATES / "model.md.jinja"),
-        title=f"{name}: {method} on {public_name(data)}",
+        title=f"{name}: {'a LoRA adapter' if lora_rank else method} on {public_name(data)}",
+        lora=lora_rank > 0,
+        base=base if base_model else public_name(base),
         summary=summary,
         repo_id=repo_id,
         run_name=name,

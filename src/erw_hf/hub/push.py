@@ -42,10 +42,10 @@ import yaml
 from huggingface_hub import HfApi
 
 from erw_hf.files import sync_tree
-from erw_hf.hub.cards import dataset_card, evaluation_files, run_card
+from erw_hf.hub.cards import dataset_card, draws, evaluation_files, run_card
 from erw_hf.hub.public import public_value
 from erw_hf.hub.upload import HUB_ERRORS, leave_silent_servers, prepare_repo, retry, upload
-from erw_hf.names import resolve_flags
+from erw_hf.names import names_hub_file, resolve_flags
 from erw_hf.trainer.config import OWN_KEYS
 from erw_hf.trainer.run_record import keep_until, read_metrics
 
@@ -164,11 +164,14 @@ def _push_run(run_dir: Path, repo_id: str | None, private: bool) -> None:
     if not _queue(run_dir):
         from erw_hf.trainer.checkpoints import list_checkpoints  # it imports torch
 
-        pipeline, checkpoints = run_dir / "pipeline", list_checkpoints(run_dir)
+        pipeline, checkpoints = (
+            run_dir / ("lora" if config.get("lora_rank") else "pipeline"),
+            list_checkpoints(run_dir),
+        )
         records = read_metrics(run_dir / "metrics.jsonl")  # for a branch, from its first step on
         is_over = bool(records) and records[-1]["step"] == config["max_train_steps"]
         # A finished run that is continued still has its old pipeline.
-        is_trained = is_over and (pipeline / "model_index.json").is_file()
+        is_trained = is_over and draws(pipeline)
         if not is_trained and not (run_dir / "warmup" / "warmup.json").is_file():
             raise ValueError(f"{run_dir} has neither a pipeline nor a warmup yet: finish the training first")
         with_checkpoint = config.get("hub_strategy") == "checkpoint" and bool(checkpoints)
@@ -200,6 +203,9 @@ def complete_snapshot(run_dir: Path, snapshot: Path, repo_id: str) -> None:
     environment = run_dir / "environment.json"
     local = json.loads(environment.read_text())["local"] if environment.is_file() else []
     kept = {name: public_value(value, local) for name, value in config.items() if name not in OWN_KEYS}
+    init_from = str(config.get("init_from") or "")
+    if environment.is_file() and init_from not in local and names_hub_file(init_from):
+        kept["init_from"] = init_from  # a folder or file in a Hub repo, whose name looks like a path
     (snapshot / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
     records: dict[str, Path | None] = {name: run_dir / name for name in ("environment.json", "warmup_from.json")}
     records["evaluation.json"] = _evaluation_of(
@@ -214,7 +220,7 @@ def complete_snapshot(run_dir: Path, snapshot: Path, repo_id: str) -> None:
     if (run_dir / "evaluations.jsonl").is_file():
         _add_curves(run_dir / "evaluations.jsonl", snapshot)
     grids = [path for path in (*run_dir.glob("samples/step-*.png"), run_dir / "grid.png") if path.is_file()]
-    if grids and (snapshot / "model_index.json").is_file():
+    if grids and draws(snapshot):
         shutil.copyfile(max(grids, key=lambda path: path.stat().st_mtime_ns), snapshot / "grid.png")
     for name, text in evaluation_files(snapshot).items():
         (snapshot / name).parent.mkdir(exist_ok=True)

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from erw_hf.conversion import build_model, read_checkpoint
 from erw_hf.data.folder import nfc
+from erw_hf.data.retrying import hub_or_cache
 from erw_hf.encoders import resample_positions
 from erw_hf.transformer_erw import ERWTransformer2DModel
 from erw_hf.warmup import build_warmup_transformer
@@ -103,7 +104,7 @@ def load_initial(
     Args:
         path_or_repo_id (`str`):
             A pipeline's folder, a run's, or a Hub repo; a published `.pt` or `.safetensors` file; or SiT in diffusers' layout,
-            as the community publishes it. A folder in a Hub repo is named `owner/repo/folder`.
+            as the community publishes it. A folder or file in a Hub repo is named `owner/repo/folder` or `owner/repo/file.pt`.
         model_config (`Mapping[str, Any]`): Arguments of the model that will start from it.
         id2label (`Mapping[int, str]`, *optional*): Names of the new data's classes.
 
@@ -144,9 +145,12 @@ def new_class_ids(state: Mapping[str, torch.Tensor]) -> list[int]:
 def _read_model(path_or_repo_id: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, str]]:
     """Configuration, weights and class names of what `--init_from` names. No code of a repo is run."""
     path = Path(path_or_repo_id)
+    if not path.exists():
+        with hub_or_cache(path_or_repo_id, "init_from"):
+            path = _download(path_or_repo_id)
     if path.is_file():
         return *_as_ours(build_model(read_checkpoint(path))), {}
-    folder = path if path.exists() else _download(path_or_repo_id)
+    folder = path
     folder = folder / "pipeline" if (folder / "pipeline" / "model_index.json").is_file() else folder
     if not (folder / "model_index.json").is_file():
         raise ValueError(
@@ -167,8 +171,10 @@ def _read_model(path_or_repo_id: str) -> tuple[dict[str, Any], dict[str, torch.T
 
 
 def _download(repo_id: str) -> Path:
-    """The files of a pipeline in a Hub repo, or in a folder of it: `owner/repo/folder`."""
+    """The files of a pipeline in a Hub repo, or in a folder of it: `owner/repo/folder`; or one file: `owner/repo/file.pt`."""
     repo, subfolder = "/".join(repo_id.split("/")[:2]), "/".join(repo_id.split("/")[2:])
+    if subfolder.endswith((".pt", ".pth", ".ckpt", ".safetensors")):
+        return Path(hf_hub_download(repo, subfolder))
     files = ("model_index.json", "transformer/*.json", "transformer/*.safetensors")
     patterns = [f"{subfolder}/{name}" if subfolder else name for name in files]
     return Path(snapshot_download(repo, allow_patterns=patterns)) / subfolder

@@ -291,7 +291,10 @@ def add_lora(model: AlignedTransformer, config: TrainingConfig, new_classes: Seq
     Freezes a model and adds the adapter of `lora_rank`, which is trained with the embeddings of some classes. The mask of those
     is a buffer of the model, so that a checkpoint holds it.
     """
-    from peft import LoraConfig
+    try:
+        from peft import LoraConfig
+    except ImportError as missing:
+        raise ImportError("lora_rank needs peft: pip install erw-hf[train]") from missing
 
     transformer = model.transformer
     model.requires_grad_(False)

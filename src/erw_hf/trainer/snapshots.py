@@ -75,7 +75,10 @@ class Snapshots:
         checkpoint, step = self._checkpoint(), self.progress.step
         if self.push is not None and (make_pipeline is not None or checkpoint is not None):
             with forgiven(f"the pipeline of step {step} is not pushed"):
-                self.push.submit(step, make_pipeline and make_pipeline().save_pretrained, checkpoint)
+                write = make_pipeline and make_pipeline().save_pretrained
+                if self.inputs.config.lora_rank > 0:
+                    write = partial(self._save_lora, phase)
+                self.push.submit(step, write, checkpoint)
 
     def finish(self, phase: Phase | None) -> None:
         """Writes the pipeline, a grid of its pictures and the loss curve, and has them pushed; `None` after a warmup alone."""
@@ -84,7 +87,7 @@ class Snapshots:
             pipeline = make_pipeline()
             pipeline.save_pretrained(folder / "pipeline")
             if phase is not None and self.inputs.config.lora_rank > 0:
-                save_lora(phase, self.inputs.source.id2label, self.inputs.config.init_from, folder / "lora")
+                self._save_lora(phase, folder / "lora")
             with forgiven("there is no grid.png"):
                 self._grid(pipeline).save(folder / "grid.png")
             with forgiven("there is no loss_curve.png"):
@@ -94,7 +97,8 @@ class Snapshots:
         if self.push is not None and phase is None:
             self.push.submit(self.progress.step, None, None)
         elif self.push is not None:
-            self.push.submit(self.progress.step, partial(link_folder, folder / "pipeline"), self._checkpoint())
+            what = folder / ("lora" if self.inputs.config.lora_rank > 0 else "pipeline")
+            self.push.submit(self.progress.step, partial(link_folder, what), self._checkpoint())
 
     def wait_for_push(self) -> None:
         """Waits for the push of the finished run; after a failure one command finishes it."""
@@ -109,6 +113,9 @@ class Snapshots:
                 f"the push to {repo_id} failed (see {self.folder}/push.log). Everything is in {self.folder}; to finish "
                 f"the push: {self.push.command}"
             )
+
+    def _save_lora(self, phase: Phase, folder: Path) -> None:
+        save_lora(phase, self.inputs.source.id2label, self.inputs.config.init_from, folder)
 
     def _draws(self, phase: Phase) -> bool:
         every = self.inputs.config.validation_steps
