@@ -132,6 +132,7 @@ def check_script(script: str, flags: list[str]) -> None:
 def commands(page: Path) -> list[list[str]]:
     lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
     lines += [code for code in inline_code(page) if re.match(r"(accelerate launch|python|make|hf) ", code)]
+    lines = [re.sub(r" > [\w.-]+$", "", line) for line in lines]  # where the output goes
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 

@@ -52,6 +52,7 @@ from erw_hf.evaluation.extractors import (
     weights_hash,
 )
 from erw_hf.evaluation.images import ImageSet, NpzWriter, dataset_images, generated_images, npz_images, take
+from erw_hf.evaluation.neighbours import draw_pairs
 from erw_hf.evaluation.published import PUBLISHED, build_published, list_published, verification
 from erw_hf.evaluation.quality import (
     METRICS,
@@ -145,6 +146,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--reference", help="npz of statistics (ADM's or ours), or a dataset to compute them from")
     parser.add_argument("--reference_split", default="train", help="split of --reference, if it is a dataset")
     parser.add_argument(
+        "--training_images",
+        help="a dataset that the model was trained on: the median distance of samples to their nearest training image, over that "
+        "of the reference's images, which were held out; nearest.png shows the closest pairs",
+    )
+    parser.add_argument("--training_split", default="train")
+    parser.add_argument(
         "--save_reference", help="npz file to which the statistics of the evaluated images are written, as a reference"
     )
     parser.add_argument(
@@ -186,7 +193,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("name what to evaluate: --model or --images")
     # Missing npz files have sentences of their own.
     files = {name for name in ("images", "reference") if (getattr(args, name) or "").endswith((".npz", ".npy"))}
-    names = {"images", "reference", "extractor", "dinov2", "representations"} - files
+    names = {"images", "reference", "training_images", "extractor", "dinov2", "representations"} - files
     paths = {"output_dir", "record", "save_reference", "inception_weights", "checkpoint"} | files
     resolve_flags(parser, args, paths, names, ["model"])
     if args.verify is not None:
@@ -286,6 +293,11 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator, lock: RunLock) 
         check_counts(args.metrics, images.count, "samples")
     else:
         check_counts(["fid"], images.count, "images for a reference")
+    training = None
+    if args.training_images is not None and args.reference is not None:
+        training = open_images(
+            args.training_images, args.training_split, images.size[0], args.image_column, num_classes=0
+        )
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     work = output_dir / "work"
     if args.verify is None:  # now, so that a mistake above leaves no folder
@@ -308,7 +320,16 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator, lock: RunLock) 
     writer = NpzWriter(output_dir / "samples.npz", images.count) if args.save_npz else None
     write = partial(write_images, output_dir / "samples" if args.save_png else None, writer)
     quality = measure(
-        images, args.metrics, reference, extractors, accelerator, work, args.batch_size, args.save_steps, write
+        images,
+        args.metrics,
+        reference,
+        extractors,
+        accelerator,
+        work,
+        args.batch_size,
+        args.save_steps,
+        write,
+        training,
     )
     seconds |= quality.seconds
     if writer is not None:
@@ -327,6 +348,8 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator, lock: RunLock) 
             "hardware": hardware(accelerator),
             "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
         }
+        if quality.neighbours is not None and training is not None:
+            draw_pairs(quality.neighbours, images, training).save(output_dir / "nearest.png")
         write_record(output_dir / "evaluation.json", record)
         report(record, output_dir)
     remove_work(work, accelerator)
@@ -446,6 +469,8 @@ def leave_out_what_is_not_done(args: argparse.Namespace, accelerator: Accelerato
         args.image_size = args.split = args.label_column = args.num_classes = None
     if args.reference is None or args.reference.endswith(".npz"):
         args.reference_split = None
+    if args.training_images is None:
+        args.training_split = None
     if args.split is None and args.reference_split is None:  # no dataset takes part
         args.image_column = None
     for name, value in wanted.items():

@@ -23,9 +23,14 @@ One run does everything: warmup of the early blocks, verified hand-over, full tr
         train_step                  samples, latents and tokens, losses, backward, clip, optimizer, EMA
 """
 
+import contextlib
+import dataclasses
 import logging
 import os
 import shutil
+import statistics
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -49,7 +54,7 @@ from erw_hf.trainer.checkpoints import (
     load_data_state,
     save_checkpoint,
 )
-from erw_hf.trainer.config import TrainingConfig, local_names, parse_config
+from erw_hf.trainer.config import TrainingConfig, given_values, local_names, parse_config
 from erw_hf.trainer.cost import cost_report, start_report, summary_of
 from erw_hf.trainer.device import choose_precision, to_device
 from erw_hf.trainer.ema import whole_state_dict
@@ -57,8 +62,9 @@ from erw_hf.trainer.engines import check_engine, close_accelerator, open_acceler
 from erw_hf.trainer.initialization import find_warmup, load_initial, load_warmup, new_class_ids, save_warmup
 from erw_hf.trainer.optimizers import clip_gradients
 from erw_hf.trainer.phase import Phase
+from erw_hf.trainer.plan import write_plan
 from erw_hf.trainer.run_folder import RunFolder, check_vacant
-from erw_hf.trainer.run_record import describe_environment
+from erw_hf.trainer.run_record import describe_environment, read_metrics
 from erw_hf.trainer.setup import Inputs, add_lora, build_full_model, build_warmup_model, fit_to_encoder, open_inputs
 from erw_hf.trainer.signals import stop_on_signals
 from erw_hf.trainer.snapshots import Snapshots
@@ -71,8 +77,16 @@ logger = get_logger(__name__)
 
 State = dict[str, torch.Tensor]
 
+TIMED_STEPS = 5  # of each phase, for a plan
+
 
 def main() -> None:
+    if (values := given_values()).get("plan"):
+        try:
+            print(write_plan(values, time_steps), end="")
+        except (ValueError, ConnectionError) as error:
+            raise SystemExit(f"no plan: {error}") from None
+        return
     config = parse_config()
     config.check_names()
     if config.dry_run:
@@ -82,6 +96,11 @@ def main() -> None:
         except ConnectionError as error:  # the Hub does not answer: say so without a traceback
             raise SystemExit(str(error)) from None
         return
+    run(config)
+
+
+def run(config: TrainingConfig) -> None:
+    """A run, from its processes to its last push."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger(__name__).setLevel(logging.INFO)
     logging.getLogger("erw_hf.trainer").setLevel(logging.INFO)
@@ -100,6 +119,29 @@ def main() -> None:
         close_accelerator(accelerator)
         if snapshots is not None:
             snapshots.wait_for_push()
+
+
+def time_steps(config: TrainingConfig) -> tuple[float, float]:
+    """Seconds of a step of the warmup and of a full one, here, for a plan: the medians of a few steps of such a run."""
+    warmup = TIMED_STEPS if config.warmup_steps > 0 else 0
+    off = dict.fromkeys(("validation_steps", "evaluation_steps", "probe_steps", "lr_warmup_steps"), 0)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        short = dataclasses.replace(
+            config,
+            output_dir=f"{folder}/run",
+            warmup_steps=warmup,
+            max_train_steps=warmup + TIMED_STEPS,
+            report_to="none",
+            push_to_hub=False,
+            num_validation_images=1,
+            num_inference_steps=1,
+            **off,
+        )
+        run(short)
+        records = read_metrics(Path(folder) / "run" / "metrics.jsonl")
+    batch = config.step_batch_size(processes=1)
+    times = [batch / record["images_per_second"] for record in records]  # the first of each phase sets things up
+    return (statistics.median(times[1:warmup]) if warmup else 0.0), statistics.median(times[warmup + 1 :])
 
 
 def train(
@@ -209,7 +251,22 @@ def train_phase(phase: Phase, progress: Progress, batches: Batches, log: StepLog
             logger.info("stopped: resume with --resume_from_checkpoint latest")
             return False
         snapshots.take(phase)
+        if snapshots.is_over(phase) and progress.step < phase.steps.stop:
+            end_early(phase, progress, batches, saved=saving)
+            break
     return True
+
+
+def end_early(phase: Phase, progress: Progress, batches: Batches, saved: bool) -> None:
+    """Makes the last step the run's last of all: its record and its pushes say so."""
+    config, accelerator = phase.inputs.config, phase.inputs.accelerator
+    if not saved:
+        save_checkpoint(
+            accelerator, config.output_dir, progress, config.checkpoints_total_limit, phase, batches.state_dict()
+        )
+    config.max_train_steps = progress.step
+    if accelerator.is_main_process:
+        config.save(Path(config.output_dir) / "config.yaml")
 
 
 def train_step(phase: Phase, batches: Batches, step: int) -> Step:

@@ -53,11 +53,11 @@ def names_hub_file(name: str) -> bool:
         name (`str`): A Hub id or a path.
 
     Returns:
-        `bool`: Whether it is a folder or file in a Hub repo, `owner/repo/folder`, and the first word is not a folder here.
+        `bool`: Whether it is a folder or file in a Hub repo, `owner/repo/folder`, and the first word is not a folder here, nor one
+        where runs usually go.
     """
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+){2,}", name) is not None and not os.path.isdir(
-        name.split("/")[0]
-    )
+    is_deep = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+){2,}", name) is not None
+    return is_deep and name.split("/")[0] not in ("outputs", "runs") and not os.path.isdir(name.split("/")[0])
 
 
 def resolve_name(name: str, key: str) -> str:

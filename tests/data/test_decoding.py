@@ -15,6 +15,7 @@ import errno
 import io
 import struct
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 from PIL import ImageOps, PngImagePlugin
 
-from erw_hf.data.decoding import BadImageError, center_crop, decode_image, prepare_image
+from erw_hf.data.decoding import BadImageError, center_crop, crop_at, decode_image, prepare_image
 from erw_hf.data.samples import SampleMaker, TrainingSamples
 from erw_hf.data.source import load_source
 from erw_hf.evaluation.images import dataset_images
@@ -326,3 +327,16 @@ def test_nothing_is_said_of_an_ordinary_image(recwarn):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decoded(NOISE[..., :3], "JPEG")
+
+
+def test_a_random_crop_takes_a_mild_part_and_changes_no_other_draw():
+    image = PILImage.fromarray(np.arange(20 * 10, dtype=np.uint8).reshape(20, 10))
+    assert crop_at(image, 0, 0, 0).size == (8, 8) and crop_at(image, 0.999, 0.999, 0.999).size == (10, 10)
+    corner = np.asarray(crop_at(image, 0, 0.999, 0.999))
+    assert corner[-1, -1] == 199 and corner[0, 0] == np.asarray(image)[12, 2]
+    assert crop_at(PILImage.new("L", (1, 3)), 0, 0, 0.5).size == (1, 1)
+    source = SimpleNamespace(dataset=None)
+    plain, cropped = (SampleMaker(source, 8, 1, (1, 8, 8), 0, 0.1, False, random_crop=crop) for crop in (False, True))
+    a, b, again = plain(image, 1, 0, 5), cropped(image, 1, 0, 5), cropped(image, 1, 0, 5)
+    assert torch.equal(b["pixels"], again["pixels"]) and not torch.equal(a["pixels"], b["pixels"])
+    assert all(torch.equal(a[name], b[name]) for name in a if name != "pixels")

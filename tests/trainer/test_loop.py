@@ -20,12 +20,16 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import REPOSITORY
+import yaml
+from helpers import REPOSITORY, train
+from safetensors.torch import load_file
 
 from erw_hf.alignment import nt_xent_alignment_loss, structural_alignment_loss
 from erw_hf.objective import Objective
 from erw_hf.trainer.checkpoints import Progress
 from erw_hf.trainer.config import TrainingConfig
+from erw_hf.trainer.quality_monitor import QualityMonitor
+from erw_hf.trainer.run_record import read_metrics
 from erw_hf.trainer.setup import build_objective
 from erw_hf.trainer.step_log import Step, _LateStep
 
@@ -94,3 +98,20 @@ def test_the_objective_is_made_of_the_keys_of_the_run():
     # Samples are predicted on the linear path alone.
     assert build_objective(TrainingConfig(in_channels=3, prediction_type="sample")).prediction_type == "sample"
     assert build_objective(TrainingConfig(in_channels=3)).weight_at(0) == 0  # nothing to align with
+
+
+def test_a_run_stops_when_its_patience_is_over_and_keeps_the_best(tmp_path, tiny_flags, monkeypatch):
+    values = iter([2.0, 1.0, 1.5, 0.5])
+    monkeypatch.setattr(QualityMonitor, "_measure_images", lambda self, pipe: {"fid": next(values)})
+    monkeypatch.setattr(QualityMonitor, "_reference", lambda self, side: None)
+    folder = tmp_path / "run"
+    train(*tiny_flags, "--evaluation_steps=1", "--patience=1", "--checkpointing_steps=100", f"--output_dir={folder}")
+    assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == 6  # warmup of 3, then the third measurement
+    assert (folder / "checkpoint-6").is_dir()
+    assert yaml.safe_load((folder / "config.yaml").read_text())["max_train_steps"] == 6
+    best, last = (
+        load_file(folder / name / "transformer/diffusion_pytorch_model.safetensors") for name in ("best", "pipeline")
+    )
+    assert any(not torch.equal(best[name], last[name]) for name in best)
+    with pytest.raises(SystemExit):
+        train(*tiny_flags, "--patience=1", f"--output_dir={tmp_path}/none")

@@ -223,7 +223,7 @@ def test_another_pipeline_of_the_same_parts_has_their_adapters(run, tmp_path):
 
 WITHOUT_EXTRAS = """
 import sys
-for name in ("datasets", "jinja2", "matplotlib", "yaml", "sklearn", "tensorboard", "torchdata"):
+for name in ("datasets", "jinja2", "matplotlib", "sklearn", "tensorboard", "torchdata"):
     sys.modules[name] = None  # as if it were not installed
 from erw_hf import ERWPipeline
 pipe = ERWPipeline.from_pretrained(sys.argv[1])

@@ -47,6 +47,10 @@ def check_cache(has_features: bool, encoders: Sequence[str], settings: Mapping[s
         raise ValueError(f"{name} is a latent cache: set vae to the one it was made with")
     if settings["random_flip"]:
         raise ValueError("random_flip does not work on a latent cache: cache the flipped images too (--flipped)")
+    if settings["random_crop"]:
+        raise ValueError(
+            "random_crop does not work on a latent cache, which holds the centre: train on the images themselves"
+        )
     folder = Path(name)
     record = folder / "cache.json"
     if not folder.exists():

@@ -159,6 +159,24 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def crop_at(image: Image.Image, size: float, left: float, top: float) -> Image.Image:
+    """
+    A square of 0.8 to 1 of the shorter side, the range of ADM's random crop.
+
+    Args:
+        image (`PIL.Image.Image`): Any image.
+        size (`float`): In [0, 1): 0 for the smallest square.
+        left (`float`): In [0, 1): where it lies, from the left.
+        top (`float`): In [0, 1): the same, from the top.
+
+    Returns:
+        `PIL.Image.Image`: That part of the image.
+    """
+    side = max(1, round(min(image.size) * (0.8 + 0.2 * size)))
+    x, y = int(left * (image.width - side + 1)), int(top * (image.height - side + 1))
+    return image.crop((x, y, x + side, y + side))
+
+
 def prepare_image(image: Image.Image, size: int, channels: int) -> Image.Image:
     """The [`center_crop`] of what [`decode_image`] gave, in RGB (3 channels) or grey (1)."""
     return center_crop(image.convert({1: "L", 3: "RGB"}[channels]), size)

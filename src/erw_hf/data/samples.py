@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from erw_hf.data.cache import FEATURES_COLUMN, MOMENTS_COLUMN
-from erw_hf.data.decoding import BadImageError, decode_image, prepare_image, to_pixels
+from erw_hf.data.decoding import BadImageError, crop_at, decode_image, prepare_image, to_pixels
 from erw_hf.data.source import Source
 
 
@@ -56,6 +56,7 @@ class SampleMaker:
         class_token_dim (`int`, *optional*): Width of the class token that is also noised; `None` for none.
         num_tokens (`int`, *optional*, defaults to 0): Tokens of the transformer; some may be hidden.
         num_hidden (`int`, *optional*, defaults to 0): How many tokens per sample the alignment does not see.
+        random_crop (`bool`, *optional*, defaults to `False`): Take a part of the image, [`~data.decoding.crop_at`]; not for a cache.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class SampleMaker:
         class_token_dim: int | None = None,
         num_tokens: int = 0,
         num_hidden: int = 0,
+        random_crop: bool = False,
     ) -> None:
         self.source = source
         self.image_size = image_size
@@ -81,6 +83,7 @@ class SampleMaker:
         self.class_token_dim = class_token_dim
         self.num_tokens = num_tokens
         self.num_hidden = num_hidden
+        self.random_crop = random_crop
 
     def __call__(
         self,
@@ -120,6 +123,8 @@ class SampleMaker:
             sample["hidden"] = torch.zeros(self.num_tokens, dtype=torch.bool)
             sample["hidden"][rng.permutation(self.num_tokens)[: self.num_hidden]] = True
         if image is not None:
+            if self.random_crop:
+                image = crop_at(image, *rng.random(3))
             image = prepare_image(image, self.image_size, self.channels)
             if flip and self.random_flip:
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

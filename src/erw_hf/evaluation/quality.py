@@ -42,6 +42,7 @@ from erw_hf.evaluation.metrics import (
     share_error,
     standard_error,
 )
+from erw_hf.evaluation.neighbours import Neighbours, compare_neighbours
 from erw_hf.files import written_whole
 from erw_hf.processes import done_by_all
 
@@ -98,12 +99,14 @@ class Quality:
         errors (`dict[str, float]`): Standard error over the samples, of each but those that are deviations themselves.
         bias (`dict[str, float]`): What so few samples add, estimated, where that is known.
         seconds (`dict[str, float]`): Of each stage.
+        neighbours ([`~evaluation.neighbours.Neighbours`], *optional*): Of samples in the training images.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     bias: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    neighbours: Neighbours | None = None
 
     def add(self, name: str, value: float, error: float | None = None, bias: float | None = None) -> None:
         """Adds a number, its standard error and its bias."""
@@ -426,6 +429,7 @@ def measure(
     batch_size: int,
     save_steps: int = 10,
     write: Callable[[Sequence[int], torch.Tensor], None] | None = None,
+    training: ImageSet | None = None,
 ) -> Quality:
     """
     A whole evaluation. All ranks call it.
@@ -440,6 +444,7 @@ def measure(
         batch_size (`int`): Images of one batch.
         save_steps (`int`, *optional*, defaults to 10): Batches between two saves.
         write (`Callable`, *optional*): Called with the indices and the pixels of each batch of samples.
+        training ([`ImageSet`], *optional*): Images that the model was trained on, for the report on nearest neighbours.
 
     Returns:
         [`Quality`]: The numbers, on the main process alone, and the seconds of each stage.
@@ -449,12 +454,14 @@ def measure(
     """
     check_counts(metrics, images.count, "samples")
     keep = kept_layers(metrics, [layer for extractor in extractors for layer in extractor.layers])  # type: ignore[union-attr]
+    if training is not None:
+        keep = list(dict.fromkeys(["pool", *keep]))
     samples = extract_features(
         images, extractors, accelerator, folder / "samples", batch_size, keep, save_steps, write, "samples"
     )
     seconds = {"samples": samples.seconds["read"], "features": samples.seconds["extract"]}
     real = {}
-    if set(metrics) & set(_NEED_IMAGES):
+    if set(metrics) & set(_NEED_IMAGES) or training is not None:
         started = time.perf_counter()
         compared = [layer for layer in keep if layer == "pool" or (layer in REPRESENTATIONS and "mind" in metrics)]
         missing = [layer for layer in compared if layer not in reference.stored]  # as in ADM's file
@@ -471,8 +478,28 @@ def measure(
             }
         seconds["reference_images"] = time.perf_counter() - started
 
+    trained_on = None
+    if training is not None:
+        features = extract_features(
+            training,
+            extractors[:1],
+            accelerator,
+            folder / "training_images",
+            batch_size,
+            ["pool"],
+            description="training",
+        )
+        trained_on = features.layer("pool")
+        seconds["training_images"] = sum(features.seconds.values())
+
     def compute() -> Quality:
-        return quality_metrics(metrics, samples, reference, real) if accelerator.is_main_process else Quality()
+        if not accelerator.is_main_process:
+            return Quality()
+        quality = quality_metrics(metrics, samples, reference, real)
+        if trained_on is not None:
+            quality.neighbours = compare_neighbours(samples.layer("pool"), trained_on, real["pool"])
+            quality.add("nearest_neighbour_ratio", quality.neighbours.ratio, quality.neighbours.error)
+        return quality
 
     started = time.perf_counter()
     quality = done_by_all(accelerator, compute)

@@ -111,6 +111,7 @@ def run_card(folder: Path, repo_id: str) -> ModelCard:
         if new_classes or id2label
         else "0",
         new_classes=new_classes,
+        adapter=adapter,
         class_names=bool(id2label),
         checkpoint=(folder / "last-checkpoint").is_dir(),
         warmup=(folder / "warmup").is_dir(),
@@ -172,6 +173,7 @@ def _model_card(
     cost: dict[str, Any] | None = None,
     record: dict[str, Any] | None = None,
     new_classes: Sequence[str] = (),
+    adapter: bool = False,
     **context: Any,
 ) -> ModelCard:
     name = repo_id.split("/")[-1]
@@ -205,7 +207,6 @@ def _model_card(
     base_id = "/".join(base.split("/")[:2])  # of a folder or a file in a repo too
     base_model = base_id if is_hub_id(base) or names_hub_file(base) else None
     if lora_rank:
-        method = "LoRA"
         summary = (
             f"A LoRA adapter of rank {lora_rank} ({count.replace('parameters; ', 'parameters, ')}layers "
             f"{config['lora_targets']}) of `{base if base_model else public_name(base)}`, {verb} on `{public_name(data)}`."
@@ -225,8 +226,7 @@ def _model_card(
         pipeline_tag="unconditional-image-generation",
         tags=[
             "erw-hf",
-            method.lower(),
-            *(["adapter"] if lora_rank else []),
+            *(["lora", "adapter"] if lora_rank else [method.lower()]),
             "flow-matching",
             *(["class-conditional"] if num_classes != 0 else []),
         ],
@@ -240,7 +240,7 @@ def _model_card(
         card_data,
         template_path=str(TEMPLATES / "model.md.jinja"),
         title=f"{name}: {'a LoRA adapter' if lora_rank else method} on {public_name(data)}",
-        lora=lora_rank > 0,
+        adapter=adapter,
         base=base if base_model else public_name(base),
         summary=summary,
         repo_id=repo_id,

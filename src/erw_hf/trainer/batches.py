@@ -50,6 +50,7 @@ class Batches:
             seed=config.seed,
             class_dropout_prob=config.class_dropout_prob,
             random_flip=config.random_flip,
+            random_crop=config.random_crop,
             class_token_dim=inputs.model_config["class_token_dim"],
             num_tokens=config.token_grid**2,
             num_hidden=hidden_count(config.token_grid**2, config.alignment_mask_ratio),

@@ -79,6 +79,13 @@ class RunConfig:
         "outputs/erw", "Folder of the run: checkpoints, metrics.jsonl, samples, pipeline.", path="local", pushed=False
     )
     dry_run: bool = _key(False, "Check the configuration, print what the run costs, and stop.")
+    plan: bool = _key(
+        False,
+        "Print a configuration that fits the card gpu and the time hours, with what it will cost, and stop.",
+        pushed=False,
+    )
+    gpu: str | None = _key(None, "For plan: a card, such as rtx4090, or cpu, which times some steps.", pushed=False)
+    hours: float | None = _key(None, "For plan: how long the run may take.", range=ABOVE_0, pushed=False)
     overwrite_output_dir: bool = _key(False, "Delete an earlier run in output_dir.", pushed=False)
     seed: int = _key(
         0, "Seed of the initial weights and of every random draw.", range="[0, 4294967295]", fixed=True, card=True
@@ -115,6 +122,11 @@ class DataConfig:
         source="label_column",
     )
     random_flip: bool = _key(False, "Mirror half of the images; ERW and REPA do not.", fixed=True)
+    random_crop: bool = _key(
+        False,
+        "Take a square of 0.8 to 1 of the shorter side, anywhere, in place of the largest one in the centre.",
+        fixed=True,
+    )
     stream_retry_seconds: int = _key(
         300,
         "How long reading is retried before the run stops; the other ranks wait up to two hours.",
@@ -442,6 +454,11 @@ class MonitoringConfig:
     evaluation_reference: str | None = _key(
         None, "What FID compares with: an npz of statistics, or a dataset.", path="or_id"
     )
+    patience: int | None = _key(
+        None,
+        "Stop after so many measurements in a row without a lower FID; `best` then is the pipeline (of LoRA the adapter) of the lowest.",
+        range=AT_LEAST_1,
+    )
     evaluation_extractor: str = _key(
         "inception", "Network behind FID: inception, or the folder of a classifier.", path="or_id"
     )
@@ -592,6 +609,10 @@ class TrainingConfig(
             raise ValueError(f"warmup_depth={self.warmup_depth} must lie in [1, num_layers={self.num_layers}]")
         if self.evaluation_steps > 0 and self.evaluation_reference is None:
             raise ValueError("evaluation_steps needs evaluation_reference, an npz of statistics or a dataset")
+        if self.patience is not None and self.evaluation_steps == 0:
+            raise ValueError(
+                "patience counts measurements of FID: set evaluation_steps, and evaluation_reference to held-out images"
+            )
         if self.alignment_schedule == "half_life" and self.alignment_half_life is None:
             raise ValueError('alignment_schedule "half_life" needs alignment_half_life')
         if self.alignment_schedule == "stop" and self.alignment_stop_step is None:
@@ -697,26 +718,51 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
         SystemExit: for an unknown key or an impossible value, with a message that names it.
     """
     parser = _parser()
-    namespace, unknown = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
-    flags = vars(namespace)
-    file = flags.pop("config", None)
     try:
-        if unknown:
-            raise ValueError(_unknown("argument", unknown[0], [f"--{name}" for name in TYPES]))
-        kept: list[str] = []  # of another size
-        values = {} if file is None else read_config_file(Path(expand_path(file)))
-        if "model" in flags:
-            if flags["model"] != values.get("model", KEYS["model"].default) and not flags.keys() & set(DEPTH_KEYS):
-                kept = [f"{name}={values[name]}" for name in DEPTH_KEYS if name in values]
-            values = {name: value for name, value in values.items() if name not in MODEL_KEYS}
-        values |= {name: _read_value(name, text) for name, text in flags.items()}
+        values, kept = _given(parser, arguments)
         config = TrainingConfig(**values)
         if kept and config.encoders and os.environ.get("RANK", "0") == "0":
-            text = f"--model {config.model} keeps {', '.join(kept)}, which {file} has for another size"
+            text = f"--model {config.model} keeps {', '.join(kept)}, which its file has for another size"
             logger.warning(f"{text}: its first lines say what each size takes")
         return config
     except (ValueError, OSError) as error:
         parser.error(str(error))
+
+
+def given_values(arguments: list[str] | None = None) -> dict[str, Any]:
+    """
+    The keys that a command line and its file set, without the defaults of the others.
+
+    Args:
+        arguments (`list[str]`, *optional*): Command line without the program's name. Defaults to `sys.argv[1:]`.
+
+    Returns:
+        `dict[str, Any]`: Their values.
+
+    Raises:
+        SystemExit: for an unknown key or an impossible value, with a message that names it.
+    """
+    parser = _parser()
+    try:
+        return _given(parser, arguments)[0]
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def _given(parser: argparse.ArgumentParser, arguments: list[str] | None) -> tuple[dict[str, Any], list[str]]:
+    """The values, and those that a file has for another size than `--model`."""
+    namespace, unknown = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
+    flags = vars(namespace)
+    file = flags.pop("config", None)
+    if unknown:
+        raise ValueError(_unknown("argument", unknown[0], [f"--{name}" for name in TYPES]))
+    kept: list[str] = []
+    values = {} if file is None else read_config_file(Path(expand_path(file)))
+    if "model" in flags:
+        if flags["model"] != values.get("model", KEYS["model"].default) and not flags.keys() & set(DEPTH_KEYS):
+            kept = [f"{name}={values[name]}" for name in DEPTH_KEYS if name in values]
+        values = {name: value for name, value in values.items() if name not in MODEL_KEYS}
+    return values | {name: _read_value(name, text) for name, text in flags.items()}, kept
 
 
 def check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace, **ranges: str) -> None:

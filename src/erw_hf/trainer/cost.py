@@ -146,19 +146,49 @@ def _table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def cost_report(config: TrainingConfig) -> str:
+@dataclass(frozen=True)
+class RunCost:
     """
-    Checks a configuration and computes its cost, as a table: parameters, FLOPs, memory, hours, disk.
+    What a run costs, counted on the meta device.
+
+    Args:
+        parameters (`int`): Of the transformer.
+        whole (`int`): Of transformer and projectors.
+        trained (`int`): Of these, those that are trained.
+        averaged (`int`): Of the transformer's, those that are trained: each average has them.
+        frozen (`int`): Parameters of the encoders.
+        warmup_flops (`int`): Of an image in the warmup, autoencoder and encoder counted; 0 without one.
+        full_flops (`int`): Of an image in full training.
+        vae_flops (`int`): Of encoding one image.
+        encoding_flops (`int`): Of the autoencoder and the encoders.
+        total_flops (`float`): Of the run, for each process.
+    """
+
+    parameters: int
+    whole: int
+    trained: int
+    averaged: int
+    frozen: int
+    warmup_flops: int
+    full_flops: int
+    vae_flops: int
+    encoding_flops: int
+    total_flops: float
+
+
+def run_cost(config: TrainingConfig, data: DataSummary) -> RunCost:
+    """
+    Args:
+        config ([`TrainingConfig`]): The run.
+        data ([`DataSummary`]): Its data.
+
+    Returns:
+        [`RunCost`]: What it costs.
 
     Raises:
-        ValueError: for columns, depths, grids or classes that do not fit, with what to change.
-        OSError: for a dataset, encoder or autoencoder that does not exist or that this account may not read.
+        ValueError: for depths or grids that do not fit.
     """
-    fit_to_encoder(config)
-    precision = choose_precision(config.mixed_precision)
-    data = _check_data(config)
-    num_classes, num_images = data.num_classes, data.num_images
-    start = start_report(config, data, precision, found_device(), int(os.environ.get("WORLD_SIZE", 1)))
+    num_classes = data.num_classes
     with torch.device("meta"):
         encoders = [_encoder_on_meta(config, name) for name in config.encoders]
         full = build_full_model(config, num_classes, encoders)
@@ -178,7 +208,8 @@ def cost_report(config: TrainingConfig) -> str:
         if config.warmup_steps > 0:
             warmup = build_warmup_model(config, num_classes, encoders, start_encoder)
             warmup_flops = count_step_flops(warmup, warmup_teacher.encoders_for(aligned=True))
-    vae_flops = 0 if data.has_latents else count_vae_flops(_vae_on_meta(config), data.image_size)
+    vae = None if data.has_latents else _vae_on_meta(config)
+    vae_flops = count_vae_flops(vae, data.image_size)
     encoding_flops = vae_flops + sum(count_encoder_flops(encoder) for encoder in teacher.encoders_for(aligned=True))
     full_flops, unaligned_flops = full_flops + vae_flops, unaligned_flops + vae_flops
     warmup_flops += vae_flops if config.warmup_steps > 0 else 0
@@ -188,51 +219,97 @@ def cost_report(config: TrainingConfig) -> str:
     total = batch * (config.warmup_steps * warmup_flops + full_steps * full_flops)
     if config.alignment_schedule == "stop" and config.alignment_stop_step is not None:
         total -= batch * max(0, full_steps - config.alignment_stop_step) * (full_flops - unaligned_flops)
-    parameters = sum(p.numel() for p in full.transformer.parameters())
     whole = sum(p.numel() for p in full.parameters())
     trained = sum(p.numel() for p in full.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for encoder in encoders for p in encoder.parameters())
-    # float32 weights, two AdamW moments; each average has the transformer's trained weights alone.
     averaged = sum(p.numel() for p in full.transformer.parameters() if p.requires_grad)
-    memory = step_memory(
-        config, averaged, trained, frozen, None if data.has_latents else _vae_on_meta(config), data.image_size
+    frozen = sum(p.numel() for encoder in encoders for p in encoder.parameters())
+    return RunCost(
+        parameters=sum(p.numel() for p in full.transformer.parameters()),
+        whole=whole,
+        trained=trained,
+        averaged=averaged,
+        frozen=frozen,
+        warmup_flops=warmup_flops,
+        full_flops=full_flops,
+        vae_flops=vae_flops,
+        encoding_flops=encoding_flops,
+        total_flops=total,
     )
-    memory["state"] += 4.0 * (whole - trained)  # the weights under an adapter
-    saved = 4 * (whole + 2 * trained + len(ema_profiles(config)) * averaged)
+
+
+def run_memory(config: TrainingConfig, cost: RunCost, data: DataSummary) -> dict[str, float]:
+    """
+    Args:
+        config ([`TrainingConfig`]): The run, or one that differs in its batch and in what it recomputes.
+        cost ([`RunCost`]): What it costs.
+        data ([`DataSummary`]): Its data.
+
+    Returns:
+        `dict[str, float]`: [`~trainer.memory.step_memory`].
+    """
+    vae = None if data.has_latents else _vae_on_meta(config)
+    under = cost.whole - cost.trained
+    return step_memory(config, cost.averaged, cost.trained, cost.frozen, vae, data.image_size, under)
+
+
+def cost_report(config: TrainingConfig) -> str:
+    """
+    Checks a configuration and computes its cost, as a table: parameters, FLOPs, memory, hours, disk.
+
+    Raises:
+        ValueError: for columns, depths, grids or classes that do not fit, with what to change.
+        OSError: for a dataset, encoder or autoencoder that does not exist or that this account may not read.
+    """
+    fit_to_encoder(config)
+    precision = choose_precision(config.mixed_precision)
+    data = summarize_data(config)
+    start = start_report(config, data, precision, found_device(), int(os.environ.get("WORLD_SIZE", 1)))
+    cost, batch = run_cost(config, data), config.step_batch_size(processes=1)
+    full_steps = config.max_train_steps - config.warmup_steps
+    # float32 weights, two AdamW moments; each average has the transformer's trained weights alone.
+    saved = 4 * (cost.whole + 2 * cost.trained + len(ema_profiles(config)) * cost.averaged)
     rows = [
-        ("transformer", f"{parameters / 1e6:.1f} M parameters, {config.token_grid}x{config.token_grid} tokens"),
-        ("projector, encoder", f"{(whole - parameters) / 1e6:.1f} M trained, {frozen / 1e6:.1f} M frozen"),
-        *([("adapter", f"{trained / 1e6:.2f} M trained, class embeddings included")] if config.lora_rank else []),
-        ("FLOPs of a warmup step", f"{warmup_flops * batch:.3e} ({warmup_flops / full_flops:.3f} of a full one)"),
+        ("transformer", f"{cost.parameters / 1e6:.1f} M parameters, {config.token_grid}x{config.token_grid} tokens"),
+        (
+            "projector, encoder",
+            f"{(cost.whole - cost.parameters) / 1e6:.1f} M trained, {cost.frozen / 1e6:.1f} M frozen",
+        ),
+        *([("adapter", f"{cost.trained / 1e6:.2f} M trained, class embeddings included")] if config.lora_rank else []),
+        (
+            "FLOPs of a warmup step",
+            f"{cost.warmup_flops * batch:.3e} ({cost.warmup_flops / cost.full_flops:.3f} of a full one)",
+        ),
         (
             "FLOPs of a full step",
-            f"{full_flops * batch:.3e}, {encoding_flops / full_flops:.0%} of it autoencoder and encoder"
-            + ", which a latent cache spares" * (vae_flops > 0),
+            f"{cost.full_flops * batch:.3e}, {cost.encoding_flops / cost.full_flops:.0%} of it autoencoder and encoder"
+            + ", which a latent cache spares" * (cost.vae_flops > 0),
         ),
         ("steps", f"{config.warmup_steps} warmup + {full_steps} full"),
-        ("full-step equivalents", f"{total / full_flops / batch:.0f}"),
-        ("FLOPs in all", f"{total:.3e}, for each process"),
+        ("full-step equivalents", f"{cost.total_flops / cost.full_flops / batch:.0f}"),
+        ("FLOPs in all", f"{cost.total_flops:.3e}, for each process"),
         (
             "GPU-hours",
-            f"{total / CARDS['H100'].flops / MFU / 3600:.1f} at {MFU:.0%} MFU of 989 TFLOP/s, per rank",
+            f"{cost.total_flops / CARDS['H100'].flops / MFU / 3600:.1f} at {MFU:.0%} MFU of 989 TFLOP/s, per rank",
         ),
-        (
-            "memory",
-            f"{sum(memory.values()) / GIB:.1f} GiB on a GPU (estimate): "
-            + ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.items()),
-        ),
+        ("memory", memory_line(run_memory(config, cost, data))),
         ("EMA", _average(config, full_steps)),
         ("checkpoint", f"{saved / GIB:.1f} GiB each, {config.checkpoints_total_limit or 'all'} kept"),
     ]
-    if config.vae is not None and num_images:
+    if config.vae is not None and data.num_images:
         # Mean and deviation in float16
-        latents = num_images * 2 * config.in_channels * config.sample_size**2 * 2
+        latents = data.num_images * 2 * config.in_channels * config.sample_size**2 * 2
         rows.append(("latents, if cached", f"{latents / GIB:.1f} GiB, and the images as JPEG beside them"))
     return f"{start}\n\n{_table(rows)}\nThe FLOPs do not include the optimizer. No problem was found."
 
 
-def _check_data(config: TrainingConfig) -> DataSummary:
-    """Of a local dataset all, of one on the Hub the metadata alone."""
+def memory_line(memory: dict[str, float]) -> str:
+    """The sum of [`~trainer.memory.step_memory`] and its parts, in words."""
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.items())
+    return f"{sum(memory.values()) / GIB:.1f} GiB on a GPU (estimate): {parts}"
+
+
+def summarize_data(config: TrainingConfig) -> DataSummary:
+    """Looks at a run's data: at a local dataset as a whole, at one on the Hub by its metadata alone."""
     if is_local(config.dataset_name):
         source = open_source(config)
         if not config.streaming:

@@ -80,6 +80,28 @@ def card_of(name: str) -> Card | None:
     return CARDS[max(found, key=len)] if found else None
 
 
+def card_named(name: str) -> str:
+    """
+    Args:
+        name (`str`): A GPU as people write it: `"rtx4090"`, `"NVIDIA A100"`.
+
+    Returns:
+        `str`: Its name in [`CARDS`].
+
+    Raises:
+        ValueError: for one that is not there, with those that are.
+    """
+
+    def plain(text: str) -> str:
+        return re.sub(r"[^a-z0-9]|nvidia|geforce", "", text.lower())
+
+    found = {plain(card): card for card in CARDS}
+    card = found.get(plain(name)) or found.get(f"rtx{plain(name)}")
+    if card is None:
+        raise ValueError(f"gpu={name!r} is not in the table of cards: {', '.join(CARDS)}; or cpu")
+    return card
+
+
 def peak_flops(device: torch.device) -> float | None:
     """What MFU is a share of: dense bf16 FLOP/s of one GPU, whatever the precision of the run. `None` for CPUs and
     GPUs that [`card_of`] does not know."""

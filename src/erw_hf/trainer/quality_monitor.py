@@ -136,6 +136,15 @@ class QualityMonitor:
                     logged[f"{measure_name}_t{result['t']:g}/block_{depth:02d}"] = value
         self.accelerator.log(logged, step=step)
 
+    def since_best(self) -> int | None:
+        """Measurements of FID since the lowest one, which counts as 0; `None` before the first. On the main process."""
+        values = [
+            record["fid"]
+            for record in read_metrics(self.folder / "evaluations.jsonl")
+            if record.get("fid") is not None
+        ]
+        return len(values) - 1 - values.index(min(values)) if values else None
+
     def _measure_images(self, pipe: ERWPipeline) -> dict[str, float]:
         config = self.config
         images = generated_images(

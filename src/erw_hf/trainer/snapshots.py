@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from erw_hf.hub.push import BackgroundPush, link_folder
@@ -68,6 +69,28 @@ class Snapshots:
         every = self.inputs.config.ema_snapshot_steps
         if phase.ema and every and self.progress.step % every == 0:
             save_snapshots(phase.ema, self.folder / "ema_snapshots", self.inputs.accelerator.is_main_process)
+
+    def is_over(self, phase: Phase) -> bool:
+        """Keeps the model with the lowest FID so far, and says, on all ranks alike, whether `patience` is at its end."""
+        patience, accelerator = self.inputs.config.patience, self.inputs.accelerator
+        if patience is None or phase.warmup or self.progress.step % self.inputs.config.evaluation_steps != 0:
+            return False
+        make_pipeline, since = self._pipeline(phase), None
+        if accelerator.is_main_process:
+            since = self.quality.since_best()
+            if since == 0:
+                with forgiven(f"the model of step {self.progress.step} is not kept as the best"):
+                    if self.inputs.config.lora_rank > 0:
+                        self._save_lora(phase, self.folder / "best")
+                    else:
+                        make_pipeline().save_pretrained(self.folder / "best")
+        (since,) = broadcast_object_list([since])
+        if since is None or since < patience:
+            return False
+        logger.info(
+            f"stopped early: no lower FID in {since} measurements; {self.folder}/best is the model with the lowest"
+        )
+        return True
 
     def push_checkpoint(self, phase: Phase) -> None:
         """Hands the pipeline of full training and, by strategy, the checkpoint of this step to the process that pushes."""

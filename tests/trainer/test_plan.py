@@ -1,0 +1,83 @@
+# Copyright 2026 The ERW-HF authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The plan: from a card and hours to a configuration."""
+
+import pytest
+from helpers import train
+from PIL import Image
+
+from erw_hf.trainer.config import given_values, parse_config
+from erw_hf.trainer.cost import MFU, run_cost, run_memory, summarize_data
+from erw_hf.trainer.flops import CARDS, card_named
+from erw_hf.trainer.plan import ROOM, write_plan
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory, vae_path):
+    folder = tmp_path_factory.mktemp("data") / "photos"
+    for label in ("my cat", "my dog"):
+        (folder / label).mkdir(parents=True)
+        for index in range(40):
+            Image.new("RGB", (8, 8), (5 * index, 0, 0)).save(folder / label / f"{index}.png")
+    return [f"--dataset_name={folder}", f"--vae={vae_path}"]
+
+
+@pytest.mark.parametrize(
+    ("card", "flags"),
+    [
+        ("rtx4090", ["--hours=12"]),
+        ("RTX 3090", ["--hours=3", "--model=SiT-XL/2", "--train_batch_size=256"]),
+        ("t4", ["--hours=2", "--model=SiT-XL/2", "--init_from=x", "--lora_rank=16"]),
+    ],
+)
+def test_a_plan_fits_the_card_and_the_time_and_is_a_config(photos, tmp_path, monkeypatch, card, flags):
+    monkeypatch.setattr("erw_hf.trainer.config.TrainingConfig.check_names", lambda self: None)
+    text = write_plan(given_values(["--plan", f"--gpu={card}", *photos, *flags]), time_steps=None)
+    (tmp_path / "mine.yaml").write_text(text)
+    config, card = parse_config([f"--config={tmp_path}/mine.yaml"]), CARDS[card_named(card)]
+    assert not config.plan and config.gpu is None
+    data = summarize_data(config)
+    cost = run_cost(config, data)
+    assert sum(run_memory(config, cost, data).values()) <= ROOM * card.memory * 1e9
+    hours = float(flags[0].split("=")[1])
+    assert cost.total_flops / (card.flops * MFU) / 3600 == pytest.approx(
+        hours, rel=0.01 + 0.34 * config.gradient_checkpointing
+    )
+    comments = [line for line in text.splitlines() if line.startswith("#")]
+    assert len(comments) >= 5 and "modelled" in comments[2] and "modelled" in comments[3]
+    if "--train_batch_size=256" in flags:
+        assert config.gradient_checkpointing and config.step_batch_size(1) == 256
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gpu=rtx9999", "--hours=1"], "rtx9999.*RTX 4090.*or cpu"),
+        (["--gpu=rtx4090"], "plan needs gpu"),
+        (["--gpu=rtx4090", "--hours=1e-6"], "allow at least"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(photos, flags, message):
+    with pytest.raises(ValueError, match=message):
+        write_plan(given_values(["--plan", *photos, *flags]), time_steps=None)
+
+
+def test_on_a_cpu_the_plan_times_some_steps(tiny_flags, tmp_path, capsys):
+    train(*tiny_flags, "--plan", "--gpu=cpu", "--hours=0.05")
+    text = capsys.readouterr().out
+    (tmp_path / "mine.yaml").write_text(text)
+    assert "measured" in text and text.startswith("# A plan for 0.05 h on this machine's CPU")
+    config = parse_config([f"--config={tmp_path}/mine.yaml"])
+    seconds = float(text.split("measured: ")[1].split(" s ")[0])
+    assert config.warmup_steps == 3 and config.max_train_steps - 3 == pytest.approx(180 / seconds, rel=0.1)
