@@ -162,6 +162,7 @@ class RunCost:
         vae_flops (`int`): Of encoding one image.
         encoding_flops (`int`): Of the autoencoder and the encoders.
         total_flops (`float`): Of the run, for each process.
+        vae (a diffusers autoencoder, *optional*): What a step encodes images with; on the meta device.
     """
 
     parameters: int
@@ -174,6 +175,7 @@ class RunCost:
     vae_flops: int
     encoding_flops: int
     total_flops: float
+    vae: ModelMixin | None
 
 
 def run_cost(config: TrainingConfig, data: DataSummary) -> RunCost:
@@ -196,7 +198,9 @@ def run_cost(config: TrainingConfig, data: DataSummary) -> RunCost:
             add_lora(full, config)
         teacher = build_teacher(config, encoders, data.has_features)
         full_flops = count_step_flops(full, teacher.encoders_for(aligned=bool(full.projectors)))
-        unaligned_flops = count_step_flops(full, teacher.encoders_for(aligned=False))
+        unaligned_flops = full_flops
+        if full.projectors:
+            unaligned_flops = count_step_flops(full, teacher.encoders_for(aligned=False))
         warmup_flops = 0
         warmup_teacher, start_encoder = teacher, None
         if config.start_from_encoder > 0 and config.warmup_from is None:
@@ -234,6 +238,7 @@ def run_cost(config: TrainingConfig, data: DataSummary) -> RunCost:
         vae_flops=vae_flops,
         encoding_flops=encoding_flops,
         total_flops=total,
+        vae=vae,
     )
 
 
@@ -247,9 +252,8 @@ def run_memory(config: TrainingConfig, cost: RunCost, data: DataSummary) -> dict
     Returns:
         `dict[str, float]`: [`~trainer.memory.step_memory`].
     """
-    vae = None if data.has_latents else _vae_on_meta(config)
     under = cost.whole - cost.trained
-    return step_memory(config, cost.averaged, cost.trained, cost.frozen, vae, data.image_size, under)
+    return step_memory(config, cost.averaged, cost.trained, cost.frozen, cost.vae, data.image_size, under)
 
 
 def cost_report(config: TrainingConfig) -> str:
