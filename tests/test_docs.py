@@ -29,7 +29,7 @@ import pytest
 from helpers import REPOSITORY, TINY_MODEL, run_script
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
-from erw_hf.trainer.config import TrainingConfig, parse_config
+from erw_hf.trainer.config import TrainingConfig, given_values, parse_config
 
 
 PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
@@ -40,7 +40,9 @@ pages = pytest.mark.parametrize("page", PAGES, ids=IDS)
 SCRIPTS = sorted(path for path in (REPOSITORY / "training").glob("*.py") if path.stem != "train_erw")
 MODULES = ["erw_hf.hub.push", "erw_hf.hub.space", "erw_hf.hub.cards", "erw_hf.hub.convert", "erw_hf.trainer.ema"]
 # What a reader has and this folder has not.
-CONFIGS = dict.fromkeys(("X.yaml", "mine.yaml", "outputs/mine/config.yaml"), "training/configs/digits.yaml")
+CONFIGS = dict.fromkeys(
+    ("X.yaml", "mine.yaml", "emoji.yaml", "outputs/mine/config.yaml"), "training/configs/digits.yaml"
+)
 FOREIGN = {"git", "source", "cd"}  # commands of others, whose flags are theirs
 FOREIGN_FLAGS = {"--help", "--no-deps", "--target"}
 FOREIGN_KEYS = {"fsdp_version"}  # of accelerate
@@ -124,7 +126,7 @@ def check_command(words: list[str]) -> None:
 
 def check_script(script: str, flags: list[str]) -> None:
     if script == "training/train_erw.py":
-        parse_config(flags)
+        given_values(flags) if "--plan" in flags else parse_config(flags)
     else:
         parser_of(script).parse_args(flags)
 
