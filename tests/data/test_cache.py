@@ -104,11 +104,17 @@ def test_a_stopped_run_goes_on_and_other_settings_are_refused(cached, vae_path, 
     assert "was begun with other settings" in result.stderr
 
 
-@pytest.mark.parametrize("flag", ["rows_per_file=0", "batch_size=-1", "sample_size=0", "seed=-1", "num_classes=-1"])
-def test_numbers_out_of_range_end_it_at_once(flag, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("flag", "allowed"),
+    [
+        ("rows_per_file=0", "be at least 1"), ("batch_size=-1", "be at least 1"), ("sample_size=0", "be at least 1"),
+        ("jpeg_quality=101", "lie in [1, 100]"), ("seed=-1", "lie in [0, 4294967295]"), ("num_classes=-1", "be at least 0"),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_end_it_at_once(flag, allowed, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_script("cache_latents", "--dataset_name=digits", "--vae=a/b", f"--output_dir={tmp_path}/c", f"--{flag}")
-    assert f"--{flag.split('=')[0]} must be at least" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert f"--{flag.split('=')[0]} must {allowed}, got" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_a_cache_has_one_owner(tmp_path, monkeypatch):
