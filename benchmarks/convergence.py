@@ -15,6 +15,7 @@
 
     python benchmarks/convergence.py --arms sit repa repa_decay repa_woken erw erw_lambda0 --seeds 3
     python benchmarks/convergence.py --choosing 2 --arms sit_lr2e-3 repa_lr2e-3 erw_lr2e-3     # to choose by, never reported
+    python benchmarks/convergence.py --data emoji --arms sit repa erw_noised start start_repa --seeds 1
     python benchmarks/convergence.py --report_only
 
 Every run is `training/train_erw.py` with the flags of an arm (`recipes/arms.yaml`) on one base configuration
@@ -57,6 +58,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 THINNED_TO = 100  # lines of metrics.jsonl that a record keeps
 NOT_FLAGS = ("start", "blocks", "gate", "best_of")  # of an arm; all other keys are flags of train_erw.py
 FROM_A_WARMUP = ("asleep", "modulation")
+CONTROLS = ("random", "permuted", "gates")  # encoders of an arm that are made from the base's
 
 
 # torch's random state, its FLOP counter's hooks and the building of models are one for all threads.
@@ -91,7 +93,7 @@ class Study:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--data", default="digits", choices=("digits", "glyphs"), help="the recipe to run")
+    parser.add_argument("--data", default="digits", choices=("digits", "glyphs", "emoji"), help="the recipe to run")
     parser.add_argument("--arms", nargs="+", default=[], help="names of the recipe's arms")
     parser.add_argument("--seeds", type=int, default=0, help="run the reported seeds 0 to N - 1")
     parser.add_argument(
@@ -235,7 +237,9 @@ def run_arm(study: Study, name: str, arm: dict, seed: int) -> None:
             "command": f"python benchmarks/convergence.py --data {study.data} --arms {chosen or name} --budget {study.budget:g} "
             + (f"--choosing {seed - FIRST_CHOOSING_SEED + 1}" if is_choosing(seed) else f"--seeds {seed + 1}"),
             "training_command": "OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true python "
-            + " ".join(script).replace(f"{study.runs}/", f"outputs/convergence/{study.data}/"),
+            + " ".join(script)
+            .replace(f"{study.runs}/", f"outputs/convergence/{study.data}/")
+            .replace(f"{REPOSITORY}/", ""),
             **measurements(folder, before),
             "probes": probes,
             **provenance(study, flags),
@@ -265,13 +269,25 @@ def provenance(study: Study, flags: list[str]) -> dict:
 
     config = parse_config(["--config", str(study.base), *flags])
     weights = {"encoder": config.encoder, "evaluation_extractor": config.evaluation_extractor}
+    taught = config.encoder is not None and (config.alignment_weight > 0 or config.start_from_encoder > 0)
+    training = Path(config.encoder or "") / "training.json"  # of train_tiny_encoder.py
     return {
+        **({"teacher": read_teacher(training)} if taught and training.is_file() else {}),
         "commit": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "src", "training") else ""),
         "weights": {
             name: file_hash(Path(folder) / "model.safetensors")
             for name, folder in weights.items()
             if folder is not None and (Path(folder) / "model.safetensors").is_file()
         },
+    }
+
+
+def read_teacher(training: Path) -> dict:
+    """What an encoder knows and what that took."""
+    record = json.loads(training.read_text())
+    return {
+        "name": training.parent.name,
+        **{key: record[key] for key in ("held_out_accuracy", "flops", "images_seen")},
     }
 
 
@@ -292,8 +308,10 @@ def prepare(study: Study, arm: dict, seed: int, folder: Path) -> tuple[list[str]
     settings = {key: value for key, value in arm.items() if key not in NOT_FLAGS}
     settings["seed"] = seed
     before = []
-    if settings.get("encoder") == "random":
-        settings["encoder"] = str(random_encoder(study, seed))
+    if settings.get("encoder") in CONTROLS:
+        settings["encoder"] = str(control_encoder(study, settings["encoder"], seed))
+    elif "encoder" in settings:
+        settings["encoder"] = str(REPOSITORY / settings["encoder"])
     config = read_config(study, settings)
     # Steps from the budget before the start is made: a warmup that the start is made of is paid from it
     config.max_train_steps, every = plan(config, study.budget, study.table["evaluations"])
@@ -351,16 +369,26 @@ def step_flops(config: TrainingConfig) -> tuple[int, int]:
         return count_step_flops(build_warmup_model(config, num_classes, encoders), encoders) * batch, full_flops
 
 
-def random_encoder(study: Study, seed: int) -> Path:
-    """The encoder's architecture with weights that learned nothing: another draw for each seed."""
+def control_encoder(study: Study, kind: str, seed: int) -> Path:
+    """
+    The encoder's architecture, with weights that know nothing and are drawn with the run's seed: `random` ones, those but
+    its LayerScale `gates`, or its own with the rows of each matrix `permuted`.
+    """
     trained = Path(read_config(study, {}).encoder)
-    folder = study.runs / f"random-{trained.name}-seed{seed}"
+    folder = study.runs / f"{kind}-{trained.name}-seed{seed}"
     if not (folder / "config.json").exists():
         # Two arms may want it at once.
         work = folder.with_name(f"{folder.name}.{threading.get_ident()}")
         with BUILDING, torch.random.fork_rng():
             torch.manual_seed(seed)
-            AutoModel.from_config(AutoConfig.from_pretrained(trained)).save_pretrained(work)
+            model = AutoModel.from_config(AutoConfig.from_pretrained(trained))
+            theirs = {} if kind == "random" else AutoModel.from_pretrained(trained, dtype=torch.float32).state_dict()
+            if kind == "gates":
+                theirs = {name: tensor for name, tensor in theirs.items() if "layer_scale" in name}
+            elif kind == "permuted":
+                theirs = {n: t[torch.randperm(len(t))] if t.ndim > 1 else t for n, t in theirs.items()}
+            model.load_state_dict(theirs, strict=False)
+            model.save_pretrained(work)
         shutil.copyfile(trained / "preprocessor_config.json", work / "preprocessor_config.json")
         try:
             work.rename(folder)
@@ -464,8 +492,13 @@ def measurements(folder: Path, before: list[Path]) -> dict:
     return {"points": points, "metrics": lines[::every]}
 
 
-def encoder_cost(study: Study) -> dict:
-    """What the encoder itself took to train: in no run's budget, since one encoder serves all, but to be stated."""
+def encoder_cost(study: Study) -> dict | None:
+    """
+    What the encoder itself took to train: in no run's budget, since one encoder serves all, but to be stated. `None` where
+    the records say it, of each teacher.
+    """
+    if "encoder_training" not in study.table:
+        return None
     config = read_config(study, {})
     encoder = RepresentationEncoder.from_pretrained(config.encoder, config.token_grid)
     training = study.table["encoder_training"]

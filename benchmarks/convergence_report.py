@@ -164,7 +164,7 @@ def answer(records: Sequence[Record], arm: str, control: str) -> tuple[str, str]
     return word, f"{text}. Speed-up over {control}: {first}; the other way round: {back}."
 
 
-def write_report(results: Path, data: str, table: dict, encoder: dict) -> None:
+def write_report(results: Path, data: str, table: dict, encoder: dict | None) -> None:
     """`convergence-<data>.md` and its plots, made from `convergence-<data>.jsonl`."""
     records = load_records(records_path(results, data))
     reported = [r for r in records if not is_choosing(r["seed"])]
@@ -176,6 +176,14 @@ def write_report(results: Path, data: str, table: dict, encoder: dict) -> None:
     if reported:
         lines += ["## Answers", "", *answers(reported, table["questions"])]
         lines += ["## At a glance", "", *glance(reported, table["glance"])]
+        scale = table.get("scale")
+        if scale is not None and any("teacher" in r for r in reported) and scale["control"] in arms:
+            lines += ["## What a teacher must know", "", *scale_text(reported, scale, data)]
+            plot_scale(reported, scale, results / f"convergence-{data}-scale.png")
+        levers = [name for name in table.get("levers", ()) if name in arms]
+        if len(levers) > 1 and levers[0] == table["levers"][0]:
+            lines += ["## What each lever is worth", "", *levers_text(reported, levers, table["arms"], data)]
+            plot_levers(reported, levers, results / f"convergence-{data}-levers.png")
         for name, wanted in table["figures"].items():
             shown = [arm for arm in wanted if arm in arms]
             if shown:
@@ -195,10 +203,18 @@ def write_report(results: Path, data: str, table: dict, encoder: dict) -> None:
     page.write_text("\n".join(lines).rstrip() + "\n")
 
 
-def introduction(records: Sequence[Record], table: dict, encoder: dict, data: str) -> list[str]:
+def introduction(records: Sequence[Record], table: dict, encoder: dict | None, data: str) -> list[str]:
     budgets = sorted({r["budget"] for r in records})
     versions = {f"{k} {v}" for r in records for k, v in r["versions"].items() if k != "erw-hf"}
     base = records[0]["base"]
+    cost = []
+    if encoder is not None:
+        cost = [
+            f"Training the encoder {encoder['name']} took {encoder['flops']:.2g} FLOPs ({encoder['steps']} steps of "
+            f"{encoder['images_per_step']} views), {encoder['flops'] / budgets[0]:.2f} of a run's budget. No arm pays for it: one "
+            "encoder serves all runs.",
+            "",
+        ]
     return [
         f"Every run has the same budget, {' or '.join(f'{b:.3g}' for b in budgets)} FLOPs, which includes the warmup and the encoder's "
         "forward passes. Quality is a Fréchet distance (lower is better) in the features of a classifier that is independent of the "
@@ -210,10 +226,7 @@ def introduction(records: Sequence[Record], table: dict, encoder: dict, data: st
         "Speed-up means FLOPs to the distance at which the other run ends, theirs over ours. Numbers are means (geometric for "
         "speed-ups) with the range over seeds. Chance alone makes one of two equal arms win on all of three seeds one time in four.",
         "",
-        f"Training the encoder {encoder['name']} took {encoder['flops']:.2g} FLOPs ({encoder['steps']} steps of "
-        f"{encoder['images_per_step']} views), {encoder['flops'] / budgets[0]:.2f} of a run's budget. No arm pays for it: one "
-        "encoder serves all runs.",
-        "",
+        *cost,
         f"{len(records)} runs on {', '.join(sorted({r['hardware'] for r in records}))}, one thread each and several at a time, so "
         f"seconds are rough; {', '.join(sorted(versions))}. Each line of `convergence-{data}.jsonl` holds the command that repeats "
         "its run.",
@@ -258,13 +271,7 @@ def glance(records: Sequence[Record], rows: Sequence[Sequence[str]]) -> list[str
             matched = pairs(records, arm, control)
             if arm != control and matched:
                 cells[-1] += f"; {show_speed_ups([speed_up(a, b) for a, b in matched])}"
-                shown = []
-                for share in COURSE:
-                    ratios = [
-                        distance_at(b, share * b["budget"]) / distance_at(a, share * a["budget"]) for a, b in matched
-                    ]
-                    shown.append("" if any(map(math.isnan, ratios)) else show_speed_ups([(r, "") for r in ratios]))
-                course.append(f"| {arm} | {control} | {' | '.join(shown)} |")
+                course.append(f"| {arm} | {control} | {' | '.join(course_cells(matched))} |")
         if cells[0] and any(cells[1:]):
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return [
@@ -278,6 +285,117 @@ def glance(records: Sequence[Record], rows: Sequence[Sequence[str]]) -> list[str
         *course,
         "",
     ]
+
+
+def course_cells(matched: Sequence[tuple[Record, Record]]) -> list[str]:
+    """The control's distance over the run's, at the points of `COURSE`."""
+    cells = []
+    for share in COURSE:
+        # A run's last evaluation, up to 2 % before the end of its budget, stands for that end.
+        ratios = [distance_at(b, share * b["budget"]) / distance_at(a, share * a["budget"]) for a, b in matched]
+        cells.append("" if any(map(math.isnan, ratios)) else show_speed_ups([(r, "") for r in ratios]))
+    return cells
+
+
+def knowledge(record: Record) -> float:
+    """A teacher's accuracy on held-out images, by its better token."""
+    return max(record["teacher"]["held_out_accuracy"].values())
+
+
+def scale_text(records: Sequence[Record], scale: dict, data: str) -> list[str]:
+    """The teachers, and each arm against the control at equal tuning."""
+    control, lines = scale["control"], []
+    taught = [r for r in records if "teacher" in r]
+    teachers = {r["weights"]["encoder"]: r["teacher"] | {"knows": knowledge(r)} for r in taught}
+    for weights, teacher in sorted(teachers.items(), key=lambda item: item[1]["knows"]):
+        share = teacher["flops"] / records[0]["budget"]
+        lines.append(
+            f"| {teacher['name']} | {teacher['knows']:.3f} | {teacher['flops']:.2g} ({share:.1f}) | {weights[:8]} |"
+        )
+    rows = []
+    for family, arms in scale["arms"].items():
+        for arm in arms:
+            matched = pairs(records, arm, control)
+            if matched:
+                teacher = matched[0][0].get("teacher", {"name": ""})["name"]
+                found = show_speed_ups([speed_up(a, b) for a, b in matched])
+                rows.append(
+                    f"| {family} | {arm} | {teacher} | {' | '.join(course_cells(matched))} | {found} | {len(matched)} |"
+                )
+    return [
+        f"![Speed-up over {control} against what the teacher knows](convergence-{data}-scale.png)",
+        "",
+        f"{scale['knows']} No arm pays for its teacher.",
+        "",
+        "| teacher | knows | FLOPs (over a run's budget) | weights |",
+        "|---|---|---|---|",
+        *lines,
+        "",
+        f"The distance of {control} divided by that of the arm at four points of the budget, and the speed-up to where {control} "
+        "ends:",
+        "",
+        f"| | arm | teacher | {' | '.join(f'{share:.0%}' for share in COURSE)} | speed-up | seeds |",
+        f"|---|---|---|{'---|' * len(COURSE)}---|---|",
+        *rows,
+        "",
+    ]
+
+
+def levers_text(records: Sequence[Record], arms: Sequence[str], definitions: dict, data: str) -> list[str]:
+    first, lines = arms[0], []
+    for arm in arms:
+        runs = [r for r in records if r["arm"] == arm]
+        matched = pairs(records, arm, first)
+        found = "" if arm == first else show_speed_ups([speed_up(a, b) for a, b in matched])
+        lines.append(
+            f"| {arm} | {describe(arm, definitions)} | {spread([final(r) for r in runs])} | {found} | {len(runs)} |"
+        )
+    return [
+        f"![Speed-up over {first} by one change after another](convergence-{data}-levers.png)",
+        "",
+        f"| arm | what it changes in the recipe | distance at the end | speed-up over {first} | seeds |",
+        "|---|---|---|---|---|",
+        *lines,
+        "",
+    ]
+
+
+def plot_scale(records: Sequence[Record], scale: dict, path: Path) -> None:
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for family, arms in scale["arms"].items():
+        points = []
+        for arm in arms:
+            matched = [(a, b) for a, b in pairs(records, arm, scale["control"]) if "teacher" in a]
+            ratios = [found[0] for pair in matched if (found := speed_up(*pair)) is not None]
+            if ratios:  # a run that never gets there has no place on the axis: the table names it
+                middle = statistics.geometric_mean(ratios)
+                points.append((knowledge(matched[0][0]), middle, middle - min(ratios), max(ratios) - middle))
+        if points:
+            x, y, low, high = zip(*sorted(points), strict=True)
+            axes.errorbar(x, y, yerr=(low, high), marker="o", capsize=3, label=family)
+    axes.axhline(1, color="0.5", linewidth=1)
+    axes.set(xlabel="what the teacher knows", ylabel=f"speed-up over {scale['control']}")
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=90)
+
+
+def plot_levers(records: Sequence[Record], arms: Sequence[str], path: Path) -> None:
+    figure = Figure(figsize=(8, 0.5 * len(arms) + 1), layout="constrained")
+    axes = figure.subplots()
+    for place, arm in enumerate(arms):
+        ratios = [found[0] for pair in pairs(records, arm, arms[0]) if (found := speed_up(*pair)) is not None]
+        if ratios:
+            middle = statistics.geometric_mean(ratios)
+            error = [[middle - min(ratios)], [max(ratios) - middle]]
+            axes.barh(place, middle, xerr=error, color="tab:blue", capsize=3)
+    axes.set_yticks(range(len(arms)), arms)
+    axes.invert_yaxis()
+    axes.axvline(1, color="0.5", linewidth=1)
+    axes.set_xlabel(f"speed-up over {arms[0]}")
+    figure.savefig(path, dpi=90)
 
 
 def picture_path(results: Path, data: str, arm: str) -> Path:

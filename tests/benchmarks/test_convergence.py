@@ -179,6 +179,50 @@ def test_a_woken_run_differs_from_its_control_in_the_gates_alone(recipes, encode
         assert torch.equal(torch.cat([gate, gate_mlp]), torch.full((32,), 0.3))
 
 
+def test_a_control_keeps_of_the_encoder_what_its_name_says(recipes):
+    from transformers import AutoModel
+
+    study = study_of(recipes, 6e7)
+    trained = AutoModel.from_pretrained(convergence.read_config(study, {}).encoder).state_dict()
+    made = {}
+    for kind in convergence.CONTROLS:
+        folder = convergence.control_encoder(study, kind, 3)
+        made[kind] = AutoModel.from_pretrained(folder).state_dict()
+        assert made[kind].keys() == trained.keys() and (folder / "preprocessor_config.json").exists()
+    assert convergence.control_encoder(study, "random", 4) != convergence.control_encoder(study, "random", 3)
+    gates = {name for name in trained if "layer_scale" in name}
+    matrices = {name for name, tensor in trained.items() if tensor.ndim == 2 and "token" not in name}
+    assert gates and matrices
+    for name, tensor in trained.items():
+        if name in gates:
+            assert torch.equal(made["gates"][name], tensor)
+        else:
+            assert torch.equal(made["gates"][name], made["random"][name])
+        if name in matrices:
+            assert not torch.equal(made["permuted"][name], tensor)
+            rows = [sorted(map(tuple, m.tolist())) for m in (made["permuted"][name], tensor)]
+            assert rows[0] == rows[1] and not torch.equal(made["random"][name], tensor)
+        elif tensor.ndim == 1:
+            assert torch.equal(made["permuted"][name], tensor)
+
+
+def test_a_record_says_what_its_teacher_knows(recipes, tmp_path):
+    study = study_of(recipes, 6e7)
+    encoder = tmp_path / "teacher"
+    encoder.mkdir()
+    (encoder / "training.json").write_text(
+        json.dumps({"held_out_accuracy": {"cells": 0.5}, "flops": 7, "images_seen": 2, "arguments": {}})
+    )
+    found = convergence.provenance(study, [f"--encoder={encoder}"])["teacher"]
+    assert found == {"name": "teacher", "held_out_accuracy": {"cells": 0.5}, "flops": 7, "images_seen": 2}
+    assert "teacher" not in convergence.provenance(study, [f"--encoder={encoder}", "--alignment_weight=0"])  # SiT
+    # Another encoder than the base's is found from the repository's root, wherever the study is started
+    flags, _ = convergence.prepare(
+        study, {"encoder": "pipelines/dinov2-tiny-digits", "alignment_weight": 0.0}, 0, tmp_path / "run"
+    )
+    assert f"--encoder={REPOSITORY}/pipelines/dinov2-tiny-digits" in flags
+
+
 def record(arm, seed, *quality, budget=100.0):
     """A run that was measured at equal distances, the last time at the end of its budget."""
     places = [budget * (i + 1) / len(quality) for i in range(len(quality))]
@@ -286,6 +330,59 @@ def test_the_page_is_made_of_raw_results(tmp_path):
         assert (tmp_path / f"convergence-digits-{picture}.png").stat().st_size > 10_000
     convergence_report.write_report(tmp_path, "digits", table, encoder)
     assert (tmp_path / "convergence-digits.md").read_text() == page
+
+
+def test_the_page_sets_speed_ups_beside_what_the_teachers_know(tmp_path):
+    table = {
+        "arms": {"repa": {}, "sit": {"alignment_weight": 0.0}, "repa_weak": {}, "start": {}},
+        "questions": [],
+        "glance": [],
+        "figures": {"methods": ["sit", "repa"]},
+        "real_distance": "that of real ones is 1",
+        "drawn": [],
+        "scale": {
+            "control": "sit",
+            "knows": "By retrieval.",
+            "arms": {"REPA": ["repa_weak", "repa"], "start": ["start"], "other": ["not_run"]},
+        },
+        "levers": ["repa", "sit", "start", "not_run"],
+    }
+    for arm, knows, *quality in [("sit", None, 64.0, 16.0), ("repa_weak", 0.2, 64.0, 17.0), ("repa", 0.4, 64.0, 4.0),
+                                 ("start", 0.4, 32.0, 16.0)]:  # fmt: skip
+        line = record(arm, 0, *quality) | {"weights": {"encoder": f"{knows}-hash-of-weights"}}
+        if knows is not None:
+            line["teacher"] = {
+                "name": f"vit-{knows}",
+                "held_out_accuracy": {"class": 0.1, "patches": knows},
+                "flops": 250.0,
+            }
+        convergence.add_record(records_path(tmp_path, "digits"), line)
+    write_report(tmp_path, "digits", table, None)
+    page = (tmp_path / "convergence-digits.md").read_text()
+    assert "| vit-0.2 | 0.200 | 2.5e+02 (2.5) | 0.2-hash |" in page
+    assert "| REPA | repa | vit-0.4 |  | 1.00× | 2.00× | 4.00× | 1.33× | 1 |" in page
+    assert "| REPA | repa_weak | vit-0.2 |  | 1.00× | 0.97× | 0.94× | never | 1 |" in page
+    assert "| start | start | vit-0.4 |  | 2.00× | 1.41× | 1.00× | 1.00× | 1 |" in page
+    assert "| sit | alignment_weight 0.0 | 16.00 | never | 1 |" in page  # over the first lever
+    assert "not_run" not in page and "Training the encoder" not in page
+    for picture in ("scale", "levers"):
+        assert (tmp_path / f"convergence-digits-{picture}.png").stat().st_size > 5_000
+
+
+def test_every_arm_on_the_emoji_is_a_run_and_every_name_an_arm():
+    table = convergence.read_table(RECIPES, "emoji")
+    arms = table["arms"]
+    base = yaml.safe_load((RECIPES / "emoji.yaml").read_text())
+    for name, arm in arms.items():
+        settings = {k: v for k, v in arm.items() if k not in convergence.NOT_FLAGS and v not in convergence.CONTROLS}
+        config = convergence.parse_config(["--config", str(RECIPES / "emoji.yaml"), *convergence.to_flags(settings)])
+        assert not any(base.get(key) == value for key, value in arm.items() if key != "alignment_weight"), name
+        assert (config.warmup_steps > 0) == name.startswith("erw")
+    named = [*(arm for question in table["questions"] for arm in question[1:]), *table["levers"], *table["drawn"]]
+    for row in (*table["glance"], *([None, *shown] for shown in table["figures"].values())):
+        named += row[1:]
+    named += [table["scale"]["control"], *(arm for family in table["scale"]["arms"].values() for arm in family)]
+    assert set(named) == set(arms)  # and none that nothing shows
 
 
 @pytest.mark.parametrize(("data", "length"), [("digits", 200), ("glyphs", 600)])
