@@ -71,7 +71,9 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     if name.endswith(".py"):
         spec = importlib.util.spec_from_file_location(Path(name).stem, REPOSITORY / name)
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(str((REPOSITORY / name).parent))  # as Python does for a script
+            spec.loader.exec_module(module)
     else:
         module = importlib.import_module(name)
 
