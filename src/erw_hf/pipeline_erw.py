@@ -174,7 +174,7 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         # diffusers' own passes on no component that `__init__` leaves unannotated, and casts shared ones to float32.
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         new = cls(**{**pipeline.components, "id2label": pipeline.config.get("id2label"), **kwargs})
-        if new.transformer is getattr(pipeline, "transformer", None):  # with its adapters
+        if isinstance(pipeline, ERWPipeline) and new.transformer is pipeline.transformer:  # with its adapters
             new._adapter_classes, new._own_classes = dict(pipeline._adapter_classes), pipeline._own_classes
             new._merged_adapters = set(pipeline._merged_adapters)
         if pipeline.config.get("_name_or_path"):

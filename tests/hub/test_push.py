@@ -35,6 +35,7 @@ from helpers import REPOSITORY, kill_tree, launch_command, launch_training, run_
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from loopback_hub import READ_TOKEN, LoopbackHub
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from erw_hf import ERWPipeline
@@ -519,49 +520,45 @@ def test_a_branch_off_another_run_is_pushed_with_the_steps_of_both(hub, run, tmp
 
 
 @pytest.fixture
-def adapter_run(run):
-    """The same run, as if it had trained an adapter of its own pipeline."""
+def ports(hub, finished, tmp_path):
+    """A repo of a stranger with models in folders and files."""
+    shutil.copytree(finished / "pipeline", tmp_path / "repo/mine")
+    torch.save({"no": "model"}, tmp_path / "repo/SiT.pt")
+    hub.add_repo("models", "owner/ports", tmp_path / "repo")
+
+
+def test_a_model_on_the_hub_is_fine_tuned_and_the_adapter_is_pushed(hub, ports, finished, tmp_path, tiny_flags):
+    """docs/tutorials/fine-tune.md, with tiny stand-ins."""
     pytest.importorskip("peft")
-    layer = torch.nn.Linear(16, 16)
-    layers = {"transformer_blocks.0.attn.to_q.lora_A.weight": layer.weight[:2].contiguous()}
-    layers |= {"transformer_blocks.0.attn.to_q.lora_B.weight": layer.weight[:, :2].contiguous()}
-    ERWPipeline.save_lora_weights(run / "lora", transformer_lora_layers=layers)
-    names = {"names": '["my cat"]'}
-    save_file({"class_embeddings": torch.ones(1, 16)}, run / "lora/class_embeddings.safetensors", metadata=names)
-    change_config(run, lora_rank=2, init_from="owner/ports/mine", encoder=None, warmup_steps=0)
-    return run
-
-
-def change_config(run, **values):
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    (run / "config.yaml").write_text(yaml.safe_dump({**config, **values}))
-
-
-def test_a_run_of_lora_pushes_its_adapter_which_loads_from_the_hub(hub, adapter_run):
-    shutil.rmtree(adapter_run / "warmup")
-    push.push_run(adapter_run, "user/photos.v1")
+    for label in ("my cat", "my dog"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for index in range(4):
+            Image.new("L", (12, 10), 40 * index + len(label)).save(tmp_path / "photos" / label / f"{index}.png")
+    changes = ["--warmup_steps=0", "--alignment_weight=0", "--lora_rank=2", "--max_train_steps=2", "--random_crop"]
+    data = [f"--dataset_name={tmp_path}/photos", "--init_from=owner/ports/mine", f"--output_dir={tmp_path}/run"]
+    train(*tiny_flags, *changes, *data)
+    push.push_run(tmp_path / "run", "user/photos.v1")
     files = hub.files("models", "user/photos.v1")
     assert {"pytorch_lora_weights.safetensors", "class_embeddings.safetensors", "grid.png", "README.md"} <= set(files)
     assert not {"model_index.json", "transformer/config.json"} & set(files)
     assert yaml.safe_load(files["config.yaml"])["init_from"] == "owner/ports/mine"
+    assert str(tmp_path) not in files["config.yaml"].decode() + files["README.md"].decode()
     card = ModelCard(files["README.md"].decode())
     assert card.data.base_model == "owner/ports" and card.data.base_model_relation == "adapter"
     assert {"lora", "adapter", "class-conditional"} <= set(card.data.tags)
-    assert "Classes that it adds: my cat." in card.text and 'adapter_name="photos_v1"' in card.text
-    pipe = ERWPipeline.from_pretrained(adapter_run / "pipeline")
+    assert "Classes that it adds: my cat, my dog." in card.text and 'adapter_name="photos_v1"' in card.text
+    assert "2 steps of velocity matching" in card.text
+    pipe = ERWPipeline.from_pretrained(finished / "pipeline")
     # Without the name diffusers would ask the Hub that this process was started with.
     pipe.load_lora_weights("user/photos.v1", weight_name="pytorch_lora_weights.safetensors")
-    assert pipe.labels["my cat"] == 10
+    assert pipe(class_labels=["my dog"], num_inference_steps=1).images[0].size == (8, 8)
 
 
-def test_a_run_starts_from_a_folder_or_a_file_in_a_hub_repo(hub, run, tmp_path):
-    shutil.copytree(run / "pipeline", tmp_path / "repo/mine")
-    torch.save({"no": "model"}, tmp_path / "repo/SiT.pt")
-    hub.add_repo("models", "owner/ports", tmp_path / "repo")
-    config = ERWPipeline.from_pretrained(run / "pipeline").transformer.config
+def test_a_run_starts_from_a_folder_or_a_file_in_a_hub_repo(ports, finished):
+    config = ERWPipeline.from_pretrained(finished / "pipeline").transformer.config
     config = {name: config[name] for name in ("num_classes", "sample_size", "num_layers")}
     state = load_initial("owner/ports/mine", config, None)
-    weights = load_file(run / "pipeline/transformer/diffusion_pytorch_model.safetensors")
+    weights = load_file(finished / "pipeline/transformer/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
     with pytest.raises(ValueError, match="does not hold a SiT"):
         load_initial("owner/ports/SiT.pt", config, None)

@@ -17,7 +17,7 @@ import pytest
 from helpers import train
 from PIL import Image
 
-from erw_hf.trainer.config import given_values, parse_config
+from erw_hf.trainer.config import TrainingConfig, given_values, parse_config
 from erw_hf.trainer.cost import MFU, run_cost, run_memory, summarize_data
 from erw_hf.trainer.flops import CARDS, card_named
 from erw_hf.trainer.plan import ROOM, write_plan
@@ -69,6 +69,11 @@ def test_a_plan_fits_the_card_and_the_time_and_is_a_config(photos, tmp_path, mon
 def test_what_cannot_be_planned_is_said(photos, flags, message):
     with pytest.raises(ValueError, match=message):
         write_plan(given_values(["--plan", *photos, *flags]), time_steps=None)
+
+
+def test_a_card_without_a_plan_is_refused():
+    with pytest.raises(ValueError, match="add --plan"):
+        TrainingConfig(in_channels=1, gpu="rtx4090", hours=1)
 
 
 def test_on_a_cpu_the_plan_times_some_steps(tiny_flags, tmp_path, capsys):

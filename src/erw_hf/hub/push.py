@@ -209,7 +209,7 @@ def complete_snapshot(run_dir: Path, snapshot: Path, repo_id: str) -> None:
     (snapshot / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
     records: dict[str, Path | None] = {name: run_dir / name for name in ("environment.json", "warmup_from.json")}
     records["evaluation.json"] = _evaluation_of(
-        snapshot, (run_dir / "evaluation.json", run_dir / "evaluation" / "evaluation.json")
+        run_dir, snapshot, (run_dir / "evaluation.json", run_dir / "evaluation" / "evaluation.json")
     )
     for name, path in records.items():
         if path is not None and path.is_file():
@@ -244,16 +244,18 @@ def _add_curves(source: Path, snapshot: Path) -> None:
         plot_probes(probes, snapshot / "probes.png")
 
 
-def _evaluation_of(snapshot: Path, records: Iterable[Path]) -> Path | None:
+def _evaluation_of(run_dir: Path, snapshot: Path, records: Iterable[Path]) -> Path | None:
     """The newest record that measured these very weights: after resuming, a run's earlier record no longer fits."""
     found = None
     records = sorted((path for path in records if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
-    if records and (snapshot / "model_index.json").is_file():
+    # Of an adapter what was measured is the pipeline that it is merged in, written beside it.
+    pipeline = snapshot if (snapshot / "model_index.json").is_file() else run_dir / "pipeline"
+    if records and draws(snapshot) and (pipeline / "model_index.json").is_file():
         # Seconds of a core that training has a better use for
         from erw_hf.evaluation.extractors import weights_hash
         from erw_hf.transformer_erw import ERWTransformer2DModel
 
-        transformer = ERWTransformer2DModel.from_pretrained(snapshot, subfolder="transformer")
+        transformer = ERWTransformer2DModel.from_pretrained(pipeline, subfolder="transformer")
         sha256 = weights_hash(transformer)
         for path in records:
             model = json.loads(path.read_text()).get("model")

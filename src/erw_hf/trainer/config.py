@@ -609,6 +609,8 @@ class TrainingConfig(
             raise ValueError(f"warmup_depth={self.warmup_depth} must lie in [1, num_layers={self.num_layers}]")
         if self.evaluation_steps > 0 and self.evaluation_reference is None:
             raise ValueError("evaluation_steps needs evaluation_reference, an npz of statistics or a dataset")
+        if not self.plan and (self.gpu is not None or self.hours is not None):
+            raise ValueError("gpu and hours are for a plan: add --plan, which prints a configuration")
         if self.patience is not None and self.evaluation_steps == 0:
             raise ValueError(
                 "patience counts measurements of FID: set evaluation_steps, and evaluation_reference to held-out images"
