@@ -222,6 +222,8 @@ def problem_of(args: argparse.Namespace) -> str | None:
         value = getattr(args, name)
         if value is not None and value < fewest:
             return f"--{name} must be at least {fewest}, got {value}"
+    if args.training_images is not None and args.reference is None:
+        return "--training_images needs --reference, of images that were held out from the training"
     low, high = args.guidance_interval
     if not 0 <= low <= high <= 1:
         return f"--guidance_interval must be LOW HIGH with 0 <= LOW <= HIGH <= 1, got {low} {high}"
@@ -294,6 +296,8 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator, lock: RunLock) 
     else:
         check_counts(["fid"], images.count, "images for a reference")
     training = None
+    if args.training_images is not None and args.reference.endswith(".npz") and args.reference != args.save_reference:
+        npz_images(args.reference)  # raises for a file of statistics alone, before any work
     if args.training_images is not None and args.reference is not None:
         training = open_images(
             args.training_images, args.training_split, images.size[0], args.image_column, num_classes=0

@@ -84,7 +84,7 @@ def main() -> None:
     if (values := given_values()).get("plan"):
         try:
             print(write_plan(values, time_steps), end="")
-        except (ValueError, ConnectionError) as error:
+        except (ValueError, OSError) as error:
             raise SystemExit(f"no plan: {error}") from None
         return
     config = parse_config()

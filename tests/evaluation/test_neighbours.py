@@ -40,6 +40,12 @@ def test_copies_have_a_ratio_of_0_and_new_ones_of_1():
         compare_neighbours(new, training, training)
 
 
+def test_held_out_images_are_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        run_script("evaluate", "--images=digits", "--save_reference=r.npz", "--training_images=digits")
+    assert "--training_images needs --reference" in capsys.readouterr().err
+
+
 def test_an_evaluation_finds_copies_and_shows_them(tmp_path):
     run_script(
         "evaluate", "--images=digits", "--split=train", "--num_samples=20", "--reference=digits", "--reference_split=test",
