@@ -308,7 +308,7 @@ def make_batch(phase: Phase, samples: Samples, aligned: bool) -> Batch:
     t = inputs.objective.flow_time(samples["time_normal"])  # (B,)
     targets, class_token = phase.teacher(samples, aligned)  # (B, N, D) of each encoder, (B, E)
     return Batch(
-        x0=x0,
+        x0=x0 / inputs.config.noise_scale,
         noise=samples["noise"],
         t=t if phase.noised else torch.zeros_like(t),
         class_labels=samples["label"],

@@ -258,7 +258,7 @@ class ERWDecodeStep(ModularPipelineBlocks):
             config=FrozenDict({"vae_scale_factor": 1}),
             default_creation_method="from_config",
         )
-        return [ComponentSpec("vae", AutoModel), processor]
+        return [ComponentSpec("transformer", AutoModel), ComponentSpec("vae", AutoModel), processor]
 
     @property
     def inputs(self) -> list[InputParam]:
@@ -275,6 +275,8 @@ class ERWDecodeStep(ModularPipelineBlocks):
     def __call__(self, components, state):
         block_state = self.get_block_state(state)
         images, vae = block_state.latents, components.vae
+        if block_state.output_type != "latent":
+            images = images * components.transformer.config.noise_scale
         if block_state.output_type != "latent" and vae is not None:
             with upcast(vae, images.device):
                 images = vae.decode(unscale_latents(images, vae).to(vae.dtype), return_dict=False)[0].float()

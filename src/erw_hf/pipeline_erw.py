@@ -217,7 +217,7 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                     f"in_channels={config.in_channels}"
                 )
         if self.guidance_transformer is not None:
-            for key in ("num_classes", "sample_size", "in_channels", "class_token_dim"):
+            for key in ("num_classes", "sample_size", "in_channels", "class_token_dim", "noise_scale"):
                 worse = self.guidance_transformer.config.get(key)
                 if worse != config.get(key):
                     raise ValueError(
@@ -625,6 +625,7 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         Returns:
             `torch.Tensor` of shape `(B, channels, height, width)`: Images, nominally in [-1, 1].
         """
+        latents = latents * self.transformer.config.noise_scale
         if self.vae is None:
             return latents
         with upcast(self.vae, latents.device):

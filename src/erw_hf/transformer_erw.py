@@ -389,6 +389,10 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         patch_bottleneck_dim (`int`, *optional*):
             Channels that a patch passes on its way to the width of the model: a linear embedding of low rank (JiT, §4.3),
             for patches of many pixels. `None` for the one matrix of DiT.
+        noise_scale (`float`, defaults to 1.0):
+            Standard deviation of the noise that the network sees, for data of unit size (JiT takes 2 at 512 px). Inputs and
+            velocities of the model are those divided by it, so that all noise outside has deviation 1 and the data are
+            smaller: a pipeline multiplies what it has drawn.
 
     Raises:
         ValueError: if `sample_size` is not a multiple of `patch_size`, or an option has an unknown value.
@@ -440,10 +444,13 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         rope_theta: float = 10000.0,
         rope_scale: float = 1.0,
         patch_bottleneck_dim: int | None = None,
+        noise_scale: float = 1.0,
     ) -> None:
         super().__init__()
         if prediction_type not in ("velocity", "sample"):
             raise ValueError(f'prediction_type must be "velocity" or "sample", got {prediction_type!r}')
+        if not noise_scale > 0:
+            raise ValueError(f"noise_scale must be above 0, got {noise_scale}")
         if sample_size % patch_size != 0:
             raise ValueError(f"sample_size={sample_size} is not a multiple of patch_size={patch_size}")
         if activation_fn not in ("gelu-approximate", "gelu", "geglu-approximate", "swiglu"):
@@ -625,6 +632,9 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         if self.config.pos_embed_type == "learned" and (height, width) != (side, side):
             raise ValueError(f"a learned table of positions has one size: {side}x{side}, got {height}x{width}")
 
+        noise_scale = self.config.noise_scale
+        if noise_scale != 1:
+            hidden_states = hidden_states * noise_scale
         hidden_states = self.pos_embed(hidden_states)  # (B, N, D)
         temb = self.time_class_embed(timestep, class_labels, force_drop_ids, hidden_states.dtype)  # (B, D)
         image_rotary_emb = self.rope(hidden_states) if self.rope is not None else None
@@ -649,6 +659,8 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                 hidden_states = hidden_states[:, 1:]
             hidden_states = self.proj_out(hidden_states)  # (B, N, p * p * C)
             sample = self._unpatchify(hidden_states, height, width)
+            if noise_scale != 1:
+                sample = sample / noise_scale
             if self.config.prediction_type == "sample":
                 sample = velocity_from_sample(x_t, sample, timestep)
                 if class_token_t is not None and class_velocity is not None:

@@ -425,7 +425,8 @@ def test_a_resumed_run_keeps_what_its_losses_depend_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"prediction_type": "sample"}, {"patch_bottleneck_dim": 3}, {"alignment_mask_ratio": 0.2}]
+    "change",
+    [{"prediction_type": "sample"}, {"patch_bottleneck_dim": 3}, {"alignment_mask_ratio": 0.2}, {"noise_scale": 2.0}],
 )
 def test_a_run_older_than_a_key_goes_on_as_before_there_was_one(tmp_path, change):
     path = tmp_path / "config.yaml"

@@ -95,7 +95,7 @@ def block_features(
     features = []
     for start in range(0, len(images.pixels), batch_size):
         pixels = images.pixels[start : start + batch_size].to(device)
-        latents = pixels_to_latents(pixels, vae)
+        latents = pixels_to_latents(pixels, vae) / transformer.config.noise_scale
         rngs = [sample_rng(images.noise_seed, 0, f"probe {start + i}") for i in range(len(latents))]
         times = torch.full((len(latents),), time, device=device)
         x_t, class_token = _noised(latents, rngs, times, path_type), None

@@ -213,6 +213,9 @@ class ModelConfig:
         range=AT_LEAST_1,
         fixed=True,
     )
+    noise_scale: float = _key(
+        1.0, "Standard deviation of the noise beside the data (JiT: 2 at 512 px).", range=ABOVE_0, fixed=True
+    )
 
 
 @dataclass
