@@ -283,7 +283,7 @@ def test_a_run_on_pixels_starts_from_the_blocks_without_a_teacher(tmp_path, tiny
     assert "activation_fn: gelu\n" in (tmp_path / "run/config.yaml").read_text()
     card = str(run_card(tmp_path / "run", "someone/run"))
     assert "Its first 2 blocks started as those of `encoder-2px" in card and "without alignment" in card
-    assert "whose licence may bind them too" in card and "| blocks that started as the encoder's | 2 |" in card
+    assert "whose licence may bind them too" in card and "| `start_from_encoder` | 2 |" in card
 
 
 def test_tokens_hidden_from_a_projector_are_not_hidden_from_a_warmup_without_one(tmp_path, tiny_flags):

@@ -235,8 +235,8 @@ def test_a_run_learns_and_names_its_prediction(run):
     losses = [record["velocity"] for record in read_metrics(run / "metrics.jsonl") if record["phase"] == "full"]
     assert len(losses) == 37 and np.mean(losses[-5:]) < 0.7 * np.mean(losses[:3])
     card = run_card(run, "user/tiny")
-    assert "| prediction | sample; the loss is of velocities |" in card.text
-    assert "logit_normal (mean 0.8, deviation 0.8)" in card.text
+    for row in ("`prediction_type` | sample", "`timestep_distribution` | logit_normal", "`timestep_logit_mean` | 0.8"):
+        assert f"| {row} |" in card.text, row
 
 
 def test_the_pipeline_loads_three_ways(run, trained):
