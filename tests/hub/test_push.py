@@ -537,6 +537,7 @@ def test_a_model_on_the_hub_is_fine_tuned_and_the_adapter_is_pushed(hub, ports, 
     changes = ["--warmup_steps=0", "--alignment_weight=0", "--lora_rank=2", "--max_train_steps=2", "--random_crop"]
     data = [f"--dataset_name={tmp_path}/photos", "--init_from=owner/ports/mine", f"--output_dir={tmp_path}/run"]
     train(*tiny_flags, *changes, *data)
+    assert "base_model: owner/ports\n" in (tmp_path / "run/lora/README.md").read_text()
     push.push_run(tmp_path / "run", "user/photos.v1")
     files = hub.files("models", "user/photos.v1")
     assert {"pytorch_lora_weights.safetensors", "class_embeddings.safetensors", "grid.png", "README.md"} <= set(files)

@@ -14,7 +14,6 @@
 """The `lora` folder of a run: its adapter, as `ERWPipeline.load_lora_weights` reads it."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +21,8 @@ from huggingface_hub import ModelCardData
 from safetensors.torch import save_file
 
 from erw_hf.files import folder_written_whole
+from erw_hf.hub.public import is_hub_id
+from erw_hf.names import names_hub_file
 from erw_hf.pipeline_erw import CLASS_EMBEDDINGS, ERWPipeline
 from erw_hf.trainer.initialization import CLASS_TABLE
 from erw_hf.trainer.phase import Phase
@@ -35,9 +36,11 @@ def save_lora(phase: Phase, id2label: Mapping[int, str] | None, base_model: str 
     layers = {name.replace(".default.", "."): tensor for name, tensor in averages.items() if ".lora_" in name}
     new = phase.inputs.accelerator.unwrap_model(phase.model).new_classes.flatten().nonzero().flatten().tolist()
     names = [id2label[class_id] for class_id in new] if id2label else None
-    is_hub_id = base_model is not None and not os.path.exists(base_model) and base_model.count("/") == 1
+    base = base_model or ""
+    on_hub = is_hub_id(base) or names_hub_file(base)
     data = ModelCardData(
-        base_model=base_model if is_hub_id else None,
+        base_model="/".join(base.split("/")[:2]) if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         tags=["lora", "adapter", "class-conditional"],
@@ -45,7 +48,7 @@ def save_lora(phase: Phase, id2label: Mapping[int, str] | None, base_model: str 
     classes = f" New classes: {', '.join(names)}." if names else ""
     text = (
         f"# A LoRA adapter\n\nRank {phase.inputs.config.lora_rank}, of "
-        f"`{base_model if is_hub_id else Path(base_model or '').name}`.{classes}\n\n```py\n"
+        f"`{base if on_hub else Path(base).name}`.{classes}\n\n```py\n"
         'pipe = ERWPipeline.from_pretrained("BASE")\npipe.load_lora_weights("THIS")\n```\n'
     )
     with folder_written_whole(folder) as written:
