@@ -779,7 +779,7 @@ def check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace, **ra
                 for number in value if isinstance(value, list) else [value]:
                     if not _lies_in(number, ranges[name]):
                         raise ValueError(f"{name} must {_in_words(ranges[name], number)}, got {number!r}")
-            elif name in KEYS and name != "model":  # a script's --model is a pipeline, not a size
+            elif name in KEYS and KEYS[name].metadata["range"] is not None:  # a model's name here may be a size there
                 _check_value(name, value)
     except ValueError as error:
         parser.error(f"--{error}")
