@@ -15,17 +15,21 @@
 
 import contextlib
 import importlib.util
+import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
+import torch.distributed
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
@@ -83,8 +87,111 @@ def train(*flags: str) -> None:
     run_script("train_erw", *PRESET, *flags)
 
 
+class Forked:
+    """A process of `fork_server.py`, with what tests need of `subprocess.Popen`; its output is in files."""
+
+    _server: subprocess.Popen | None = None
+
+    def __init__(
+        self,
+        arguments: Iterable[object],
+        environment: dict[str, str],
+        folder: Path = REPOSITORY,
+        log: Path | None = None,
+    ) -> None:
+        self._files = [tempfile.NamedTemporaryFile() for _ in range(2)]  # which end with this object
+        self.output, self.errors = [Path(log or file.name) for file in self._files]
+        self.returncode: int | None = None
+        self.pid = self._ask(
+            arguments=[str(argument) for argument in arguments], environment=environment, folder=str(folder),
+            output=str(self.output), errors=str(self.errors),
+        )  # fmt: skip
+
+    @classmethod
+    def _ask(cls, **request: object) -> int | None:
+        if cls._server is None:  # the first test that needs it waits for its imports
+            command = [sys.executable, REPOSITORY / "tests" / "fork_server.py"]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            cls._server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        cls._server.stdin.write(json.dumps(request).encode() + b"\n")
+        cls._server.stdin.flush()
+        return json.loads(cls._server.stdout.readline())
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._ask(ended=self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float = HANGS) -> int:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"process {self.pid} still runs; it said {self.stderr[-4000:]}")
+            time.sleep(0.005)
+        return self.returncode
+
+    @property
+    def stdout(self) -> str:
+        return self.output.read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self.errors.read_text()
+
+
+def run_forked(*arguments: object, environment: Mapping[str, str] = {}, folder: Path = REPOSITORY) -> Forked:
+    """What `python *arguments` does, from imports that are done, with variables beside this process' own; waits for its end."""
+    process = Forked(arguments, {**os.environ, "OMP_NUM_THREADS": "1", **environment}, folder)
+    try:
+        process.wait()
+    finally:
+        kill_trees([process])
+    return process
+
+
+@contextlib.contextmanager
+def forked_ranks(processes: int, *arguments: object, environment: Mapping[str, str] = {}) -> Iterator[list[Forked]]:
+    """The processes that a launcher would start on this host; what still runs at the end is killed with its workers."""
+    own = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
+    ranks = []
+    if processes > 1:  # as torch's launcher, which gives them a store to meet in
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        own |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    try:
+        for rank in range(processes):
+            number = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            ranks.append(Forked(arguments, {**own, **number}))
+        yield ranks
+    finally:
+        kill_trees(ranks)
+
+
+def run_ranks(processes: int, *arguments: object, environment: Mapping[str, str] = {}) -> list[Forked]:
+    """Runs a script in several processes at once, from imports that are done, and waits for all."""
+    with forked_ranks(processes, *arguments, environment=environment) as ranks:
+        for rank in ranks:  # one that fails closes its connections, which ends the others
+            rank.wait()
+    return ranks
+
+
+def check_ended(ranks: Iterable[Forked]) -> None:
+    for number, rank in enumerate(ranks):
+        assert rank.returncode == 0, (
+            f"process {number} ended with {rank.returncode}:\n{rank.stdout[-2000:]}\n{rank.stderr[-6000:]}"
+        )
+
+
+TRAINING = ("training/train_erw.py", *PRESET)
+
+
+def launch_training(*flags: str, processes: int = 1) -> None:
+    """Runs the training script in processes of its own."""
+    check_ended(run_ranks(processes, *TRAINING, *flags))
+
+
 def launch_command(
-    flags: Iterable[str], processes: int, script: Iterable[str] = ("training/train_erw.py", *PRESET)
+    flags: Iterable[str], processes: int, script: Iterable[str] = TRAINING
 ) -> tuple[list[str], dict[str, str]]:
     """accelerate's way to N CPU processes is --multi_gpu without a GPU."""
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -93,36 +200,48 @@ def launch_command(
     return [*command, *script, *map(str, flags)], environment
 
 
-def launch_training(*flags: str, processes: int = 1) -> None:
-    """Runs the training script as a user does."""
-    command, environment = launch_command(flags, processes)
-    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=HANGS)
-    if result.returncode != 0:
-        raise AssertionError(f"training failed:\n{result.stdout[-2000:]}\n{result.stderr[-6000:]}")
+# The training script, which waits two steps on for what is to come: a fast one would have ended by then.
+HELD = """
+import runpy, time
+from erw_hf.trainer.step_log import StepLog
+
+add = StepLog.add
+
+def hold(log, *arguments):
+    stopping = add(log, *arguments)
+    for _ in range({seconds} if log.progress.step == {step} + 2 else 0):
+        time.sleep(1)
+    return stopping
+
+StepLog.add = hold
+runpy.run_path("training/train_erw.py", run_name="__main__")
+"""
 
 
 def kill_training_at(step: int, *flags: str, processes: int = 1) -> None:
-    """Starts the training script and ends it with SIGKILL, launcher, workers and all, once it has written a step."""
-    with _training_until(step, flags, processes):
-        pass
+    """Starts the training script and ends it with SIGKILL, processes and workers, once it has written a step."""
+    held = HELD.format(seconds=HANGS, step=step)
+    with forked_ranks(processes, "-c", held, *PRESET, *flags) as ranks:
+        _wait_for_step(step, flags, ranks)
 
 
 def terminate_training_at(step: int, *flags: str, processes: int = 1) -> list[int]:
-    """Starts the training script, sends SIGTERM to its training processes at a step, and returns how they exited."""
-    with _training_until(step, flags, processes) as launcher:
-        children = psutil.Process(launcher.pid).children()
-        if processes == 1:
-            children = children[:1]
-        # The launcher reaps them, and its own status is 0 only if theirs all are.
-        for child in children:
-            child.terminate()
-        launcher.wait(timeout=HANGS)
-        return [launcher.returncode] * len(children)
+    """Starts the training script, sends SIGTERM to its processes at a step, as a launcher does, and returns how they exited."""
+    with forked_ranks(processes, *TRAINING, *flags) as ranks:
+        _wait_for_step(step, flags, ranks)
+        for rank in ranks:
+            os.kill(rank.pid, signal.SIGTERM)
+        return [rank.wait() for rank in ranks]
 
 
 def signal_launcher_at(step: int, signum: int, *flags: str, processes: int = 1) -> int:
-    """Starts the training script, signals its launcher at a step, waits until no process is left, and returns its status."""
-    with _training_until(step, flags, processes) as launcher:
+    """Starts training as a user does, signals its launcher at a step, waits until no process is left, and returns its status."""
+    command, environment = launch_command(flags, processes)
+    launcher = subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        _wait_for_step(step, flags, [launcher])
         tree = psutil.Process(launcher.pid).children(recursive=True)
         try:
             launcher.send_signal(signum)
@@ -134,39 +253,40 @@ def signal_launcher_at(step: int, signum: int, *flags: str, processes: int = 1) 
                 with contextlib.suppress(psutil.NoSuchProcess):
                     orphan.kill()
         return launcher.returncode
+    finally:
+        kill_trees([launcher])
 
 
-@contextlib.contextmanager
-def _training_until(step: int, flags: tuple[str, ...], processes: int) -> Iterator[subprocess.Popen]:
-    command, environment = launch_command(flags, processes)
+def _wait_for_step(step: int, flags: Iterable[str], processes: Iterable[Forked | subprocess.Popen]) -> None:
+    """Until a run that has just been started has written a step."""
     output_dir = next(Path(flag.split("=", 1)[1]) for flag in flags if str(flag).startswith("--output_dir="))
     metrics = output_dir / "metrics.jsonl"
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    # A resumed run first drops the lines after its checkpoint: what an earlier process wrote does not count.
-    before = metrics.read_text() if metrics.exists() else ""
-    try:
-        deadline = time.monotonic() + HANGS
-        while not (metrics.exists() and (text := metrics.read_text()) != before and f'"step": {step},' in text):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(f"training never reached step {step}")
-            time.sleep(0.02)
-        yield process
-    finally:
-        if process.poll() is None:
-            kill_tree(process)
+    wait_until(lambda: metrics.exists() and f'"step": {step},' in metrics.read_text(), *processes)
 
 
-def kill_tree(process: subprocess.Popen) -> None:
-    """Ends a launcher, its processes and their workers with SIGKILL."""
+def wait_until(happened: Callable[[], object], *processes: Forked | subprocess.Popen) -> None:
+    """Waits for what processes that run are to bring about."""
+    deadline = time.monotonic() + HANGS
+    while not happened():
+        assert all(process.poll() is None for process in processes) or happened(), [
+            f"ended with {process.returncode}: {process.stderr}"[-4000:] for process in processes
+        ]
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.02)
+
+
+def kill_trees(processes: Iterable[Forked | subprocess.Popen]) -> None:
+    """Ends processes and what they started with SIGKILL, all at once."""
     # torch's launcher gives each training process a session of its own, so killing the group would miss them.
-    tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in tree:
+    running = [process for process in processes if process.poll() is None]
+    trees = [psutil.Process(process.pid) for process in running]
+    trees += [child for tree in trees for child in tree.children(recursive=True)]
+    for member in trees:
         with contextlib.suppress(psutil.NoSuchProcess):  # it may end by itself meanwhile
             member.kill()
-    process.wait()
-    psutil.wait_procs(tree)
+    for process in running:
+        process.wait()
+    psutil.wait_procs(trees)
 
 
 SHARD_ROWS = 101

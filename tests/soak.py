@@ -30,7 +30,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from helpers import REPOSITORY, kill_tree, launch_command, launch_training
+from helpers import REPOSITORY, kill_trees, launch_command, launch_training
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
@@ -85,7 +85,7 @@ def run_and_kill(flags: list[str], processes: int, moment: str, chance: random.R
             break
         time.sleep(0.005)
     if launcher.poll() is None:
-        kill_tree(launcher)
+        kill_trees([launcher])
     return f"{moment} at step {len(read_metrics(run / 'metrics.jsonl'))}"
 
 

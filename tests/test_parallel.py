@@ -13,14 +13,10 @@
 # limitations under the License.
 """The context- and tensor-parallel plans, on the CPU: diffusers itself asks for an accelerator, which is stubbed."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from diffusers.hooks import tensor_parallel
-from helpers import TINY_MODEL, randomize
+from helpers import TINY_MODEL, check_ended, randomize, run_ranks
 
 from erw_hf import ERWTransformer2DModel
 
@@ -64,12 +60,7 @@ end_process_group()
 
 def test_context_parallel_gives_the_same_velocity(tmp_path):
     (tmp_path / "script.py").write_text(CONTEXT_PARALLEL)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*launch, str(tmp_path / "script.py")], env=environment, capture_output=True, text=True, timeout=1800
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    check_ended(run_ranks(2, tmp_path / "script.py"))
 
 
 @pytest.mark.parametrize("activation_fn", ["gelu-approximate", "swiglu"])

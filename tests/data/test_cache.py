@@ -12,10 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -23,7 +20,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from datasets.arrow_writer import ArrowWriter
 from diffusers import AutoencoderKL
-from helpers import REPOSITORY, run_script, train
+from helpers import check_ended, run_ranks, run_script, train
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 
@@ -34,15 +31,13 @@ from erw_hf.data.latents import encode_moments
 from erw_hf.trainer.run_record import read_metrics
 
 
-def cache(folder, vae_path, *flags, processes=1, check=True):
-    launch = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else ["--cpu"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "--main_process_port", "0"]
-    command += ["training/cache_latents.py", "--dataset_name=digits", "--dataset_split=test", f"--vae={vae_path}"]
-    command += ["--sample_size=8", "--rows_per_file=100", f"--output_dir={folder}", *flags]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1800)
-    assert (result.returncode == 0) == check, result.stderr[-3000:]
-    return result
+def cache(folder, vae_path, *flags, processes=1):
+    flags = ["--dataset_name=digits", "--dataset_split=test", f"--vae={vae_path}", "--sample_size=8",
+             "--rows_per_file=100", f"--output_dir={folder}", *flags]  # fmt: skip
+    if processes > 1:
+        check_ended(run_ranks(processes, "training/cache_latents.py", *flags))
+    else:
+        run_script("cache_latents", *flags)
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +95,8 @@ def test_a_stopped_run_goes_on_and_other_settings_are_refused(cached, vae_path, 
     cache(folder, vae_path)
     assert first.stat().st_mtime_ns == time_of_first  # not written again
     assert others[0].read_bytes() == expected
-    result = cache(folder, vae_path, "--seed=1", check=False)
-    assert "was begun with other settings" in result.stderr
+    with pytest.raises(ValueError, match="was begun with other settings"):
+        cache(folder, vae_path, "--seed=1")
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,10 @@
 """Training on a stream from a Hub that fails: what it survives, and how it ends where it cannot."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
-from helpers import REPOSITORY, launch_command, short_pauses, write_shards
+from helpers import TRAINING, check_ended, run_forked, run_ranks, short_pauses, write_shards
 from loopback_hub import LoopbackHub
 from PIL import Image
 
@@ -41,9 +38,7 @@ def environment(hub, tmp_path):
 
 
 def launch(environment, flags, **variables):
-    command, own = launch_command(flags, processes=2)
-    environment = own | environment | variables
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1800)
+    return run_ranks(2, *TRAINING, *flags, environment=environment | variables)
 
 
 def losses(run):
@@ -53,8 +48,7 @@ def losses(run):
 def test_two_processes_survive_a_failing_hub_with_the_same_losses(hub, environment, tmp_path, tiny_flags):
     """429, 500, 503, a hanging and a cut connection: nothing is lost, repeated or in another order."""
     flags = [*tiny_flags, "--dataset_name=user/greys", "--streaming"]
-    calm = launch(environment, [*flags, f"--output_dir={tmp_path}/calm"])
-    assert calm.returncode == 0, calm.stderr[-4000:]
+    check_ended(launch(environment, [*flags, f"--output_dir={tmp_path}/calm"]))
     parquet = r"/resolve/.*\.parquet"
     faults = [
         hub.fault(parquet, method="GET", status=429, retry_after=1),
@@ -64,8 +58,7 @@ def test_two_processes_survive_a_failing_hub_with_the_same_losses(hub, environme
         hub.fault(parquet, method="GET", cut_after=200, after=8),
         hub.fault(r"/api/datasets/user/greys", status=502),
     ]
-    stormy = launch(environment, [*flags, f"--output_dir={tmp_path}/stormy"], HF_HUB_DOWNLOAD_TIMEOUT="2")
-    assert stormy.returncode == 0, stormy.stderr[-4000:]
+    check_ended(launch(environment, [*flags, f"--output_dir={tmp_path}/stormy"], HF_HUB_DOWNLOAD_TIMEOUT="2"))
     assert all(fault.fired for fault in faults), [fault.fired for fault in faults]
     assert losses(tmp_path / "stormy") == losses(tmp_path / "calm")
 
@@ -77,12 +70,13 @@ def test_a_hub_that_stays_away_ends_all_processes_with_one_message_and_a_checkpo
     flags += ["--warmup_steps=1", "--max_train_steps=60", f"--output_dir={tmp_path}/run", "--train_batch_size=8"]
     # From the third file on: some steps are done by then.
     hub.fault(r"/resolve/.*\.parquet", method="GET", status=500, times=None, after=14)
-    result = launch(environment, flags)
-    assert result.returncode != 0
-    messages = re.findall(r"RuntimeError: rank \d of 2 could not read its data, so all stop .*", result.stderr)
+    ranks = launch(environment, flags)
+    assert all(rank.returncode != 0 for rank in ranks)
+    said = "".join(rank.stderr for rank in ranks)
+    messages = re.findall(r"RuntimeError: rank \d of 2 could not read its data, so all stop .*", said)
     assert len(messages) == 2 and len({re.sub(r"^\[rank\d\]: ", "", message) for message in messages}) == 1
     assert "no data for" in messages[0] and "retried for at most 3 s" in messages[0]
-    assert "--resume_from_checkpoint latest" in result.stderr
+    assert "--resume_from_checkpoint latest" in said
     assert len(losses(tmp_path / "run")) > 0  # it had begun
 
 
@@ -102,10 +96,7 @@ maker = SampleMaker(source, 8, 1, (1, 8, 8), 0, 0.1, False)
 samples = itertools.islice(StreamingSamples(maker, 1, 0), 4)
 print(source.id2label, sorted(int(sample["pixels"][0, 0, 0]) for sample in samples))
 """
-    environment = {**os.environ, **environment}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=1800
-    )
+    result = run_forked("-c", code, environment=environment)
     assert result.stdout == "{0: 'a', 1: 'b'} [0, 1, 2, 3]\n", result.stderr[-3000:]
     assert fault.fired == 8
 
@@ -119,10 +110,7 @@ def test_what_a_folder_on_the_hub_loses_is_said(hub, environment, tmp_path):
         hub.add_repo("datasets", f"user/{repo}", tmp_path / repo)
     code = "from erw_hf.data.source import load_source\n"
     code += "for name in ('user/cars', 'user/cats'): print(load_source(name).num_classes)"
-    environment = {**os.environ, **environment}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=1800
-    )
+    result = run_forked("-c", code, environment=environment)
     assert result.stdout == "0\n0\n", result.stderr[-3000:]
     assert "2 of 3 images of user/cars are in no split and are not read (bus/1.png, car/1.png)" in result.stderr
     assert (
@@ -132,39 +120,26 @@ def test_what_a_folder_on_the_hub_loses_is_said(hub, environment, tmp_path):
 
 def test_a_new_card_leaves_the_data_what_it_was_and_new_files_do_not(hub, environment, tmp_path):
     code = """
-import json, sys
+import json
 from erw_hf.data.identity import data_identity
 from erw_hf.data.source import load_source
-from huggingface_hub import HfFileSystem
-for line in sys.stdin:
-    HfFileSystem().invalidate_cache()  # as if started anew
-    print(json.dumps(data_identity(load_source("user/greys", streaming=True), "user/greys")), flush=True)
+print(json.dumps(data_identity(load_source("user/greys", streaming=True), "user/greys")))
 """
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(
-        command, env={**os.environ, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
 
-        def ask():
-            process.stdin.write("\n")
-            process.stdin.flush()
-            return json.loads(process.stdout.readline())
+    def ask():
+        return json.loads(run_forked("-c", code, environment=environment).stdout)
 
-        before = ask()
-        (tmp_path / "shards" / "README.md").write_text("# A card")
-        hub.add_repo("datasets", "user/greys", tmp_path / "shards")
-        assert ask() == before
-        write_shards(tmp_path / "shards", rows=50)
-        hub.add_repo("datasets", "user/greys", tmp_path / "shards")
-        assert ask()["fingerprint"] != before["fingerprint"]
-        process.stdin.close()
+    before = ask()
+    (tmp_path / "shards" / "README.md").write_text("# A card")
+    hub.add_repo("datasets", "user/greys", tmp_path / "shards")
+    assert ask() == before
+    write_shards(tmp_path / "shards", rows=50)
+    hub.add_repo("datasets", "user/greys", tmp_path / "shards")
+    assert ask()["fingerprint"] != before["fingerprint"]
 
 
 def test_gated_data_says_how_to_get_access(hub, environment, tmp_path):
     hub.add_repo("datasets", "ILSVRC/imagenet-1k", tmp_path / "shards", gated=True)
     code = "from erw_hf.data.source import load_source; load_source('ILSVRC/imagenet-1k', streaming=True)"
-    environment = {**os.environ, **environment}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=1800
-    )
+    result = run_forked("-c", code, environment=environment)
     assert "PermissionError" in result.stderr and "gated" in result.stderr and "hf auth login" in result.stderr

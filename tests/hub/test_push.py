@@ -16,7 +16,6 @@
 import importlib.util
 import json
 import logging
-import os
 import re
 import shutil
 import subprocess
@@ -25,13 +24,26 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from helpers import REPOSITORY, kill_tree, launch_command, launch_training, run_script, short_pauses, train
+from helpers import (
+    REPOSITORY,
+    TRAINING,
+    Forked,
+    check_ended,
+    forked_ranks,
+    launch_training,
+    run_forked,
+    run_script,
+    short_pauses,
+    train,
+    wait_until,
+)
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from loopback_hub import READ_TOKEN, LoopbackHub
@@ -68,9 +80,15 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", environment["HF_HUB_CACHE"])
         monkeypatch.setattr(upload, "RETRY_SECONDS", (0.01,) * 6)
+        monkeypatch.setattr(push, "subprocess", SimpleNamespace(Popen=forked, DEVNULL=subprocess.DEVNULL))
         for name, value in short_pauses(tmp_path / "site", 100).items():
             monkeypatch.setenv(name, value)
         yield hub
+
+
+def forked(command, stdin, stdout, stderr, env):
+    """As `subprocess.Popen` for a push in the background, whose imports are done."""
+    return Forked(command[1:], env, log=Path(stdout.name))
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +105,7 @@ def run(finished, tmp_path):
 
 
 def push_command(*arguments):
-    command = [sys.executable, "-m", "erw_hf.hub.push", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    return run_forked("-m", "erw_hf.hub.push", *arguments)
 
 
 def titles(hub, repo_id="user/m", kind="models"):
@@ -138,14 +155,8 @@ def test_faults_a_kill_and_the_command_that_finishes_the_push(hub, tmp_path, tin
         hub.fault("/commit/", hang=600, status=500),
     ]
     flags = (*tiny_flags, f"--output_dir={folder}", "--push_to_hub", "--hub_model_id=m")
-    command, environment = launch_command(flags, processes=1)
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 1800
-    while faults[-1].fired == 0 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    kill_tree(process)  # the process that pushes is one of its descendants
+    with forked_ranks(1, *TRAINING, *flags) as (process,):  # killed at the end, with the process that it pushes in
+        wait_until(lambda: faults[-1].fired, process)
     assert [fault.fired for fault in faults] == [1] * len(faults), (folder / "push.log").read_text()
     assert titles(hub) == ["initial commit"]  # a push is one commit: nothing of it shows
 
@@ -158,7 +169,7 @@ def test_faults_a_kill_and_the_command_that_finishes_the_push(hub, tmp_path, tin
     assert {"README.md", "config.yaml", "metrics.jsonl", "loss_curve.png", "grid.png", "pipeline.py"} <= set(files)
     assert files["grid.png"] == (folder / "grid.png").read_bytes()
     assert not {"push_to_hub", "output_dir", "overwrite_output_dir"} & set(yaml.safe_load(files["config.yaml"]))
-    subprocess.run([sys.executable, "-c", SAME_IMAGES, "user/m", folder / "pipeline"], check=True, timeout=1800)
+    check_ended([run_forked("-c", SAME_IMAGES, "user/m", folder / "pipeline")])
 
 
 def losses(folder):
@@ -199,8 +210,7 @@ def test_snapshots_hold_the_ema_and_the_checkpoint_of_their_step(hub, tmp_path, 
 def test_a_server_that_falls_silent_is_left(hub, run):
     hub.fault("/commit/", hang=600)
     code = "from erw_hf.hub import push, upload; upload.SILENCE_SECONDS = 0.5; push.main()"
-    command = [sys.executable, "-c", code, str(run), "--hub_model_id=user/m"]
-    subprocess.run(command, check=True, timeout=1800)
+    check_ended([run_forked("-c", code, run, "--hub_model_id=user/m")])
     assert titles(hub) == ["Step 7", "initial commit"]
 
 
@@ -252,9 +262,7 @@ def test_of_several_snapshots_the_newest_is_pushed(hub, run):
     write_pipeline = partial(push.link_folder, run / "pipeline")
     push_config(run, hub_model_id="user/m")
     background.submit(5, write_pipeline, None)
-    deadline = time.monotonic() + 1800
-    while hanging.fired == 0 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: hanging.fired)
     started = time.monotonic()
     background.submit(6, write_pipeline, None)
     background.submit(7, write_pipeline, None)
@@ -271,9 +279,7 @@ def test_the_last_snapshot_is_tried_though_the_one_before_failed(hub, run):
     refused = hub.fault("/commit/", hang=600, status=403)
     background = push.BackgroundPush(run, resume_step=7)
     background.submit(5, partial(push.link_folder, run / "pipeline"), None)
-    deadline = time.monotonic() + 1800
-    while refused.fired == 0 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: refused.fired)
     background.submit(7, partial(push.link_folder, run / "pipeline"), None)
     refused.released.set()
     assert background.wait() and titles(hub) == ["Step 7", "initial commit"]
@@ -282,16 +288,14 @@ def test_the_last_snapshot_is_tried_though_the_one_before_failed(hub, run):
 
 def test_two_pushes_of_a_run_follow_each_other(hub, run):
     hanging = hub.fault("/commit/", hang=600)
-    command = [sys.executable, "-m", "erw_hf.hub.push", str(run), "--hub_model_id=user/m"]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 1800
-    while hanging.fired == 0 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert "waiting for another push" in second.stdout.readline()
-    hanging.released.set()
-    assert [process.wait(timeout=1800) for process in (first, second)] == [0, 0]
-    assert "pushed step 7" in second.stdout.read() and titles(hub) == ["Step 7", "initial commit"]
+    command = ["-m", "erw_hf.hub.push", run, "--hub_model_id=user/m"]
+    with forked_ranks(1, *command) as (first,):
+        wait_until(lambda: hanging.fired, first)
+        with forked_ranks(1, *command) as (second,):
+            wait_until(lambda: "waiting for another push" in second.stdout, second)
+            hanging.released.set()
+            assert [process.wait() for process in (first, second)] == [0, 0]
+            assert "pushed step 7" in second.stdout and titles(hub) == ["Step 7", "initial commit"]
 
 
 def test_what_ends_a_push_is_said_in_a_line(hub, run):
@@ -389,9 +393,8 @@ def test_an_evaluation_is_pushed_with_the_weights_that_it_measured_and_no_others
 def test_the_same_through_xet(run, tmp_path):
     with LoopbackHub(xet_dir=tmp_path / "xet") as hub:
         hub.fault("/commit/", status=500)
-        environment = {**os.environ, **hub.environment(tmp_path / "home")}
-        command = [sys.executable, "-m", "erw_hf.hub.push", str(run), "--hub_model_id=user/m"]
-        subprocess.run(command, check=True, timeout=1800, env=environment)
+        environment = hub.environment(tmp_path / "home")
+        check_ended([run_forked("-m", "erw_hf.hub.push", run, "--hub_model_id=user/m", environment=environment)])
         name = "transformer/diffusion_pytorch_model.safetensors"
         assert hub.files("models", "user/m")[name] == (run / "pipeline" / name).read_bytes()
         assert hub.count("xet-write-token") > 0 and hub.count("/lfs/") == 0

@@ -14,7 +14,6 @@
 """FSDP2 trains what DistributedDataParallel trains, and accelerate reads the files that set the engines up."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -25,7 +24,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.commands.config.config_args import load_config_from_file
-from helpers import PRESET, REPOSITORY, TINY_MODEL, launch_training, randomize
+from helpers import REPOSITORY, TINY_MODEL, TRAINING, check_ended, launch_training, randomize, run_ranks
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,16 +43,8 @@ def weights(run):
     return load_file(run / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
-def launch_two(*script):
-    """Two processes by torch's launcher: accelerate's knows FSDP for GPUs alone."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-5000:]
-
-
 def launch_fsdp2(*flags):
-    launch_two("tests/fsdp2_on_cpu.py", "training/train_erw.py", *PRESET, *flags)
+    check_ended(run_ranks(2, "tests/fsdp2_on_cpu.py", *TRAINING, *flags))
 
 
 def test_fsdp2_trains_like_ddp_and_resumes(tmp_path, tiny_flags):
@@ -106,7 +97,7 @@ def test_the_engines_train_alike_in_bf16_and_leave_no_thread(tmp_path):
     """Exact times, gradients added up in float32, one patience; at the end no thread of gloo, which could abort."""
     results = {}
     for engine in ((), ("tests/fsdp2_on_cpu.py",)):
-        launch_two(*engine, "tests/engine_steps.py", str(tmp_path / "result.json"))
+        check_ended(run_ranks(2, *engine, "tests/engine_steps.py", tmp_path / "result.json"))
         result = json.loads((tmp_path / "result.json").read_text())
         results[result.pop("engine")] = result
     ddp, fsdp2 = results["DistributedType.MULTI_CPU"], results["DistributedType.FSDP"]

@@ -28,10 +28,10 @@ import pytest
 import torch
 import yaml
 from helpers import (
-    REPOSITORY,
+    TRAINING,
     kill_training_at,
-    launch_command,
     launch_training,
+    run_forked,
     signal_launcher_at,
     terminate_training_at,
     train,
@@ -181,11 +181,11 @@ def test_no_file_of_a_checkpoint_can_execute_code(tmp_path, uninterrupted, file)
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize(("processes", "kill_after"), [(1, 150), (2, 45)])
+@pytest.mark.parametrize(("processes", "kill_after"), [(1, 14), (2, 5)])
 def test_killed_and_resumed_is_bitwise_the_uninterrupted_one(tmp_path, tiny_flags, processes, kill_after):
-    """kill -9 to launcher, processes and loader workers, of one process in full training, of two in the warmup."""
-    flags = [*tiny_flags, "--dataloader_num_workers=2", "--warmup_steps=100", "--max_train_steps=200"]
-    flags += ["--checkpoints_total_limit=2", "--checkpointing_steps=20", "--train_batch_size=2"]
+    """kill -9 to processes and loader workers, of one process in full training, of two in the warmup."""
+    flags = [*tiny_flags, "--dataloader_num_workers=2", "--warmup_steps=8", "--max_train_steps=20"]
+    flags += ["--checkpoints_total_limit=2", "--checkpointing_steps=3", "--train_batch_size=2"]
     launch_training(*flags, f"--output_dir={tmp_path}/whole", processes=processes)
     resume = [*flags, f"--output_dir={tmp_path}/cut", "--resume_from_checkpoint=latest"]
     kill_training_at(kill_after, *resume, processes=processes)
@@ -204,10 +204,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_usable(tmp_path, tiny_flags, uni
         shutil.rmtree(run / f"checkpoint-{step}")
     shutil.rmtree(run / "pipeline")
     resume = [*flags, f"--output_dir={run}", "--resume_from_checkpoint=latest"]
-    command, environment = launch_command(tuple(resume), processes=1)
     # No file may grow beyond 16 kB: metrics.jsonl stays below, a checkpoint's files do not.
-    limited = ["prlimit", "--fsize=16384", *command]
-    result = subprocess.run(limited, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1800)
+    limited = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384))"
+    limited += f"; runpy.run_path('{TRAINING[0]}', run_name='__main__')"
+    result = run_forked("-c", limited, *TRAINING[1:], *resume, environment={"ACCELERATE_USE_CPU": "true"})
     assert result.returncode != 0
     assert "checkpoint-5 could not be written" in result.stderr and "Make room" in result.stderr
     assert sorted(path.name for path in run.glob("*checkpoint*")) == [f"checkpoint-{step}" for step in range(1, 5)]
