@@ -35,6 +35,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core, so one thread
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
+# The files that take longest, by name: they begin first, so that at the end no worker waits for another.
+LONGEST = (
+    "test_training.py", "test_push.py", "test_evaluation.py", "test_speed.py", "test_digits.py", "test_engines.py",
+    "test_hub_streaming.py", "test_space.py", "test_convergence.py", "test_benchmarks.py", "test_quality.py",
+)  # fmt: skip
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist's own order is by the number of tests
+
+
+def pytest_collection_modifyitems(items):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture
 def transformer():

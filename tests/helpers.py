@@ -236,25 +236,22 @@ def terminate_training_at(step: int, *flags: str, processes: int = 1) -> list[in
 
 def signal_launcher_at(step: int, signum: int, *flags: str, processes: int = 1) -> int:
     """Starts training as a user does, signals its launcher at a step, waits until no process is left, and returns its status."""
-    command, environment = launch_command(flags, processes)
-    launcher = subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    (_, *command), environment = launch_command(flags, processes)
+    launcher = Forked(command, environment)  # the processes that it starts import everything themselves
+    tree = []
     try:
         _wait_for_step(step, flags, [launcher])
         tree = psutil.Process(launcher.pid).children(recursive=True)
-        try:
-            launcher.send_signal(signum)
-            launcher.wait()
-            _, alive = psutil.wait_procs(tree, timeout=HANGS)
-            assert not alive, f"{len(alive)} processes outlived their launcher"
-        finally:
-            for orphan in tree:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    orphan.kill()
+        os.kill(launcher.pid, signum)
+        launcher.wait()
+        _, alive = psutil.wait_procs(tree, timeout=HANGS)
+        assert not alive, f"{len(alive)} processes outlived their launcher"
         return launcher.returncode
     finally:
         kill_trees([launcher])
+        for orphan in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                orphan.kill()
 
 
 def _wait_for_step(step: int, flags: Iterable[str], processes: Iterable[Forked | subprocess.Popen]) -> None:

@@ -234,11 +234,16 @@ def test_sigterm_saves_a_checkpoint_and_exits_with_status_0(tmp_path, tiny_flags
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_to_the_launcher_leaves_a_checkpoint_and_no_orphan(tmp_path, tiny_flags, processes):
-    flags = [*tiny_flags, "--max_train_steps=100000", "--checkpointing_steps=100000", f"--output_dir={tmp_path}/run"]
-    status = signal_launcher_at(5, signal.SIGTERM, *flags, processes=processes)
+    """Also that processes of interpreters of their own, whose sets have another order, agree on the samples."""
+    flags = [*tiny_flags, "--lr_scheduler=constant", "--checkpointing_steps=100000"]
+    own = ["--max_train_steps=100000", f"--output_dir={tmp_path}/run"]
+    status = signal_launcher_at(5, signal.SIGTERM, *flags, *own, processes=processes)
     assert status == (-signal.SIGTERM if processes == 1 else 1)  # the launchers' own, as the guide says
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
     assert last > 3 and (tmp_path / "run" / f"checkpoint-{last}").is_dir()
+    train(*flags, "--max_train_steps=5", f"--train_batch_size={4 * processes}", f"--output_dir={tmp_path}/one")
+    found, expected = ([entry[2] for entry in losses(tmp_path / name)[:5]] for name in ("run", "one"))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_two_processes_see_the_samples_of_one(tmp_path, tiny_flags):
