@@ -17,12 +17,11 @@ independent of diffusers and of our model, with the published tensor names."""
 import argparse
 import math
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import run_forked
 from safetensors.torch import load_file
 
 from erw_hf import ERWTransformer2DModel
@@ -446,9 +445,9 @@ class Hostile:
 def test_command_writes_model_and_projectors(tmp_path):
     state = state_dict(projectors=1)
     torch.save({"ema": state, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "last.pt")
-    command = [sys.executable, "-m", "erw_hf.hub.convert", "--checkpoint", "last.pt", "--output_dir", "out"]
+    command = ["-m", "erw_hf.hub.convert", "--checkpoint", "last.pt", "--output_dir", "out"]
     command += ["--architecture", '{"num_attention_heads": 2}']
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
+    result = run_forked(*command, folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "dropped on purpose: pos_embed" in result.stdout
     x, t, labels = inputs()

@@ -16,17 +16,14 @@
 import argparse
 import importlib
 import importlib.util
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
-from helpers import REPOSITORY, TINY_MODEL, run_script
+from helpers import REPOSITORY, TINY_MODEL, run_forked, run_script
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 from erw_hf.trainer.config import TrainingConfig, given_values, parse_config
@@ -338,10 +335,10 @@ def test_the_new_alignment_loss_trains(tmp_path, tiny_flags):
             assert path.read_text().count(old) == 1, f"{name} has no longer what the tutorial changes:\n{old}"
             path.write_text(path.read_text().replace(old, new))
     (tmp_path / "pipelines").symlink_to(REPOSITORY / "pipelines")
-    command = [sys.executable, "training/train_erw.py", "--config=training/configs/digits.yaml", *tiny_flags]
+    command = ["training/train_erw.py", "--config=training/configs/digits.yaml", *tiny_flags]
     command += ["--alignment_loss=margin", "--warmup_steps=1", "--max_train_steps=2", f"--output_dir={tmp_path}/run"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src"), "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
+    environment = {"PYTHONPATH": str(tmp_path / "src"), "ACCELERATE_USE_CPU": "true"}
+    result = run_forked(*command, environment=environment, folder=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "alignment_loss: margin" in (tmp_path / "run" / "config.yaml").read_text()
 

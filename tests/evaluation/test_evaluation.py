@@ -169,11 +169,7 @@ def test_a_folder_that_another_evaluation_writes_to_is_refused(tmp_path):
     lock = RunLock(tmp_path)
     lock.acquire()
     flags = [f"--output_dir={tmp_path}", "--images=digits", "--split=test", *DIGITS, "--metrics=fid"]
-    code = "import runpy; runpy.run_path('training/evaluate.py', run_name='__main__')"
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(
-        [sys.executable, "-c", code, *flags], cwd=REPOSITORY, env=environment, capture_output=True, text=True
-    )
+    result = run_forked("training/evaluate.py", *flags, environment={"ACCELERATE_USE_CPU": "true"})
     lock.release()
     assert result.returncode != 0 and "belongs to a run that is still going" in result.stderr
     assert list(tmp_path.iterdir()) == []

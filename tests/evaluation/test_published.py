@@ -14,14 +14,11 @@
 """Published checkpoints: the table, and a stand-in that is fetched from a loopback Hub, converted, drawn and compared."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import REPOSITORY, run_script
+from helpers import REPOSITORY, run_forked, run_script
 from loopback_hub import LoopbackHub
 from test_convert import state_dict
 
@@ -99,11 +96,10 @@ def test_a_stand_in_is_fetched_converted_drawn_and_set_beside_its_number(tmp_pat
         for name, folder in (("tiny", tmp_path / "tiny"), ("statistics", tmp_path / "statistics"), ("vae", vae_path)):
             hub.add_repo("models", f"user/{name}", folder)
         flags = ["--verify=tiny", f"--reference={tmp_path}/r.npz", "--metrics=fid", "--seed=3", "--num_samples=5"]
-        result = subprocess.run(
-            [sys.executable, "-c", TINY, json.dumps(entry), *flags, f"--output_dir={tmp_path}/out"], cwd=REPOSITORY,
-            env={**os.environ, **hub.environment(tmp_path / "home"), "ACCELERATE_USE_CPU": "true"}, capture_output=True,
-            text=True, timeout=600,
-        )  # fmt: skip
+        environment = hub.environment(tmp_path / "home") | {"ACCELERATE_USE_CPU": "true"}
+        result = run_forked(
+            "-c", TINY, json.dumps(entry), *flags, f"--output_dir={tmp_path}/out", environment=environment
+        )
     assert result.returncode == 0, result.stderr[-3000:]
     record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert record["model"]["scheduler"]["class"] == "FlowMatchEulerDiscreteScheduler"
