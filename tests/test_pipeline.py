@@ -33,7 +33,7 @@ from diffusers import (
     TaylorSeerCacheConfig,
     UniPCMultistepScheduler,
 )
-from helpers import TINY_MODEL, randomize
+from helpers import HANGS, TINY_MODEL, randomize
 from test_scheduler import reference_sde
 
 from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler, FlowMatchHeunScheduler
@@ -426,7 +426,7 @@ def draw_in_threads(pipe, settings, seen=None):
     def work(label, steps, scale):
         def callback(_, step, timestep, kwargs):
             if step == 0:
-                barrier.wait(timeout=60)
+                barrier.wait(timeout=HANGS)
             if seen is not None:
                 seen[label].add((pipe.guidance_scale, pipe.num_timesteps, len(pipe.scheduler.timesteps)))
 
@@ -505,7 +505,7 @@ def test_interrupt_from_a_callback_ends_its_own_call_alone(pipe, through):
 
     def work(label):
         def callback(given, step, timestep, kwargs):
-            barrier.wait(timeout=60) if step < 2 else None
+            barrier.wait(timeout=HANGS) if step < 2 else None
             steps[label].append(step)
             if label == 1 and step == 1:
                 (given if through == "argument" else pipe)._interrupt = True

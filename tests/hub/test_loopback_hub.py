@@ -19,6 +19,7 @@ import sys
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
+from helpers import HANGS
 from loopback_hub import READ_TOKEN, LoopbackHub
 from PIL import Image as PILImage
 
@@ -32,7 +33,7 @@ def hub():
 def python(hub, home, code, *arguments, token="hf_loopback"):
     environment = {**os.environ, **hub.environment(home, token)}
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 

@@ -505,7 +505,7 @@ def test_an_earlier_run_is_not_overwritten_silently(finished_run, tiny_flags):
 def test_a_second_start_on_a_live_run_ends_before_it_touches_anything(tmp_path, tiny_flags, finished_run, flags):
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     owner = "import sys, time, pathlib; from erw_hf.trainer.run_lock import RunLock"
-    owner += "; RunLock(pathlib.Path(sys.argv[1])).acquire(); print('owned', flush=True); time.sleep(60)"
+    owner += "; RunLock(pathlib.Path(sys.argv[1])).acquire(); print('owned', flush=True); time.sleep(3600)"
     process = subprocess.Popen([sys.executable, "-c", owner, run], stdout=subprocess.PIPE)
     try:
         assert process.stdout.readline() == b"owned\n"
