@@ -20,6 +20,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers import REPOSITORY, run_script
 from sklearn.linear_model import LogisticRegression
 
@@ -113,6 +114,15 @@ def test_command_on_the_shipped_pipeline(tmp_path, capsys):
     assert max(clean["accuracy"]) > 0.85 and max(noised["cknna"]) > 0.15
     assert (tmp_path / "probe.png").stat().st_size > 10_000
     assert "cknna" in capsys.readouterr().out
+
+
+def test_ranks_other_than_the_main_one_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    run_script(
+        "probe", f"--output_dir={tmp_path}/out", f"--model={REPOSITORY}/pipelines/erw-digits", "--num_images=12",
+        "--dataset_name=digits", "--test_split=test",
+    )  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

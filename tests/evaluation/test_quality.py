@@ -37,7 +37,13 @@ from erw_hf.evaluation.extractors import (
 )
 from erw_hf.evaluation.feature_statistics import Features, FeatureStatistics, extract_features
 from erw_hf.evaluation.images import ImageSet, NpzWriter, dataset_images, npz_images, take
-from erw_hf.evaluation.metrics import frechet_estimate, inception_score, mind_estimate, standard_error
+from erw_hf.evaluation.metrics import (
+    frechet_estimate,
+    inception_score,
+    mind_estimate,
+    precision_recall,
+    standard_error,
+)
 from erw_hf.evaluation.quality import (
     Reference,
     available_metrics,
@@ -579,6 +585,15 @@ def test_few_samples_have_no_error_that_is_not_a_number(count, tmp_path):
         assert ("fid" in found.bias) == (count > 3)
 
 
+def test_a_collapsed_model_is_precise_and_recalls_nothing():
+    """The other way round in torch-fidelity before 0.4 (toshas/torch-fidelity#58)."""
+    real = draw(1, 500)
+    precision, recall = precision_recall(
+        real[:1] + 1e-3 * torch.randn(400, 48, generator=torch.Generator().manual_seed(0)), real
+    )
+    assert precision == 1 and recall < 0.01
+
+
 @pytest.mark.parametrize("collapsed", ["samples", "reference", "both"])
 def test_images_that_are_all_alike_have_finite_numbers(collapsed, tmp_path):
     rng = np.random.default_rng(0)
@@ -600,6 +615,27 @@ def test_images_that_are_all_alike_have_finite_numbers(collapsed, tmp_path):
             0,
             1,
         )
+
+
+def test_networks_run_in_full_float32_and_share_resized_images(pixels, tmp_path):
+    seen = []
+
+    def forward(images):
+        seen.append((torch.get_float32_matmul_precision(), images.dtype, images.shape[-1], images.data_ptr()))
+        return {"pool": images.float().mean((2, 3))}
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        network = type("Network", (), {"__call__": lambda self, images: forward(images)})
+        networks = [network() for _ in range(4)]
+        for one, size in zip(networks, (None, 12, 12, 16), strict=True):
+            one.size = size
+        extract_features(images_of(pixels[:4]), networks, process(), tmp_path, 4)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert [(precision, size) for precision, _, size, _ in seen] == [("highest", size) for size in (8, 12, 12, 16)]
+    assert seen[0][1] == torch.uint8 and seen[1][1] == torch.float32 and seen[1][3] == seen[2][3]
 
 
 def test_features_that_are_not_finite_are_named(pixels, tmp_path):

@@ -173,13 +173,18 @@ def _layers(extractors: Sequence[torch.nn.Module], pixels: torch.Tensor) -> dict
     layers: dict[str, torch.Tensor] = {}
     resized: dict[int, torch.Tensor] = {}  # once for all networks of a size, which takes longer than a small network
     pixels = pixels.contiguous()  # other strides round differently
-    # TF32, cuDNN's default, rounds features to 10 bits.
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for extractor in extractors:
-            size = getattr(extractor, "size", None)  # Inception resizes inside its graph
-            if size is not None and size not in resized:
-                resized[size] = resize(pixels, size)
-            layers |= extractor(pixels if size is None else resized[size])
+    # TF32 rounds features to 10 bits: cuDNN's default, and that of all products in NVIDIA's containers.
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            for extractor in extractors:
+                size = getattr(extractor, "size", None)  # Inception resizes inside its graph
+                if size is not None and size not in resized:
+                    resized[size] = resize(pixels, size)
+                layers |= extractor(pixels if size is None else resized[size])
+    finally:
+        torch.set_float32_matmul_precision(precision)
     return {layer: features.float().cpu() for layer, features in layers.items()}
 
 
