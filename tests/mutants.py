@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 
 
 REPOSITORY = Path(__file__).parent.parent
-TIME_LIMIT = 180  # seconds for the tests of a mutant
+TIME_LIMIT = 600  # seconds for the tests of a mutant
 WANTED = 0.9
 
 # Imported once, before the first fork; none of them imports erw_hf.

@@ -48,14 +48,8 @@ def may_be_hub_id(name: str) -> bool:
 
 
 def names_hub_file(name: str) -> bool:
-    """
-    Args:
-        name (`str`): A Hub id or a path.
-
-    Returns:
-        `bool`: Whether it is a folder or file in a Hub repo, `owner/repo/folder`, and the first word is not a folder here, nor one
-        where runs usually go.
-    """
+    """Whether a name is a folder or file in a Hub repo, `owner/repo/folder`, and its first word is not a folder here, nor one
+    where runs usually go."""
     is_deep = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+){2,}", name) is not None
     return is_deep and name.split("/")[0] not in ("outputs", "runs") and not os.path.isdir(name.split("/")[0])
 
