@@ -87,8 +87,12 @@ def vae_path(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_flags(encoder_path) -> list[str]:
-    """Flags that make a run of the digits preset take seconds."""
+    """Flags that make a run of the digits preset take seconds, with a rate and times that do not move with it."""
     values = {
+        "warmup_noised": "false",
+        "timestep_distribution": "uniform",
+        "timestep_shift": 1.5,
+        "learning_rate": 1e-3,
         "encoder": encoder_path,
         "sample_size": 8,
         "patch_size": 2,
