@@ -245,7 +245,13 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         """
         if not is_peft_available():
             raise ImportError("LoRA adapters need peft: pip install peft")
-        name = kwargs.get("weight_name") or pretrained_model_name_or_path_or_dict
+        if adapter_name is not None and (not adapter_name or "." in adapter_name):
+            raise ValueError(f"adapter_name={adapter_name!r} must be a name without a dot")
+        where = pretrained_model_name_or_path_or_dict
+        is_id = isinstance(where, dict) or re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(where))
+        if not is_id and not os.path.exists(where):
+            raise ValueError(f"there is no adapter {where}: name a folder, a safetensors file or a Hub repo")
+        name = kwargs.get("weight_name") or where
         is_file = not isinstance(name, dict) and (kwargs.get("weight_name") or os.path.isfile(name))
         if is_file and not str(name).endswith(".safetensors"):
             raise ValueError(

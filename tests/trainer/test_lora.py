@@ -192,6 +192,10 @@ def test_pickles_damaged_files_and_a_missing_peft_are_refused(run, tmp_path, mon
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="cannot be read"):
         make_base().load_lora_weights(tmp_path)
+    with pytest.raises(ValueError, match="there is no adapter"):
+        make_base().load_lora_weights(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="without a dot"):
+        make_base().load_lora_weights(run / "lora", adapter_name="v1.0")
     monkeypatch.setattr("erw_hf.pipeline_erw.is_peft_available", lambda: False)
     with pytest.raises(ImportError, match="pip install peft"):
         make_base().load_lora_weights(run / "lora")
