@@ -81,6 +81,7 @@ class Study:
     budget: float
     table: dict  # of read_table
     stop_at: float = float("inf")  # on time.monotonic's clock
+    device: str = "cpu"
 
     @property
     def base(self) -> Path:
@@ -93,7 +94,9 @@ class Study:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--data", default="digits", choices=("digits", "glyphs", "emoji"), help="the recipe to run")
+    recipes = ("digits", "digits-s2", "glyphs", "emoji")
+    parser.add_argument("--data", default="digits", choices=recipes, help="the recipe to run")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--arms", nargs="+", default=[], help="names of the recipe's arms")
     parser.add_argument("--seeds", type=int, default=0, help="run the reported seeds 0 to N - 1")
     parser.add_argument(
@@ -128,6 +131,7 @@ def main(arguments: list[str] | None = None) -> bool:
         args.results.resolve(),
         float(args.budget or table["budget"]),
         table,
+        device=args.device,
     )
     finished = True
     if not args.report_only:
@@ -236,7 +240,9 @@ def run_arm(study: Study, name: str, arm: dict, seed: int) -> None:
             "budget": study.budget,
             "command": f"python benchmarks/convergence.py --data {study.data} --arms {chosen or name} --budget {study.budget:g} "
             + (f"--choosing {seed - FIRST_CHOOSING_SEED + 1}" if is_choosing(seed) else f"--seeds {seed + 1}"),
-            "training_command": "OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true python "
+            "training_command": "OMP_NUM_THREADS=1 "
+            + "ACCELERATE_USE_CPU=true " * (study.device == "cpu")
+            + "python "
             + " ".join(script)
             .replace(f"{study.runs}/", f"outputs/convergence/{study.data}/")
             .replace(f"{REPOSITORY}/", ""),
@@ -451,7 +457,9 @@ def run_script(study: Study, command: list[str], log: str) -> None:
     """A script of training/ in a process of one thread, until it ends or the time is over."""
     if time.monotonic() > study.stop_at:
         raise OutOfTime
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | (
+        {"ACCELERATE_USE_CPU": "true"} if study.device == "cpu" else {}
+    )
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as file:
         process = subprocess.Popen(
