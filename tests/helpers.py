@@ -36,6 +36,9 @@ from PIL import Image as PILImage
 
 REPOSITORY = Path(__file__).parent.parent
 
+# What the fork server starts with, whatever the test sets that needs it first.
+BEFORE_TESTS = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
 HANGS = 1800  # seconds after which a test gives up on what never ends; far more than any machine needs
 
 TINY_MODEL = {
@@ -111,8 +114,7 @@ class Forked:
     def _ask(cls, **request: object) -> int | None:
         if cls._server is None:  # the first test that needs it waits for its imports
             command = [sys.executable, REPOSITORY / "tests" / "fork_server.py"]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            cls._server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            cls._server = subprocess.Popen(command, env=BEFORE_TESTS, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         cls._server.stdin.write(json.dumps(request).encode() + b"\n")
         cls._server.stdin.flush()
         return json.loads(cls._server.stdout.readline())
