@@ -13,22 +13,25 @@
 # limitations under the License.
 """A process that has imported what scripts import and forks for each that is to run: milliseconds, where imports take ten seconds.
 
-    python tests/fork_server.py  # helpers.start_script talks to it
+    python tests/fork_server.py  # helpers.Forked talks to it
 
 It reads requests as lines of JSON from stdin and answers with a line on stdout: the process id of a script that it started, or
 the exit status of one (null while it runs). It has one thread, and nothing of this repository: what is under test is imported
 by the script itself. It ends with its stdin.
 """
 
+import ctypes
 import gc
 import importlib
 import json
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
 
+PR_SET_PDEATHSIG = 1
 HEAVY = (
     "accelerate datasets diffusers jinja2 matplotlib.pyplot peft scipy.stats sklearn.datasets tensorboard torch._dynamo "
     "torch.distributed.fsdp torch.utils.tensorboard torchdata.stateful_dataloader torchvision transformers"
@@ -74,6 +77,8 @@ def main() -> dict:
 def become(arguments: list[str], environment: dict[str, str], folder: str, output: str, errors: str) -> None:
     """Makes this process what `python *arguments` would have started as."""
     os.setsid()
+    if sys.platform == "linux":  # it ends with this server, and so with the tests, however they end
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for fd, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, os.O_WRONLY), (2, errors, os.O_WRONLY)):
         os.dup2(os.open(path, flags | os.O_APPEND), fd)
     os.chdir(folder)
