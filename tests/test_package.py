@@ -142,6 +142,7 @@ def test_the_maths_knows_no_files(name):
                 "encoders",
                 "files",
                 "flow",
+                "names",
                 "pipeline_erw",
                 "processes",
                 "provenance",
