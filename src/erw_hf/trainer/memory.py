@@ -34,13 +34,10 @@ KEPT_COMPILED = {
     4: (14, 12),
     3: (10, 10),
 }
-# Four tensors of the 128 channels that Stable Diffusion's autoencoder has at the images' own size, in float32.
-KEPT_LORA = {
-    10: (26.5, 31),
-    7: (20.5, 25),
-    5: (10.5, 12.5),
-}  # of layers whose weights are frozen, no inputs for gradients
+# The same of layers whose weights are frozen: no inputs are kept for their gradients.
+KEPT_LORA = {10: (26.5, 31), 7: (20.5, 25), 5: (10.5, 12.5)}
 REST = 10  # bytes for each token and channel outside the blocks, as counted
+# Four tensors of the 128 channels that Stable Diffusion's autoencoder has at the images' own size, in float32.
 BYTES_OF_PIXEL = 4 * 128 * 4
 CONTEXT = 0.8 * GIB  # CUDA's own, cuBLAS's and cuDNN's workspaces: an assumption, not measured
 
