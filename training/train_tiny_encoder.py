@@ -96,7 +96,7 @@ def main() -> None:
     groups = views_of(train_names) if args.pairs else torch.arange(len(train))[:, None]
     has_concepts = (Path(args.dataset_name) / "concepts.json").is_file()
 
-    backbone = build_backbone(args)
+    backbone = build_backbone(args).to(memory_format=torch.channels_last)  # convolutions take 0.6 of the time
     targets = Targets(args, train_names)
     with torch.no_grad():
         targets.build_heads(backbone, train[:1] / 255)
