@@ -492,7 +492,7 @@ def measurements(folder: Path, before: list[Path]) -> dict:
             shown = ("phase", "loss", "velocity", "alignment", "lambda", "grad_norm")
             lines.append(by_step[line["step"]] | {name: line[name] for name in shown if line.get(name) is not None})
     points = [
-        by_step[line["step"]] | {name: line[name] for name in ("fid", "accuracy")}
+        by_step[line["step"]] | {name: line[name] for name in ("fid", "accuracy") if name in line}
         for line in read_metrics(folder / "evaluations.jsonl")
         if "fid" in line
     ]

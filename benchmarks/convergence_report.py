@@ -434,8 +434,10 @@ def arms_table(records: Sequence[Record], arms: Sequence[str], definitions: dict
         runs = [r for r in records if r["arm"] == arm]
         ends = [r["points"][-1] for r in runs]
         changes = f"is {runs[0]['chosen']}" if "chosen" in runs[0] else describe(arm, definitions)
+        # Where the network of the metric reads other classes than the data's, none is found.
+        found = spread([e["accuracy"] for e in ends], 3) if "accuracy" in ends[0] else ""
         lines.append(
-            f"| {arm} | {changes} | {spread([e['fid'] for e in ends])} | {spread([e['accuracy'] for e in ends], 3)} | "
+            f"| {arm} | {changes} | {spread([e['fid'] for e in ends])} | {found} | "
             f"{ends[0]['step']} | {statistics.mean(e['seconds'] for e in ends):.0f} | {len(runs)} |"
         )
     return [*lines, "", "`steps` counts warmup and full steps, `seconds` training only.", ""]

@@ -226,10 +226,7 @@ def test_a_record_says_what_its_teacher_knows(recipes, tmp_path):
 def record(arm, seed, *quality, budget=100.0):
     """A run that was measured at equal distances, the last time at the end of its budget."""
     places = [budget * (i + 1) / len(quality) for i in range(len(quality))]
-    points = [
-        {"step": int(p), "flops": p, "seconds": p, "fid": q, "accuracy": 0.5}
-        for p, q in zip(places, quality, strict=True)
-    ]
+    points = [{"step": int(p), "flops": p, "seconds": p, "fid": q} for p, q in zip(places, quality, strict=True)]
     probes = [{"t": t, "cknna": [0.1, 0.2], "accuracy": [0.5, 0.6]} for t in (0.0, 0.5)]
     return {
         "arm": arm, "seed": seed, "budget": budget, "points": points, "probes": probes, "hardware": "a CPU",
