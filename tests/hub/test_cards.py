@@ -201,6 +201,7 @@ def test_a_card_has_the_settings_that_the_run_was_made_with(hub, run, tmp_path):
             method == {}
         )  # a key that a card shows if it was changed
     assert "| `alignment_loss` | none |" in contrastive and ": SiT on " in contrastive
+    assert "`adam_epsilon`" not in plain and "| `adam_epsilon` | 0.001 |" in text(adam_epsilon=1e-3)
     assert "| `lora_rank` | 4 |" in text(lora_rank=4, encoder=None, warmup_steps=0)
     for key in ("start_from_encoder", "lora_rank", "warmup_from", "class_token_weight"):  # of an older run
         del config[key]

@@ -41,7 +41,14 @@ from erw_hf.files import write_record
 from erw_hf.hub.licences import DATA_LICENCES, check_licence, licence_text
 from erw_hf.hub.public import is_hub_id, public_name
 from erw_hf.names import names_hub_file
-from erw_hf.trainer.config import KEYS, AlignmentConfig, parse_config
+from erw_hf.trainer.config import (
+    KEYS,
+    AlignmentConfig,
+    ObjectiveConfig,
+    OptimisationConfig,
+    StartConfig,
+    parse_config,
+)
 from erw_hf.trainer.run_record import split_names, training_cost
 
 
@@ -299,6 +306,8 @@ def _settings(config: Mapping[str, Any], num_classes: int | None, aligned: bool)
     """The keys that a card always shows, and those that decide the losses and differ from their default."""
     has_encoder = aligned or config["start_from_encoder"] > 0 or config["class_token_weight"] > 0
     unused = set() if aligned else {key.name for key in fields(AlignmentConfig)}
+    groups = (AlignmentConfig, StartConfig, ObjectiveConfig, OptimisationConfig)
+    decisive = {key.name for group in groups for key in fields(group)}
     rows: list[tuple[str, object]] = []
     for name, key in KEYS.items():
         value, metadata = config[name], key.metadata
@@ -308,7 +317,7 @@ def _settings(config: Mapping[str, Any], num_classes: int | None, aligned: bool)
             pass
         elif name in unused:
             value = None
-        if metadata["card"] or (metadata["fixed"] and value not in (key.default, None)):
+        if metadata["card"] or ((metadata["fixed"] or name in decisive) and value not in (key.default, None)):
             shown = str(value).lower() if value is None or isinstance(value, bool) else value
             rows.append((f"`{name}`", f"`{public_name(value)}`" if metadata["path"] and value is not None else shown))
     return rows
