@@ -20,7 +20,7 @@ import sys
 
 import pytest
 import torch
-from helpers import HANGS, TINY_MODEL, randomize, train
+from helpers import HANGS, TINY_MODEL, launch_training, randomize, train
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -92,12 +92,26 @@ def test_a_resumed_adapter_is_bitwise_the_uninterrupted_one(run, base, tiny_flag
     shutil.rmtree(tmp_path / "run/checkpoint-4")
     shutil.rmtree(tmp_path / "run/lora")
     train(*lora_flags(tiny_flags, base), f"--output_dir={tmp_path}/run", "--resume_from_checkpoint=latest")
-    files = sorted((run / "lora").glob("*.safetensors"))
+    assert same_adapter(run / "lora", tmp_path / "run/lora")
+
+
+def test_an_adapter_of_two_ranks_resumes_bitwise_too(base, tiny_flags, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    launch_training(*lora_flags(tiny_flags, base), f"--output_dir={whole}", processes=2)
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoint-4")
+    shutil.rmtree(cut / "lora")
+    resume = ["--resume_from_checkpoint=latest", f"--output_dir={cut}"]
+    launch_training(*lora_flags(tiny_flags, base), *resume, processes=2)
+    assert same_adapter(whole / "lora", cut / "lora")
+
+
+def same_adapter(one, other):
+    """Bitwise; the metadata of the files come in any order."""
+    files = sorted(one.glob("*.safetensors"))
     assert len(files) == 2
-    for file in files:  # whose metadata come in any order
-        uninterrupted, resumed = load_file(file), load_file(tmp_path / "run/lora" / file.name)
-        assert uninterrupted.keys() == resumed.keys()
-        assert all(torch.equal(tensor, resumed[name]) for name, tensor in uninterrupted.items())
+    pairs = [(load_file(file), load_file(other / file.name)) for file in files]
+    return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
 
 
 def test_adapters_add_up_by_their_weights_and_leave_with_their_classes(run):
