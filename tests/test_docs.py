@@ -41,7 +41,7 @@ CONFIGS = dict.fromkeys(
     ("X.yaml", "mine.yaml", "emoji.yaml", "outputs/mine/config.yaml"), "training/configs/digits.yaml"
 )
 FOREIGN = {"git", "source", "cd"}  # commands of others, whose flags are theirs
-FOREIGN_FLAGS = {"--help", "--no-deps", "--target"}
+FOREIGN_FLAGS = {"--help", "--no-deps", "--nodes", "--target"}
 FOREIGN_KEYS = {"fsdp_version"}  # of accelerate
 
 
@@ -112,7 +112,8 @@ def check_command(words: list[str]) -> None:
         else:
             check_script(rest[0], rest[1:])
     elif command == "sbatch":
-        assert all((REPOSITORY / path).is_file() for path in rest[:2]), words
+        files = [word for word in rest if not word.startswith("-")][:2]
+        assert all((REPOSITORY / path).is_file() for path in files), words
     elif command == "hf":
         from click.testing import CliRunner
         from huggingface_hub.cli.hf import app
