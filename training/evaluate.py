@@ -100,7 +100,9 @@ def parse_arguments() -> argparse.Namespace:
         "--verify", nargs="?", const="", metavar="NAME", help="a published checkpoint, by its published protocol"
     )
     parser.add_argument("--list", action="store_true", help="with --verify: the table of published checkpoints")
-    parser.add_argument("--checkpoint", help="with --verify: its file, if it is not to be fetched from the Hub")
+    parser.add_argument(
+        "--checkpoint", help="with --verify: the checkpoint file, if it is not to be downloaded from the Hub"
+    )
     parser.add_argument("--split", default="train", help="split of --images, if it is a dataset")
     parser.add_argument(
         "--image_size", type=int, help="crop and resize --images and the reference dataset to this side, in pixels"
@@ -113,21 +115,21 @@ def parse_arguments() -> argparse.Namespace:
         "--num_classes", type=int, help="of --images: from the dataset by default; 0 reads it without labels"
     )
     parser.add_argument("--num_samples", type=int, help="default: 50 000 for a model, all of --images")
-    parser.add_argument("--seed", type=int, default=0, help="of noise and labels; default: 0")
+    parser.add_argument("--seed", type=int, default=0, help="seed of noise and labels; default: 0")
     parser.add_argument(
         "--labels",
         choices=("random", "balanced"),
         default="random",
-        help="random: uniform, as SiT, REPA and ERW, the default; balanced: each class in turn",
+        help="random: uniform labels, as for SiT, REPA and ERW; balanced: each class in turn; default: random",
     )
     parser.add_argument(
         "--sampler",
         choices=("pipeline", "heun", "euler"),
         default="pipeline",
-        help="pipeline: the sampler saved with it, usually the SDE, the default; heun and euler: the ODE",
+        help="pipeline: the sampler saved with the pipeline, usually the SDE; heun, euler: the ODE; default: pipeline",
     )
     parser.add_argument("--num_inference_steps", type=int, default=250, help="default: 250")
-    parser.add_argument("--guidance_scale", type=float, default=1.8, help="1 leaves it out; default: 1.8")
+    parser.add_argument("--guidance_scale", type=float, default=1.8, help="1 for no guidance; default: 1.8")
     parser.add_argument(
         "--guidance_interval",
         type=float,
@@ -136,7 +138,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar=("LOW", "HIGH"),
         help="times with guidance, 0 is data and 1 is noise; default: 0 0.7",
     )
-    parser.add_argument("--batch_size", type=int, default=64, help="images at once, in each process; default: 64")
+    parser.add_argument("--batch_size", type=int, default=64, help="images per forward pass on each rank; default: 64")
     parser.add_argument(
         "--mixed_precision",
         choices=("no", "fp16", "bf16"),

@@ -311,7 +311,9 @@ def test_model_stands_for_four_keys_and_what_is_said_wins_over_it(tmp_path, text
 
 def test_a_model_without_a_size_is_asked_for(capsys):
     refused(
-        lambda: parse_config(["--in_channels=1", "--model=none", "--num_layers=3"]), capsys, "set model, as SiT-B/2"
+        lambda: parse_config(["--in_channels=1", "--model=none", "--num_layers=3"]),
+        capsys,
+        "set model, such as SiT-B/2",
     )
 
 
@@ -374,7 +376,7 @@ def test_a_model_is_as_wide_as_what_a_patch_holds(tmp_path, caplog, capsys):
 
 def test_masked_alignment_and_in_batch_negatives_exclude_each_other(tmp_path, capsys):
     text = "in_channels: 1\nencoder: x/y\nalignment_mask_ratio: 0.2\nalignment_loss: nt_xent\n"
-    refused(lambda: parse_text(tmp_path, text.encode()), capsys, "leaves each sample other tokens")
+    refused(lambda: parse_text(tmp_path, text.encode()), capsys, "keeps different tokens in each sample")
     assert parse_text(tmp_path, (text + "projector: transformer").encode()).alignment_mask_ratio == 0.2
 
 

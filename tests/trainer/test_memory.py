@@ -82,7 +82,7 @@ def test_a_run_sets_its_budget_and_says_when_it_would_do_nothing(tiny_flags, cap
         assert functorch_config.activation_memory_budget == 0.6
         compile_blocks(model, "cpu")
         assert functorch_config.activation_memory_budget == 1
-    with pytest.raises(ValueError, match="activation_memory_budget is of compiled blocks"):
+    with pytest.raises(ValueError, match="activation_memory_budget needs compiled blocks"):
         TrainingConfig(vae="v", activation_memory_budget=0.7, torch_compile="no")
     for wrong in (0.0, 1.1):
         with pytest.raises(ValueError, match="activation_memory_budget"):

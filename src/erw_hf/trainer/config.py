@@ -78,13 +78,15 @@ class RunConfig:
     output_dir: str = _key(
         "outputs/erw", "Folder of the run: checkpoints, metrics.jsonl, samples, pipeline.", path="local", pushed=False
     )
-    dry_run: bool = _key(False, "Check the configuration, print what the run costs, and stop.")
+    dry_run: bool = _key(False, "Check the configuration, print what the run would cost, and stop.")
     plan: bool = _key(
         False,
-        "Print a configuration that fits the card gpu and the time hours, with what it will cost, and stop.",
+        "Print a configuration that fits the card named by gpu and the time given by hours, with its cost, and stop.",
         pushed=False,
     )
-    gpu: str | None = _key(None, "For plan: a card, such as rtx4090, or cpu, which times some steps.", pushed=False)
+    gpu: str | None = _key(
+        None, "For plan: a card, such as rtx4090, or cpu, which times some steps on this machine.", pushed=False
+    )
     hours: float | None = _key(None, "For plan: how long the run may take.", range=ABOVE_0, pushed=False)
     overwrite_output_dir: bool = _key(False, "Delete an earlier run in output_dir.", pushed=False)
     seed: int = _key(
@@ -121,15 +123,15 @@ class DataConfig:
         fixed=True,
         source="label_column",
     )
-    random_flip: bool = _key(False, "Mirror half of the images; ERW and REPA do not.", fixed=True)
+    random_flip: bool = _key(False, "Mirror each image with probability 1/2; ERW and REPA do not.", fixed=True)
     random_crop: bool = _key(
         False,
-        "Take a square of 0.8 to 1 of the shorter side, anywhere, in place of the largest one in the centre.",
+        "Crop a square of 0.8 to 1 times the shorter side at a random place, instead of the largest square in the centre.",
         fixed=True,
     )
     stream_retry_seconds: int = _key(
         300,
-        "How long reading is retried before the run stops; the other ranks wait up to two hours.",
+        "Seconds for which a failed read is retried before the run stops; the other ranks wait up to two hours.",
         range=AT_LEAST_0,
         source="retry_seconds",
     )
@@ -149,7 +151,7 @@ class ModelConfig:
 
     model: str | None = _key(
         "SiT-XL/2",
-        "Published size: SiT-S, B, L or XL with the side of its patches. The four keys below override it.",
+        "Published size: SiT-S, B, L or XL with the side of its patches, as in SiT-B/2. Stands for the four keys below, which override it.",
         card=True,
     )
     num_layers: int = _key(None, "Transformer blocks; set by model.", range=AT_LEAST_1, fixed=True, card=True)
@@ -181,7 +183,10 @@ class ModelConfig:
         0.1, "Probability of dropping a label, for classifier-free guidance.", range="[0, 1)", fixed=True, card=True
     )
     use_rope: bool = _key(
-        False, "Rotary position embeddings in addition to the sin-cos ones, in both phases.", fixed=True, card=True
+        False,
+        "Rotary position embeddings in addition to the table of positions, in both phases.",
+        fixed=True,
+        card=True,
     )
     qk_norm: Literal["none", "layer_norm", "rms_norm"] = _key(
         "none", "Norm of queries and keys.", fixed=True, card=True
@@ -190,16 +195,16 @@ class ModelConfig:
     norm_eps: float = _key(1e-6, "Epsilon of the blocks' norms.", range=ABOVE_0, fixed=True)
     activation_fn: Literal["gelu-approximate", "gelu", "geglu-approximate", "swiglu"] = _key(
         "gelu-approximate",
-        "Feed-forward activation, as diffusers names them: GELU by tanh, exact, by sigmoid as CLIP's; or gated.",
+        "Feed-forward activation, by diffusers' names: GELU by tanh, exact GELU, GELU by sigmoid (CLIP), or the gated SwiGLU.",
         fixed=True,
         card=True,
     )
     pos_embed_type: Literal["sincos", "learned"] = _key(
-        "sincos", "Table of positions: fixed, or trained from there.", fixed=True
+        "sincos", "Table of positions: the fixed sin-cos one, or one that starts from it and is trained.", fixed=True
     )
     rope_theta: float = _key(10000.0, "Base of the rotary embeddings' periods.", range=ABOVE_0, fixed=True)
     rope_scale: float = _key(
-        1.0, "Factor of the positions that the rotary embeddings turn by.", range=ABOVE_0, fixed=True
+        1.0, "Factor by which positions are multiplied for the rotary embeddings.", range=ABOVE_0, fixed=True
     )
     prediction_type: Literal["velocity", "sample"] = _key(
         "velocity",
@@ -209,13 +214,11 @@ class ModelConfig:
     )
     patch_bottleneck_dim: int | None = _key(
         None,
-        "Rank of the patch embedding, for patches of many pixels (JiT: 128); none for a full one.",
+        "Rank of the patch embedding, for patches of many pixels (JiT: 128); none for a full matrix.",
         range=AT_LEAST_1,
         fixed=True,
     )
-    noise_scale: float = _key(
-        1.0, "Standard deviation of the noise beside the data (JiT: 2 at 512 px).", range=ABOVE_0, fixed=True
-    )
+    noise_scale: float = _key(1.0, "Standard deviation of the noise (JiT: 2 at 512 px).", range=ABOVE_0, fixed=True)
 
 
 @dataclass
@@ -224,13 +227,16 @@ class AlignmentConfig:
 
     encoder: str | None = _key(
         None,
-        "Hub id or folder of the vision encoder to align with; several are separated by commas. Without one it trains a plain SiT.",
+        "Hub id or folder of the vision encoder to align with; separate several with commas. Without an encoder, a plain SiT is trained.",
         fixed=True,
         path="or_id",
         card=True,
     )
     encoder_image_size: int | None = _key(
-        None, "Side of the encoder's input; token grid x its patch size by default.", range=AT_LEAST_1, fixed=True
+        None,
+        "Side of the encoder's input in pixels; by default its patch size times the side of the token grid.",
+        range=AT_LEAST_1,
+        fixed=True,
     )
     encoder_antialias: bool = _key(
         False, "Resample the encoder's position table with antialiasing, as REPA's code does.", fixed=True
@@ -254,22 +260,24 @@ class AlignmentConfig:
     alignment_mask_ratio: float = _key(
         0.0,
         "Share of the tokens that are hidden from the projector, drawn anew for each sample; 0.2 in PixelREPA. A transformer "
-        "projector predicts them too; with another they are left out of the loss.",
+        "projector predicts the hidden tokens too; with other projectors they are omitted from the loss.",
         range="[0, 1)",
         fixed=True,
         card=True,
     )
     projector_dim: int = _key(2048, "Width of the mlp projector's hidden layers.", range=AT_LEAST_1, fixed=True)
-    projector_depth: int = _key(8, "Block whose output is aligned in full training.", range=AT_LEAST_1, fixed=True)
+    projector_depth: int = _key(
+        8, "Block (from 1) whose output is aligned in full training.", range=AT_LEAST_1, fixed=True
+    )
     alignment_schedule: Literal["constant", "half_life", "stop"] = _key(
         "constant", "Schedule of lambda in full training."
     )
     alignment_weight: float = _key(0.5, "lambda at the first step of full training.", range=AT_LEAST_0)
     alignment_half_life: int | None = _key(
-        None, 'Steps in which lambda halves; schedule "half_life".', range=AT_LEAST_1
+        None, 'Full steps in which lambda halves; for the schedule "half_life".', range=AT_LEAST_1
     )
     alignment_stop_step: int | None = _key(
-        None, 'First step of full training without alignment; schedule "stop".', range=AT_LEAST_0
+        None, 'First step of full training without alignment; for the schedule "stop".', range=AT_LEAST_0
     )
 
 
@@ -289,7 +297,9 @@ class StartConfig:
     warmup_steps: int = _key(
         0, "Steps of the representation warmup; 0 for none.", range=AT_LEAST_0, fixed=True, card=True
     )
-    warmup_depth: int = _key(5, "Blocks that are warmed up.", range=AT_LEAST_1, fixed=True)
+    warmup_depth: int = _key(
+        5, "Number of blocks, from the first, that the warmup trains.", range=AT_LEAST_1, fixed=True
+    )
     warmup_noised: bool = _key(False, "Warm up on noised latents instead of clean ones at t = 0.", fixed=True)
     warmup_trains_blocks: bool = _key(
         True, "Train the blocks of start_from_encoder in the warmup too; false keeps them frozen there.", fixed=True
@@ -305,39 +315,48 @@ class StartConfig:
     )
     lora_rank: int = _key(
         0,
-        "Train a LoRA adapter of this rank on init_from's model, and the embeddings of new classes, in place of all weights; 0 for "
-        "none. The run's `lora` folder is the adapter, `pipeline` the model with it merged.",
+        "Instead of all weights train a LoRA adapter of this rank on init_from's model, and the embeddings of new classes; 0 for "
+        "none. The run's `lora` folder is the adapter, `pipeline` the model with the adapter merged.",
         range=AT_LEAST_0,
         fixed=True,
     )
     lora_alpha: int | None = _key(
-        None, "The adapter counts lora_alpha / lora_rank; lora_rank by default.", range=AT_LEAST_1, fixed=True
+        None,
+        "The adapter is scaled by lora_alpha / lora_rank; lora_rank by default, a scale of 1.",
+        range=AT_LEAST_1,
+        fixed=True,
     )
     lora_targets: str = _key(
-        "to_q,to_k,to_v,to_out.0", "Linear layers that the adapter changes, by the ends of their names.", fixed=True
+        "to_q,to_k,to_v,to_out.0", "Linear layers that the adapter changes, named by how their names end.", fixed=True
     )
-    hand_over_projector: bool = _key(True, "Hand the warmup's projector over to full training.", fixed=True)
+    hand_over_projector: bool = _key(
+        True, "Hand the warmup's projector over to full training; false starts it afresh.", fixed=True
+    )
 
 
 @dataclass
 class ObjectiveConfig:
     """Objective"""
 
-    path_type: Literal["linear", "cosine"] = _key("linear", "Interpolation path.", fixed=True, card=True)
+    path_type: Literal["linear", "cosine"] = _key(
+        "linear", "Path from data to noise: linear, x_t = (1 - t) x + t e, or cosine.", fixed=True, card=True
+    )
     timestep_distribution: Literal["uniform", "logit_normal"] = _key(
         "uniform", "Distribution of t.", fixed=True, card=True
     )
-    timestep_logit_mean: float = _key(0.0, "Mean of logit(t); logit_normal.", range=FINITE, fixed=True)
-    timestep_logit_std: float = _key(1.0, "Standard deviation of logit(t); logit_normal.", range=ABOVE_0, fixed=True)
+    timestep_logit_mean: float = _key(0.0, "Mean of logit(t); for logit_normal.", range=FINITE, fixed=True)
+    timestep_logit_std: float = _key(
+        1.0, "Standard deviation of logit(t); for logit_normal.", range=ABOVE_0, fixed=True
+    )
     timestep_shift: float | Literal["auto"] = _key(
         1.0,
-        "Shift of t towards the noise; 1 for none; auto: sqrt(numbers of a latent / 4096), as RAE.",
+        "Shift of t towards the noise; 1 for none; auto: sqrt(numbers in a latent / 4096), as in RAE.",
         range=ABOVE_0,
         fixed=True,
     )
     contrastive_weight: float = _key(
         0.0,
-        "Weight of contrastive flow matching, which pushes the velocities of a batch's samples apart; 0.05 as published, "
+        "Weight of contrastive flow matching, which pushes the velocities of different samples apart; 0.05 as published, "
         "0 for none.",
         range="[0, 1)",
         fixed=True,
@@ -417,13 +436,13 @@ class OptimisationConfig:
     )
     activation_memory_budget: float = _key(
         1.0,
-        "Share of their activations that compiled blocks keep for the backward pass; the rest is computed again. 0.7 takes "
+        "Share of their activations that compiled blocks keep for the backward pass; the rest is recomputed. 0.7 takes "
         "a third less memory for a few percent of time; 1 keeps all.",
         range="(0, 1]",
     )
     gradient_reduction: Literal["float32", "bf16"] = _key(
         "float32",
-        "What DDP adds gradients up in over the ranks; bf16 halves the traffic between GPUs without NVLink, and rounds each gradient.",
+        "Precision in which DDP sums gradients over ranks; bf16 halves the traffic, which helps GPUs without NVLink, but rounds each gradient.",
     )
     max_nonfinite_steps: int = _key(
         10, "Stop after this many steps in a row with a non-finite gradient.", range=AT_LEAST_1
@@ -435,7 +454,9 @@ class CheckpointsConfig:
     """Checkpoints"""
 
     checkpointing_steps: int = _key(5_000, "Steps between checkpoints.", range=AT_LEAST_1)
-    checkpoints_total_limit: int | None = _key(3, "Newest checkpoints to keep; none keeps all.", range=AT_LEAST_1)
+    checkpoints_total_limit: int | None = _key(
+        3, "Number of newest checkpoints to keep; none keeps all.", range=AT_LEAST_1
+    )
     resume_from_checkpoint: str | None = _key(
         None, 'A checkpoint folder, its name in output_dir, or "latest".', path="local", pushed=False
     )
@@ -459,7 +480,7 @@ class MonitoringConfig:
     )
     patience: int | None = _key(
         None,
-        "Stop after so many measurements in a row without a lower FID; `best` then is the pipeline (of LoRA the adapter) of the lowest.",
+        "Stop after this many measurements in a row without a lower FID; `best` holds the pipeline (with LoRA: the adapter) of the lowest.",
         range=AT_LEAST_1,
     )
     evaluation_extractor: str = _key(
@@ -516,7 +537,7 @@ class TrainingConfig(
                 if getattr(self, name) is None:
                     setattr(self, name, value)
         if missing := [name for name in MODEL_KEYS if getattr(self, name) is None]:
-            raise ValueError(f"set model, as SiT-B/2, or {', '.join(missing)}")
+            raise ValueError(f"set model, such as SiT-B/2, or {', '.join(missing)}")
         for key in fields(self):
             _check_value(key.name, getattr(self, key.name))
         self.model = size_name(*(getattr(self, name) for name in MODEL_KEYS))
@@ -524,7 +545,7 @@ class TrainingConfig(
             if self.vae is None:
                 raise ValueError(
                     "timestep_shift auto is for latents. Neighbouring pixels are alike, so their number says too little: set a "
-                    "number, or timestep_distribution logit_normal with timestep_logit_mean 0.8 and timestep_logit_std 0.8, as JiT"
+                    "number, or timestep_distribution logit_normal with timestep_logit_mean 0.8 and timestep_logit_std 0.8, as in JiT"
                 )
             self.timestep_shift = math.sqrt(
                 self.in_channels * self.sample_size**2 / 4096
@@ -547,8 +568,8 @@ class TrainingConfig(
             )
         if self.alignment_mask_ratio > 0 and self.alignment_loss == "nt_xent" and self.projector != "transformer":
             raise ValueError(
-                'alignment_mask_ratio leaves each sample other tokens, and alignment_loss "nt_xent" compares those at one place '
-                'of the grid: set the ratio to 0, another loss, or projector "transformer", which predicts all tokens'
+                'alignment_mask_ratio keeps different tokens in each sample, and alignment_loss "nt_xent" compares tokens at the same '
+                'place of the grid: set the ratio to 0, another loss, or projector "transformer", which predicts all tokens'
             )
         if self.class_token_weight > 0 and self.encoder is None:
             raise ValueError("class_token_weight needs an encoder, whose class token the model learns to draw")
@@ -573,7 +594,7 @@ class TrainingConfig(
             raise ValueError(f"without a vae, in_channels is 1 (grey) or 3 (RGB), got {self.in_channels}; or set vae")
         if self.activation_memory_budget < 1 and self.torch_compile == "no":
             raise ValueError(
-                "activation_memory_budget is of compiled blocks: leave torch_compile at auto, or set it to 1"
+                "activation_memory_budget needs compiled blocks: leave torch_compile at auto, or set the budget to 1"
             )
         if self.encoder is None and self.warmup_steps > 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} needs an encoder to align with")
@@ -587,7 +608,7 @@ class TrainingConfig(
             if 0 < self.warmup_steps and self.warmup_depth < self.start_from_encoder:
                 raise ValueError(
                     f"start_from_encoder={self.start_from_encoder} blocks do not fit in warmup_depth={self.warmup_depth}: "
-                    "set warmup_depth to as many at least"
+                    f"set warmup_depth to at least {self.start_from_encoder}"
                 )
             if self.init_from is not None:
                 raise ValueError("init_from starts from a whole model: leave start_from_encoder out")
@@ -605,7 +626,7 @@ class TrainingConfig(
             if self.adam_weight_decay > 0:
                 raise ValueError("lora_rank keeps the embeddings of known classes: set adam_weight_decay to 0")
             if self.ema_snapshot_steps:
-                raise ValueError("ema_snapshot_steps stores averages of whole models: leave it out with lora_rank")
+                raise ValueError("ema_snapshot_steps stores averages of whole models: set it to 0 with lora_rank")
         if self.encoder is not None and self.projector_depth > self.num_layers:
             raise ValueError(f"projector_depth={self.projector_depth} must lie in [1, num_layers={self.num_layers}]")
         if self.warmup_steps > 0 and self.warmup_depth > self.num_layers:
@@ -728,7 +749,7 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
         config = TrainingConfig(**values)
         if kept and config.encoders and os.environ.get("RANK", "0") == "0":
             text = f"--model {config.model} keeps {', '.join(kept)}, which its file has for another size"
-            logger.warning(f"{text}: its first lines say what each size takes")
+            logger.warning(f"{text}: the first lines of the file say what each size needs")
         return config
     except (ValueError, OSError) as error:
         parser.error(str(error))
