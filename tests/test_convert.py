@@ -18,11 +18,12 @@ import argparse
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import run_forked
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from erw_hf import ERWTransformer2DModel
 from erw_hf.conversion import read_checkpoint
@@ -308,7 +309,8 @@ def _xl_state():
     [
         ({"blocks.1.attn.rel_pos": torch.zeros(3)}, HEADS_GIVEN, "unknown tensor 'blocks.1.attn.rel_pos'"),
         ({"blocks.1.attn.proj.bias": None}, HEADS_GIVEN, "missing .*transformer_blocks.1.attn.to_out.0.bias"),
-        ({"blocks.1.attn.proj.bias": torch.zeros(3)}, HEADS_GIVEN, r"\(3,\) in the checkpoint"),
+        ({"blocks.1.attn.proj.bias": torch.zeros(3)}, HEADS_GIVEN, r"'blocks.1.attn.proj.bias' is \(3,\)"),
+        ({"t_embedder.mlp.0.weight": torch.zeros(DIM, 9)}, HEADS_GIVEN, r"\(24, 9\) in the checkpoint"),
         ({"x_embedder.proj.weight": None}, HEADS_GIVEN, "not hold a SiT, REPA, REG, ERW or LightningDiT checkpoint"),
         ({"pos_embed": torch.ones(1, GRID**2, DIM)}, HEADS_GIVEN, "differs from the fixed table"),
         ({"pos_embed": None}, HEADS_GIVEN, "sample_size"),
@@ -325,6 +327,13 @@ def _xl_state():
         ({"x_embedder.proj.weight": torch.zeros(DIM, 16)}, HEADS_GIVEN, r"'x_embedder.proj.weight' is \(24, 16\)"),
         ({"blocks.0.mlp.fc2.weight": None}, HEADS_GIVEN, "'blocks.0.mlp.fc2.weight' is missing"),
         ({"final_layer.linear.bias": None}, HEADS_GIVEN, "missing .*proj_out.bias"),
+        ({"pos_embed": torch.zeros(())}, HEADS_GIVEN, r"'pos_embed' is \(\)"),
+        ({"t_embedder.mlp.0.weight": torch.zeros(DIM * 256)}, HEADS_GIVEN, r"'t_embedder.mlp.0.weight' is \(6144,\)"),
+        ({"blocks.1.attn.qkv.bias": torch.zeros(1)}, HEADS_GIVEN, r"'blocks.1.attn.qkv.bias' is \(1,\)"),
+        ({"final_layer.linear.bias": torch.zeros(3)}, HEADS_GIVEN, r"'final_layer.linear.bias' is \(3,\)"),
+        ({"y_embedder.embedding_table.weight": torch.zeros(0, DIM)}, HEADS_GIVEN, r"table.weight' is \(0, 24\)"),
+        ({"blocks.3000.attn.proj.bias": torch.zeros(DIM)}, HEADS_GIVEN, "4 blocks, numbered up to 3000"),
+        ({}, {**HEADS_GIVEN, "noise_scale": "2"}, "noise_scale='2', it must be a number"),
         ({"blocks.0.attn.proj.bias": torch.full((DIM,), torch.nan)}, HEADS_GIVEN, "proj.bias' holds NaN or infinity"),
         ({"blocks.0.attn.proj.weight": torch.zeros(DIM, DIM, dtype=torch.int8)}, HEADS_GIVEN, "quantized"),
     ],
@@ -383,6 +392,7 @@ CONTAINERS = {
     "ema without tables": lambda s, o: {"model": o | {"pos_embed": s["pos_embed"]}, "ema": {n: t for n, t in s.items() if n != "pos_embed"}},
     "empty ema": lambda s, o: {"ema": {}, "model": s},
     "partial ema": lambda s, o: {"ema": {n: t for n, t in o.items() if "blocks.2" not in n}, "model": s},
+    "empty ema inside": lambda s, o: {"checkpoint": {"ema": {}, "model": s}},
     "ema as a list": lambda s, o: {"ema": {"shadow_params": list(o.values())}, "model": s},
     "a module of that name": lambda s, o: {"schema": o | {"x_embedder.proj.weight": None}, "model": s},
 }  # fmt: skip
@@ -398,7 +408,7 @@ def test_the_weights_are_found_wherever_they_lie(container):
     assert all(torch.equal(tensor, expected.transformer[name]) for name, tensor in converted.transformer.items())
     assert converted.transformer.keys() == expected.transformer.keys()
     assert any("averaged weights: not taken" in fact for fact in converted.facts) == (
-        container in ("empty ema", "partial ema", "ema as a list")
+        container in ("empty ema", "partial ema", "empty ema inside", "ema as a list")
     )
 
 
@@ -509,6 +519,34 @@ def test_command_refuses_an_architecture_that_is_not_json(capsys):
         with pytest.raises(SystemExit):
             main(["--checkpoint", "last.pt", "--output_dir", "out", "--architecture", text])
         assert "is not " in capsys.readouterr().err
+
+
+def test_plain_values_beside_the_weights_are_read(tmp_path):
+    beside = {"fid": np.float64(2.1), "mean": np.zeros(3, dtype=np.float32), "args": argparse.Namespace(out=tmp_path)}
+    torch.save({"ema": state_dict(), **beside}, tmp_path / "last.pt")
+    assert read_checkpoint(tmp_path / "last.pt", HEADS_GIVEN).config["num_layers"] == LAYERS
+
+
+def test_a_file_is_what_it_holds_whatever_its_name(tmp_path):
+    save_file(state_dict(), tmp_path / "last.pt")
+    torch.save(state_dict(), tmp_path / "last.safetensors")
+    for path in tmp_path.iterdir():
+        assert read_checkpoint(path, HEADS_GIVEN).config["num_layers"] == LAYERS
+    (tmp_path / "page.pt").write_text("<!DOCTYPE html><title>Sign in</title>")
+    with pytest.raises(ValueError, match="is a web page"):
+        read_checkpoint(tmp_path / "page.pt")
+    with pytest.raises(ValueError, match="is a folder: name the file in it"):
+        read_checkpoint(tmp_path)
+
+
+def test_projectors_of_one_storage_are_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = state_dict(projectors=2)
+    state["projectors.1.0.weight"] = state["projectors.0.0.weight"].T.contiguous().T
+    state["projectors.1.2.weight"] = state["projectors.0.2.weight"]
+    torch.save(state, "last.pt")
+    convert_into(tmp_path / "out")
+    assert len(load_file("out/projectors.safetensors")) == 12
 
 
 def test_a_pointer_of_git_lfs_is_named(tmp_path):

@@ -21,6 +21,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -268,6 +269,19 @@ def test_step_caching_works_with_guidance_inside_an_interval(pipe, cache):
     assert torch.equal(draw(pipe, [1, 2], output_type="latent", **kwargs), expected)
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_call_that_failed_leaves_no_step_cache_to_the_next(pipe, cache):
+    def fail(pipe, step, time, kwargs):
+        if step == 2:
+            raise InterruptedError
+
+    pipe.transformer.enable_cache(cache)
+    expected = draw(pipe, 1, num_inference_steps=8)
+    with pytest.raises(InterruptedError):
+        draw(pipe, 2, num_inference_steps=8, callback_on_step_end=fail)
+    np.testing.assert_array_equal(draw(pipe, 1, num_inference_steps=8), expected)
+
+
 def test_num_images_per_prompt_repeats_each_label(pipe):
     latents = torch.randn(4, 1, 8, 8)
     images = draw(pipe, [5, 3], num_images_per_prompt=2, latents=latents)
@@ -375,12 +389,14 @@ def test_a_model_left_in_training_mode_draws_the_same(pipe, transformer):
         ({"generator": [torch.Generator()] * 3}, "3 generators for 1 images"),
         ({"generator": 0}, "generator.*int"),
         ({"generator": ["0"]}, "generator.*str"),
+        ({"generator": [None]}, "generator.*None"),
         ({"callback_on_step_end": "print"}, "callback_on_step_end.*str"),
         ({"callback_on_step_end": lambda *_: torch.zeros(1)}, "a dict or None, got Tensor"),
         ({"callback_on_step_end": lambda *_: {"latents": torch.zeros(2, 1, 8, 8)}}, "shape"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
         ({"callback_on_step_end_tensor_inputs": "latents"}, "list of names, got str"),
         ({"attention_kwargs": 0.5}, "attention_kwargs.*float"),
+        ({"attention_kwargs": {"scale": "0.5"}}, "scale.*str"),
     ],
 )
 def test_arguments_that_do_not_fit_raise(pipe, kwargs, message):
@@ -674,9 +690,36 @@ def test_a_vae_of_other_channels_and_models_of_other_kinds_are_refused(transform
         ERWPipeline(tiny_vae(), None, scheduler)
     with pytest.raises(ValueError, match="DataParallel.*pass its `.module`"):
         ERWPipeline(torch.nn.DataParallel(transformer), None, scheduler)
+    with pytest.raises(ValueError, match="the transformer is a type"):
+        ERWPipeline(ERWTransformer2DModel, None, scheduler)
+    with pytest.raises(ValueError, match="ERWTransformer2DModel, not an autoencoder"):
+        ERWPipeline(transformer, transformer, scheduler)
+    with pytest.raises(ValueError, match="latents_mean has 3 values, and its latents 1 channels"):
+        ERWPipeline(transformer, tiny_vae(latents_mean=[0.0] * 3, latents_std=[1.0] * 3), scheduler)
+    video = {"base_dim": 8, "dim_mult": [1], "num_res_blocks": 1, "temperal_downsample": []}
+    for channels, message in ((1, "AutoencoderKLWan, an autoencoder of videos"), (4, "latents of 4 channels")):
+        with pytest.raises(ValueError, match=message):
+            ERWPipeline(transformer, AutoencoderKLWan(z_dim=channels, **video), scheduler)
     pipe = ERWPipeline(None, None, scheduler)  # as from_pretrained(..., transformer=None) builds it
     with pytest.raises(ValueError, match="without a transformer"):
         draw(pipe, 1)
+
+
+def test_latents_without_a_vae_are_not_shown_as_pixels():
+    """Four channels would make a transparent picture."""
+    pipe = ERWPipeline(ERWTransformer2DModel(**{**TINY_MODEL, "in_channels": 4}), None, FlowMatchHeunScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="4 channels are not pixels.*no vae"):
+        draw(pipe, 1, output_type="pil")
+    with pytest.raises(ValueError, match="4 channels are not pixels"):
+        pipe.decode_latents(draw(pipe, 1, output_type="latent"))
+
+
+def test_guidance_by_a_null_class_that_was_not_trained_is_warned_of(pipe):
+    pipe.transformer.register_to_config(class_dropout_prob=0.0)
+    with pytest.warns(UserWarning, match="class_dropout_prob=0.*guidance_scale=1"):
+        draw(pipe, 1)
+    draw(pipe, 1, guidance_scale=1.0)
 
 
 # From another pipeline

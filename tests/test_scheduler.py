@@ -137,6 +137,8 @@ def test_errors():
         FlowMatchEulerMaruyamaScheduler(path_type="sine")
     with pytest.raises(ValueError, match="sigma_last"):
         FlowMatchEulerMaruyamaScheduler(sigma_last=0.0)
+    with pytest.raises(ValueError, match="num_train_timesteps must be at least 1"):
+        FlowMatchEulerMaruyamaScheduler(num_train_timesteps=0)
     scheduler = FlowMatchEulerMaruyamaScheduler()
     with pytest.raises(ValueError, match="set_timesteps"):
         scheduler.step(x, 1000.0, x)

@@ -92,11 +92,17 @@ def load_models() -> dict[str, DiffusionPipeline]:
         raise SystemExit("set ERW_MODEL to the Hub id or the folder of an exported ERW pipeline")
     more = re.split(r"[,\n]", os.environ.get("ERW_MODELS", ""))
     models = {}
-    for source in [first, *filter(None, map(str.strip, more))]:
+    for source in dict.fromkeys(map(whole_path, [first, *filter(None, map(str.strip, more))])):
         path = Path(source)  # a run's folder is named by the run: outputs/quickstart/pipeline is "quickstart"
         name = path.parent.name if path.name == "pipeline" else path.name
         models[source if name in models else name] = load_model(source)
     return models
+
+
+def whole_path(source: str) -> str:
+    """A folder by its whole path, since "." has no name; a Hub id as it is."""
+    folder = os.path.abspath(os.path.expanduser(source))
+    return folder if os.path.isdir(folder) else source
 
 
 def load_model(source: str) -> DiffusionPipeline:
@@ -120,6 +126,8 @@ def class_choices(pipe: DiffusionPipeline) -> list[tuple[str, str]]:
     for class_id in range(pipe.transformer.config.num_classes):
         name = unicodedata.normalize("NFC", names.get(str(class_id), str(class_id))).strip()
         value = name if pipe.labels.get(name) == class_id else str(class_id)  # ImageNet has two cranes
+        if pipe.labels.get(value, class_id) != class_id:  # the name of another class
+            value = f"{name} ({class_id})"
         choices.append((name if name == str(class_id) else f"{name} ({class_id})", value))
     return choices or [(NO_CLASS, NO_CLASS)]
 
@@ -161,7 +169,10 @@ def checked_class(model: str, label) -> str:
     """The value of a class in the list of choices, from its name or its id."""
     if isinstance(label, bool) or not isinstance(label, (str, int)):
         raise refuse(f"Class must be a name or an id, got {str(label)[:40]!r}")
-    pipe, text = MODELS[model], str(label).strip()[:100]
+    pipe, text = MODELS[model], str(label).strip()
+    if text in [value for _, value in CHOICES[model]]:  # of any length
+        return text
+    text = text[:100]
     if CHOICES[model] == [(NO_CLASS, NO_CLASS)]:
         if text not in ("", "0", NO_CLASS):
             raise refuse(f"Class must be {NO_CLASS!r}, {model} is unconditional")
@@ -328,6 +339,7 @@ def saved(images: list, settings: dict) -> list[tuple[str, str, dict]]:
         own = {**settings, "seed": nth_seed(settings, i), "num_images": 1}
         image.info["erw"] = json.dumps(own)
         name = re.sub(r"\W+", "-", f"{own['model']}-{caption(own)}").lower()
+        name = name.encode()[:200].decode(errors="ignore")  # file systems take 255 bytes
         entries.append((stored(image, name), caption(own), own))
     return entries
 
@@ -433,7 +445,7 @@ def controls_of(settings: dict) -> dict:
 
 def copy_back(remembered, event: gr.SelectData):
     settings = remembered[event.index][2]
-    gr.Info(f"Settings of {caption(settings)} restored.", duration=3)
+    gr.Info(f"Settings of {html.escape(caption(settings))} restored.", duration=3)
     return *(value for name, value in controls_of(settings).items() if name != "num_images"), False
 
 

@@ -25,14 +25,13 @@ import os
 import pickle
 import re
 import warnings
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PosixPath, WindowsPath
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from erw_hf.sizes import SIZES, published_heads
@@ -50,10 +49,18 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
 _COUNTS = (
     "sample_size", "patch_size", "in_channels", "num_layers", "num_attention_heads", "attention_head_dim", "num_classes",
 )  # fmt: skip
+_NUMBERS = ("mlp_ratio", "class_dropout_prob", "norm_eps", "rope_theta", "rope_scale", "noise_scale")
 _NOT_SERVED = (
     "DiT's files have the same tensors as SiT's but predict DDPM's noise and variance, and this library cannot draw "
     "with those; diffusers' DiTPipeline can"
 )
+
+# What published pickles hold beside tensors: their command line, paths and statistics.
+_OF_NUMPY = [np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]]  # which make arrays and scalars
+_PLAIN: list[Any] = [
+    argparse.Namespace, PosixPath, WindowsPath, np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdU"),
+    *((function, f"numpy.{core}.multiarray.{function.__name__}") for function in _OF_NUMPY for core in ("core", "_core")),
+]  # fmt: skip
 
 _RENAMED = {
     "x_embedder.proj": "pos_embed.proj",
@@ -144,7 +151,10 @@ def build_model(converted: Converted) -> ERWTransformer2DModel:
     missing = sorted(set(own) - set(converted.transformer))
     unexpected = sorted(set(converted.transformer) - set(own))
     if missing or unexpected:
-        raise ValueError(f"the checkpoint does not fit {converted.config}: missing {missing}, unexpected {unexpected}")
+        shown = [
+            f"{names[:5]}{f' and {len(names) - 5} more' if len(names) > 5 else ''}" for names in (missing, unexpected)
+        ]
+        raise ValueError(f"the checkpoint does not fit {converted.config}: missing {shown[0]}, unexpected {shown[1]}")
     for name, tensor in converted.transformer.items():
         if own[name].shape != tensor.shape:
             raise ValueError(
@@ -184,29 +194,34 @@ def read_checkpoint(
 
 
 def _load(path: Path) -> Mapping[str, Any]:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the file in it")
     if not path.is_file():
         raise ValueError(f"no such checkpoint: {path}")
     with path.open("rb") as file:
-        if file.read(24) == b"version https://git-lfs.":
-            raise ValueError(
-                f"{path} is a pointer of Git LFS, not the file that it stands for: git lfs pull fetches that"
-            )
+        start = file.read(24)
+    if start == b"version https://git-lfs.":
+        raise ValueError(f"{path} is a pointer of Git LFS, not the file that it stands for: git lfs pull fetches that")
+    if start.lstrip()[:5].lower() in (b"<!doc", b"<html"):
+        raise ValueError(f"{path} is a web page, not the file that it leads to: download that")
     try:
-        if path.suffix == ".safetensors":
+        # Told by its content, since files are renamed: the header of safetensors is JSON after eight bytes.
+        if start[8:9] == b"{" or (path.suffix == ".safetensors" and not start.startswith(b"PK")):
             return load_file(path)
-        # Published pickles hold their command line as a Namespace, a plain bag of values.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(_PLAIN), warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("ignore")  # about pickle protocols that torch itself writes
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own message recommends weights_only=False, which would execute code from the file.
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
             f"{path} is refused: it is not a checkpoint, or holds objects other than tensors and plain values, which "
-            f"could execute code{f' (it asks for {found[1]})' if found else ''}. Nothing was executed"
+            f"could execute code{f' (it asks for {found[1]})' if found else ''}. Nothing was executed; ask its author for the "
+            "weights alone, as safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
+    except Exception as error:  # a damaged pickle raises anything
+        reason = re.split(r"\. |\n", str(error))[0]  # what follows recommends weights_only=False too
+        raise ValueError(f"{path} cannot be read, it may be truncated: {reason}") from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not a checkpoint")
     return loaded
@@ -250,13 +265,23 @@ def _state_dict_of(loaded: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], 
     facts = [f"weights: {repr(where) if where else 'the file itself, a state dict'}"]
     if others := [f"{name or 'the state dict'!r}" for name in found if name != where]:
         facts[0] += f"; also there, not taken: {', '.join(others)}"
-    averages = [key for key in loaded if _AVERAGED.search(str(key))]
+    averages = list(_averages(loaded))
     if averages and not _AVERAGED.search(where):
         facts.append(f"averaged weights: not taken, {averages[0]!r} is not a whole model")
     rest = max((found[name] for name in whole), key=len)
     if rest.keys() - found[where].keys():
         facts.append("tables and projectors: from the weights that are not averaged")
     return {**rest, **found[where]}, facts
+
+
+def _averages(loaded: Mapping[str, Any]) -> Iterator[str]:
+    """Keys of averaged weights, at any depth."""
+    for key, value in loaded.items():
+        if _AVERAGED.search(str(key)):
+            if not isinstance(value, torch.Tensor) or value.ndim > 0:  # not the counter of torch's AveragedModel
+                yield key
+        elif isinstance(value, Mapping):
+            yield from _averages(value)
 
 
 def _key_names(loaded: Mapping[str, Any]) -> list[str]:
@@ -288,10 +313,30 @@ def _checked_architecture(architecture: Mapping[str, Any] | None) -> dict[str, A
             raise ValueError(f"architecture has the unknown key {name!r}{meant} Known: {', '.join(known)}")
         lowest = 0 if name == "num_classes" else 1
         counts = name in _COUNTS and not (isinstance(value, int) and not isinstance(value, bool) and value >= lowest)
+        if name in _NUMBERS and (
+            isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf
+        ):
+            raise ValueError(f"architecture says {name}={value!r}, it must be a number of at least 0")
         if counts or (name == "time_reversed" and not isinstance(value, bool)):
             wanted = "true or false" if name == "time_reversed" else f"a whole number of at least {lowest}"
             raise ValueError(f"architecture says {name}={value!r}, it must be {wanted}")
     return architecture
+
+
+def _check_shapes(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError for a tensor that cannot be what its name says; the model checks the rest."""
+    for name in sorted(tensors, key=lambda name: name.endswith(".bias")):  # weights first
+        tensor = tensors[name]
+        module, _, kind = name.rpartition(".")
+        if module.startswith("projectors."):
+            continue
+        of_weight = 4 if name == _FIRST else 1 if "norm" in module.rpartition(".")[2] else 2
+        ndim = {"weight": of_weight, "bias": 1, "pos_embed": 3}.get(kind)
+        fits = ndim in (None, tensor.ndim) and tensor.numel() > 0
+        if fits and kind == "bias" and f"{module}.weight" in tensors:
+            fits = len(tensor) == len(tensors[f"{module}.weight"])
+        if not fits or (module.endswith(".qkv") and len(tensor) % 3):
+            raise ValueError(f"{name!r} is {tuple(tensor.shape)}, which it is not in a checkpoint of this family")
 
 
 def _shape(tensors: Mapping[str, torch.Tensor], name: str, ndim: int) -> torch.Size:
@@ -303,7 +348,11 @@ def _shape(tensors: Mapping[str, torch.Tensor], name: str, ndim: int) -> torch.S
 
 def _infer_config(tensors: Mapping[str, torch.Tensor], architecture: Mapping[str, Any]) -> dict[str, Any]:
     dim, in_channels, patch_size, _ = _shape(tensors, "x_embedder.proj.weight", 4)
-    num_layers = 1 + max(int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name)))
+    _check_shapes(tensors)
+    blocks = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
+    num_layers = 1 + max(blocks)
+    if len(blocks) < num_layers:
+        raise ValueError(f"the checkpoint has {len(blocks)} blocks, numbered up to {max(blocks)}: some are missing")
     swiglu = "blocks.0.mlp.w12.weight" in tensors
     inner = _shape(tensors, "blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight", 2)[1]
     config = {
@@ -321,7 +370,7 @@ def _infer_config(tensors: Mapping[str, torch.Tensor], architecture: Mapping[str
         config["class_token_dim"] = _shape(tensors, "cls_projectors2.weight", 2)[1]
     if "blocks.0.attn.q_norm.weight" in tensors:
         config["qk_norm"] = "layer_norm" if "blocks.0.attn.q_norm.bias" in tensors else "rms_norm"
-        heads = dim // max(1, _shape(tensors, "blocks.0.attn.q_norm.weight", 1)[0])
+        heads = max(1, dim // _shape(tensors, "blocks.0.attn.q_norm.weight", 1)[0])
     else:
         heads = architecture.get("num_attention_heads", published_heads(dim))
         if "attention_head_dim" in architecture and "num_attention_heads" not in architecture:
@@ -334,7 +383,7 @@ def _infer_config(tensors: Mapping[str, torch.Tensor], architecture: Mapping[str
             raise ValueError(f"num_attention_heads={heads} does not divide the checkpoint's width {dim}")
     config["num_attention_heads"], config["attention_head_dim"] = heads, dim // heads
     if "pos_embed" in tensors:
-        config["sample_size"] = math.isqrt(tensors["pos_embed"].numel() // dim) * patch_size
+        config["sample_size"] = max(1, math.isqrt(tensors["pos_embed"].numel() // dim)) * patch_size
     elif "sample_size" not in architecture:
         raise ValueError('the checkpoint has no position table: pass architecture={"sample_size": ...}')
     for name, value in architecture.items():
@@ -392,7 +441,9 @@ def _convert(
         elif module in _RENAMED:
             transformer[f"{_RENAMED[module]}.{kind}"] = tensor
         elif projector:
-            projectors[f"projectors.{projector[1]}.layers.{projector[2]}.{kind}"] = tensor
+            projectors[f"projectors.{projector[1]}.layers.{projector[2]}.{kind}"] = tensor.clone(
+                memory_format=torch.contiguous_format
+            )
         elif block and block[2] in _BLOCK_RENAMED:
             transformer[f"transformer_blocks.{block[1]}.{_BLOCK_RENAMED[block[2]]}.{kind}"] = tensor
         elif block and block[2] == "attn.qkv":

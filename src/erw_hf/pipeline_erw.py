@@ -28,6 +28,7 @@ import sys
 import tempfile
 import threading
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -190,7 +191,7 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         """
         for name in ("transformer", "guidance_transformer", "vae"):
             component = getattr(self, name)
-            if component is not None and not hasattr(component, "config"):
+            if component is not None and (isinstance(component, type) or not hasattr(component, "config")):
                 raise ValueError(
                     f"the {name} is a {type(component).__name__}, not a diffusers model"
                     + ("; pass its `.module`" if hasattr(component, "module") else "")
@@ -210,12 +211,7 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 f"run from 0 to {config.num_classes - 1}"
             )
         if self.vae is not None:
-            channels = self.vae.config.get("latent_channels") or self.vae.config.get("encoder_hidden_size")
-            if channels is not None and channels != config.in_channels:
-                raise ValueError(
-                    f"the vae decodes latents of {channels} channels, and the transformer has "
-                    f"in_channels={config.in_channels}"
-                )
+            _check_vae(self.vae, config.in_channels)
         if self.guidance_transformer is not None:
             for key in ("num_classes", "sample_size", "in_channels", "class_token_dim", "noise_scale"):
                 worse = self.guidance_transformer.config.get(key)
@@ -390,10 +386,14 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 classes of your own, since their file would be published.
         """
         self._check_saveable()
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
-            kwargs = {}
         folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file: name a folder")
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", folder.absolute().name)
+            self.push_to_hub(repo_id, **{name: value for name, value in kwargs.items() if name != "max_shard_size"})
+            own = inspect.signature(DiffusionPipeline.save_pretrained).parameters
+            kwargs = {name: value for name, value in kwargs.items() if name in own}
         folder.mkdir(parents=True, exist_ok=True)
         # Written beside the folder, then moved: until then the old files stay, and the weights may be memory-mapped
         # from them.
@@ -428,6 +428,8 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 "by `ERWPipeline.from_pipe(pipe).save_pretrained(...)`"
             )
         for name, component in self.components.items():
+            if component is None and name not in self._optional_components:
+                raise ValueError(f"a pipeline without a {name} would not load again: set `pipe.{name}`")
             if component is None:
                 continue
             component = getattr(component, "_orig_mod", component)  # compiled models are wrapped
@@ -545,12 +547,16 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}')
+        if output_type != "latent":
+            self._check_decodable()
         if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
             raise ValueError(f"`attention_kwargs` must be a dict, got {_kind(attention_kwargs)}")
+        if attention_kwargs is not None and "scale" in attention_kwargs:
+            _number("attention_kwargs['scale']", attention_kwargs["scale"])
 
         batch_size = len(class_labels) * num_images_per_prompt
-        for one in generator if isinstance(generator, list) else [generator]:
-            if one is not None and not isinstance(one, torch.Generator):
+        for one in generator if isinstance(generator, list) else [generator] if generator is not None else []:
+            if not isinstance(one, torch.Generator):
                 raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {_kind(one)}")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
@@ -631,11 +637,20 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         Returns:
             `torch.Tensor` of shape `(B, channels, height, width)`: Images, nominally in [-1, 1].
         """
+        self._check_decodable()
         latents = latents * self.transformer.config.noise_scale
         if self.vae is None:
             return latents
         with upcast(self.vae, latents.device):
             return self._decode(latents)
+
+    def _check_decodable(self) -> None:
+        channels = self.transformer.config.in_channels
+        if self.vae is None and channels not in (1, 3):
+            raise ValueError(
+                f"latents of {channels} channels are not pixels, and this pipeline has no vae: set `pipe.vae`, or take "
+                '`output_type="latent"`'
+            )
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         images = self.vae.decode(unscale_latents(latents, self.vae).to(self.vae.dtype), return_dict=False)[0]
@@ -813,6 +828,18 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             attention_kwargs,
         )
 
+        config = self.transformer.config
+        if (
+            guidance_scale != 1
+            and self.guidance_transformer is None
+            and config.num_classes
+            and config.class_dropout_prob == 0
+        ):
+            warnings.warn(  # once, where a logger would at each call
+                "the transformer has class_dropout_prob=0: unless its null class was trained before, guidance spoils the "
+                "pictures; pass guidance_scale=1",
+                stacklevel=2,
+            )
         call = _Call(guidance_scale, scheduler=copy.deepcopy(self.__dict__["scheduler"]))
         with self._running_call(call):
             device = self._execution_device
@@ -893,8 +920,6 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             self._check_finite(images)
             if output_type != "latent":
                 images = self.image_processor.postprocess(images, output_type=output_type)
-
-            self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)
         return ImagePipelineOutput(images=images)
@@ -909,6 +934,7 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             try:
                 yield
             finally:
+                self.maybe_free_model_hooks()  # resets step caches too, which a call that failed leaves half full
                 call.scheduler = None  # it may hold tensors
                 self._running.remove(call)
                 self._last_call = call
@@ -1075,6 +1101,25 @@ def _check_scheduler(scheduler: Any, *transformers: Any) -> None:
         raise ValueError(f"{kind} with {' and '.join(options)} does not step a flow-matching model correctly: omit it")
 
 
+def _check_vae(vae: Any, in_channels: int) -> None:
+    """Raises ValueError for an autoencoder that cannot decode latents of so many channels."""
+    if not hasattr(vae, "decode"):
+        raise ValueError(f"the vae is a {_kind(vae)}, not an autoencoder of diffusers")
+    channels = next(
+        (vae.config[key] for key in ("latent_channels", "encoder_hidden_size", "z_dim") if vae.config.get(key)), None
+    )
+    if channels is not None and channels != in_channels:
+        raise ValueError(
+            f"the vae decodes latents of {channels} channels, and the transformer has in_channels={in_channels}"
+        )
+    if any(isinstance(module, torch.nn.Conv3d) for module in vae.modules()):
+        raise ValueError(f"the vae is a {_kind(vae)}, an autoencoder of videos: take one of images")
+    for name in ("latents_mean", "latents_std"):
+        values = None if is_representation_autoencoder(vae) else vae.config.get(name)
+        if values is not None and np.size(values) not in (1, in_channels):
+            raise ValueError(f"the vae's {name} has {np.size(values)} values, and its latents {in_channels} channels")
+
+
 def _flow_times(scheduler: Any) -> list[float]:
     """The times of the model calls in [0, 1]. In Python's floats: not every device has float64."""
     if not scheduler.timesteps.is_floating_point():  # rounded from these
@@ -1134,7 +1179,9 @@ def _check_loads_again(name: str, model: ModelMixin) -> None:
         expected = type(model).from_config(model.config).state_dict()
     state = model.state_dict()
     wrong = [key for key in state if key not in expected or state[key].shape != expected[key].shape]
-    wrong += [key for key in expected if key not in state] + [key for key, value in state.items() if value.is_meta]
+    wrong += [key for key in expected if key not in state] + [
+        key for key, value in state.items() if getattr(value, "is_meta", False)
+    ]
     if not wrong:
         return
     remedies = {

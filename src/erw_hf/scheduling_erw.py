@@ -129,7 +129,9 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         return self.config.num_train_timesteps
 
 
-def _check_path_type(path_type: str) -> None:
+def _check_config(num_train_timesteps: int, path_type: str) -> None:
+    if not num_train_timesteps >= 1:
+        raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
     if path_type not in ("linear", "cosine"):
         raise ValueError(f'path_type must be "linear" or "cosine", got {path_type!r}')
 
@@ -165,7 +167,7 @@ class FlowMatchEulerMaruyamaScheduler(_FlowMatchScheduler):
 
     @register_to_config
     def __init__(self, num_train_timesteps: int = 1000, path_type: str = "linear", sigma_last: float = 0.04) -> None:
-        _check_path_type(path_type)
+        _check_config(num_train_timesteps, path_type)
         if not 0 < sigma_last < 1:
             raise ValueError(f"sigma_last must lie in (0, 1), got {sigma_last}")
         self._reset()
@@ -261,7 +263,7 @@ class FlowMatchHeunScheduler(_FlowMatchScheduler):
 
     @register_to_config
     def __init__(self, num_train_timesteps: int = 1000, path_type: str = "linear") -> None:
-        _check_path_type(path_type)
+        _check_config(num_train_timesteps, path_type)
         self._reset()
         self._predictor: tuple[torch.Tensor, torch.Tensor] | None = None
 

@@ -277,6 +277,26 @@ def test_wrapped_models_are_refused(tmp_path):
     np.testing.assert_array_equal(draw(ERWPipeline.from_pretrained(tmp_path / "compiled")), draw(pipeline()))
 
 
+def test_incomplete_pipelines_and_files_for_folders_are_refused(tmp_path):
+    pipe = pipeline()
+    with torch.no_grad():
+        pipe.transformer = torch.ao.quantization.quantize_dynamic(pipe.transformer, {torch.nn.Linear})
+    refused(pipe, tmp_path / "repo", "the transformer would not load again")
+    refused(ERWPipeline(pipeline().transformer, None, None), tmp_path / "repo", "without a scheduler")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file: name a folder"):
+        pipeline().save_pretrained(tmp_path / "file")
+
+
+def test_what_is_pushed_is_what_is_saved(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(ERWPipeline, "push_to_hub", lambda self, repo_id, **kwargs: pushed.append((repo_id, kwargs)))
+    monkeypatch.chdir(tmp_path)
+    pipeline().save_pretrained(".", push_to_hub=True, variant="fp16", max_shard_size="1GB", create_pr=True)
+    assert pushed == [(tmp_path.name, {"variant": "fp16", "create_pr": True})]
+    assert (tmp_path / "transformer" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+
+
 # What is yours is not published
 
 

@@ -157,6 +157,31 @@ def test_two_classes_of_one_name_are_told_apart_by_id(app):
     assert choices == [("crane (0)", "0"), ("bolete (1)", "bolete"), ("crane (2)", "2")]
 
 
+def test_an_unnamed_class_is_not_taken_for_one_of_that_name(app):
+    model = ERWTransformer2DModel(**{**TINY_MODEL, "num_classes": 2})
+    choices = app.class_choices(ERWPipeline(model, None, FlowMatchEulerMaruyamaScheduler(), id2label={0: "1"}))
+    assert choices == [("1 (0)", "1"), ("1", "1 (1)")]
+
+
+@pytest.mark.parametrize("name", ["dragonfly, " + "needle " * 20 + "hawk", "x" * 300, "字" * 200, "<b>/\\?'\"😀"])
+def test_classes_of_any_name_are_drawn_and_saved(app, monkeypatch, name):
+    model = ERWTransformer2DModel(**{**TINY_MODEL, "num_classes": 2})
+    pipe = ERWPipeline(model, None, FlowMatchEulerMaruyamaScheduler(), id2label={0: "dog", 1: name})
+    monkeypatch.setitem(app.MODELS, "long", pipe)
+    monkeypatch.setitem(app.CHOICES, "long", app.class_choices(pipe))
+    settings = app.checked(app.CHOICES["long"][1][1], 1, 0, 1.0, 0.0, 1.0, 1, "sde", "long")
+    assert app.class_id(settings) == 1
+    assert Path(app.saved([Image.new("L", (8, 8))], settings)[0][0]).is_file()
+
+
+def test_models_are_named_by_their_folder_and_loaded_once(app, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(app, "load_model", lambda source: source)
+    monkeypatch.setenv("ERW_MODEL", ".")
+    monkeypatch.setenv("ERW_MODELS", f",{tmp_path}/,owner/model,, owner/model,")
+    assert app.load_models() == {tmp_path.name: str(tmp_path), "model": "owner/model"}
+
+
 def test_classes_are_listed(client, pipe):
     assert client.predict(api_name="/classes") == pipe.labels
 
