@@ -56,7 +56,7 @@ _NOT_SERVED = (
 )
 
 # What published pickles hold beside tensors: their command line, paths and statistics.
-_OF_NUMPY = [np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]]  # which make arrays and scalars
+_OF_NUMPY: list[Any] = [np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]]  # which make arrays and scalars
 _PLAIN: list[Any] = [
     argparse.Namespace, PosixPath, WindowsPath, np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdU"),
     *((function, f"numpy.{core}.multiarray.{function.__name__}") for function in _OF_NUMPY for core in ("core", "_core")),
