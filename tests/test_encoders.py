@@ -101,6 +101,8 @@ def test_timm_models_of_one_size_say_so(tmp_path):
         (torch.zeros(2, 3, 16, 16, dtype=torch.int64), "got torch.int64"),
         (255 * torch.rand(2, 3, 16, 16), "must lie in .*divide by 255"),
         (2 * torch.rand(2, 3, 16, 16) - 1, "must lie in .*x / 2"),
+        (torch.full((2, 3, 16, 16), torch.nan), "must lie in .*nan"),
+        (torch.rand(0, 3, 16, 16), r"got \(0, 3, 16, 16\)"),
     ],
 )
 def test_images_of_another_form_are_refused(encoder_path, images, message):

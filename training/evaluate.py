@@ -294,6 +294,11 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator, lock: RunLock) 
         elif not args.reference.endswith(".npz"):
             real = open_images(args.reference, args.reference_split, images.size[0], args.image_column, num_classes=0)
             check_counts(args.metrics, real.count, f"images in the reference {args.reference}")
+            if real.size != images.size:
+                raise ValueError(
+                    f"the samples are {images.size} px and the reference {args.reference}, a dataset, is cropped to {real.size}: "
+                    "name an npz file of their size"
+                )
         check_counts(args.metrics, images.count, "samples")
     else:
         check_counts(["fid"], images.count, "images for a reference")

@@ -293,17 +293,17 @@ class RepresentationEncoder(nn.Module):
         return hidden_states[:, self.num_prefix_tokens :], class_token
 
     def _check_images(self, images: torch.Tensor) -> None:
-        if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[2] != images.shape[3]:
+        if images.ndim != 4 or not len(images) or images.shape[1] not in (1, 3) or images.shape[2] != images.shape[3]:
             raise ValueError(
                 f"images must be square, (B, 3, side, side) or (B, 1, side, side), got {tuple(images.shape)}"
             )
         if not images.is_floating_point():
             raise ValueError(f"images must be floats in [0, 1], got {images.dtype}: divide images of 8 bits by 255")
         # On a GPU only the first batch is checked, since each look waits for the device; FLOPs are counted on meta.
-        if images.numel() == 0 or images.is_meta or (self._seen_range and images.device.type != "cpu"):
+        if images.is_meta or (self._seen_range and images.device.type != "cpu"):
             return
         low, high = (value.item() for value in images.aminmax())
-        if low < -0.25 or high > 1.25:  # a resize may overshoot
+        if not (low >= -0.25 and high <= 1.25):  # a resize may overshoot; NaN is neither
             raise ValueError(
                 f"images must lie in [0, 1], got values from {low:.3g} to {high:.3g}: divide by 255, or take x / 2 + 0.5 of "
                 "images in [-1, 1]"

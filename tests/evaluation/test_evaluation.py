@@ -453,7 +453,19 @@ def test_bad_flags_end_it_before_anything_is_loaded(flag, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "kind", ["few", "truncated", "text", "npy", "other keys", "other widths", "not finite", "dataset"]
+    "kind",
+    [
+        "few",
+        "truncated",
+        "text",
+        "npy",
+        "other keys",
+        "other widths",
+        "not finite",
+        "objects",
+        "no covariance",
+        "dataset",
+    ],
 )
 def test_a_bad_reference_ends_it_before_any_image_is_drawn(model, images_of_8_px, kind, tmp_path):
     path, square = tmp_path / "r.npz", np.eye(64)
@@ -479,6 +491,12 @@ def test_a_bad_reference_ends_it_before_any_image_is_drawn(model, images_of_8_px
     elif kind == "not finite":
         np.savez(path, mu=np.full(64, np.nan), sigma=square, arr_0=few)
         message = "must be finite"
+    elif kind == "objects":
+        np.savez(path, mu=np.array([None] * 64), sigma=square, arr_0=few)
+        message = "holds no arrays of numbers"
+    elif kind == "no covariance":
+        np.savez(path, mu=np.zeros(64), sigma=-square, arr_0=few)
+        message = "sigma of .*r.npz is not a covariance"
     elif kind == "dataset":
         path = tmp_path / "three"
         path.mkdir()
@@ -488,6 +506,14 @@ def test_a_bad_reference_ends_it_before_any_image_is_drawn(model, images_of_8_px
     flags = [f"--model={model}", f"--extractor={CLASSIFIER}", "--num_samples=5", "--num_inference_steps=1"]
     with pytest.raises(ValueError, match=message):
         evaluate(tmp_path / "out", *flags, f"--reference={path}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_that_are_not_square_are_refused_before_a_reference_is_made(tmp_path):
+    np.savez(tmp_path / "wide.npz", arr_0=np.zeros((9, 8, 16, 3), np.uint8))
+    flags = [f"--images={tmp_path}/wide.npz", "--reference=digits", f"--extractor={CLASSIFIER}"]
+    with pytest.raises(ValueError, match=r"samples are \(8, 16\) px .* cropped to \(8, 8\)"):
+        evaluate(tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
 
 

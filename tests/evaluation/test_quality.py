@@ -585,6 +585,12 @@ def test_few_samples_have_no_error_that_is_not_a_number(count, tmp_path):
         assert ("fid" in found.bias) == (count > 3)
 
 
+@pytest.mark.parametrize("samples", [torch.zeros(3, 2), torch.full((9, 2), torch.nan)])
+def test_precision_and_recall_of_too_few_or_broken_features_are_refused(samples):
+    with pytest.raises(ValueError, match="more than 3 finite samples"):
+        precision_recall(samples, torch.rand(9, 2))
+
+
 def test_a_collapsed_model_is_precise_and_recalls_nothing():
     """The other way round in torch-fidelity before 0.4 (toshas/torch-fidelity#58)."""
     real = draw(1, 500)

@@ -335,7 +335,14 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor, neighbours
 
     Returns:
         `tuple[float, float]`: Precision and recall.
+
+    Raises:
+        ValueError: for not more than k of either, and for features that are not finite.
     """
+    if min(len(features), len(reference)) <= neighbours or not all(x.isfinite().all() for x in (features, reference)):
+        raise ValueError(
+            f"precision and recall need more than {neighbours} finite samples of either, got {len(features)} and {len(reference)}"
+        )
     middle = reference.mean(dim=0)  # distances stay, and rounding shrinks
     x, y = (features - middle).float(), (reference - middle).float()
     x_radii, y_radii = (

@@ -226,9 +226,12 @@ def load_reference(
                 raise ValueError(
                     f"{path} was made with another extractor or other weights of it ({name}): {_HOW_TO_MAKE}"
                 )
-        statistics = {
-            layer: (file[mu], file[sigma]) for layer, (mu, sigma) in _NAMES.items() if mu in file and sigma in file
-        }
+        try:
+            statistics = {
+                layer: (file[mu], file[sigma]) for layer, (mu, sigma) in _NAMES.items() if mu in file and sigma in file
+            }
+        except ValueError as error:  # pickled objects
+            raise ValueError(f"{path} holds no arrays of numbers ({error}): {_HOW_TO_MAKE}") from error
         # Of networks whose weights were found to be these.
         stored = tuple(
             layer
@@ -239,13 +242,17 @@ def load_reference(
         mu, sigma = statistics[layer]
         if (
             mu.ndim != 1
+            or mu.dtype.kind not in "fiu"
+            or sigma.dtype.kind not in "fiu"
             or sigma.shape != (mu.size, mu.size)
             or not (np.isfinite(mu).all() and np.isfinite(sigma).all())
         ):
             raise ValueError(
-                f"{' and '.join(_NAMES[layer])} of {path} must be finite, (D,) and (D, D), they are {mu.shape} and "
-                f"{sigma.shape}: {_HOW_TO_MAKE}"
+                f"{' and '.join(_NAMES[layer])} of {path} must be finite, (D,) and (D, D), they are {mu.shape} {mu.dtype} and "
+                f"{sigma.shape} {sigma.dtype}: {_HOW_TO_MAKE}"
             )
+        if (sigma.diagonal() < 0).any() or not np.allclose(sigma, sigma.T, 1e-3, 1e-6 * abs(sigma).max()):
+            raise ValueError(f"{_NAMES[layer][1]} of {path} is not a covariance: {_HOW_TO_MAKE}")
         if widths is not None and widths[layer] != mu.size:
             raise ValueError(_other_extractor(path, mu.size, widths[layer]))
     if has_images:
