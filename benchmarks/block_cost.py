@@ -22,32 +22,26 @@ compare within one.
 
 import argparse
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from common import describe, environment, table, write
 from torch._dynamo.device_interface import CudaInterface
-from torch._functorch import config as functorch_config
-from torch._functorch.aot_autograd import aot_function
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import scheduler
 from torch._inductor.debug import DebugContext
-from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.post_grad import post_grad_passes
 from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from erw_hf import ERWTransformer2DModel
 from erw_hf.sizes import size_config
+from erw_hf.trainer.memory import CudaAutocast, block_inputs, kept_when_eager, trace_block
 from erw_hf.transformer_erw import ERWAttnProcessor
 
 
@@ -58,24 +52,6 @@ H100 = types.SimpleNamespace(
     shared_memory_per_block=49152, shared_memory_per_block_optin=232448, clock_rate=1980000, memory_clock_rate=2619000,
     memory_bus_width=5120,
 )  # fmt: skip
-
-
-class CudaAutocast(TorchFunctionMode):
-    """CUDA's autocast in bf16, which torch lacks without a driver, and flash attention."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        dtype = {
-            F.linear: torch.bfloat16,
-            F.conv2d: torch.bfloat16,
-            F.layer_norm: torch.float32,
-            F.rms_norm: torch.float32,
-        }.get(function)
-        if function is F.scaled_dot_product_attention:
-            query, key, value = (kwargs[name].bfloat16() for name in ("query", "key", "value"))
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
-        if dtype is not None:
-            args = tuple(a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
-        return function(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -100,80 +76,34 @@ def an_h100() -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Graphs:
-    """What a compiled block is made of: forward, backward, and the bytes of activations that lie between them."""
+class Traffic(TorchDispatchMode):
+    """Adds up the bytes that operations read and write, without products, attention and views."""
 
-    forward: torch.fx.GraphModule
-    backward: torch.fx.GraphModule
-    inputs: dict[str, list[torch.Tensor]]
-    saved: int
-    numbers: int  # tokens x channels of the batch
-    mode: FakeTensorMode
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
 
-
-def fake_block(batch: int, size: str, **options):
-    """A block in training, its tokens and its conditioning."""
-    model = ERWTransformer2DModel(**size_config(size) | {"num_layers": 1} | options)
-    tokens, width = (model.config.sample_size // model.config.patch_size) ** 2, model.pos_embed.proj.out_channels
-    hidden = torch.empty(batch, tokens, width, dtype=torch.bfloat16, requires_grad=True)
-    temb = torch.empty(batch, width, dtype=torch.bfloat16, requires_grad=True)
-    return model.transformer_blocks[0], hidden, temb, None if model.rope is None else model.rope(hidden)
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if not function.is_view and "attention" not in name and name not in ("mm", "addmm", "_unsafe_view"):
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+            self.bytes += sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
+        return result
 
 
-def saved_when_eager(batch: int, size: str = "SiT-XL/2", **options) -> float:
-    """Bytes per token and channel that autograd keeps of a block that is not compiled, without its weights and their copies."""
-    kept = {}
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        block, hidden, temb, rotary = fake_block(batch, size, **options)
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.ndim > 0 and tensor.shape[0] in (batch, batch * hidden.shape[1]):
-                kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-            return tensor
-
-        with CudaAutocast(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = block(hidden, temb, rotary)
-        return sum(storage.nbytes() for storage in kept.values()) / output.numel()
+def moved_when_eager(model: ERWTransformer2DModel, batch: int) -> dict[str, int]:
+    """Bytes that a block moves which is not compiled, forward and backward."""
+    block, inputs = model.transformer_blocks[0], block_inputs(model, batch, torch.bfloat16)
+    with CudaAutocast(), Traffic() as forward:
+        output = block(*inputs)
+    gradient = torch.empty_like(output)
+    with Traffic() as backward:
+        output.backward(gradient)
+    return {"forward": forward.bytes, "backward": backward.bytes}
 
 
-def trace(batch: int, size: str = "SiT-XL/2", budget: float = 1.0, one_product: bool = True, **options) -> Graphs:
-    """A block's graphs, as torch.compile would make them in training."""
-    found: dict[str, object] = {}
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, mock.patch.object(ERWAttnProcessor, "_projects_once", staticmethod(lambda *_: one_product)):
-        block, hidden, temb, rotary = fake_block(batch, size, **options)
-        tokens = hidden.shape[1]
-        names, parameters = zip(*block.named_parameters(), strict=True)
-
-        def run(parameters, hidden, temb, *rotary):
-            with CudaAutocast():
-                return functional_call(
-                    block, dict(zip(names, parameters, strict=True)), (hidden, temb, rotary or None)
-                )
-
-        def keep(name: str) -> Callable:
-            def compiler(graph, inputs):
-                found[name] = graph
-                return graph
-
-            return compiler
-
-        with functorch_config.patch(activation_memory_budget=budget):
-            compiled = aot_function(
-                run, fw_compiler=keep("forward"), bw_compiler=keep("backward"), decompositions=select_decomp_table(),
-                partition_fn=lambda *args, **kw: min_cut_rematerialization_partition(*args, compiler="inductor", **kw),
-            )  # fmt: skip
-            compiled(list(parameters), hidden, temb, *(rotary or ())).sum().backward()
-    (output,) = found["forward"].graph.output_node().args
-    kept = {node.meta["val"] for node in output[1:] if isinstance(node, torch.fx.Node) and "val" in node.meta}
-    activations = [value for value in kept if value.ndim > 0 and value.shape[0] in (batch, batch * tokens)]
-    saved = sum(value.numel() * value.element_size() for value in activations)
-    inputs = {name: onto_cuda(found[name], mode) for name in ("forward", "backward")}
-    return Graphs(found["forward"], found["backward"], inputs, saved, hidden.numel(), mode)
-
-
-def onto_cuda(module: torch.fx.GraphModule, mode: FakeTensorMode) -> list[torch.Tensor]:
+def onto_cuda(module: torch.fx.GraphModule) -> list[torch.Tensor]:
     """The same graph on fake CUDA tensors, with CUDA's attention for the CPU's; returns its inputs."""
     aten, graph = torch.ops.aten, module.graph
     for node in graph.nodes:
@@ -193,7 +123,7 @@ def onto_cuda(module: torch.fx.GraphModule, mode: FakeTensorMode) -> list[torch.
             node.kwargs = {}
     module.recompile()
     values = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"]
-    with mode:
+    with values[0].fake_mode as mode:
         inputs = [
             torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda:0") for value in values
         ]
@@ -201,10 +131,11 @@ def onto_cuda(module: torch.fx.GraphModule, mode: FakeTensorMode) -> list[torch.
     return inputs
 
 
-def scheduled(graphs: Graphs, part: str) -> dict[str, int]:
+def scheduled(graph: torch.fx.GraphModule, part: str) -> dict[str, int]:
     """Inductor's kernels for a graph: products, attention, and generated ones with the bytes that they move."""
-    graph, inputs = getattr(graphs, part), graphs.inputs[part]
-    with V.set_fake_mode(graphs.mode), torch.no_grad():
+    inputs = onto_cuda(graph)
+    mode = inputs[0].fake_mode
+    with an_h100(), V.set_fake_mode(mode), torch.no_grad():
         post_grad_passes(graph, is_inference=False)
         lowering = GraphLowering(graph, example_inputs=inputs, is_backward=part == "backward", graph_id=0)
         with V.set_graph_handler(lowering), V.set_debug_handler(DebugContext()):
@@ -223,13 +154,18 @@ def scheduled(graphs: Graphs, part: str) -> dict[str, int]:
     return counts
 
 
-def count(name: str, batch: int, budget: float = 1.0, one_product: bool = True, **options) -> dict[str, object]:
+def count(
+    name: str, batch: int, budget: float = 1.0, one_product: bool = True, size: str = "SiT-XL/2", **options
+) -> dict[str, object]:
     """A row of the table."""
-    graphs = trace(batch, budget=budget, one_product=one_product, **options)
-    with an_h100():
-        parts = {part: scheduled(graphs, part) for part in ("forward", "backward")}
-    saved = {"saved": graphs.saved / graphs.numbers, "saved_eager": saved_when_eager(batch, **options)}
-    return {"name": name, "batch": batch, "numbers": graphs.numbers, **saved, **parts}
+    with torch.device("meta"):
+        model = ERWTransformer2DModel(**size_config(size) | {"num_layers": 1} | options)
+    with mock.patch.object(ERWAttnProcessor, "_projects_once", staticmethod(lambda *_: one_product)):
+        traced = trace_block(model, batch, budget)
+        eager = {"saved_eager": kept_when_eager(model), "bytes_eager": moved_when_eager(model, batch)}
+        numbers = block_inputs(model, batch, torch.bfloat16)[0].numel()
+    parts = {part: scheduled(getattr(traced, part), part) for part in ("forward", "backward")}
+    return {"name": name, "batch": batch, "numbers": numbers, "saved": traced.kept, **eager, **parts}
 
 
 def report(result: dict[str, object]) -> str:
@@ -242,6 +178,7 @@ def report(result: dict[str, object]) -> str:
             (
                 found["name"], found["batch"], both["products"], both["generated"],
                 f"{forward['bytes'] / found['numbers']:.1f}", f"{backward['bytes'] / found['numbers']:.1f}",
+                *(f"{found['bytes_eager'][part] / found['numbers']:.1f}" for part in ("forward", "backward")),
                 f"{found['saved']:.1f}", f"{found['saved_eager']:.1f}",
             )
         )  # fmt: skip
@@ -252,13 +189,15 @@ def report(result: dict[str, object]) -> str:
         "generated kernels",
         "B forward",
         "B backward",
+        "B forward, eager",
+        "B backward, eager",
         "B saved",
         "B saved, eager",
     )
     return (
         table(header, rows)
         + "\nCounted from Inductor's schedule for an H100, without one; nothing is measured. B: bytes for each token and channel, "
-        f"moved by generated kernels, or kept for the backward pass. {describe(result['environment'])}\n"
+        f"moved by generated kernels (eager: by all but products and attention, RMSNorm in parts as on a CPU), or kept for the backward pass. {describe(result['environment'])}\n"
     )
 
 

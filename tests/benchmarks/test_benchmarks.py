@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from erw_hf.trainer.config import TrainingConfig
 from erw_hf.trainer.memory import activation_bytes, kept_by_block
 from erw_hf.trainer.setup import add_lora, build_full_model
+from erw_hf.transformer_erw import ERWAttnProcessor
 
 
 MODULES = ("block_cost", "common", "data", "plain_sit", "train_step", "sampling", "gpu_suite")
@@ -203,23 +204,12 @@ def test_a_blocks_cost_is_counted_without_a_gpu_and_one_product_pays(script):
     assert generated[0] < generated[1]
     # A fusion that is lost, or a tensor in float32, would show here.
     assert one["forward"]["bytes"] / one["numbers"] < 60 and one["backward"]["bytes"] / one["numbers"] < 125
+    # An eager block moves about twice as many, and more with three casts of the tokens for three products.
+    eager = [sum(found["bytes_eager"].values()) for found in (one, three)]
+    assert 1.8 * (one["forward"]["bytes"] + one["backward"]["bytes"]) < eager[0] < eager[1]
     assert not torch.cuda.is_available()  # nothing that was made believe stays
     text = block_cost.report({"environment": script("common").environment(), "blocks": [one, three]})
     assert "| sit | 8 | 15 |" in text and "nothing is measured" in text
-
-
-@pytest.mark.parametrize(
-    ("keys", "budget"),
-    [({}, 1.0), ({"norm_type": "rms_norm", "activation_fn": "swiglu"}, 0.5), ({"qk_norm": "rms_norm"}, 1.0)],
-)
-def test_the_dry_runs_activations_are_those_that_are_counted(script, keys, budget):
-    """Within 10 %, compiled and eager."""
-    block_cost = script("block_cost")
-    config = TrainingConfig(vae="v", model="SiT-S/2", activation_memory_budget=budget, **keys)
-    graphs = block_cost.trace(32, "SiT-S/2", budget, **keys)
-    assert kept_by_block(config) == pytest.approx(graphs.saved / graphs.numbers, rel=0.1)
-    eager = TrainingConfig(vae="v", model="SiT-S/2", torch_compile="no", **keys)
-    assert kept_by_block(eager) == pytest.approx(block_cost.saved_when_eager(8, "SiT-S/2", **keys), rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -233,10 +223,12 @@ def test_the_dry_runs_activations_are_those_that_are_counted(script, keys, budge
         {"init_from": "x", "lora_rank": 16, "gradient_checkpointing": True},
     ],
 )
-def test_activations_of_a_whole_forward_are_within_a_tenth_of_the_count(script, keys):
+def test_activations_of_a_whole_forward_are_within_a_tenth_of_the_count(script, keys, monkeypatch):
     """All that autograd keeps of an eager model on fake tensors, but its weights and their copies."""
     block_cost = script("block_cost")
     config = TrainingConfig(vae="v", model="SiT-S/2", num_layers=8, train_batch_size=16, torch_compile="no", **keys)
+    # One product, as on a GPU, unless layers are adapted.
+    monkeypatch.setattr(ERWAttnProcessor, "_projects_once", staticmethod(lambda *_: config.lora_rank == 0))
     kept = {}
     if config.lora_rank > 0:
         pytest.importorskip("peft")

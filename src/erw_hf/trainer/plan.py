@@ -228,8 +228,8 @@ def _comments(plan: Plan, hours: float, name: str, data: DataSummary, values: Ma
         )
         assert plan.memory is not None
         lines.append(
-            f"memory: {plan.memory / 1e9:.1f} of {card.memory} GB, modelled: activations are within a fifth of counts, "
-            "mostly a tenth; the context is assumed; `peak_memory_gib` in metrics.jsonl will say what it is"
+            f"memory: {plan.memory / 1e9:.1f} of {card.memory} GB, modelled: a block's activations are counted, "
+            "the context is assumed; `peak_memory_gib` in metrics.jsonl will say what it is"
         )
     lines.append(
         f"images: {images / 1e6:.2f} M" + (f", each {images / data.num_images:.0f} times" if data.num_images else "")
