@@ -22,11 +22,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import AttentionBackendName
-from torch._functorch import config as functorch_config
-from torch._functorch.aot_autograd import aot_function
-from torch._functorch.compilers import nop
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._inductor.decomposition import select_decomp_table
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
@@ -208,6 +203,13 @@ def trace_block(
     Returns:
         [`TracedBlock`]: Before Inductor's own passes.
     """
+    # Private to torch, and needed by no training.
+    from torch._functorch import config as functorch_config
+    from torch._functorch.aot_autograd import aot_function
+    from torch._functorch.compilers import nop
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
     block, (hidden, temb, rotary) = model.transformer_blocks[0], block_inputs(model, batch, dtype)
     names, parameters = zip(*block.named_parameters(), strict=True)
     found: list[torch.fx.GraphModule] = []
