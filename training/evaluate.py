@@ -551,7 +551,7 @@ def compare(path: str, record: dict) -> None:
     same, table = compare_records(json.loads(Path(path).read_text()), record)
     print(table)
     if not same:
-        sys.exit(f"the numbers are not those of {path}")
+        sys.exit(f"the numbers differ from those of {path}")
 
 
 def remove_work(work: Path, accelerator: Accelerator) -> None:

@@ -162,7 +162,7 @@ def train(
         print(start_report(config, data, precision, accelerator.device, accelerator.num_processes), flush=True)
     stop_requested = stop_on_signals()
     if inputs.warmup_teacher is not inputs.teacher:
-        logger.info("the patch embedding before the encoder's blocks is a new one, which the warmup teaches")
+        logger.info("the patch embedding before the encoder's blocks is new; the warmup trains it")
     begin_folder(inputs, folder, checkpoint, progress)
 
     batches, snapshots = Batches(inputs), Snapshots(inputs, progress)
@@ -221,7 +221,7 @@ def full_phase(inputs: Inputs, start: State | None) -> Phase:
         new_classes = new_class_ids(start)
     elif start is not None:
         names = hand_over(start, model, hands_over_projector(config, start))
-        logger.info(f"hand-over: {len(names)} tensors of the warmup are the full model's, verified one by one")
+        logger.info(f"hand-over: {len(names)} tensors of the warmup are now the full model's, each verified")
     if config.lora_rank > 0:  # a checkpoint brings the base's weights and the mask of new classes with it
         add_lora(model, config, new_classes)
     if config.gradient_checkpointing:

@@ -153,7 +153,7 @@ def test_the_record_is_made_again_and_compared(evaluated, tmp_path, capsys):
     assert json.loads((tmp_path / "again" / "evaluation.json").read_text())["metrics"] == record["metrics"]
     assert "difference" in capsys.readouterr().out
     copy.write_text(json.dumps(record | {"metrics": record["metrics"] | {"fid": record["metrics"]["fid"] * 1.001}}))
-    with pytest.raises(SystemExit, match="the numbers are not those of"):
+    with pytest.raises(SystemExit, match="the numbers differ from those of"):
         run_script("evaluate", f"--record={copy}")
     assert "1.0e-03" in capsys.readouterr().out
 

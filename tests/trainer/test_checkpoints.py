@@ -215,7 +215,7 @@ def test_latest_begins_no_run_anew_that_has_lost_its_checkpoints(tmp_path, steps
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     if refused:
-        with pytest.raises(ValueError, match="holds a run whose checkpoints have gone"):
+        with pytest.raises(ValueError, match="holds a run whose checkpoints are missing"):
             resolve_checkpoint(tmp_path, "latest")
     else:
         assert resolve_checkpoint(tmp_path, "latest") is None
@@ -232,7 +232,7 @@ def test_all_processes_resume_what_the_main_one_chose(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "gather_object", lambda objects: [*objects, True])
     assert agree_on_checkpoint(other, tmp_path, "latest") == chosen
     monkeypatch.setattr(checkpoints, "gather_object", lambda objects: [*objects, False])
-    with pytest.raises(ValueError, match=r"the processes \[1\] do not see .*checkpoint-2"):
+    with pytest.raises(ValueError, match=r"the ranks \[1\] do not see .*checkpoint-2"):
         agree_on_checkpoint(other, tmp_path, "latest")
     monkeypatch.setattr("erw_hf.processes.broadcast_object_list", lambda objects: [None, True])
     with pytest.raises(SystemExit):  # the main process says why

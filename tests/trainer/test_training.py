@@ -542,7 +542,7 @@ def test_a_run_that_fails_at_its_first_batch_gives_back_the_one_that_it_was_to_r
     assert (run / "notes.md").read_text() == "mine" and not (run / "pipeline").exists()
     shutil.rmtree(run / "checkpoint-2")
     shutil.rmtree(run / "checkpoint-3")
-    with pytest.raises(ValueError, match="holds a run whose checkpoints have gone"):
+    with pytest.raises(ValueError, match="holds a run whose checkpoints are missing"):
         train(*tiny_flags, f"--output_dir={run}", "--resume_from_checkpoint=latest")
 
 

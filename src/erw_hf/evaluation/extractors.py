@@ -84,7 +84,7 @@ class InceptionExtractor(nn.Module):
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
-            raise ImportError("Inception comes from torch-fidelity: pip install erw-hf[eval]") from error
+            raise ImportError("Inception comes from torch-fidelity: pip install torch-fidelity") from error
         try:
             if weights is not None:
                 torch.load(weights, weights_only=True)  # refuses code in a pickle, which torch-fidelity would run

@@ -197,8 +197,8 @@ def _latest(folder: Path) -> Path | None:
     if not found:
         if _lost_its_checkpoints(folder):
             raise ValueError(
-                f"{folder} holds a run whose checkpoints have gone, and `latest` would restart it over its results. To resume, put "
-                "one back or name one with --resume_from_checkpoint; to start anew, choose another --output_dir, or "
+                f"{folder} holds a run whose checkpoints are missing, and `latest` would restart it over its results. To resume, put "
+                "one back or name one with --resume_from_checkpoint; to start a new run, choose another --output_dir, or "
                 "--overwrite_output_dir instead of --resume_from_checkpoint"
             )
         logger.warning(f"no checkpoint in {folder}: starting a new run")
@@ -215,7 +215,7 @@ def _latest(folder: Path) -> Path | None:
             return path
     if within_streak is None:
         raise ValueError(
-            f"all checkpoints in {folder} are damaged: {[path.name for path in found]}. To start anew, choose another "
+            f"all checkpoints in {folder} are damaged: {[path.name for path in found]}. To start a new run, choose another "
             "--output_dir, or --overwrite_output_dir instead of --resume_from_checkpoint"
         )
     logger.warning(
@@ -272,8 +272,8 @@ def agree_on_checkpoint(
         blind = [process for process, sees in enumerate(seen) if not sees]
         if blind:
             raise ValueError(
-                f"the processes {blind} do not see {checkpoint.absolute()}, which the main process resumes from: output_dir has to "
-                "be on a disk that all processes share"
+                f"the ranks {blind} do not see {checkpoint.absolute()}, which the main rank resumes from: output_dir has to "
+                "be on a disk that all ranks share"
             )
     return checkpoint
 

@@ -47,11 +47,13 @@ def choose_precision(setting: str) -> tuple[str, str]:
     # "no" is what accelerate launch says where it was told nothing, so it says nothing.
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if launcher not in ("no", "fp16", "bf16"):
-        raise ValueError(f"accelerate launch sets mixed_precision {launcher}, the trainer knows no, fp16 and bf16")
+        raise ValueError(
+            f"accelerate launch sets mixed_precision {launcher}, but the trainer supports only no, fp16 and bf16"
+        )
     if launcher != "no" and setting not in ("auto", launcher):
         raise ValueError(
             f"mixed_precision is {setting}, but accelerate launch (--mixed_precision or its config file) sets {launcher}: "
-            "make them the same, or leave ours at auto"
+            "make them the same, or leave the key mixed_precision at auto"
         )
     on_gpu = found_device().type == "cuda"
     emulated = on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False)

@@ -217,19 +217,19 @@ def _comments(plan: Plan, hours: float, name: str, data: DataSummary, values: Ma
     ]
     if card is None:
         lines.append(
-            f"time: {plan.hours:.2f} h, measured: {plan.seconds[1]:.3g} s a full step here, the median of a few; "
-            "without start, pictures, evaluation"
+            f"time: {plan.hours:.2f} h, measured: {plan.seconds[1]:.3g} s per full step on this machine, the median of a few; "
+            "without start, pictures and evaluations"
         )
         lines.append("memory: not modelled for a CPU")
     else:
         lines.append(
-            f"time: {plan.hours:.1f} h, modelled: {cost.full_flops:.2e} FLOPs for an image are counted, {MFU:.0%} of "
-            f"{card.flops / 1e12:.0f} TFLOP/s is assumed; `mfu` in metrics.jsonl will say what it is"
+            f"time: {plan.hours:.1f} h, modelled: {cost.full_flops:.2e} FLOPs per image are counted, {MFU:.0%} of "
+            f"{card.flops / 1e12:.0f} TFLOP/s is assumed; `mfu` in metrics.jsonl will show the real share"
         )
         assert plan.memory is not None
         lines.append(
             f"memory: {plan.memory / 1e9:.1f} of {card.memory} GB, modelled: a block's activations are counted, "
-            "the context is assumed; `peak_memory_gib` in metrics.jsonl will say what it is"
+            "the CUDA context is assumed; `peak_memory_gib` in metrics.jsonl will show the real peak"
         )
     lines.append(
         f"images: {images / 1e6:.2f} M" + (f", each {images / data.num_images:.0f} times" if data.num_images else "")
@@ -238,11 +238,11 @@ def _comments(plan: Plan, hours: float, name: str, data: DataSummary, values: Ma
         advice = "stop early: patience, or fewer max_train_steps"
         if config.init_from is None:
             advice = f"fine-tune published weights (init_from, lora_rank), or {advice}"
-        lines.append(f"  so few would be learned by heart: {advice}")
+        lines.append(f"  so few images would be memorised: {advice}")
     if cost.vae_flops:
         share = cost.vae_flops / cost.full_flops
         lines.append(
-            f"cache: none here. cache_latents.py would spare {share:.0%} of each step's FLOPs, modelled, and pays after the first "
-            "pass; random_flip then needs its --flipped"
+            f"cache: the data is not a latent cache. cache_latents.py would save {share:.0%} of each step's FLOPs (modelled) and pays after the first "
+            "epoch; instead of random_flip it has --flipped"
         )
     return lines

@@ -199,7 +199,7 @@ def go_back(folder: Path, step: int, full_step: int) -> None:
         shutil.move(path, target)
     logger.warning(
         f"going back to step {step}: {', '.join(path.name for path in later)} and the lines up to there are in {aside} now. Delete "
-        "it, or go on from there with --resume_from_checkpoint and another --output_dir"
+        "it, or branch off from there with --resume_from_checkpoint and another --output_dir"
     )
 
 

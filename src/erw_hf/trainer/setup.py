@@ -294,7 +294,7 @@ def add_lora(model: AlignedTransformer, config: TrainingConfig, new_classes: Seq
     try:
         from peft import LoraConfig
     except ImportError as missing:
-        raise ImportError("lora_rank needs peft: pip install erw-hf[train]") from missing
+        raise ImportError("lora_rank needs peft: pip install peft") from missing
 
     transformer = model.transformer
     model.requires_grad_(False)
