@@ -22,7 +22,7 @@ import time
 import pyarrow
 import pyarrow.parquet
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from helpers import HANGS, REPOSITORY
 from PIL import Image as PILImage
 
@@ -132,6 +132,17 @@ def test_a_damaged_beginning_is_not_a_damaged_dataset(tmp_path, streaming):
     image = pyarrow.array([{"bytes": b"torn", "path": None}] * 40 + [{"bytes": png(), "path": None}])
     folder = table(tmp_path / "data", [0] * 41, image=image)
     assert load_source(folder, streaming=streaming, num_classes=1).num_classes == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_more_classes_than_the_dataset_names_are_refused(tmp_path, streaming):
+    """Beside `init_from`, new classes would take the ids and names of the model's own."""
+    features = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog"])})
+    rows = {"image": [{"bytes": png(), "path": None}] * 2, "label": [0, 1]}
+    Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "train.parquet"))
+    with pytest.raises(ValueError, match=r"num_classes=1000, but the dataset names 2 classes \(cat, dog"):
+        load_source(str(tmp_path), streaming=streaming, num_classes=1000)
+    assert load_source(str(tmp_path), streaming=streaming, num_classes=2).id2label == {0: "cat", 1: "dog"}
 
 
 def test_names_have_one_id_in_all_splits(tmp_path):

@@ -43,7 +43,13 @@ def dinov2_base(tmp_path_factory):
 def test_the_start_from_an_encoder_and_its_control_cost_the_same(vae_path, dinov2_base):
     path = CONFIGS / "imagenet256-encoder-start.yaml"
     control = re.search(r"#     (--start_from_encoder 0 .*?) --output_dir", path.read_text())[1].split()
-    flags = [f"--config={path}", "--dataset_name=digits", f"--vae={vae_path}", f"--encoder={dinov2_base}"]
+    flags = [
+        f"--config={path}",
+        "--dataset_name=digits",
+        "--num_classes=10",
+        f"--vae={vae_path}",
+        f"--encoder={dinov2_base}",
+    ]
     reports = [cost_report(parse_config([*flags, *more])) for more in ([], control)]
     costs = [float(re.search(r"FLOPs in all +([\d.e+]+)", report)[1]) for report in reports]
     assert costs[0] == pytest.approx(costs[1], rel=1e-3)

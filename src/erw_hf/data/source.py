@@ -298,8 +298,10 @@ def _classes_of_rows(
             f"labels must be class ids or names, column {label_column!r} holds {feature} (row 0: {labels[0].item()!r})"
         )
     names = feature.names if isinstance(feature, ClassLabel) else None
-    if num_classes is None:
-        num_classes = len(names) if names is not None else int(labels.max()) + 1
+    if names is not None:
+        num_classes = count_classes(names, num_classes)
+    elif num_classes is None:
+        num_classes = int(labels.max()) + 1
     outside = (labels < 0) | (labels >= num_classes)
     if outside.any():
         row = int(outside.argmax())
@@ -321,8 +323,30 @@ def _classes_of_stream(
             f"labels of a stream must be class ids, row 0 holds {first[label_column]!r} in the column {label_column!r}; "
             "names can be read only without --streaming"
         )
-    num_classes = num_classes if num_classes is not None else len(names or ())
-    return num_classes, names[:num_classes] if names is not None else None
+    if names is None:
+        return num_classes, None  # type: ignore[return-value]
+    num_classes = count_classes(names, num_classes)
+    return num_classes, names[:num_classes]
+
+
+def count_classes(names: list[str], num_classes: int | None) -> int:
+    """
+    Classes of a dataset that names them: all, or the first `num_classes`. With more, an adapter's or a fine-tuned model's new classes
+    would take ids, and so names, of the model that it starts from.
+
+    Args:
+        names (`list[str]`): Of the dataset's classes.
+        num_classes (`int`, *optional*): What the run asks for.
+
+    Raises:
+        ValueError: for more classes than names.
+    """
+    if num_classes is not None and num_classes > len(names):
+        raise ValueError(
+            f"num_classes={num_classes}, but the dataset names {len(names)} classes ({', '.join(names[:3])} ...): leave num_classes out "
+            "(of the recipe, or --num_classes null)"
+        )
+    return len(names) if num_classes is None else num_classes
 
 
 def _open(load: Callable[[], Dataset | IterableDataset]) -> tuple[Dataset | IterableDataset, dict[str, Any] | None]:

@@ -34,6 +34,7 @@ from erw_hf.data.source import (
     Source,
     check_split,
     class_columns,
+    count_classes,
     find_column,
     is_local,
 )
@@ -331,11 +332,9 @@ def summarize_data(config: TrainingConfig) -> DataSummary:
         if config.num_classes != 0:
             label_column = find_label_column(columns, config.label_column, class_columns(info.features))
         names = getattr(info.features.get(label_column), "names", None)
-        if names is not None and config.num_classes is not None and len(names) != config.num_classes:
-            raise ValueError(f"num_classes={config.num_classes}, the dataset has {len(names)} classes")
     num_classes = config.num_classes
     if names is not None:
-        num_classes = len(names)
+        num_classes = count_classes(names, num_classes)
     elif columns and label_column is None:
         num_classes = 0
     elif num_classes is None:
