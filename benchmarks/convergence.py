@@ -94,7 +94,7 @@ class Study:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    recipes = ("digits", "digits-s2", "glyphs", "emoji")
+    recipes = ("digits", "digits-s2", "emoji")
     parser.add_argument("--data", default="digits", choices=recipes, help="the recipe to run")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--arms", nargs="+", default=[], help="names of the recipe's arms")

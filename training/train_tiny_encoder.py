@@ -63,7 +63,6 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default="outputs/dinov2-tiny-digits")
     parser.add_argument("--dataset_name", default="digits", help="or a folder that make_emoji.py made")
-    parser.add_argument("--view_column", help="column of another image of the same thing, the second view of each")
     parser.add_argument("--pairs", action="store_true", help="views are pictures of one concept by different artists")
     parser.add_argument("--names", action="store_true", help="predict the words of a concept's name too")
     parser.add_argument("--teacher", help="folder of an encoder to distil, in place of the two views")
@@ -92,7 +91,6 @@ def main() -> None:
     torch.manual_seed(args.seed)
     train, train_labels, train_names = load_images(args, "train")
     test, test_labels, test_names = load_images(args, "test" if args.dataset_name == "digits" else "validation")
-    second = None if args.view_column is None else load_images(args, "train", args.view_column)[0]
     groups = views_of(train_names) if args.pairs else torch.arange(len(train))[:, None]
     has_concepts = (Path(args.dataset_name) / "concepts.json").is_file()
 
@@ -114,10 +112,7 @@ def main() -> None:
         if args.pairs:
             order = torch.rand(chosen.shape).argsort(dim=1)
             rows = [chosen.gather(1, order[:, i : i + 1]).squeeze(1) for i in (0, 1)]
-        if second is None:
-            views = torch.cat([augment(train[r].float() / 255, recoloured=not args.pairs) for r in rows])
-        else:
-            views = torch.cat([train[rows[0]].float() / 255, second[rows[1]].float() / 255])
+        views = torch.cat([augment(train[r].float() / 255, recoloured=not args.pairs) for r in rows])
         optimizer.zero_grad()
         with FlopCounterMode(display=False) if step == 0 else nullcontext() as counter:
             with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
@@ -307,9 +302,7 @@ def recolour(images: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.rand(n, 1, 1, 1) < 0.5, images, 1 - images)
 
 
-def load_images(
-    args: argparse.Namespace, split: str, column: str | None = None
-) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+def load_images(args: argparse.Namespace, split: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Images (N, C, H, W), uint8, their labels, and their files' names."""
     size = (args.image_size, args.image_size)
     if args.dataset_name == "digits":
@@ -317,7 +310,7 @@ def load_images(
         images, names = [image.resize(size, resample=3) for image in rows["image"]], [""] * len(rows)
         labels = list(rows["label"])
     else:
-        source = load_source(args.dataset_name, split, image_column=column)
+        source = load_source(args.dataset_name, split)
         images, labels, names = [], [], []
         for row in tqdm(source.dataset, desc=split):
             encoded = row[source.image_column]

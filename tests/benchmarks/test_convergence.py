@@ -382,7 +382,7 @@ def test_every_arm_on_the_emoji_is_a_run_and_every_name_an_arm():
     assert set(named) == set(arms)  # and none that nothing shows
 
 
-@pytest.mark.parametrize(("data", "length"), [("digits", 200), ("glyphs", 600)])
+@pytest.mark.parametrize(("data", "length"), [("digits", 200), ("digits-s2", 400)])
 def test_every_arm_of_a_recipe_is_a_run_and_every_name_an_arm(data, length):
     table = convergence.read_table(RECIPES, data)
     arms = table["arms"]

@@ -20,6 +20,7 @@ import tarfile
 import pytest
 from helpers import run_script
 from PIL import Image
+from transformers import AutoConfig
 
 from erw_hf import RepresentationEncoder
 
@@ -88,7 +89,7 @@ def test_what_exists_is_not_mixed_with(tmp_path, packages):
         run_script("make_emoji", f"--packages={packages}", f"--output_dir={tmp_path}")
 
 
-def test_teachers_learn_from_what_two_artists_drew(tmp_path, packages):
+def test_teachers_and_the_metric_network_learn_from_what_two_artists_drew(tmp_path, packages):
     run_script("make_emoji", f"--packages={packages}", f"--output_dir={tmp_path}/emoji", "--held_out=0.25")
     shared = [
         f"--dataset_name={tmp_path}/emoji",
@@ -100,7 +101,12 @@ def test_teachers_learn_from_what_two_artists_drew(tmp_path, packages):
     shared += ["--steps=2", "--batch_size=4"]
     run_script("train_tiny_encoder", *shared, "--pairs", "--names", "--resnet", f"--output_dir={tmp_path}/resnet")
     run_script("train_tiny_encoder", *shared, f"--teacher={tmp_path}/resnet", f"--output_dir={tmp_path}/vit")
+    run_script("train_classifier", *shared[:2], "--steps=2", f"--output_dir={tmp_path}/classifier")
+    classes = sorted(path.name for path in (tmp_path / "emoji" / "train").iterdir())
+    assert list(AutoConfig.from_pretrained(tmp_path / "classifier").id2label.values()) == classes
     for name in ("resnet", "vit"):
-        assert RepresentationEncoder.from_pretrained(tmp_path / name, token_grid=4).embed_dim == 32
+        encoder = RepresentationEncoder.from_pretrained(tmp_path / name, token_grid=4)
+        # The cells of a ResNet are those of --patch_size, so that it is given images of the size that it learned from.
+        assert (encoder.embed_dim, encoder.image_size) == (32, 16)
         record = json.loads((tmp_path / name / "training.json").read_text())
         assert record["images_seen"] == 16 and all(0 <= value <= 1 for value in record["held_out_accuracy"].values())
