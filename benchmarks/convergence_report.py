@@ -186,7 +186,7 @@ def write_report(results: Path, data: str, table: dict, encoder: dict | None) ->
             plot_levers(reported, levers, results / f"convergence-{data}-levers.png")
         for name, wanted in table["figures"].items():
             shown = [arm for arm in wanted if arm in arms]
-            if shown:
+            if len(shown) > 1:
                 picture = f"convergence-{data}-{name}.png"
                 plot_curves(reported, shown, results / picture)
                 lines += [f"![Distance against steps, FLOPs and seconds: {', '.join(shown)}]({picture})", ""]
