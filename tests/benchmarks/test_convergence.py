@@ -33,7 +33,7 @@ from erw_hf.trainer.setup import build_full_model
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import convergence  # noqa: E402
 import convergence_report  # noqa: E402
-from convergence_report import answer, choose, load_records, records_path, speed_up, write_report  # noqa: E402
+from convergence_report import answer, choose, load_records, reach, records_path, speed_up, write_report  # noqa: E402
 
 
 RECIPES = REPOSITORY / "benchmarks" / "recipes"
@@ -240,6 +240,10 @@ def test_speed_up_at_equal_quality():
     assert speed_up(record("arm", 0, 64.0, 4.0), control) == (pytest.approx(100 / 75), "")  # half way in log
     assert speed_up(record("arm", 0, 64.0, 17.0), control) is None
     assert speed_up(control, control)[0] == 1.0
+    assert reach(2.0, [2.0 + 1e-15]) == (
+        0.0,
+        pytest.approx(0),
+    )  # of a lone ratio the mean may miss it, and no bar is negative
     # Noise is nearer to the data than the first blur: what counts is from where on it is as good for good.
     assert speed_up(record("arm", 0, 8.0, 64.0, 32.0, 4.0), record("control", 0, 99.0, 32.0))[0] == pytest.approx(
         100 / 75
@@ -379,7 +383,9 @@ def test_every_arm_on_the_emoji_is_a_run_and_every_name_an_arm():
     for row in (*table["glance"], *([None, *shown] for shown in table["figures"].values())):
         named += row[1:]
     named += [table["scale"]["control"], *(arm for family in table["scale"]["arms"].values() for arm in family)]
-    assert set(named) == {name for name in arms if "_lr" not in name}  # none that nothing shows, but for those to choose by
+    assert set(named) == {
+        name for name in arms if "_lr" not in name
+    }  # none that nothing shows, but for those to choose by
 
 
 @pytest.mark.parametrize(("data", "length"), [("digits", 200), ("digits-s2", 400)])
