@@ -210,8 +210,9 @@ def run_arm(study: Study, name: str, arm: dict, seed: int) -> None:
     chosen = arm.pop("chosen", None)
     for record in convergence_report.load_records(study.records):
         if (record["arm"], record["seed"]) == (name, seed):
-            record["base"] = {"ema_ramp": False, **record["base"]}  # of before there was one
             now = {"arm_settings": arm, "base": read_base(study), "budget": study.budget}
+            if now["base"].get("ema_ramp") is False:  # as in records of before there was one
+                record["base"] = {"ema_ramp": False, **record["base"]}
             differing = [key for key, value in now.items() if record[key] != value]
             if differing:
                 raise ValueError(

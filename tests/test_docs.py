@@ -222,13 +222,14 @@ def test_links_and_anchors_resolve(page):
 
 @pytest.mark.parametrize(
     ("page", "data", "fewest"),
-    [("README.md", "emoji", 4), ("docs/warmup-study.md", "digits", 5), ("docs/warmup-study.md", "emoji", 7)],
+    [("README.md", "emoji", 6), ("docs/warmup-study.md", "emoji", 7), ("docs/warmup-study.md", "digits", 5)],
 )
 def test_the_rows_of_the_study_are_those_of_its_record(page, data, fewest):
-    results = REPOSITORY / "benchmarks" / "results" / f"convergence-{data}.md"
+    """Whatever a page calls an arm: what follows is the end of a row of the results."""
+    results = (REPOSITORY / "benchmarks" / "results" / f"convergence-{data}.md").read_text().splitlines()
     section = (REPOSITORY / page).read_text().split(f"[start:{data}]")[1].split(f"[end:{data}]")[0]
-    rows = [line for line in section.splitlines() if line.startswith("|")]
-    assert len(rows) == fewest + 2 and set(rows) <= set(results.read_text().splitlines())
+    rows = [line.split("|", 2)[2] for line in section.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == fewest and all(any(line.endswith(row) for line in results) for row in rows)
 
 
 def test_the_readme_is_short():

@@ -17,6 +17,7 @@ import json
 import re
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,6 +233,19 @@ def record(arm, seed, *quality, budget=100.0):
         "arm": arm, "seed": seed, "budget": budget, "points": points, "probes": probes, "hardware": "a CPU",
         "versions": {"torch": "2"}, "base": {"evaluation_samples": 20, "num_inference_steps": 2},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("data", ["digits", "emoji"])
+def test_what_is_on_record_is_not_run_again(data):
+    """Nothing is trained here: a record made with other settings than today's raises."""
+    results = REPOSITORY / "benchmarks" / "results"
+    table = convergence.read_table(RECIPES, data)
+    study = convergence.Study(RECIPES, data, Path("nowhere"), results, float(table["budget"]), table)
+    for line in load_records(study.records):
+        settings = {
+            key: value for key, value in convergence.resolve_arm(study, line["arm"]).items() if key != "chosen"
+        }
+        convergence.run_arm(study, line["arm"], settings, line["seed"])
 
 
 def test_speed_up_at_equal_quality():
