@@ -199,9 +199,9 @@ def test_kid_is_torch_fidelitys_and_its_definition(measured):
     assert whole["kernel_inception_distance_mean"] == pytest.approx(mmd, rel=1e-6)
 
 
-def test_without_torch_fidelity_the_extra_is_named(monkeypatch):
+def test_without_torch_fidelity_it_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(ImportError, match=r"pip install erw-hf\[eval\]"):
+    with pytest.raises(ImportError, match=r"pip install torch-fidelity"):
         load_extractor("inception")
 
 
