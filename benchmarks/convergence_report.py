@@ -360,7 +360,7 @@ def levers_text(records: Sequence[Record], arms: Sequence[str], definitions: dic
     ]
 
 
-def reach(middle: float, ratios: Sequence[float]) -> tuple[float, float]:
+def error_bar(middle: float, ratios: Sequence[float]) -> tuple[float, float]:
     """How far values lie below and above their mean, which may miss a lone one by a rounding error."""
     return max(0.0, middle - min(ratios)), max(0.0, max(ratios) - middle)
 
@@ -375,7 +375,7 @@ def plot_scale(records: Sequence[Record], scale: dict, path: Path) -> None:
             ratios = [found[0] for pair in matched if (found := speed_up(*pair)) is not None]
             if ratios:  # a run that never gets there has no place on the axis: the table names it
                 middle = statistics.geometric_mean(ratios)
-                points.append((knowledge(matched[0][0]), middle, *reach(middle, ratios)))
+                points.append((knowledge(matched[0][0]), middle, *error_bar(middle, ratios)))
         if points:
             x, y, low, high = zip(*sorted(points), strict=True)
             axes.errorbar(x, y, yerr=(low, high), marker="o", capsize=3, label=family)
@@ -394,7 +394,7 @@ def plot_levers(records: Sequence[Record], arms: Sequence[str], path: Path) -> N
         ratios = [found[0] for pair in pairs(records, arm, arms[0]) if (found := speed_up(*pair)) is not None]
         if ratios:
             middle = statistics.geometric_mean(ratios)
-            low, high = reach(middle, ratios)
+            low, high = error_bar(middle, ratios)
             axes.barh(place, middle, xerr=[[low], [high]], color="tab:blue", capsize=3)
     axes.set_yticks(range(len(arms)), arms)
     axes.invert_yaxis()

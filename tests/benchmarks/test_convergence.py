@@ -34,7 +34,7 @@ from erw_hf.trainer.setup import build_full_model
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import convergence  # noqa: E402
 import convergence_report  # noqa: E402
-from convergence_report import answer, choose, load_records, reach, records_path, speed_up, write_report  # noqa: E402
+from convergence_report import answer, choose, error_bar, load_records, records_path, speed_up, write_report  # noqa: E402
 
 
 RECIPES = REPOSITORY / "benchmarks" / "recipes"
@@ -254,7 +254,7 @@ def test_speed_up_at_equal_quality():
     assert speed_up(record("arm", 0, 64.0, 4.0), control) == (pytest.approx(100 / 75), "")  # half way in log
     assert speed_up(record("arm", 0, 64.0, 17.0), control) is None
     assert speed_up(control, control)[0] == 1.0
-    assert reach(2.0, [2.0 + 1e-15]) == (
+    assert error_bar(2.0, [2.0 + 1e-15]) == (
         0.0,
         pytest.approx(0),
     )  # of a lone ratio the mean may miss it, and no bar is negative

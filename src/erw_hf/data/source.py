@@ -299,7 +299,8 @@ def _classes_of_rows(
         )
     names = feature.names if isinstance(feature, ClassLabel) else None
     if names is not None:
-        num_classes = count_classes(names, num_classes)
+        names = first_classes(names, num_classes)
+        num_classes = len(names)
     elif num_classes is None:
         num_classes = int(labels.max()) + 1
     outside = (labels < 0) | (labels >= num_classes)
@@ -309,7 +310,7 @@ def _classes_of_rows(
             f"label {int(labels[row])} in row {row} of {dataset_name!r} is not in [0, {num_classes - 1}] "
             f"(num_classes={num_classes}); {int(outside.sum())} of {len(labels)} rows are outside"
         )
-    return num_classes, names[:num_classes] if names is not None else None
+    return num_classes, names
 
 
 def _classes_of_stream(
@@ -325,11 +326,11 @@ def _classes_of_stream(
         )
     if names is None:
         return num_classes, None  # type: ignore[return-value]
-    num_classes = count_classes(names, num_classes)
-    return num_classes, names[:num_classes]
+    names = first_classes(names, num_classes)
+    return len(names), names
 
 
-def count_classes(names: list[str], num_classes: int | None) -> int:
+def first_classes(names: list[str], num_classes: int | None) -> list[str]:
     """
     Classes of a dataset that names them: all, or the first `num_classes`. With more, an adapter's or a fine-tuned model's new classes
     would take ids, and so names, of the model that it starts from.
@@ -346,7 +347,7 @@ def count_classes(names: list[str], num_classes: int | None) -> int:
             f"num_classes={num_classes}, but the dataset names {len(names)} classes ({', '.join(names[:3])} ...): leave num_classes out "
             "(of the recipe, or --num_classes null)"
         )
-    return len(names) if num_classes is None else num_classes
+    return names[:num_classes]
 
 
 def _open(load: Callable[[], Dataset | IterableDataset]) -> tuple[Dataset | IterableDataset, dict[str, Any] | None]:

@@ -34,8 +34,8 @@ from erw_hf.data.source import (
     Source,
     check_split,
     class_columns,
-    count_classes,
     find_column,
+    first_classes,
     is_local,
 )
 from erw_hf.encoders import RepresentationEncoder
@@ -334,7 +334,8 @@ def summarize_data(config: TrainingConfig) -> DataSummary:
         names = getattr(info.features.get(label_column), "names", None)
     num_classes = config.num_classes
     if names is not None:
-        num_classes = count_classes(names, num_classes)
+        names = first_classes(names, num_classes)
+        num_classes = len(names)
     elif columns and label_column is None:
         num_classes = 0
     elif num_classes is None:
