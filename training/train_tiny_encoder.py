@@ -237,6 +237,7 @@ def build_backbone(args: argparse.Namespace) -> nn.Module:
             num_attention_heads=args.hidden_size // 32,
             patch_size=args.patch_size,
             image_size=args.image_size,
+            attn_implementation="eager",  # in bf16 the backward pass of torch's CPU kernel is slow at so few tokens
         )
     )
 

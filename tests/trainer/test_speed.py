@@ -21,8 +21,7 @@ import pytest
 import torch
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-from helpers import PRESET, TINY_MODEL, randomize, train
+from helpers import PRESET, TINY_MODEL, train
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,7 +33,7 @@ from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples
 from erw_hf.data.source import load_source
 from erw_hf.objective import AlignedTransformer
 from erw_hf.trainer.config import parse_config
-from erw_hf.trainer.device import LateValues, choose_attention
+from erw_hf.trainer.device import LateValues
 from erw_hf.trainer.run_record import read_metrics
 from erw_hf.trainer.setup import Inputs, build_full_model, build_warmup_model, vae_precision
 from erw_hf.trainer.snapshots import Snapshots
@@ -140,57 +139,14 @@ def test_values_arrive_late_but_as_they_were():
     np.testing.assert_array_equal(LateValues(values).fetch(), values)
 
 
-def test_short_attention_in_bf16_takes_the_kernel_that_a_cpu_is_fast_at():
-    def backends(device_type: str, mixed_precision: str, **changes) -> set:
-        model = ERWTransformer2DModel(**{**TINY_MODEL, **changes})
-        choose_attention(model, device_type, mixed_precision)
-        return {block.attn.processor._attention_backend for block in model.transformer_blocks}
-
-    active = _AttentionBackendRegistry.get_active_backend()[0]
-    assert backends("cpu", "bf16") == {AttentionBackendName._NATIVE_MATH}
-    assert _AttentionBackendRegistry.get_active_backend()[0] == active  # that of all other models
-    # A longer one, another precision, another device: as it was.
-    for left_alone in (
-        backends("cpu", "bf16", sample_size=32), backends("cpu", "no"), backends("cuda", "bf16"),
-    ):  # fmt: skip
-        assert left_alone == {None}
-
-
-def test_both_kernels_attend_alike_in_bf16():
-    size = TINY_MODEL["sample_size"]
-    inputs = torch.randn(2, TINY_MODEL["in_channels"], size, size, generator=torch.manual_seed(0))
-    gradients = []
-    for chosen in (False, True):
-        model = randomize(ERWTransformer2DModel(**TINY_MODEL))
-        if chosen:
-            choose_attention(model, "cpu", "bf16")
-            assert model.transformer_blocks[0].attn.processor._attention_backend is not None
-        with torch.autocast("cpu", torch.bfloat16):
-            sample = model(
-                inputs, torch.tensor([0.2, 0.8]), torch.tensor([1, 2]), force_drop_ids=torch.zeros(2)
-            ).sample
-        sample.float().square().mean().backward()
-        # Together, since a key's bias has no gradient but rounding.
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
-
-
-def test_bf16_runs_choose_it_and_compile(flags, tmp_path, monkeypatch):
-    chosen = []
-
-    def remember(model, *where):
-        choose_attention(model, *where)
-        chosen.append((where, model.transformer_blocks[0].attn.processor._attention_backend))
-
+def test_bf16_runs_compile(flags, tmp_path, monkeypatch):
     # Traced as one graph is what bf16 adds to the test above; Inductor takes half a minute for what it makes of the graph.
     compile_ = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda f, fullgraph=False, **_: compile_(f, fullgraph=fullgraph, backend="aot_eager")
     )
-    monkeypatch.setattr("erw_hf.trainer.phase.choose_attention", remember)
     torch._dynamo.reset()
     train(*flags, "--mixed_precision=bf16", "--torch_compile=yes", f"--output_dir={tmp_path}/run")
-    assert chosen == [(("cpu", "bf16"), AttentionBackendName._NATIVE_MATH)] * 2  # in both phases
     assert np.isfinite(losses_of(tmp_path / "run")).all()
 
 

@@ -43,7 +43,7 @@ from erw_hf.objective import Teacher
 from erw_hf.pipeline_erw import ERWPipeline
 from erw_hf.provenance import device_name
 from erw_hf.trainer.config import TrainingConfig
-from erw_hf.trainer.device import choose_attention, choose_precision, found_device
+from erw_hf.trainer.device import choose_precision, found_device
 from erw_hf.trainer.ema import ema_profiles
 from erw_hf.trainer.flops import CARDS, count_encoder_flops, count_step_flops, count_vae_flops
 from erw_hf.trainer.memory import GIB, step_memory
@@ -95,7 +95,6 @@ def start_report(
     [`~trainer.device.choose_precision`] chose."""
     with torch.device("meta"):
         transformer = ERWTransformer2DModel(**config.model_config(data.num_classes))
-    choose_attention(transformer, device.type, precision[0])
     processor = next(iter(transformer.attn_processors.values()))
     kernel = AttentionBackendName(processor._attention_backend or DIFFUSERS_ATTN_BACKEND).value
     images = "streamed, not counted" if data.num_images is None else f"{data.num_images}"

@@ -21,7 +21,6 @@ import time
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from diffusers.models.attention_dispatch import AttentionBackendName
 from torch._functorch import config as functorch_config
 
 from erw_hf.transformer_erw import ERWTransformer2DModel
@@ -75,19 +74,6 @@ def compile_blocks(transformer: ERWTransformer2DModel, device_type: str, memory_
     # Without this Inductor's tanh, of GELU, takes a CPU three times as long as its exponential does.
     options = {"cpp.use_decompose_tanh": True} if device_type == "cpu" else None
     transformer.compile_repeated_blocks(fullgraph=True, options=options)
-
-
-def choose_attention(transformer: ERWTransformer2DModel, device_type: str, mixed_precision: str) -> None:
-    """
-    Lets a CPU in bf16 compute a short attention as separate matrix products. torch's fused kernel takes ten times as long for the
-    backward pass with 16 patch tokens, twice as long with 64, and a third of the time with 256 (Xeon with AMX, torch 2.14).
-    Sampling keeps the fused kernel.
-    """
-    tokens = (transformer.config.sample_size // transformer.config.patch_size) ** 2
-    if device_type == "cpu" and mixed_precision == "bf16" and tokens <= 64:
-        for processor in transformer.attn_processors.values():
-            # Not `set_attention_backend`, which would change every model in this process.
-            processor._attention_backend = AttentionBackendName._NATIVE_MATH
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@
 from typing import Any
 
 from erw_hf.objective import AlignedTransformer
-from erw_hf.trainer.device import choose_attention, compile_blocks
+from erw_hf.trainer.device import compile_blocks
 from erw_hf.trainer.ema import EMA, ema_profiles
 from erw_hf.trainer.engines import autocast_forward
 from erw_hf.trainer.flops import count_step_flops, count_vae_flops
@@ -52,7 +52,6 @@ class Phase:
             aligned: encoding + count_step_flops(model, self.teacher.encoders_for(aligned))
             for aligned in (False, True)
         }
-        choose_attention(model.transformer, accelerator.device.type, accelerator.mixed_precision)
         if config.compiles(accelerator.device.type):
             compile_blocks(model.transformer, accelerator.device.type, config.activation_memory_budget)
         optimizer = build_optimizer(
