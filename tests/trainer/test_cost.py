@@ -46,7 +46,7 @@ def test_a_run_begins_with_the_block_of_its_dry_run_and_records_its_precision(
         "batch      1 process x 4 x 2 accumulated = 8",
         "precision  bf16 (set by accelerate launch)",
         f"device     cpu: {device_name('cpu')}",
-        "attention  native",
+        "attention  native, torch chooses the kernel",
         "steps      3 warmup + 1 full",
         f"writes to  {tmp_path}/run",
     ):
