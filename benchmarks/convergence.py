@@ -317,8 +317,8 @@ def prepare(study: Study, arm: dict, seed: int, folder: Path) -> tuple[list[str]
     before = []
     if settings.get("encoder") in CONTROLS:
         settings["encoder"] = str(control_encoder(study, settings["encoder"], seed))
-    elif "encoder" in settings:
-        settings["encoder"] = str(REPOSITORY / settings["encoder"])
+    for name in {"dataset_name", "encoder", "vae"} & set(settings):
+        settings[name] = str(REPOSITORY / settings[name])
     config = read_config(study, settings)
     # Steps from the budget before the start is made: a warmup that the start is made of is paid from it
     config.max_train_steps, every = plan(config, study.budget, study.table["evaluations"])

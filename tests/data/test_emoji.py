@@ -18,6 +18,7 @@ import json
 import tarfile
 
 import pytest
+from diffusers import AutoencoderKL
 from helpers import run_script
 from PIL import Image
 from transformers import AutoConfig
@@ -102,6 +103,8 @@ def test_teachers_and_the_metric_network_learn_from_what_two_artists_drew(tmp_pa
     run_script("train_tiny_encoder", *shared, "--pairs", "--names", "--resnet", f"--output_dir={tmp_path}/resnet")
     run_script("train_tiny_encoder", *shared, f"--teacher={tmp_path}/resnet", f"--output_dir={tmp_path}/vit")
     run_script("train_classifier", *shared[:2], "--steps=2", f"--output_dir={tmp_path}/classifier")
+    run_script("train_tiny_autoencoder", *shared[:2], "--steps=2", "--width=8", f"--output_dir={tmp_path}/vae")
+    assert AutoencoderKL.from_pretrained(tmp_path / "vae").config.scaling_factor != 0.18215  # of its latents
     classes = sorted(path.name for path in (tmp_path / "emoji" / "train").iterdir())
     assert list(AutoConfig.from_pretrained(tmp_path / "classifier").id2label.values()) == classes
     for name in ("resnet", "vit"):
