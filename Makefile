@@ -28,7 +28,7 @@ test-browser: $(VENV)/.installed ## the demo in a headless Chromium, which root 
 	npm install --prefix tests/browser --no-save --no-package-lock --no-audit --no-fund --silent
 	node tests/browser/demo.mjs $(BIN)/python $(SCREENSHOTS)
 
-demo: $(VENV)/.installed ## the Gradio demo: the shipped digits, and to compare with them what was trained in outputs/
+demo: $(VENV)/.installed ## the Gradio demo: the shipped emoji and digits, and to compare with them what was trained in outputs/
 	ERW_MODELS=$$(ls -d outputs/*/pipeline 2>/dev/null | paste -sd,) $(BIN)/python spaces/erw/app.py
 
 # Not --quiet, which hides warnings from --strict too.

@@ -146,7 +146,7 @@ def small(encoder_path, vae_path):
     }  # fmt: skip
     flags = [f"--{name}={value}" for name, value in values.items()]
     latents = [*flags, f"--vae={vae_path}", "--in_channels=4"]
-    of = dict.fromkeys(("digits", "pixels", "imagenet256-pixel"), flags)
+    of = dict.fromkeys(("digits", "emoji", "pixels", "imagenet256-pixel"), flags)
     of["imagenet256-encoder-start"] = [*latents, "--start_from_encoder=2"]  # the tiny encoder has two
     return lambda preset: of.get(preset, latents)
 

@@ -14,7 +14,7 @@
 """Gradio demo of exported ERW pipelines: choose a class, see pictures, compare checkpoints, watch a picture form.
 
 Environment variables, which only the owner of the demo sets:
-    ERW_MODEL: Hub id or folder of an exported pipeline; by default the digits of the erw-hf repository.
+    ERW_MODEL: Hub id or folder of an exported pipeline; by default the emoji and the digits of the erw-hf repository.
     ERW_MODELS: More of them, separated by commas or lines, to choose from and to compare.
 
 A pipeline is loaded by running the code in its repo, so erw_hf need not be installed. Visitors choose among the models
@@ -54,7 +54,7 @@ from PIL import Image
 
 
 HERE = Path(__file__).resolve().parent
-DEFAULT_MODEL = HERE / "../../pipelines/erw-digits"
+SHIPPED = [HERE / "../../pipelines" / name for name in ("erw-emoji", "erw-digits")]
 MAX_IMAGES, MAX_SEED, MAX_STEPS, MAX_REMEMBERED = 16, 2**31 - 1, 250, 48
 FRAMES = 7  # pictures on the way; with the final one they fill two rows
 SAMPLERS = {"sde": "SDE, Euler-Maruyama", "euler": "ODE, Euler", "heun": "ODE, Heun"}
@@ -87,12 +87,13 @@ class Frame(NamedTuple):
 
 def load_models() -> dict[str, DiffusionPipeline]:
     """Loads the models that the owner serves, by short name, the default one first."""
-    first = os.environ.get("ERW_MODEL", "").strip() or str(DEFAULT_MODEL)
-    if first == str(DEFAULT_MODEL) and not DEFAULT_MODEL.is_dir():
+    first = os.environ.get("ERW_MODEL", "").strip()
+    served = [first] if first else [str(folder) for folder in SHIPPED if folder.is_dir()]
+    if not served:
         raise SystemExit("set ERW_MODEL to the Hub id or the folder of an exported ERW pipeline")
     more = re.split(r"[,\n]", os.environ.get("ERW_MODELS", ""))
     models = {}
-    for source in dict.fromkeys(map(whole_path, [first, *filter(None, map(str.strip, more))])):
+    for source in dict.fromkeys(map(whole_path, [*served, *filter(None, map(str.strip, more))])):
         path = Path(source)  # a run's folder is named by the run: outputs/quickstart/pipeline is "quickstart"
         name = path.parent.name if path.name == "pipeline" else path.name
         models[source if name in models else name] = load_model(source)
@@ -497,12 +498,7 @@ with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_ca
         elem_id="title",
     )
     with gr.Row():
-        with gr.Column(scale=2, min_width=300):
-            label = gr.Dropdown(
-                CHOICES[MODEL], value=CHOICES[MODEL][0][1], label="Class", info="Search by name or id",
-                allow_custom_value=True, elem_id="label",
-            )  # fmt: skip
-            shuffle = gr.Button("Random class", size="sm", elem_id="random")
+        with gr.Column(scale=2, min_width=300, elem_id="settings"):
             num_images = slider("num_images")
             with gr.Row():
                 seed = gr.Number(
@@ -514,8 +510,12 @@ with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_ca
                 sampler = gr.Radio(radio(MODEL), value=SAMPLER, label="Sampler")
                 steps = slider("num_inference_steps")
                 scale, low, high = map(slider, ["guidance_scale", "guidance_low", "guidance_high"])
-            status = gr.HTML(elem_id="status")
         with gr.Column(scale=3, min_width=320):
+            label = gr.Dropdown(
+                CHOICES[MODEL], value=CHOICES[MODEL][0][1], label="Class", info="Search by name or id",
+                allow_custom_value=True, elem_id="label",
+            )  # fmt: skip
+            shuffle = gr.Button("Random class", size="sm", elem_id="random")
             with gr.Tab("Draw"):
                 with gr.Row():
                     run = gr.Button(
@@ -549,6 +549,7 @@ with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_ca
                     stop_form = gr.Button("Stop", variant="stop", min_width=100)
                 noisy = gr.Gallery(label="x_t: the noisy image", elem_id="noisy", **GALLERY, **BUTTONS)
                 clean = gr.Gallery(label="x_0: what the model predicts from it", elem_id="clean", **GALLERY, **BUTTONS)
+            status = gr.HTML(elem_id="status")
             link = gr.Button("Copy link to these settings", size="sm", elem_id="link")
     history = gr.Gallery(
         label="Made so far (click to reuse the settings)", elem_id="history", allow_preview=False,

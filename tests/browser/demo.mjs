@@ -36,7 +36,7 @@ async function serve() {
   await new Promise((done) => probe.on("listening", done));
   const { port } = probe.address();
   await new Promise((done) => probe.close(done));
-  // The second model is the first one by another name: at the same seeds it has to draw the same.
+  // The twin is the digits by another name: at the same seeds it has to draw the same.
   cpSync(join(repository, "pipelines/erw-digits"), join(scratch, "twin"), { recursive: true });
   execFileSync(python, ["-c", TINY, scratch], { cwd: repository, stdio: ["ignore", "ignore", "inherit"] });
   const models = ["twin", "unconditional", "latent"].map((name) => join(scratch, name)).join(",\n");
@@ -57,7 +57,7 @@ async function serve() {
   throw new Error("the demo did not answer within three minutes");
 }
 
-const link = (settings) => "?" + new URLSearchParams(settings);
+const link = (settings) => "?" + new URLSearchParams({ model: "erw-digits", ...settings });
 const captions = (page, gallery) => page.locator(`${gallery} .caption-label`).allTextContents();
 const field = (page, id) => page.locator(`${id} input`).first();
 
@@ -87,6 +87,11 @@ const remembered = (page, count) =>
   page.waitForFunction((n) => document.querySelectorAll("#history .grid-container img").length === n, count);
 
 const checks = {
+  async "it opens with the emoji"(page, url) {
+    await ready(page, url);
+    assert.equal(await field(page, "#model").inputValue(), "erw-emoji");
+  },
+
   async "a class is searched for and drawn, by keyboard alone"(page, url) {
     await ready(page, url + link({ num_images: 4, num_inference_steps: 10 }));
     await page.focus("#label input");
@@ -161,6 +166,8 @@ const checks = {
 
   async "two models draw the same seeds side by side"(page) {
     await page.getByRole("tab", { name: "Compare" }).click();
+    await page.click("#second input");
+    await page.getByRole("option", { name: "twin", exact: true }).click();
     await page.click("#compare");
     await remembered(page, 3);
     const [left, right] = [await pictures(page, "#left"), await pictures(page, "#right")];
@@ -235,12 +242,14 @@ async function look(browser, url, watch) {
     for (const colorScheme of ["light", "dark"]) {
       const page = await browser.newPage({ viewport, colorScheme });
       watch(page);
-      await ready(page, url + link({ label: 7, seed: 5, num_inference_steps: 20 }));
+      await ready(page, url + link({ model: "erw-emoji", label: "face-smiling", seed: 5, num_inference_steps: 20 }));
       await remembered(page, 8);
       await pictures(page, "#history");
       assert.equal(await page.evaluate(() => document.body.classList.contains("dark")), colorScheme === "dark");
       const width = await page.evaluate(() => document.documentElement.scrollWidth);
       assert.ok(width <= viewport.width, `${size}: ${width} pixels wide`);
+      const top = async (id) => (await page.locator(id).boundingBox()).y;
+      if (size === "phone") assert.ok((await top("#generate")) < (await top("#pictures")) && (await top("#pictures")) < (await top("#seed")));
       if (screenshots) {
         await page.waitForTimeout(500);
         await page.screenshot({ path: join(screenshots, `demo-${size}-${colorScheme}.png`), fullPage: true });

@@ -61,7 +61,7 @@ def app(tmp_path_factory):
         patch.setenv("ERW_MODELS", str(twin))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-        patch.delenv("ERW_MODEL", raising=False)
+        patch.setenv("ERW_MODEL", str(DIGITS))
         app = load_app()
         _, app.url, _ = app.demo.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
         yield app
@@ -426,6 +426,12 @@ def test_a_model_that_is_none_is_named_in_one_line(source, tmp_path, monkeypatch
         monkeypatch.setenv(variable, f"{source}\n")
         with pytest.raises(SystemExit, match=f"^'{source}' .* is not an exported ERW pipeline: [^\n]+$"):
             load_app()
+
+
+def test_of_the_shipped_models_the_emoji_come_first(monkeypatch):
+    for variable in ("ERW_MODEL", "ERW_MODELS"):
+        monkeypatch.delenv(variable, raising=False)
+    assert list(load_app().MODELS) == ["erw-emoji", "erw-digits"]
 
 
 def test_without_a_model_the_folder_says_what_to_set(tmp_path, monkeypatch):

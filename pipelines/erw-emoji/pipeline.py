@@ -1,0 +1,1 @@
+../../src/erw_hf/pipeline_erw.py

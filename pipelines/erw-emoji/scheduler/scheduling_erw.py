@@ -1,0 +1,1 @@
+../../../src/erw_hf/scheduling_erw.py

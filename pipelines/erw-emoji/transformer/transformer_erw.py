@@ -1,0 +1,1 @@
+../../../src/erw_hf/transformer_erw.py
