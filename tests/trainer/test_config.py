@@ -448,7 +448,10 @@ def machine(monkeypatch):
     """A machine with a GPU that has bf16, emulates it, or none; and what accelerate launch says."""
 
     def make(kind, launcher=None):
-        monkeypatch.setattr(device, "found_device", lambda: torch.device("cpu" if kind in ("amx", "cpu") else "cuda"))
+        on_cpu = kind in ("amx", "avx2", "cpu")
+        monkeypatch.setattr(device, "found_device", lambda: torch.device("cpu" if on_cpu else "cuda"))
+        capability = "AVX2" if kind == "avx2" else "AVX512"
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: kind == "amx")
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda including_emulation=True: kind == "ampere" or including_emulation
@@ -471,6 +474,9 @@ def machine(monkeypatch):
         ("amx", None, "auto", "bf16", "AMX"),
         ("cpu", None, "auto", "no", "not faster in bf16"),
         ("cpu", "bf16", "auto", "bf16", "set by accelerate launch"),
+        ("avx2", None, "bf16", "bf16", "this CPU has no bf16"),
+        ("avx2", "bf16", "auto", "bf16", "this CPU has no bf16"),
+        ("avx2", None, "auto", "no", "not faster in bf16"),
         ("ampere", "fp16", "auto", "fp16", "set by accelerate launch"),
         ("ampere", "no", "auto", "bf16", "auto"),  # what the launcher says where it was asked nothing
         ("ampere", "no", "fp16", "fp16", "set by mixed_precision"),

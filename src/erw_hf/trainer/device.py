@@ -57,6 +57,8 @@ def choose_precision(setting: str) -> tuple[str, str]:
     on_gpu = found_device().type == "cuda"
     emulated = on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False)
     slow = "; this GPU emulates bf16, which is slower than float32: fp16 is its fast one" if emulated else ""
+    if found_device().type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        slow = "; this CPU has no bf16, so matrix products take 40 times as long as in float32, or more"
     if launcher != "no":
         return launcher, "set by accelerate launch" + (slow if launcher == "bf16" else "")
     if setting != "auto":
