@@ -31,13 +31,12 @@ CLASSES = [
     "face-smiling", "face-affection", "face-concerned", "cat-face", "animal-mammal", "animal-bird", "plant-flower", "food-fruit",
     "food-sweet", "clothing", "transport-ground", "place-building", "musical-instrument", "heart",
 ]  # fmt: skip
-SIDE, TOP = 80, 34  # of a picture and of the titles, in pixels
+SIDE, TOP = 64, 34  # of a picture and of the titles, in pixels
 
 
-def draw(pipe: ERWPipeline, labels: list[str], first_seed: int, **kwargs) -> list[Image.Image]:
+def draw(pipe: ERWPipeline, labels: list[str], first_seed: int, num_inference_steps: int = 50) -> list[Image.Image]:
     generators = [torch.Generator().manual_seed(first_seed + i) for i in range(len(labels))]
-    images = pipe(class_labels=labels, generator=generators, **kwargs).images
-    return [image.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for image in images]
+    return pipe(class_labels=labels, generator=generators, num_inference_steps=num_inference_steps).images
 
 
 def sheet(path: Path, rows: list[tuple[str, list[Image.Image]]], titles: list[str], margin: int) -> None:
@@ -46,14 +45,8 @@ def sheet(path: Path, rows: list[tuple[str, list[Image.Image]]], titles: list[st
     canvas = Image.new("RGB", (margin + columns * (SIDE + 4), TOP + len(rows) * (SIDE + 4)), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
     for i, title in enumerate(titles):
-        pen.text(
-            (margin + (i + 0.5) * columns / len(titles) * (SIDE + 4), TOP / 2),
-            title,
-            "black",
-            font,
-            anchor="mm",
-            align="center",
-        )
+        place = (margin + (i + 0.5) * columns / len(titles) * (SIDE + 4), TOP / 2)
+        pen.text(place, title, "black", font, anchor="mm", align="center")
     for y, (name, images) in enumerate(rows):
         pen.text((4, TOP + (y + 0.5) * (SIDE + 4)), name, "black", font, anchor="lm")
         for x, image in enumerate(images):
@@ -62,20 +55,22 @@ def sheet(path: Path, rows: list[tuple[str, list[Image.Image]]], titles: list[st
 
 
 pipe = ERWPipeline.from_pretrained(HERE / "../../pipelines/erw-emoji")
-rows = [("", draw(pipe, CLASSES, row * len(CLASSES))) for row in range(4)]
+sde, pipe.scheduler = pipe.scheduler, FlowMatchHeunScheduler()
+rows = [("", draw(pipe, CLASSES, row * len(CLASSES), 25)) for row in range(4)]
 sheet(HERE / "emoji.png", rows, [name.replace("-", "\n", 1) for name in CLASSES], margin=0)
 
 rows = []
 for name, scheduler in (
-    ("Euler (diffusers)", FlowMatchEulerDiscreteScheduler()), ("Heun", FlowMatchHeunScheduler()), ("SDE", pipe.scheduler),
+    ("Euler (diffusers)", FlowMatchEulerDiscreteScheduler()), ("Heun", FlowMatchHeunScheduler()), ("SDE", sde),
 ):  # fmt: skip
-    pipe.scheduler = scheduler  # the pipeline's own comes last
-    row = [image for steps in (10, 25, 50) for image in draw(pipe, CLASSES[:9:2], 0, num_inference_steps=steps)]
+    pipe.scheduler = scheduler
+    row = [image for steps in (10, 25, 50) for image in draw(pipe, CLASSES[:9:2], 0, steps)]
     rows.append((name, row))
 sheet(HERE / "few_steps.png", rows, ["10 steps", "25 steps", "50 steps"], margin=110)
 
 if len(sys.argv) > 1:
-    generic = draw(pipe, ["animal-mammal"] * 14, 0)
+    pipe.scheduler = FlowMatchHeunScheduler()
+    generic = draw(pipe, ["animal-mammal"] * 14, 0, 25)
     pipe.load_lora_weights(sys.argv[1])
-    adapted = draw(pipe, ["mammals"] * 14, 0)
+    adapted = draw(pipe, ["mammals"] * 14, 0, 25)
     sheet(HERE / "lora.png", [("", generic), ("", adapted)], [], margin=0)

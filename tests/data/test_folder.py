@@ -85,6 +85,21 @@ def test_top_folders_are_classes(tmp_path, names, split, classes):
 
 
 @pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (["my cat/1", "my cat/2"], ["my cat"] * 2),
+        (["train/my cat/1", "validation/my cat/2"], ["my cat"]),
+        (["photos/my cat/1", "photos/my cat/2"], ["my cat"] * 2),
+    ],
+)
+def test_the_only_folder_is_a_class_if_one_is_asked_for(tmp_path, names, classes, caplog):
+    folder = make(tmp_path / "all", *(f"{name}.png" for name in names))
+    assert {label for _, label in taken(folder)} == {None}
+    assert "my cat is not a class, since it is the only folder (--num_classes 1 makes it one)" in caplog.text
+    assert [label for _, label in taken(folder, num_classes=1)] == classes
+
+
+@pytest.mark.parametrize(
     ("names", "message"),
     [
         (["train/1", "test/2"], "may be classes or splits without classes: name one, .*photos/t"),

@@ -78,7 +78,15 @@ def test_a_preset_says_what_is_expected_and_claims_nothing(hub, path):
     comment = path.read_text().splitlines()[0].removeprefix("# ")
     assert f"> {comment}" in card.text
     method = next(name for name in ("SiT", "REPA", "ERW") if f": {name} on " in card.text)
-    others = {"digits": "ERW", "modern": "ERW", "start": "ERW", "pixels": "SiT", "pixel": "SiT", "rae": "SiT"}
+    others = {
+        "digits": "ERW",
+        "emoji": "SiT",
+        "modern": "ERW",
+        "start": "ERW",
+        "pixels": "SiT",
+        "pixel": "SiT",
+        "rae": "SiT",
+    }
     assert method.lower() in path.stem or others[path.stem.split("-")[-1]] == method
 
 

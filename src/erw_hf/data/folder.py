@@ -100,15 +100,15 @@ def image_extensions() -> frozenset[str]:
 
 
 def read_image_folder(
-    folder: str, label_column: str | None = None, labelled: bool = True
+    folder: str, label_column: str | None = None, num_classes: int | None = None
 ) -> dict[str, Dataset] | None:
     """
     Reads which images a folder holds and their classes, and logs it.
 
     Args:
         label_column (`str`, *optional*): Column of `metadata.csv` (`.jsonl`, `.parquet`) that holds the labels.
-        labelled (`bool`, *optional*, defaults to `True`): `False` if no labels are wanted, so that missing ones are
-            fine.
+        num_classes (`int`, *optional*): How many are wanted. With 0 missing labels are fine; with 1 the only folder of images
+            is a class, which otherwise it is not.
 
     Returns:
         `dict[str, datasets.Dataset]`, *optional*: The rows of each split, in the order of the paths or of the
@@ -132,7 +132,7 @@ def read_image_folder(
     reader = _Reader(folder, listing, label_column)
     if any(name.endswith(("_file_name", "_file_names")) for name in reader.columns):
         return None  # several images per row, which the reader of `datasets` handles
-    return reader.splits(labelled)
+    return reader.splits(num_classes)
 
 
 class _Listing:
@@ -233,7 +233,8 @@ class _Reader:
         if label_column in self.columns or set(LABEL_COLUMNS) & set(self.columns):
             self.label_column = find_label_column(self.columns, label_column if label_column in self.columns else None)
 
-    def splits(self, labelled: bool) -> dict[str, Dataset]:
+    def splits(self, num_classes: int | None) -> dict[str, Dataset]:
+        self.only_folder_is_class = num_classes == 1
         parts = self._find_splits(self.listing.images, "")
         classes: list[str] = []  # the same in all splits
         notes = self.notes
@@ -243,7 +244,7 @@ class _Reader:
             labels = [label for rows in named.values() for _, label in rows]
             if self.label_column is None or all(isinstance(label, str) and label for label in labels):
                 classes = sorted({str(label) for label in labels if label is not None})
-        if self.label_column is None and labelled and not classes:
+        if self.label_column is None and num_classes != 0 and not classes:
             self._refuse_lost_labels()
         datasets = {split: self._rows(rows, classes) for split, rows in named.items()}
         self._say(datasets, classes)
@@ -281,9 +282,10 @@ class _Reader:
                         f"the folders {_shown(below)} of {where} may be classes or splits: name one, "
                         f"{os.path.join(where, next(iter(below)))}, if they are splits, rename them if they are classes"
                     )
-            if len(below) == 1:
-                top = next(iter(below))
+            top = next(iter(below))
+            if len(below) == 1 and (_holds_folders(below[top], f"{prefix}{top}/") or not self.only_folder_is_class):
                 self._leave(own, f"beside the folder {prefix}{top}")
+                self._note_only_folder(below[top], f"{prefix}{top}")
                 return self._find_splits(below[top], f"{prefix}{top}/")
         return {"train": (paths, prefix)}
 
@@ -305,9 +307,9 @@ class _Reader:
                 "each image into the folder of its class, or move the folders away to train without classes"
             )
         top = next(iter(below))
-        if len(below) == 1 and nfc(top) not in classes:
+        if len(below) == 1 and nfc(top) not in classes and not self.only_folder_is_class:
             self._leave(own, f"beside the folder {prefix}{top}")
-            self.notes.append(f"{prefix}{top} is not a class, since it is the only folder")
+            self._note_only_folder(below[top], f"{prefix}{top}")
             return self._label(below[top], f"{prefix}{top}/", classes)
         self._refuse_lost_folders(below, prefix)
         self._refuse_two_levels(below, prefix)
@@ -316,6 +318,10 @@ class _Reader:
         if nested:
             self.notes.append(f"{nested} in nested folders belong to the class above")
         return [(path, nfc(top)) for top, members in below.items() for path in members]
+
+    def _note_only_folder(self, paths: list[str], folder: str) -> None:
+        if not _holds_folders(paths, f"{folder}/"):
+            self.notes.append(f"{folder} is not a class, since it is the only folder (--num_classes 1 makes it one)")
 
     def _described(self, paths: list[str]) -> list[tuple[str, dict[str, Any]]]:
         """The images that the metadata names, in its order."""

@@ -105,7 +105,8 @@ def load_source(
         label_column (`str`, *optional*):
             Column of labels. By default the one that [`~data.folder.find_label_column`] finds.
         num_classes (`int`, *optional*):
-            Number of classes. By default the dataset's own, else the largest label + 1; 0 reads it without labels.
+            Number of classes. By default the dataset's own, else the largest label + 1; 0 reads it without labels, 1 makes
+            the only folder of images a class.
         streaming (`bool`, *optional*, defaults to `False`):
             Read row by row, without downloading first. A stream cannot be searched for its classes, so its labels must
             be a ClassLabel, or `num_classes` must be given.
@@ -124,7 +125,7 @@ def load_source(
         PermissionError: for a gated dataset that this account may not read; the message says how to get access.
     """
     dataset_name = resolve_dataset_name(dataset_name)
-    load = partial(_load, dataset_name, dataset_config_name, streaming, label_column, num_classes != 0, split=split)
+    load = partial(_load, dataset_name, dataset_config_name, streaming, label_column, num_classes, split=split)
     try:
         dataset, first = retried(retry_seconds, partial(_open, load))
     except (DatasetGenerationError, pyarrow.ArrowInvalid) as error:
@@ -363,7 +364,7 @@ def _load(
     dataset_config_name: str | None,
     streaming: bool,
     label_column: str | None,
-    labelled: bool,
+    num_classes: int | None,
     split: str | None,
     **options: object,
 ) -> Any:
@@ -378,7 +379,7 @@ def _load(
         dataset = load_from_disk(dataset_name)
         splits = {"train": dataset, str(dataset.split or "train"): dataset}  # it has one split, whatever its name
     elif dataset_config_name is None and os.path.isdir(dataset_name):
-        splits, shards = read_image_folder(dataset_name, label_column, labelled), 1
+        splits, shards = read_image_folder(dataset_name, label_column, num_classes), 1
     if splits is not None:
         if split is None:
             return splits
