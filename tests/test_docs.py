@@ -38,7 +38,7 @@ SCRIPTS = sorted(path for path in (REPOSITORY / "training").glob("*.py") if path
 MODULES = ["erw_hf.hub.push", "erw_hf.hub.space", "erw_hf.hub.cards", "erw_hf.hub.convert", "erw_hf.trainer.ema"]
 # What a reader has and this folder has not.
 CONFIGS = dict.fromkeys(("X.yaml", "mine.yaml", "outputs/mine/config.yaml"), "training/configs/digits.yaml")
-FOREIGN = {"git", "source", "cd"}  # commands of others, whose flags are theirs
+FOREIGN = {"git", "source", "cd", "mkdir", "cp"}  # commands of others, whose flags are theirs
 FOREIGN_FLAGS = {"--help", "--no-deps", "--nodes", "--target"}
 FOREIGN_KEYS = {"fsdp_version"}  # of accelerate
 
@@ -282,6 +282,7 @@ def stand_ins(tmp_path_factory, vae_path) -> dict[str, Path]:
     BitImageProcessorPil().save_pretrained(encoder)
     return {
         "pipelines/erw-digits": REPOSITORY / "pipelines" / "erw-digits",
+        "pipelines/erw-emoji": REPOSITORY / "pipelines" / "erw-emoji",
         "user/mine": REPOSITORY / "pipelines" / "erw-digits",
         "sit-xl": folder,
         "facebook/dinov2-base": encoder,
