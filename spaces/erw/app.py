@@ -136,7 +136,10 @@ def class_choices(pipe: DiffusionPipeline) -> list[tuple[str, str]]:
 def samplers_of(pipe: DiffusionPipeline) -> list[str]:
     """Samplers for a model, its default first. SDE and Heun travel in the model's repo, if its scheduler is one of them."""
     shipped = sys.modules[type(pipe.scheduler).__module__]
-    return list(SAMPLERS) if hasattr(shipped, "FlowMatchHeunScheduler") else ["euler"]
+    if not hasattr(shipped, "FlowMatchHeunScheduler"):
+        return ["euler"]
+    default = "heun" if isinstance(pipe.scheduler, shipped.FlowMatchHeunScheduler) else "sde"
+    return sorted(SAMPLERS, key=lambda name: name != default)
 
 
 MODELS = load_models()
@@ -494,7 +497,7 @@ def slider(name: str) -> gr.Slider:
 with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
     gr.Markdown(
         "# Draw with ERW\nChoose a class and press **Generate**. A diffusion transformer turns noise (t = 1) into "
-        "pictures (t = 0); its early layers were [warmed up](https://arxiv.org/abs/2504.10188) first.",
+        "pictures (t = 0). [ERW](https://arxiv.org/abs/2504.10188) is a way to train it.",
         elem_id="title",
     )
     with gr.Row():

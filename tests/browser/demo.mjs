@@ -242,7 +242,7 @@ async function look(browser, url, watch) {
     for (const colorScheme of ["light", "dark"]) {
       const page = await browser.newPage({ viewport, colorScheme });
       watch(page);
-      await ready(page, url + link({ model: "erw-emoji", label: "face-smiling", seed: 5, num_inference_steps: 20 }));
+      await ready(page, url + link({ model: "erw-emoji", label: "face-smiling", seed: 5 }));
       await remembered(page, 8);
       await pictures(page, "#history");
       assert.equal(await page.evaluate(() => document.body.classList.contains("dark")), colorScheme === "dark");

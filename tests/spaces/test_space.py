@@ -385,6 +385,13 @@ def test_an_unconditional_and_a_latent_pipeline_draw_at_the_first_click(tmp_path
         app.checked("7", *numbers, "euler", "unconditional")
 
 
+def test_a_model_opens_with_the_sampler_that_it_was_saved_with(app):
+    pipe = ERWPipeline.from_pretrained(DIGITS)
+    assert app.samplers_of(pipe) == ["sde", "euler", "heun"]
+    pipe.scheduler = FlowMatchHeunScheduler()
+    assert app.samplers_of(pipe) == ["heun", "sde", "euler"]
+
+
 @pytest.mark.parametrize("part", ["transformer", "vae"])
 def test_a_broken_model_is_one_line_and_no_black_picture(app, part, vae_path, monkeypatch):
     vae = AutoencoderKL.from_pretrained(vae_path)
