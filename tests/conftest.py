@@ -14,15 +14,16 @@
 import os
 from pathlib import Path
 
+
+# No test may reach for a network: what is not local has to fail at once. The client reads this when it is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import pytest
 import torch
 from helpers import REPRESENTATION_ARCHITECTURES, TINY_MODEL, randomize
 
 from erw_hf.provenance import device_name
 
-
-# No test may reach for a network: what is not local has to fail at once.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Tests compare computations of equal maths to the last bit, as two batches of two with one of four, or loaded weights with those that
 # were saved. MKL promises that where its kernels for AVX-512 run. With others the order in which it adds up depends on the number of

@@ -41,16 +41,16 @@ def draw(pipe: ERWPipeline, labels: list[str], first_seed: int, num_inference_st
 
 def sheet(path: Path, rows: list[tuple[str, list[Image.Image]]], titles: list[str], margin: int) -> None:
     """Saves named rows of pictures below titles, which are spread over the columns."""
-    columns = len(rows[0][1])
-    canvas = Image.new("RGB", (margin + columns * (SIDE + 4), TOP + len(rows) * (SIDE + 4)), "white")
+    columns, top = len(rows[0][1]), TOP if titles else 0
+    canvas = Image.new("RGB", (margin + columns * (SIDE + 4), top + len(rows) * (SIDE + 4)), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
     for i, title in enumerate(titles):
         place = (margin + (i + 0.5) * columns / len(titles) * (SIDE + 4), TOP / 2)
         pen.text(place, title, "black", font, anchor="mm", align="center")
     for y, (name, images) in enumerate(rows):
-        pen.text((4, TOP + (y + 0.5) * (SIDE + 4)), name, "black", font, anchor="lm")
+        pen.text((4, top + (y + 0.5) * (SIDE + 4)), name, "black", font, anchor="lm")
         for x, image in enumerate(images):
-            canvas.paste(image, (margin + x * (SIDE + 4), TOP + y * (SIDE + 4)))
+            canvas.paste(image, (margin + x * (SIDE + 4), top + y * (SIDE + 4)))
     canvas.save(path, optimize=True)
 
 

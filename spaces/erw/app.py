@@ -179,7 +179,7 @@ def checked_class(model: str, label) -> str:
     text = text[:100]
     if CHOICES[model] == [(NO_CLASS, NO_CLASS)]:
         if text not in ("", "0", NO_CLASS):
-            raise refuse(f"Class must be {NO_CLASS!r}, {model} is unconditional")
+            raise refuse(f"{model} has no classes: choose {NO_CLASS!r}")
         return NO_CLASS
     if text not in pipe.labels and text.isascii() and text.isdigit():
         if int(text) >= len(CHOICES[model]):
@@ -497,7 +497,7 @@ def slider(name: str) -> gr.Slider:
 with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
     gr.Markdown(
         "# Draw with ERW\nChoose a class and press **Generate**. A diffusion transformer turns noise (t = 1) into "
-        "pictures (t = 0). [ERW](https://arxiv.org/abs/2504.10188) is a way to train it.",
+        "pictures (t = 0). [ERW](https://arxiv.org/abs/2504.10188) is one way to train such a model.",
         elem_id="title",
     )
     with gr.Row():
@@ -555,7 +555,7 @@ with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_ca
             status = gr.HTML(elem_id="status")
             link = gr.Button("Copy link to these settings", size="sm", elem_id="link")
     history = gr.Gallery(
-        label="Made so far (click to reuse the settings)", elem_id="history", allow_preview=False,
+        label="History (click to reuse)", elem_id="history", allow_preview=False,
         buttons=[], **{**GALLERY, "columns": 8, "elem_classes": [*LOOK, "remembered"]},
     )  # fmt: skip
     made, remembered = gr.State(), gr.State([], time_to_live=3600)

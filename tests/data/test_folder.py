@@ -97,6 +97,18 @@ def test_the_only_folder_is_a_class_if_one_is_asked_for(tmp_path, names, classes
     assert {label for _, label in taken(folder)} == {None}
     assert "my cat is not a class, since it is the only folder (--num_classes 1 makes it one)" in caplog.text
     assert [label for _, label in taken(folder, num_classes=1)] == classes
+    caplog.clear()
+    assert {label for _, label in taken(folder, num_classes=0)} == {None} and "not a class" not in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_classes_that_are_asked_for_and_are_not_there(tmp_path, streaming):
+    folder = make(tmp_path / "photos", "1.png", "2.png")
+    for num_classes in (1, 1000):
+        with pytest.raises(
+            ValueError, match=f"num_classes is {num_classes}, but .*photos' has no classes: put the images into"
+        ):
+            load_source(folder, num_classes=num_classes, streaming=streaming)
 
 
 @pytest.mark.parametrize(

@@ -381,7 +381,7 @@ def test_an_unconditional_and_a_latent_pipeline_draw_at_the_first_click(tmp_path
     assert (label.value, radio.value) == ("no class", "euler")
     with pytest.raises(app.gr.Error, match="has no SDE"):
         list(app.sample({**settings, "model": "unconditional", "label": "no class", "sampler": "sde"}))
-    with pytest.raises(app.gr.Error, match="Class must be 'no class', unconditional is unconditional"):
+    with pytest.raises(app.gr.Error, match="unconditional has no classes: choose 'no class'"):
         app.checked("7", *numbers, "euler", "unconditional")
 
 

@@ -234,7 +234,7 @@ class _Reader:
             self.label_column = find_label_column(self.columns, label_column if label_column in self.columns else None)
 
     def splits(self, num_classes: int | None) -> dict[str, Dataset]:
-        self.only_folder_is_class = num_classes == 1
+        self.num_classes = num_classes
         parts = self._find_splits(self.listing.images, "")
         classes: list[str] = []  # the same in all splits
         notes = self.notes
@@ -283,7 +283,7 @@ class _Reader:
                         f"{os.path.join(where, next(iter(below)))}, if they are splits, rename them if they are classes"
                     )
             top = next(iter(below))
-            if len(below) == 1 and (_holds_folders(below[top], f"{prefix}{top}/") or not self.only_folder_is_class):
+            if len(below) == 1 and (_holds_folders(below[top], f"{prefix}{top}/") or self.num_classes != 1):
                 self._leave(own, f"beside the folder {prefix}{top}")
                 self._note_only_folder(below[top], f"{prefix}{top}")
                 return self._find_splits(below[top], f"{prefix}{top}/")
@@ -307,7 +307,7 @@ class _Reader:
                 "each image into the folder of its class, or move the folders away to train without classes"
             )
         top = next(iter(below))
-        if len(below) == 1 and nfc(top) not in classes and not self.only_folder_is_class:
+        if len(below) == 1 and nfc(top) not in classes and self.num_classes != 1:
             self._leave(own, f"beside the folder {prefix}{top}")
             self._note_only_folder(below[top], f"{prefix}{top}")
             return self._label(below[top], f"{prefix}{top}/", classes)
@@ -320,7 +320,7 @@ class _Reader:
         return [(path, nfc(top)) for top, members in below.items() for path in members]
 
     def _note_only_folder(self, paths: list[str], folder: str) -> None:
-        if not _holds_folders(paths, f"{folder}/"):
+        if self.num_classes != 0 and not _holds_folders(paths, f"{folder}/"):
             self.notes.append(f"{folder} is not a class, since it is the only folder (--num_classes 1 makes it one)")
 
     def _described(self, paths: list[str]) -> list[tuple[str, dict[str, Any]]]:

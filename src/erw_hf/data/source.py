@@ -172,6 +172,11 @@ def load_source(
         # Reading a row decodes all of its columns, so drop other images.
         dataset = dataset.select_columns([name for name in (image_column, label_column) if name is not None])
     if label_column is None:
+        if num_classes:
+            raise ValueError(
+                f"num_classes is {num_classes}, but {dataset_name!r} has no classes: put the images into one folder per class, name "
+                "the column of labels with --label_column, or leave num_classes out"
+            )
         num_classes = 0
     elif streaming:
         num_classes, names = _classes_of_stream(dataset, first, label_column, num_classes)

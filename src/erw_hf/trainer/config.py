@@ -173,7 +173,7 @@ class ModelConfig:
     )
     num_classes: int | None = _key(
         None,
-        "Number of classes; taken from the dataset by default.",
+        "Number of classes; taken from the dataset by default. 0 trains without labels, 1 makes the only folder of images a class.",
         range=AT_LEAST_0,
         fixed=True,
         source="num_classes",
