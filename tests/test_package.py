@@ -74,7 +74,8 @@ def test_weights_are_small_and_safetensors():
     files = [REPOSITORY / name for name in tracked.splitlines()]
     weights = [path for path in files if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl")]
     assert weights and all(path.suffix == ".safetensors" for path in weights)
-    assert max(path.stat().st_size for path in weights) < 16 * 2**20  # each is one file
+    sizes = [path.stat().st_size for path in weights]
+    assert max(sizes) < 16 * 2**20 and sum(sizes) < 24 * 2**20
 
 
 @pytest.mark.parametrize("pipeline", ["erw-digits", "erw-emoji"])
