@@ -40,8 +40,8 @@ def on_files(files, config):
 def on_page_markdown(markdown, **_):
     markdown = MODULE.sub(lambda match: module_reference(match[1]), markdown)
     # A page links to the results where they lie in the repository; on the site plots lie in results/, pages in results.md.
-    markdown = re.sub(r"\(\.\./benchmarks/results/([\w-]+\.png)\)", r"(results/\1)", markdown)
-    markdown = re.sub(r"\(\.\./benchmarks/results/[\w-]+\.md\)", "(results.md)", markdown)
+    markdown = re.sub(r"\(((?:\.\./)*)\.\./benchmarks/results/([\w-]+\.png)\)", r"(\1results/\2)", markdown)
+    markdown = re.sub(r"\(((?:\.\./)*)\.\./benchmarks/results/[\w-]+\.md\)", r"(\1results.md)", markdown)
     if "{{ results }}" in markdown:
         markdown = markdown.replace("{{ results }}", results())
     if "{{ configuration }}" in markdown:
