@@ -25,7 +25,8 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
     write_record(path, {"a": 1})
     assert json.loads(path.read_text()) == {"a": 1}
-    assert synced == [str(tmp_path / ".record.json.writing"), str(tmp_path)]  # the file before it gets its name
+    temporary = tmp_path / f".record.json.{os.getpid()}.writing"
+    assert synced == [str(temporary), str(tmp_path)]  # the file before it gets its name
     with pytest.raises(OSError, match="disk is full"), written_whole(path) as temporary:
         temporary.write_text("half")
         raise OSError("disk is full")
@@ -37,6 +38,16 @@ def test_two_files_that_differ_in_their_suffix_do_not_share_a_temporary_one(tmp_
         first.write_text("1")
         second.write_text("2")
     assert (tmp_path / "a.json").read_text() == "1" and (tmp_path / "a.npz").read_text() == "2"
+
+
+def test_two_processes_that_write_one_file_do_not_share_a_temporary_one(tmp_path, monkeypatch):
+    with written_whole(tmp_path / "a") as first:
+        first.write_text("1")
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        with written_whole(tmp_path / "a") as second:
+            second.write_text("2")
+        assert (tmp_path / "a").read_text() == "2"
+    assert (tmp_path / "a").read_text() == "1" and os.listdir(tmp_path) == ["a"]
 
 
 def test_a_folder_is_synced_with_all_that_it_holds(tmp_path, monkeypatch):

@@ -57,6 +57,7 @@ HERE = Path(__file__).resolve().parent
 SHIPPED = [HERE / "../../pipelines" / name for name in ("erw-emoji", "erw-digits")]
 MAX_IMAGES, MAX_SEED, MAX_STEPS, MAX_REMEMBERED = 16, 2**31 - 1, 250, 48
 FRAMES = 7  # pictures on the way; with the final one they fill two rows
+OPENS_WITH = "face-smiling"  # instead of the first class, where a model has it
 SAMPLERS = {"sde": "SDE, Euler-Maruyama", "euler": "ODE, Euler", "heun": "ODE, Heun"}
 # What a slider allows and the API accepts: lowest, highest, step, default, what the visitor reads.
 RANGES = {
@@ -131,6 +132,11 @@ def class_choices(pipe: DiffusionPipeline) -> list[tuple[str, str]]:
             value = f"{name} ({class_id})"
         choices.append((name if name == str(class_id) else f"{name} ({class_id})", value))
     return choices or [(NO_CLASS, NO_CLASS)]
+
+
+def first_class(model: str) -> str:
+    values = [value for _, value in CHOICES[model]]
+    return OPENS_WITH if OPENS_WITH in values else values[0]
 
 
 def samplers_of(pipe: DiffusionPipeline) -> list[str]:
@@ -457,7 +463,7 @@ def read_link(request: gr.Request):
     """The settings in the page's address, and whether there are none."""
     known = request.query_params.get("model") in MODELS
     model = request.query_params["model"] if known else MODEL
-    defaults = {"label": CHOICES[model][0][1], **{name: row[3] for name, row in RANGES.items()}}
+    defaults = {"label": first_class(model), **{name: row[3] for name, row in RANGES.items()}}
     defaults |= {"sampler": samplers_of(MODELS[model])[0], "model": model}
     linked = {name: value for name, value in request.query_params.items() if name in LINKED}
     try:
@@ -483,7 +489,7 @@ def of_model(model: str, label, sampler: str):
     try:
         label = checked_class(model, label)
     except gr.Error:
-        label = CHOICES[model][0][1]
+        label = first_class(model)
     known = samplers_of(MODELS[model])
     sampler = sampler if sampler in known else known[0]
     return gr.Dropdown(CHOICES[model], value=label), gr.Radio(radio(model), value=sampler)
@@ -515,7 +521,7 @@ with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_ca
                 scale, low, high = map(slider, ["guidance_scale", "guidance_low", "guidance_high"])
         with gr.Column(scale=3, min_width=320):
             label = gr.Dropdown(
-                CHOICES[MODEL], value=CHOICES[MODEL][0][1], label="Class", info="Search by name or id",
+                CHOICES[MODEL], value=first_class(MODEL), label="Class", info="Search by name or id",
                 allow_custom_value=True, elem_id="label",
             )  # fmt: skip
             shuffle = gr.Button("Random class", size="sm", elem_id="random")

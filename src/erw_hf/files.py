@@ -23,10 +23,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name beside the file. When the block ends, the file appears, synced to disk; if it raises, nothing
-    appears."""
+    """A temporary name beside the file, this process's own. When the block ends, the file appears, synced to disk; if it
+    raises, nothing appears."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.writing")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
     try:
         yield temporary
         sync(temporary)

@@ -392,6 +392,13 @@ def test_a_model_opens_with_the_sampler_that_it_was_saved_with(app):
     assert app.samplers_of(pipe) == ["heun", "sde", "euler"]
 
 
+def test_the_demo_opens_with_a_class_that_shows_what_the_model_can_do(app, monkeypatch):
+    assert app.first_class(app.MODEL) == app.CHOICES[app.MODEL][0][1]
+    emoji = ERWPipeline.from_pretrained(app.SHIPPED[0])
+    monkeypatch.setitem(app.CHOICES, "emoji", app.class_choices(emoji))
+    assert app.first_class("emoji") == app.OPENS_WITH
+
+
 @pytest.mark.parametrize("part", ["transformer", "vae"])
 def test_a_broken_model_is_one_line_and_no_black_picture(app, part, vae_path, monkeypatch):
     vae = AutoencoderKL.from_pretrained(vae_path)
