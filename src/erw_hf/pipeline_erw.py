@@ -382,8 +382,8 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             kwargs: Arguments of [`~DiffusionPipeline.save_pretrained`], or of `push_to_hub` if that is set.
 
         Raises:
-            ValueError: before anything is written, for pipelines that would not load again (adapters, wrapped models), and for
-                classes of your own, since their file would be published.
+            ValueError: before anything is written, for pipelines that would not load again (adapters, wrapped models, several
+                `.bin` files), and for classes of your own, since their file would be published.
         """
         self._check_saveable()
         folder = Path(save_directory)
@@ -400,6 +400,11 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
             written = Path(name)
             super().save_pretrained(written, **kwargs)
+            if any(written.glob("*/*.bin.index*.json")):
+                raise ValueError(
+                    "diffusers loads weights in several files from safetensors only: leave out safe_serialization=False, or "
+                    "set a larger max_shard_size"
+                )
             self._make_portable(written)
             _replace(folder, written, kwargs.get("variant"))
 

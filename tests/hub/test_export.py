@@ -250,6 +250,16 @@ def test_adapters_are_refused_until_they_are_merged(tmp_path):
     refused(guided, tmp_path / "guided", "the guidance_transformer would not load again")
 
 
+def test_several_bin_files_are_refused_since_diffusers_does_not_find_them(tmp_path):
+    pipe, folder = pipeline(), tmp_path / "repo"
+    pipe.save_pretrained(folder, safe_serialization=False)  # one loads
+    before = sorted(folder.rglob("*"))
+    ERWPipeline.from_pretrained(folder)
+    with pytest.raises(ValueError, match="leave out safe_serialization=False, or set a larger max_shard_size"):
+        pipe.save_pretrained(folder, safe_serialization=False, max_shard_size="10KB")
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_wrapped_models_are_refused(tmp_path):
     from peft import LoraConfig, get_peft_model
 
