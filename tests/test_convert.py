@@ -15,6 +15,7 @@
 independent of diffusers and of our model, with the published tensor names."""
 
 import argparse
+import json
 import math
 import pickle
 
@@ -263,6 +264,58 @@ def test_a_network_that_predicts_samples_can_be_said(reversed_time):
     )
     with pytest.raises(ValueError, match='prediction_type must be "velocity" or "sample"'):
         read_checkpoint(state, {**HEADS_GIVEN, "prediction_type": "noise"})
+
+
+def test_what_files_of_parameters_alone_do_not_tell_can_be_said():
+    state = state_dict(rope=True, projectors=1)
+    x, t, labels = inputs()
+    expected = convert_checkpoint(state, HEADS_GIVEN)(x, t, labels).sample
+    alone = {name: value for name, value in state.items() if not name.startswith("feat_rope.")}
+    said = convert_checkpoint(alone, {**HEADS_GIVEN, "use_rope": True})
+    assert torch.equal(said(x, t, labels).sample, expected)
+    assert "positions: sin-cos and rotary" in read_checkpoint(state, HEADS_GIVEN).facts
+    exact = read_checkpoint(state, {**HEADS_GIVEN, "activation_fn": "gelu"})
+    assert exact.config["activation_fn"] == "gelu" and "activation: gelu" in exact.facts
+    assert "activation: gelu-approximate (assumed)" in read_checkpoint(state, HEADS_GIVEN).facts
+    parameters = {name: value for name, value in alone.items() if name != "pos_embed"}
+    facts = read_checkpoint(parameters, {**HEADS_GIVEN, "sample_size": 8}).facts
+    assert any(fact.startswith("positions: sin-cos, none rotary (a file of parameters") for fact in facts)
+    with pytest.raises(ValueError, match="the checkpoint's tensors say 'swiglu'"):
+        read_checkpoint(state_dict(swiglu=True), {**HEADS_GIVEN, "activation_fn": "gelu"})
+
+
+def test_odd_containers():
+    state = state_dict()
+    doubled = {**state, "module.final_layer.linear.bias": state["final_layer.linear.bias"] + 1}
+    with pytest.raises(ValueError, match="two tensors 'final_layer.linear.bias'"):
+        read_checkpoint(doubled, HEADS_GIVEN)
+    plain = read_checkpoint(state, HEADS_GIVEN)
+    for odd in (
+        {name: value.numpy() for name, value in state.items()},
+        {**state, "step": torch.tensor([7])},
+        {"model": state, "ema_decay": 0.9999},
+    ):
+        read = read_checkpoint(odd, HEADS_GIVEN)
+        assert all(torch.equal(value, plain.transformer[name]) for name, value in read.transformer.items())
+        assert not any("averaged" in fact for fact in read.facts)
+    with pytest.raises(ValueError, match="a path or a state dict, not a Linear"):
+        read_checkpoint(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "last.pt.gz", "weights.npz"])
+def test_files_that_are_no_checkpoints_are_named(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match="name a .pt or .safetensors file"):
+        read_checkpoint(tmp_path / name)
+
+
+def test_the_command_does_not_write_over_its_checkpoint(tmp_path, capsys):
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file(state_dict(), file)
+    before = file.read_bytes()
+    with pytest.raises(SystemExit):
+        main(["--checkpoint", str(file), "--output_dir", str(tmp_path), "--architecture", json.dumps(HEADS_GIVEN)])
+    assert "would replace the checkpoint" in capsys.readouterr().err and file.read_bytes() == before
 
 
 def test_ema_is_preferred_and_other_entries_are_ignored():

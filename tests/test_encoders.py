@@ -11,6 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import json
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -275,6 +278,15 @@ def test_images_of_another_size_are_resized_and_grey_ones_are_spread(encoder_pat
     normalised = (grey.expand(-1, 3, -1, -1) - encoder.image_mean) / encoder.image_std
     resized = F.interpolate(normalised, size=(32, 32), mode="bicubic")
     torch.testing.assert_close(tokens, encoder.model(resized).last_hidden_state[:, 1:])
+
+
+def test_a_processor_that_does_not_normalise_is_followed(encoder_path, tmp_path):
+    folder = tmp_path / "encoder"
+    shutil.copytree(encoder_path, folder)
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps({**settings, "do_normalize": False}))
+    encoder, images = RepresentationEncoder.from_pretrained(folder, token_grid=4), torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(encoder(images), encoder.model(images).last_hidden_state[:, 1:])
 
 
 def test_it_is_frozen_and_runs_in_its_own_dtype(encoder_path):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     LayerSkipConfig,
@@ -102,15 +103,22 @@ def test_bad_inputs_raise(blocks):
         pipe(class_labels=[1], num_inference_steps=2, latents=torch.zeros(1, 4, 8, 8))
 
 
-def test_threads_get_what_they_get_alone(blocks, transformer):
-    pipe = modular(blocks, transformer, FlowMatchEulerMaruyamaScheduler(), ClassifierFreeGuidance(guidance_scale=1.0))
+@pytest.mark.parametrize(
+    "guider",
+    [
+        lambda: ClassifierFreeGuidance(guidance_scale=4.0, start=0.3, stop=0.8),
+        lambda: AdaptiveProjectedGuidance(guidance_scale=4.0, adaptive_projected_guidance_momentum=-0.5),
+    ],
+)
+def test_threads_get_what_they_get_alone(blocks, transformer, guider):
+    pipe = modular(blocks, transformer, FlowMatchEulerMaruyamaScheduler(), guider())
 
     def draw(label, steps):
         generator = torch.Generator().manual_seed(label)
         kwargs = {"class_labels": [label], "num_inference_steps": np.int64(steps), "output_type": "np"}
         return pipe(**kwargs, generator=generator).images
 
-    settings, images = [(1, 4), (2, 7), (3, 9)], {}
+    settings, images = [(1, 24), (2, 37), (3, 49)], {}
     alone = {one: draw(*one) for one in settings}
     threads = [threading.Thread(target=lambda one=one: images.update({one: draw(*one)})) for one in settings]
     for thread in threads:
@@ -119,6 +127,32 @@ def test_threads_get_what_they_get_alone(blocks, transformer):
         thread.join()
     for one in settings:
         np.testing.assert_array_equal(images[one], alone[one])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"output_type": "jpg"}, "`output_type` must be"),
+        ({"generator": 42}, "`generator` must be a torch.Generator.*int"),
+        ({"generator": [torch.Generator()] * 3}, "3 generators for 1 images"),
+        ({"latents": torch.full((1, 1, 8, 8), torch.nan)}, "NaN"),
+        ({"class_labels": ["7"]}, "must be class ids"),
+    ],
+)
+def test_wrong_inputs_are_refused_before_the_first_step(blocks, transformer, options, message):
+    pipe = modular(blocks, transformer, FlowMatchEulerMaruyamaScheduler())
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"class_labels": [1], "num_inference_steps": 2, **options})
+
+
+def test_latents_are_not_shown_as_pixels_nor_given_to_another_vae(blocks, vae_path):
+    transformer = ERWTransformer2DModel(**{**TINY_MODEL, "in_channels": 8}).eval()
+    pipe = modular(blocks, transformer, FlowMatchEulerMaruyamaScheduler())
+    with pytest.raises(ValueError, match="latents of 8 channels are not pixels"):
+        pipe(class_labels=[1], num_inference_steps=2)
+    pipe.update_components(vae=AutoencoderKL.from_pretrained(vae_path))
+    with pytest.raises(ValueError, match="the vae decodes latents of 4 channels"):
+        pipe(class_labels=[1], num_inference_steps=2)
 
 
 def test_wrong_schedulers_and_broken_pictures_raise(blocks):

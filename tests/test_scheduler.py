@@ -15,6 +15,7 @@ import contextlib
 import inspect
 import json
 import math
+import sys
 
 import diffusers
 import numpy as np
@@ -284,7 +285,7 @@ def made(name, **options):
         return None
     try:
         return scheduler.from_config(FlowMatchEulerMaruyamaScheduler().config, **options)
-    except (AttributeError, ImportError, TypeError, ValueError):
+    except (AttributeError, ImportError, NotImplementedError, TypeError, ValueError):
         return None
 
 
@@ -300,6 +301,35 @@ def test_a_scheduler_of_diffusers_draws_right_or_is_refused(name, flow):
                 assert "scheduler" in str(error).lower(), error
                 assert options or name not in ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
                 assert options or not flow or name not in FLOW_SIGMA_SCHEDULERS
+
+
+@pytest.mark.parametrize(
+    "name", [*FLOW_MATCHING_SCHEDULERS, *FLOW_SIGMA_SCHEDULERS, "DEISMultistepScheduler", "SASolverScheduler"]
+)
+def test_no_noise_is_left_in_the_picture_or_the_scheduler_is_refused(name, monkeypatch):
+    """Data of one value, which the last step reaches from wherever it begins."""
+    monkeypatch.setattr(sys.modules[__name__], "STD", 0.0)
+    pipe = ERWPipeline(GaussianModel(), None, FlowMatchEulerMaruyamaScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    options = {
+        "algorithm_type": ["dpmsolver++", "sde-dpmsolver++", "dpmsolver", "data_prediction", "noise_prediction"],
+        "final_sigmas_type": ["sigma_min"], "lower_order_final": [False], "predict_x0": [False], "euler_at_final": [True],
+        "solver_type": ["midpoint", "heun", "bh1", "bh2"], "solver_order": [1, 3], "shift": [3.0], "flow_shift": [3.0],
+    }  # fmt: skip
+    drawn = 0
+    for one in [{}, *({option: value} for option, values in options.items() for value in values)]:
+        scheduler = made(name, **(FLOW if name not in FLOW_MATCHING_SCHEDULERS else {}), **one)
+        if scheduler is None:
+            continue
+        pipe.scheduler = scheduler
+        try:
+            images = pipe([0], num_inference_steps=10, guidance_scale=1.0, output_type="latent").images
+        except ValueError as error:
+            assert "NaN" not in str(error), one
+            continue
+        drawn += 1
+        torch.testing.assert_close(images, torch.full_like(images, MEAN), atol=1e-4, rtol=0)
+    assert (drawn > 1) == (name in FLOW_MATCHING_SCHEDULERS + FLOW_SIGMA_SCHEDULERS)
 
 
 @pytest.mark.parametrize("scheduler", [FlowMatchEulerMaruyamaScheduler, FlowMatchHeunScheduler])

@@ -414,6 +414,7 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> ERWPipe
 
 
 def describe_model(name: str, pipe: ERWPipeline) -> dict[str, object]:
+    guide = pipe.guidance_transformer
     return {
         "name": name,
         "sha256": weights_hash(pipe.transformer),
@@ -422,6 +423,7 @@ def describe_model(name: str, pipe: ERWPipeline) -> dict[str, object]:
         "dtype": str(pipe.transformer.dtype),
         "vae": None if pipe.vae is None else pipe.vae.config.get("_name_or_path") or type(pipe.vae).__name__,
         "vae_sha256": None if pipe.vae is None else weights_hash(pipe.vae),
+        **({} if guide is None else {"guidance_transformer_sha256": weights_hash(guide)}),
         "scheduler": {"class": type(pipe.scheduler).__name__, **public_config(pipe.scheduler)},
         "rounding": "round(255 clip(x / 2 + 1 / 2)), x in [-1, 1], as diffusers saves images",
     }

@@ -36,7 +36,16 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, In
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from .pipeline_erw import _check_scheduler, _positive, is_representation_autoencoder, unscale_latents, upcast
+from .pipeline_erw import (
+    _check_noise,
+    _check_output,
+    _check_scheduler,
+    _check_vae,
+    _positive,
+    is_representation_autoencoder,
+    unscale_latents,
+    upcast,
+)
 
 
 class ERWInputStep(ModularPipelineBlocks):
@@ -67,7 +76,10 @@ class ERWInputStep(ModularPipelineBlocks):
     @torch.no_grad()
     def __call__(self, components, state):
         block_state = self.get_block_state(state)
-        labels = torch.as_tensor(block_state.class_labels, device=components._execution_device).reshape(-1)
+        try:
+            labels = torch.as_tensor(block_state.class_labels, device=components._execution_device).reshape(-1)
+        except (TypeError, ValueError, RuntimeError):  # names, which the blocks do not know
+            raise ValueError(f"`class_labels` must be class ids, got {block_state.class_labels!r}") from None
         if labels.is_floating_point() or labels.dtype == torch.bool or len(labels) == 0:
             raise ValueError(f"`class_labels` must be class ids, got {block_state.class_labels!r}")
         num_classes = components.transformer.config.num_classes
@@ -89,12 +101,17 @@ class ERWPrepareStep(ModularPipelineBlocks):
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
-        return [ComponentSpec("transformer", AutoModel), ComponentSpec("scheduler", SchedulerMixin)]
+        return [
+            ComponentSpec("transformer", AutoModel),
+            ComponentSpec("scheduler", SchedulerMixin),
+            ComponentSpec("vae", AutoModel),
+        ]
 
     @property
     def inputs(self) -> list[InputParam]:
         return [
             InputParam("labels", required=True, type_hint=torch.Tensor, description="Labels (B,)."),
+            InputParam("output_type", default="pil", type_hint=str, description='"pil", "np", "pt" or "latent".'),
             InputParam("num_inference_steps", default=250, type_hint=int, description="Number of steps."),
             InputParam("generator", description="A generator, or a list of one per image."),
             InputParam("latents", type_hint=torch.Tensor, description="Starting noise in place of a draw."),
@@ -117,14 +134,15 @@ class ERWPrepareStep(ModularPipelineBlocks):
         if config.get("class_token_dim") is not None:
             raise ValueError("these blocks denoise latents alone: use ERWPipeline for a model with a class token")
         shape = (len(block_state.labels), config.in_channels, config.sample_size, config.sample_size)
+        _check_output(block_state.output_type, components.transformer, components.vae)
+        _check_noise(block_state.generator, block_state.latents, shape)
+        _check_scheduler(components.scheduler, components.transformer)
+        if components.vae is not None:
+            _check_vae(components.vae, config.in_channels)
         if block_state.latents is None:
             block_state.latents = randn_tensor(shape, block_state.generator, device=device, dtype=torch.float32)
-        elif not isinstance(block_state.latents, torch.Tensor) or tuple(block_state.latents.shape) != shape:
-            got = tuple(getattr(block_state.latents, "shape", ())) or type(block_state.latents).__name__
-            raise ValueError(f"`latents` must have the shape {shape}, got {got}")
         else:
             block_state.latents = block_state.latents.to(device, torch.float32)
-        _check_scheduler(components.scheduler, components.transformer)
         steps = _positive("num_inference_steps", block_state.num_inference_steps)
         block_state.stepper = scheduler = copy.deepcopy(components.scheduler)
         if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
@@ -168,7 +186,7 @@ class ERWLoopDenoiser(ModularPipelineBlocks):
 
     @torch.no_grad()
     def __call__(self, components, block_state, i: int, t: torch.Tensor):
-        transformer, guider = components.transformer, components.guider
+        transformer, guider = components.transformer, block_state.guider
         if t.is_floating_point():  # in Python's floats: not every device has float64
             time = float(t) / block_state.stepper.config.num_train_timesteps
         else:  # rounded from these
@@ -235,6 +253,7 @@ class ERWDenoiseStep(LoopSequentialPipelineBlocks):
     @torch.no_grad()
     def __call__(self, components, state):
         block_state = self.get_block_state(state)
+        block_state.guider = copy.deepcopy(components.guider)  # a call has its own step and momentum
         with self.progress_bar(total=len(block_state.timesteps)) as progress_bar:
             for i, t in enumerate(block_state.timesteps):
                 components, block_state = self.loop_step(components, block_state, i=i, t=t)

@@ -240,9 +240,9 @@ def decoded(pipe: DiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]
     return pipe.image_processor.postprocess(images, output_type="pil")
 
 
-def watch(pipe: DiffusionPipeline, frames: queue.Queue, stopped: threading.Event) -> None:
+def watch(pipe: DiffusionPipeline, path_type: str, frames: queue.Queue, stopped: threading.Event) -> None:
     """Makes the scheduler's step put frames into a queue, some with images, and raise once `stopped` is set."""
-    path_type, made = getattr(pipe.scheduler.config, "path_type", "linear"), itertools.count()
+    made = itertools.count()
     step = type(pipe.scheduler).step
 
     def images_of(latents):
@@ -278,7 +278,8 @@ def sample(settings: dict) -> Iterator[Frame]:
     pipe = type(shared)(**{**shared.components, "scheduler": scheduler}, id2label=shared.config.id2label)
     pipe.set_progress_bar_config(disable=True)
     frames, stopped = queue.Queue(), threading.Event()
-    watch(pipe, frames, stopped)
+    # The model's path: diffusers' Euler steps knows none.
+    watch(pipe, shared.scheduler.config.get("path_type", "linear"), frames, stopped)
 
     def work():
         try:
@@ -465,6 +466,10 @@ def read_link(request: gr.Request):
     model = request.query_params["model"] if known else MODEL
     defaults = {"label": first_class(model), **{name: row[3] for name, row in RANGES.items()}}
     defaults |= {"sampler": samplers_of(MODELS[model])[0], "model": model}
+    if (
+        MODELS[model].transformer.config.class_dropout_prob == 0
+    ):  # no trained null class, without which guidance spoils pictures
+        defaults["guidance_scale"] = 1.0
     linked = {name: value for name, value in request.query_params.items() if name in LINKED}
     try:
         settings = checked(*({**defaults, **linked}[name] for name in LINKED))

@@ -182,6 +182,8 @@ def read_checkpoint(
     """
     if isinstance(path_or_state_dict, Mapping):
         loaded = path_or_state_dict
+    elif not isinstance(path_or_state_dict, (str, os.PathLike)):
+        raise ValueError(f"a checkpoint is a path or a state dict, not a {type(path_or_state_dict).__name__}")
     else:
         loaded = _load(Path(path_or_state_dict))
     architecture = _checked_architecture(architecture)
@@ -198,6 +200,8 @@ def _load(path: Path) -> Mapping[str, Any]:
         raise ValueError(f"{path} is a folder: name the file in it")
     if not path.is_file():
         raise ValueError(f"no such checkpoint: {path}")
+    if path.suffix in (".json", ".gz", ".npz", ".zip", ".tar"):
+        raise ValueError(f"{path} is a {path.suffix} file: name a .pt or .safetensors file that holds the whole model")
     with path.open("rb") as file:
         start = file.read(24)
     if start == b"version https://git-lfs.":
@@ -234,8 +238,14 @@ def _candidates(loaded: Mapping[str, Any], container: str = "") -> dict[str, dic
     for key, value in loaded.items():
         if isinstance(value, Mapping):
             found |= _candidates(value, f"{container}.{key}" if container else str(key))
-        elif isinstance(value, torch.Tensor):
-            named[_WRAPPERS.sub("", str(key))] = value
+        elif isinstance(value, (torch.Tensor, np.ndarray)):
+            value = torch.as_tensor(value)
+            name = _WRAPPERS.sub("", str(key))
+            if name in named and (named[name].dtype != value.dtype or not torch.equal(named[name], value)):
+                raise ValueError(
+                    f"the checkpoint holds two tensors {name!r}, one under the name {key!r}: take one of them out"
+                )
+            named[name] = value
     for name in named:
         if name == _FIRST or name.endswith(f".{_FIRST}"):
             root = name.removesuffix(_FIRST)
@@ -278,7 +288,9 @@ def _averages(loaded: Mapping[str, Any]) -> Iterator[str]:
     """Keys of averaged weights, at any depth."""
     for key, value in loaded.items():
         if _AVERAGED.search(str(key)):
-            if not isinstance(value, torch.Tensor) or value.ndim > 0:  # not the counter of torch's AveragedModel
+            if isinstance(value, Mapping) or (
+                isinstance(value, torch.Tensor) and value.ndim > 0
+            ):  # no counter or rate
                 yield key
         elif isinstance(value, Mapping):
             yield from _averages(value)
@@ -360,9 +372,10 @@ def _infer_config(tensors: Mapping[str, torch.Tensor], architecture: Mapping[str
         "patch_size": patch_size,
         "num_layers": num_layers,
         "num_classes": _num_classes(tensors, architecture),
-        "activation_fn": "swiglu" if swiglu else "gelu-approximate",
+        "activation_fn": "swiglu" if swiglu else architecture.get("activation_fn", "gelu-approximate"),
         "norm_type": "rms_norm" if "blocks.0.norm1.weight" in tensors else "layer_norm",
-        "use_rope": any(name.startswith("feat_rope.") for name in tensors),
+        # Its tables are no parameters, so files of parameters alone lack them.
+        "use_rope": any(name.startswith("feat_rope.") for name in tensors) or architecture.get("use_rope", False),
         "qk_norm": None,
         "mlp_ratio": _mlp_ratio(inner, dim, swiglu),
     }
@@ -426,15 +439,15 @@ def _convert(
     projectors: dict[str, torch.Tensor] = {}
     dropped: list[str] = []
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() and tensor.ndim > 0:
+        if not tensor.is_floating_point() and tensor.numel() > 1:
             raise ValueError(f"{name!r} is {tensor.dtype}: quantized checkpoints are not supported")
-        tensor = tensor.float()
+        is_float, tensor = tensor.is_floating_point(), tensor.float()
         if not tensor.isfinite().all():
             raise ValueError(f"{name!r} holds NaN or infinity: the checkpoint is broken")
         module, _, kind = name.rpartition(".")
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
         projector = re.fullmatch(r"projectors\.(\d+)\.(\d+)", module)
-        if tensor.ndim == 0:  # counters, as n_averaged of torch's AveragedModel
+        if tensor.ndim == 0 or not is_float:  # counters, as n_averaged of torch's AveragedModel
             dropped.append(name)
         elif name in ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"):
             dropped.append(name)
@@ -470,6 +483,7 @@ def _convert(
     prediction = config.get("prediction_type", "velocity")
     if time_reversed:
         _reverse_time(transformer, of_velocities=prediction == "velocity")
+    assumed = config["activation_fn"] == "gelu-approximate"  # tensors do not tell
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.ndim})
     null_class = ", and the null class" if classes else ""
     if classes and not has_null_class:
@@ -481,6 +495,13 @@ def _convert(
         f"classes: {classes}{null_class}",
         f"time: t = {int(time_reversed)} is data{', reversed here' if time_reversed else ''} ({why})",
         f"prediction: {prediction}{'' if 'prediction_type' in config else ' (tensors do not tell; architecture would)'}",
+        f"positions: {'sin-cos and rotary' if config['use_rope'] else 'sin-cos, none rotary'}"
+        + (
+            ""
+            if config["use_rope"] or "pos_embed" in tensors
+            else " (a file of parameters alone does not tell; architecture would)"
+        ),
+        f"activation: {config['activation_fn']}" + (" (assumed)" if assumed else ""),
         f"projectors: {len({name.split('.')[1] for name in projectors})}",
     ]
     converted = Converted(config, transformer, projectors, dropped, is_warmup, facts)

@@ -166,6 +166,8 @@ class RepresentationEncoder(nn.Module):
         processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, revision=revision, backend="pil")
         if config.model_type == "timm_wrapper":  # models of timm, whose processor holds timm's own settings
             mean, std = processor.data_config["mean"], processor.data_config["std"]
+        elif not getattr(processor, "do_normalize", True):
+            mean, std = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
         else:
             mean, std = processor.image_mean, processor.image_std
         return cls(model, mean, std, token_grid, image_size, antialias_positions, depth)

@@ -44,7 +44,9 @@ from diffusers.models.modeling_utils import ModelMixin, _get_model_file
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import is_peft_available, is_torch_xla_available, logging, replace_example_docstring
+from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import upload_folder
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
@@ -73,29 +75,39 @@ EXAMPLE_DOC_STRING = """
         ```
 """
 
-# diffusers' schedulers that step a velocity correctly, with the options under which they do not.
+# diffusers' schedulers that step a velocity correctly, with the values of options with which they do not.
 FLOW_MATCHING_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
-FLOW_MATCHING_SPOILT_BY = ("invert_sigmas", "stochastic_sampling", "use_dynamic_shifting")
-# These need `use_flow_sigmas` and `prediction_type="flow_prediction"`, and then step along the linear path.
+FLOW_MATCHING_SPOILT_BY: dict[str, tuple[Any, ...]] = dict.fromkeys(
+    ("invert_sigmas", "stochastic_sampling", "use_dynamic_shifting"), (True,)
+)
+# These need `use_flow_sigmas` and `prediction_type="flow_prediction"`, and then step along the linear path. DEIS and SA-Solver
+# would, too, but leave the last step out: with 10 steps a tenth of the noise stays in the picture.
 FLOW_SIGMA_SCHEDULERS = (
-    "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
-    "SASolverScheduler",
     "UniPCMultistepScheduler",
 )
-FLOW_SIGMAS_SPOILT_BY = (
-    "thresholding",
-    "use_beta_sigmas",
-    "use_dynamic_shifting",
-    "use_exponential_sigmas",
-    "use_karras_sigmas",
-    "use_lu_lambdas",
-)
+FLOW_SIGMAS_SPOILT_BY: dict[str, tuple[Any, ...]] = {
+    "algorithm_type": ("dpmsolver", "sde-dpmsolver"),
+    "final_sigmas_type": ("sigma_min",),  # noise stays, as above
+    "predict_x0": (False,),
+    **dict.fromkeys(
+        (
+            "thresholding", "use_beta_sigmas", "use_dynamic_shifting", "use_exponential_sigmas", "use_karras_sigmas",
+            "use_lu_lambdas",
+        ),
+        (True,),
+    ),
+}  # fmt: skip
+UNIPC_SPOILT_BY = {"lower_order_final": (False,), "solver_type": ("bh1",)}
 
 
 # Beside an adapter's weights: the embeddings of its new classes, and in the file's metadata their names.
 CLASS_EMBEDDINGS = "class_embeddings.safetensors"
+# The variant of a file of weights or of their index, if it has one.
+_WEIGHTS = re.compile(
+    r"diffusion_pytorch_model(?:\.(?!safetensors|bin)([^.]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index(?:\.([^.]+))?\.json)?"
+)
 _LORA_KEY = re.compile(r"transformer\.(.+)\.lora_([AB])\.weight")
 
 
@@ -157,8 +169,18 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         self.register_to_config(id2label={str(key): value for key, value in id2label.items()} or None)
         self.check_components()
         self.labels, self._ambiguous_labels = _label_table(id2label)
-        self.vae_scale_factor = self.vae_scale_factor_of(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # diffusers does not notice what is put into an empty slot, and would save the pipeline without it.
+        if value is not None and hasattr(self, "config") and self.config.get(name) == (None, None):
+            self.register_modules(**{name: value})
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent cell along one side."""
+        return self.vae_scale_factor_of(self.vae)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "ERWPipeline":
@@ -301,6 +323,21 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             self._adapter_classes.pop(name, None)
         self._put_classes()
 
+    def set_adapters(self, *args, **kwargs) -> None:
+        """As of other pipelines. Classes that several adapters know are drawn as the active ones learned them."""
+        super().set_adapters(*args, **kwargs)
+        self._put_classes()
+
+    def disable_lora(self) -> None:
+        """As of other pipelines. The model's own classes are drawn as they were, those of adapters can still be named."""
+        super().disable_lora()
+        self._put_classes()
+
+    def enable_lora(self) -> None:
+        """As of other pipelines."""
+        super().enable_lora()
+        self._put_classes()
+
     def _read_classes(self, adapter, kwargs: dict[str, Any]) -> list[tuple[str | None, torch.Tensor]]:
         """Names and embeddings of the classes that come with an adapter."""
         if isinstance(adapter, dict):
@@ -334,7 +371,8 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         return list(zip(map(_composed, names), table, strict=True))
 
     def _put_classes(self) -> None:
-        """Puts the classes of the loaded adapters behind the model's own; of one name, the adapter loaded last counts."""
+        """Puts the classes of the loaded adapters behind the model's own; of one name, the active adapter that was loaded last
+        counts."""
         if self._own_classes is None:
             if not any(self._adapter_classes.values()):
                 return
@@ -343,10 +381,13 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         table, id2label = self._own_classes
         rows, id2label = list(table[:-1]), dict(id2label)
         ids = {label: int(class_id) for class_id, label in id2label.items()}
-        for classes in self._adapter_classes.values():
+        layers = [module for module in self.transformer.modules() if hasattr(module, "disable_adapters")]  # peft's
+        active = {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
+        for adapter, classes in self._adapter_classes.items():
             for name, embedding in classes:
                 class_id = len(rows) if name is None else ids.setdefault(name, len(rows))
-                rows[class_id : class_id + 1] = [embedding.to(table)]
+                if class_id == len(rows) or adapter in active or adapter in self.fused_loras:
+                    rows[class_id : class_id + 1] = [embedding.to(table)]
                 if name is not None:
                     id2label[str(class_id)] = name
         self.transformer.set_class_table(torch.stack([*rows, table[-1]]))
@@ -426,6 +467,24 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         self._check_saveable()
         return super().push_to_hub(repo_id, *args, **kwargs)
 
+    def _upload_folder(
+        self, working_dir, repo_id, token=None, commit_message=None, create_pr=False, subfolder=None
+    ) -> str:
+        """As diffusers', which would leave other weights of the repo beside the new ones, and they would be loaded."""
+        stale = []
+        for folder in (path for path in Path(working_dir).iterdir() if path.is_dir()):
+            variant = next((of for path in folder.iterdir() if (of := _variant_of(path.name))), None)
+            stale.append(f"{folder.name}/*" + f".{variant}[.-]*" * (variant is not None))
+        return upload_folder(
+            repo_id=repo_id,
+            folder_path=working_dir,
+            path_in_repo=subfolder,
+            token=token,
+            commit_message=commit_message or f"Upload {type(self).__name__}",
+            create_pr=create_pr,
+            delete_patterns=stale,
+        )
+
     def _check_saveable(self) -> None:
         if not _may_be_copied(type(self)):
             raise ValueError(
@@ -462,7 +521,8 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             if component is None or own_class.__module__.split(".")[0] == "diffusers":
                 continue
             source = Path(str(inspect.getsourcefile(own_class)))
-            shutil.copyfile(source, folder / name / source.name)
+            for file in (source, *map(Path, get_relative_import_files(source))):
+                shutil.copyfile(file, folder / name / file.name)
             index[name] = [source.stem, own_class.__name__]
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for path in (index_path, *folder.glob("*/*config.json")):
@@ -505,6 +565,8 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             ValueError: for an unknown name (the message suggests the nearest ones), or a name that two classes share.
         """
         names = [label] if isinstance(label, str) else list(label)
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"class names are strings, got {label!r}; ids need no table")
         ids = []
         for name in map(_composed, names):
             if name in self._ambiguous_labels:
@@ -550,33 +612,15 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             raise ValueError(
                 f"`guidance_interval` must be (low, high) with 0 <= low <= high <= 1, got {guidance_interval!r}"
             )
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}')
-        if output_type != "latent":
-            self._check_decodable()
+        _check_output(output_type, self.transformer, self.vae)
         if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
             raise ValueError(f"`attention_kwargs` must be a dict, got {_kind(attention_kwargs)}")
+        if set(attention_kwargs or {}) - {"scale"}:
+            raise ValueError(f"`attention_kwargs` takes 'scale' alone, got {attention_kwargs}")
         if attention_kwargs is not None and "scale" in attention_kwargs:
             _number("attention_kwargs['scale']", attention_kwargs["scale"])
 
-        batch_size = len(class_labels) * num_images_per_prompt
-        for one in generator if isinstance(generator, list) else [generator] if generator is not None else []:
-            if not isinstance(one, torch.Generator):
-                raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {_kind(one)}")
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"got {len(generator)} generators for {batch_size} images "
-                f"({len(class_labels)} labels x {num_images_per_prompt} each)"
-            )
-        if latents is None:
-            return
-        if not isinstance(latents, torch.Tensor):
-            raise ValueError(f"`latents` must be a torch.Tensor, got {_kind(latents)}")
-        shape = self._latents_shape(batch_size)
-        if tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}")
-        if not torch.isfinite(latents).all():
-            raise ValueError("`latents` holds NaN or infinity")
+        _check_noise(generator, latents, self._latents_shape(len(class_labels) * num_images_per_prompt))
 
     def _latents_shape(self, batch_size: int) -> tuple[int, int, int, int]:
         config = self.transformer.config
@@ -642,20 +686,12 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         Returns:
             `torch.Tensor` of shape `(B, channels, height, width)`: Images, nominally in [-1, 1].
         """
-        self._check_decodable()
+        _check_output("pt", self.transformer, self.vae)
         latents = latents * self.transformer.config.noise_scale
         if self.vae is None:
             return latents
         with upcast(self.vae, latents.device):
             return self._decode(latents)
-
-    def _check_decodable(self) -> None:
-        channels = self.transformer.config.in_channels
-        if self.vae is None and channels not in (1, 3):
-            raise ValueError(
-                f"latents of {channels} channels are not pixels, and this pipeline has no vae: set `pipe.vae`, or take "
-                '`output_type="latent"`'
-            )
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         images = self.vae.decode(unscale_latents(latents, self.vae).to(self.vae.dtype), return_dict=False)[0]
@@ -1091,9 +1127,9 @@ def _check_scheduler(scheduler: Any, *transformers: Any) -> None:
     )
     if kind not in FLOW_MATCHING_SCHEDULERS + FLOW_SIGMA_SCHEDULERS:
         raise ValueError(f"{kind} does not step the velocity of a flow-matching model. {advice}")
-    spoilt_by: tuple[str, ...] = FLOW_MATCHING_SPOILT_BY
+    spoilt_by = FLOW_MATCHING_SPOILT_BY
     if kind in FLOW_SIGMA_SCHEDULERS:
-        spoilt_by = FLOW_SIGMAS_SPOILT_BY
+        spoilt_by = FLOW_SIGMAS_SPOILT_BY | (UNIPC_SPOILT_BY if kind == "UniPCMultistepScheduler" else {})
         if not config.get("use_flow_sigmas") or config.get("prediction_type") != "flow_prediction":
             raise ValueError(
                 f"this {kind} reads the velocity as another prediction: make it by {kind}.from_config(config, "
@@ -1101,7 +1137,7 @@ def _check_scheduler(scheduler: Any, *transformers: Any) -> None:
             )
         if config.get("path_type", "linear") != "linear":  # kept from the config that it was made from
             raise ValueError(f"{kind} steps along the linear path, and the model's is {config['path_type']}. {advice}")
-    options = [f"{option}=True" for option in spoilt_by if config.get(option)]
+    options = [f"{option}={config[option]!r}" for option, values in spoilt_by.items() if config.get(option) in values]
     if options:
         raise ValueError(f"{kind} with {' and '.join(options)} does not step a flow-matching model correctly: omit it")
 
@@ -1111,7 +1147,12 @@ def _check_vae(vae: Any, in_channels: int) -> None:
     if not hasattr(vae, "decode"):
         raise ValueError(f"the vae is a {_kind(vae)}, not an autoencoder of diffusers")
     channels = next(
-        (vae.config[key] for key in ("latent_channels", "encoder_hidden_size", "z_dim") if vae.config.get(key)), None
+        (
+            vae.config[key]
+            for key in ("vq_embed_dim", "latent_channels", "encoder_hidden_size", "z_dim")
+            if vae.config.get(key)
+        ),
+        None,
     )
     if channels is not None and channels != in_channels:
         raise ValueError(
@@ -1123,6 +1164,35 @@ def _check_vae(vae: Any, in_channels: int) -> None:
         values = None if is_representation_autoencoder(vae) else vae.config.get(name)
         if values is not None and np.size(values) not in (1, in_channels):
             raise ValueError(f"the vae's {name} has {np.size(values)} values, and its latents {in_channels} channels")
+
+
+def _check_noise(generator: Any, latents: Any, shape: tuple[int, ...]) -> None:
+    """Raises ValueError for generators or starting noise that do not fit latents of this shape."""
+    for one in generator if isinstance(generator, list) else [generator] if generator is not None else []:
+        if not isinstance(one, torch.Generator):
+            raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {_kind(one)}")
+    if isinstance(generator, list) and len(generator) != shape[0]:
+        raise ValueError(f"got {len(generator)} generators for {shape[0]} images")
+    if latents is None:
+        return
+    if not isinstance(latents, torch.Tensor):
+        raise ValueError(f"`latents` must be a torch.Tensor, got {_kind(latents)}")
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"`latents` must have the shape {shape}, got {tuple(latents.shape)}")
+    if not torch.isfinite(latents).all():
+        raise ValueError("`latents` holds NaN or infinity")
+
+
+def _check_output(output_type: str, transformer: Any, vae: Any) -> None:
+    """Raises ValueError for an unknown output, or one that the parts cannot make."""
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}')
+    channels = transformer.config.in_channels
+    if output_type != "latent" and vae is None and channels not in (1, 3):
+        raise ValueError(
+            f"latents of {channels} channels are not pixels, and this pipeline has no vae: set `pipe.vae`, or take "
+            '`output_type="latent"`'
+        )
 
 
 def _flow_times(scheduler: Any) -> list[float]:
@@ -1266,34 +1336,61 @@ def _check_lora(
     return {f"transformer.{key}": value for key, value in options.items()}
 
 
+def _variant_of(name: str) -> str | None:
+    """Variant of a file of weights or of their index, `""` for none; `None` for files of other kinds."""
+    match = _WEIGHTS.fullmatch(name)
+    return match and (match[1] or match[2] or "")
+
+
 def _replace(folder: Path, written: Path, variant: str | None) -> None:
     """Replaces the pipeline in a folder by a newly written one. Other files in the folder stay."""
-    index_path = folder / DiffusionPipeline.config_name
-    old = {}
-    if index_path.is_file():
-        with contextlib.suppress(ValueError):  # no JSON: not written by a pipeline
-            old = json.loads(index_path.read_text(encoding="utf-8"))
+    index: Any = {}
+    with contextlib.suppress(OSError, ValueError):  # none, or no JSON
+        index = json.loads((folder / DiffusionPipeline.config_name).read_text(encoding="utf-8"))
+    index = index if isinstance(index, dict) else {}
+    if index and "ERWPipeline" not in (index.get("_class_name") or ""):  # or ["pipeline", "ERWPipeline"]
+        raise ValueError(f"{folder} holds a {index.get('_class_name')}: choose another folder")
+    module = folder / "pipeline.py"
+    if not index and module.exists() and "class ERWPipeline" not in module.read_text("utf-8", errors="replace"):
+        raise ValueError(f"{module} is not of a pipeline of erw_hf: choose another folder")
     components = {path.name for path in written.iterdir() if path.is_dir()}
-    for name, value in old.items():
-        is_component = isinstance(value, list) and len(value) == 2 and value[0] is not None
-        if is_component and name not in components and name.isidentifier():
-            _remove(folder / name)
-    for path in written.iterdir():
-        target = folder / path.name
-        if variant is not None and path.is_dir() and target.is_dir():
-            for weights in target.iterdir():
-                of_another = f".{variant}." not in weights.name and f".{variant}-" not in weights.name
-                if of_another and re.search(r"\.(safetensors|bin)(\.index\.|$)", weights.name):
-                    weights.replace(path / weights.name)
-        _remove(target)
-        path.replace(target)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
+    stale = []
+    for name in components | {
+        name for name, value in index.items() if isinstance(value, list) and name.isidentifier()
+    }:
+        if (folder / name).is_symlink() or not (folder / name).is_dir():
+            stale += [folder / name] * (name in components)
+            continue
+        module_of_class = f"{index[name][0]}.py" if name in index and index[name] else None
+        others = []
+        for path in (folder / name).iterdir():
+            of = _variant_of(path.name)
+            if name in components and variant is not None and of not in (None, variant):
+                others.append(path.name)
+            elif of is not None or path.name in ("config.json", "scheduler_config.json", module_of_class):
+                stale.append(path)
+        if others and _model_config(folder / name) != _model_config(written / name):
+            raise ValueError(
+                f"{folder / name} holds {others[0]} of a model with another config: choose another folder, or save without a "
+                "variant first"
+            )
+    for path in stale:
         path.unlink(missing_ok=True)
+    for path in sorted(
+        written.rglob("*"), key=lambda path: path.name == DiffusionPipeline.config_name
+    ):  # it comes last
+        if path.is_file():
+            target = folder / path.relative_to(written)
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
+    for path in {path.parent for path in stale} - {folder}:
+        if not any(path.iterdir()):
+            path.rmdir()
+
+
+def _model_config(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {key: value for key, value in config.items() if key not in ("_diffusers_version", "_name_or_path")}
 
 
 def _checked_id2label(id2label: Any) -> dict[int, str]:

@@ -14,8 +14,12 @@
 """The transformer: predicts a velocity or a clean sample, always returns the velocity. It travels in Hub repos: imports absolute."""
 
 import inspect
+import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +48,7 @@ from diffusers.models.embeddings import (
 )
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput, apply_lora_scale, logging, set_weights_and_activate_adapters
+from huggingface_hub import split_torch_state_dict_into_shards
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
@@ -456,6 +461,18 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             raise ValueError(f'prediction_type must be "velocity" or "sample", got {prediction_type!r}')
         if not noise_scale > 0:
             raise ValueError(f"noise_scale must be above 0, got {noise_scale}")
+        sizes = {
+            "sample_size": sample_size, "patch_size": patch_size, "in_channels": in_channels,
+            "num_attention_heads": num_attention_heads, "attention_head_dim": attention_head_dim,
+        }  # fmt: skip
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if num_layers < 0 or num_classes < 0 or not 0 <= class_dropout_prob <= 1 or norm_eps < 0:
+            raise ValueError(
+                "num_layers, num_classes and norm_eps must be at least 0 and class_dropout_prob between 0 and 1, got "
+                f"{num_layers}, {num_classes}, {norm_eps} and {class_dropout_prob}"
+            )
         if sample_size % patch_size != 0:
             raise ValueError(f"sample_size={sample_size} is not a multiple of patch_size={patch_size}")
         if activation_fn not in ("gelu-approximate", "gelu", "geglu-approximate", "swiglu"):
@@ -544,6 +561,64 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         embed.num_classes = len(table) - 1
         self.register_to_config(num_classes=len(table) - 1)
 
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """
+        Saves the model as other models. Earlier weights of the same variant do not stay in the folder: diffusers would load a
+        sharded save, or safetensors, before what was saved last.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder to write.
+            is_main_process (`bool`, *optional*, defaults to `True`): Whether this process writes.
+            save_function (`Callable`, *optional*): Instead of `torch.save`.
+            safe_serialization (`bool`, *optional*, defaults to `True`): Write safetensors, not pickled `.bin` files.
+            variant (`str`, *optional*): Part of the names of the weights, such as `"fp16"`.
+            max_shard_size (`int` or `str`, *optional*, defaults to `"10GB"`): Largest size of a file.
+            push_to_hub (`bool`, *optional*, defaults to `False`): Also upload the folder.
+            kwargs: Further arguments of [`~ModelMixin.save_pretrained`].
+
+        Raises:
+            ValueError: before anything is written, for several `.bin` files, which diffusers does not find.
+        """
+        if not safe_serialization:
+            split = split_torch_state_dict_into_shards(self.state_dict(), max_shard_size=max_shard_size)
+            if split.is_sharded:
+                raise ValueError(
+                    "diffusers loads weights in several files from safetensors only: leave out safe_serialization=False, or "
+                    "set a larger max_shard_size"
+                )
+        name = re.escape(f".{variant}") if variant else ""
+        weights = re.compile(
+            rf"diffusion_pytorch_model({name}(-\d+-of-\d+)?\.(safetensors|bin)|\.\w+\.index{name}\.json)"
+        )
+        before = {
+            path: (path.stat().st_ino, path.stat().st_mtime_ns)
+            for path in Path(save_directory).glob("diffusion_pytorch_model*")
+            if is_main_process and weights.fullmatch(path.name)
+        }
+        super().save_pretrained(
+            save_directory,
+            is_main_process=is_main_process,
+            save_function=save_function,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            push_to_hub=push_to_hub,
+            **kwargs,
+        )
+        for path, was in before.items():
+            if path.exists() and (path.stat().st_ino, path.stat().st_mtime_ns) == was:
+                path.unlink()
+
     def _initialize_weights(self) -> None:
         # The initialisation of DiT (arXiv 2212.09748, §3.2), shared by all models of this family.
         for name, module in self.named_modules():
@@ -606,7 +681,7 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             class_token (`torch.Tensor` of shape `(B, class_token_dim)`, *optional*):
                 The encoder's class token, noised with the same t; only for a model with `class_token_dim`, and required there.
             attention_kwargs (`dict`, *optional*):
-                `{"scale": float}` scales the LoRA layers, if any. Other entries go to the attention processor.
+                `{"scale": float}` scales the LoRA layers, if any. There are no other entries.
             return_dict (`bool`, *optional*, defaults to `True`): Return a dataclass instead of a tuple.
 
         Returns:
@@ -614,7 +689,8 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
 
         Raises:
             ValueError: if a depth lies outside the model, `tokens_only` comes without a depth, a class token is given
-                to a model that has none or missing where it has one, or the size is not that of a learned table.
+                to a model that has none or missing where it has one, the size is not that of a learned or rotary table, or
+                `attention_kwargs` has an entry that is not known.
         """
         num_layers = len(self.transformer_blocks)
         if any(not 1 <= depth <= num_layers for depth in hidden_states_depths):
@@ -630,12 +706,14 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                     else "be given, noised with the same t as the latents"
                 )
             )
+        if attention_kwargs:
+            raise ValueError(f"attention_kwargs takes 'scale' alone, not {', '.join(map(repr, attention_kwargs))}")
         depth_to_run = max(hidden_states_depths) if tokens_only else num_layers
         x_t, class_token_t = hidden_states, class_token
         height, width = hidden_states.shape[-2:]
         side = self.config.sample_size
-        if self.config.pos_embed_type == "learned" and (height, width) != (side, side):
-            raise ValueError(f"a learned table of positions has one size: {side}x{side}, got {height}x{width}")
+        if (self.config.pos_embed_type == "learned" or self.rope is not None) and (height, width) != (side, side):
+            raise ValueError(f"the table of positions has one size: {side}x{side}, got {height}x{width}")
 
         noise_scale = self.config.noise_scale
         if noise_scale != 1:

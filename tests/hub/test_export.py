@@ -311,6 +311,88 @@ def test_what_is_pushed_is_what_is_saved(tmp_path, monkeypatch):
     assert (tmp_path / "transformer" / "diffusion_pytorch_model.fp16.safetensors").is_file()
 
 
+def test_what_is_put_into_an_empty_slot_is_saved(tmp_path, vae_path):
+    from diffusers import AutoencoderKL
+
+    pipe = pipeline(1, in_channels=4)
+    assert pipe.vae_scale_factor == 1
+    pipe.vae, pipe.guidance_transformer = (
+        AutoencoderKL.from_pretrained(vae_path),
+        pipeline(2, in_channels=4).transformer,
+    )
+    assert pipe.vae_scale_factor == 2
+    pipe.vae, pipe.vae = None, pipe.vae
+    pipe.save_pretrained(tmp_path)
+    loaded = ERWPipeline.from_pretrained(tmp_path)
+    assert loaded.vae is not None and loaded.guidance_transformer is not None
+    np.testing.assert_array_equal(draw(loaded), draw(pipe))
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_saving_leaves_the_files_of_others(tmp_path):
+    mine = ["notes.txt", "transformer/my_code.py", "vae/notes.txt", "data/img.png"]
+    for name in mine:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    for seed in (1, 2):  # the second time over the first
+        pipeline(seed).save_pretrained(tmp_path)
+        assert all((tmp_path / name).read_text() == "mine" for name in mine)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"model_index.json": '{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "U"]}'},
+            "a StableDiffusion",
+        ),
+        ({"model_index.json": '{"vae": ["a", "b"], "data": ["x", "y"]}', "data/a.png": ""}, "holds a None"),
+        ({"pipeline.py": "import this"}, "pipeline.py is not of a pipeline of erw_hf"),
+    ],
+)
+def test_folders_of_other_kinds_are_refused(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    before = files_of(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        pipeline().save_pretrained(tmp_path)
+    assert files_of(tmp_path) == before
+
+
+def test_a_variant_of_another_model_is_refused(tmp_path):
+    pipeline(1).save_pretrained(tmp_path)
+    before = files_of(tmp_path)
+    with pytest.raises(ValueError, match="of a model with another config"):
+        pipeline(1, prediction_type="sample").save_pretrained(tmp_path, variant="fp16")
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"max_shard_size": "20KB"}, {}),
+        ({}, {"safe_serialization": False}),
+        ({"max_shard_size": "20KB"}, {"safe_serialization": False}),
+        ({"variant": "fp16", "max_shard_size": "20KB"}, {"variant": "fp16"}),
+    ],
+)
+def test_of_a_transformer_too_the_last_save_is_what_loads(tmp_path, first, second):
+    old, new = pipeline(1).transformer, pipeline(2).transformer
+    new.save_pretrained(tmp_path, variant="other")
+    old.save_pretrained(tmp_path, **first)
+    new.save_pretrained(tmp_path, **second)
+    loaded = ERWTransformer2DModel.from_pretrained(tmp_path, variant=second.get("variant"))
+    assert all(torch.equal(value, new.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert len(list(tmp_path.iterdir())) == 3  # with the config and the other variant
+    with pytest.raises(ValueError, match="leave out safe_serialization=False"):
+        new.save_pretrained(tmp_path / "sharded", safe_serialization=False, max_shard_size="10KB")
+    assert not (tmp_path / "sharded").exists()
+
+
 # What is yours is not published
 
 

@@ -33,11 +33,13 @@ import yaml
 from accelerate.state import AcceleratorState
 from helpers import (
     REPOSITORY,
+    TINY_MODEL,
     TRAINING,
     Forked,
     check_ended,
     forked_ranks,
     launch_training,
+    randomize,
     run_forked,
     run_script,
     short_pauses,
@@ -50,7 +52,7 @@ from loopback_hub import READ_TOKEN, LoopbackHub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from erw_hf import ERWPipeline
+from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler
 from erw_hf.data.cache import check_cache
 from erw_hf.hub import push, upload
 from erw_hf.hub.space import publish_space
@@ -76,6 +78,7 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         )
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", environment["HF_HUB_CACHE"])
@@ -128,7 +131,7 @@ def names_no_path_of_this_machine(files):
 SAME_IMAGES = """
 import sys, numpy, torch
 from diffusers import DiffusionPipeline
-from erw_hf import ERWPipeline
+from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler
 repo, folder = sys.argv[1:]
 pipelines = [
     ERWPipeline.from_pretrained(folder),
@@ -567,3 +570,27 @@ def test_a_run_starts_from_a_folder_or_a_file_in_a_hub_repo(ports, finished):
     with pytest.raises(ValueError, match="does not hold a SiT"):
         load_initial("owner/ports/SiT.pt", config, None)
     assert resolve_name("owner/ports/SiT.pt", "init_from") == "owner/ports/SiT.pt"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [({}, {"safe_serialization": False}), ({"variant": "fp16"}, {"variant": "fp16"}), ({}, {})]
+)
+def test_a_pipeline_that_is_pushed_again_is_what_loads(hub, tmp_path, first, second):
+    def made(seed):
+        torch.manual_seed(seed)
+        transformer = randomize(ERWTransformer2DModel(**TINY_MODEL))
+        return ERWPipeline(transformer, None, FlowMatchEulerMaruyamaScheduler(), id2label={0: str(seed)})
+
+    made(3).push_to_hub("user/m", variant="other")
+    made(1).push_to_hub("user/m", **first)
+    upload_folder = huggingface_hub.upload_folder
+    sharded = tmp_path / "sharded"
+    made(1).save_pretrained(sharded, max_shard_size="20KB", variant=first.get("variant"))
+    upload_folder(repo_id="user/m", folder_path=sharded)
+    new = made(2)
+    new.push_to_hub("user/m", **second)
+    loaded = ERWPipeline.from_pretrained("user/m", variant=second.get("variant"))
+    state = new.transformer.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.transformer.state_dict().items())
+    kept = [name for name in huggingface_hub.list_repo_files("user/m") if ".other." in name]
+    assert bool(kept) == ("variant" in second)

@@ -131,7 +131,7 @@ def test_a_model_with_a_class_token_forms_too(app):
     pipe = ERWPipeline(model, None, FlowMatchEulerMaruyamaScheduler())
     pipe.set_progress_bar_config(disable=True)
     frames = queue.Queue()
-    app.watch(pipe, frames, threading.Event())
+    app.watch(pipe, "linear", frames, threading.Event())
     pipe(1, num_inference_steps=3, generator=torch.Generator().manual_seed(9))
     noise = torch.randn((1, 1, 8, 8), generator=torch.Generator().manual_seed(9))
     expected = pipe.image_processor.postprocess(noise, output_type="pil")[0]

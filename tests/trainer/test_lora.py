@@ -127,6 +127,36 @@ def test_adapters_add_up_by_their_weights_and_leave_with_their_classes(run):
     assert "5" not in pipe.labels
 
 
+def test_classes_follow_the_adapters_that_are_active(run, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(run / "lora", folder)
+    table = load_file(folder / "class_embeddings.safetensors")["class_embeddings"]
+    names = ["5", NAMES[0]]  # a class of both adapters, and one of the base
+    embeddings = {"class_embeddings": torch.stack([table[0] + 1, table[0] - 1])}
+    save_file(embeddings, folder / "class_embeddings.safetensors", {"names": json.dumps(names)})
+
+    def alone(adapter, label):
+        pipe = make_base()
+        pipe.load_lora_weights(adapter)
+        return draw(pipe, label)
+
+    pipe, known = make_base(), NAMES[0]
+    bare = draw(pipe, known)
+    pipe.load_lora_weights(run / "lora", adapter_name="a")
+    pipe.load_lora_weights(folder, adapter_name="b")
+    ids = dict(pipe.labels)
+    for active, source in (("a", run / "lora"), ("b", folder), ("a", run / "lora")):
+        pipe.set_adapters(active)
+        torch.testing.assert_close(draw(pipe, "5"), alone(source, "5"), rtol=0, atol=1e-6)
+        torch.testing.assert_close(draw(pipe, known), alone(source, known), rtol=0, atol=1e-6)
+    pipe.set_adapters("b")
+    pipe.disable_lora()
+    torch.testing.assert_close(draw(pipe, known), bare, rtol=0, atol=1e-6)
+    pipe.enable_lora()
+    torch.testing.assert_close(draw(pipe, known), alone(folder, known), rtol=0, atol=1e-6)
+    assert pipe.labels == ids
+
+
 def test_a_fused_adapter_is_saved_with_its_classes(run, tmp_path):
     pipe = make_base()
     pipe.load_lora_weights(run / "lora")

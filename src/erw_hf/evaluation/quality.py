@@ -251,7 +251,8 @@ def load_reference(
                 f"{' and '.join(_NAMES[layer])} of {path} must be finite, (D,) and (D, D), they are {mu.shape} {mu.dtype} and "
                 f"{sigma.shape} {sigma.dtype}: {_HOW_TO_MAKE}"
             )
-        if (sigma.diagonal() < 0).any() or not np.allclose(sigma, sigma.T, 1e-3, 1e-6 * abs(sigma).max()):
+        largest = abs(sigma).max()
+        if not np.allclose(sigma, sigma.T, 1e-3, 1e-6 * largest) or np.linalg.eigvalsh(sigma)[0] < -1e-3 * largest:
             raise ValueError(f"{_NAMES[layer][1]} of {path} is not a covariance: {_HOW_TO_MAKE}")
         if widths is not None and widths[layer] != mu.size:
             raise ValueError(_other_extractor(path, mu.size, widths[layer]))

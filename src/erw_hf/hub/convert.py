@@ -53,6 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
             raise ValueError(f"--output_dir {args.output_dir} is a file: name a folder")
+        source = Path(args.checkpoint).resolve()
+        if source.parent == Path(args.output_dir).resolve() and source.name.startswith("diffusion_pytorch_model"):
+            raise ValueError(f"--output_dir {args.output_dir} would replace the checkpoint: choose another folder")
         converted = read_checkpoint(args.checkpoint, args.architecture)
         model = build_model(converted)
         _write(model, converted, Path(args.output_dir))
