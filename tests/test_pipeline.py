@@ -397,6 +397,7 @@ def test_a_model_left_in_training_mode_draws_the_same(pipe, transformer):
         ({"callback_on_step_end_tensor_inputs": "latents"}, "list of names, got str"),
         ({"attention_kwargs": 0.5}, "attention_kwargs.*float"),
         ({"attention_kwargs": {"scale": "0.5"}}, "scale.*str"),
+        ({"attention_kwargs": {"foo": 1}}, "'scale' alone"),
     ],
 )
 def test_arguments_that_do_not_fit_raise(pipe, kwargs, message):

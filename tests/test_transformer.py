@@ -237,6 +237,11 @@ def test_blocks_compile_without_a_recompile_between_steps(transformer):
     ("change", "message"),
     [
         ({"sample_size": 9}, "not a multiple of patch_size"),
+        ({"sample_size": 0}, "sample_size must be at least 1, got 0"),
+        ({"patch_size": 0}, "patch_size must be at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1"),
+        ({"num_classes": -1}, "num_classes and norm_eps must be at least 0"),
+        ({"class_dropout_prob": 5}, "class_dropout_prob between 0 and 1"),
         ({"norm_type": "batch_norm"}, "batch_norm"),
         ({"qk_norm": "l2"}, "l2"),
         ({"activation_fn": "relu"}, "relu"),
@@ -246,6 +251,19 @@ def test_blocks_compile_without_a_recompile_between_steps(transformer):
 def test_impossible_configurations_raise(change, message):
     with pytest.raises(ValueError, match=message):
         ERWTransformer2DModel(**{**TINY_MODEL, **change})
+
+
+def test_rotary_positions_have_one_grid():
+    """Another of as many tokens would get the positions of this one."""
+    model = ERWTransformer2DModel(**TINY_MODEL, use_rope=True)
+    with pytest.raises(ValueError, match="has one size: 8x8, got 4x16"):
+        model(torch.zeros(1, 1, 4, 16), torch.tensor([0.5]), torch.tensor([0]))
+
+
+def test_attention_kwargs_hold_the_scale_alone(transformer):
+    x, t, labels = inputs()
+    with pytest.raises(ValueError, match="'scale' alone, not 'foo'"):
+        transformer(x, t, labels, attention_kwargs={"foo": 1})
 
 
 def test_impossible_depths_raise(transformer):

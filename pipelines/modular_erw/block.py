@@ -22,7 +22,6 @@ pipe(class_labels=[207], num_inference_steps=250).images
 import copy
 import inspect
 
-import numpy as np
 import torch
 from diffusers import AutoModel, ClassifierFreeGuidance
 from diffusers.configuration_utils import FrozenDict
@@ -42,6 +41,7 @@ from .pipeline_erw import (
     _check_scheduler,
     _check_vae,
     _positive,
+    _set_timesteps,
     is_representation_autoencoder,
     unscale_latents,
     upcast,
@@ -145,11 +145,7 @@ class ERWPrepareStep(ModularPipelineBlocks):
             block_state.latents = block_state.latents.to(device, torch.float32)
         steps = _positive("num_inference_steps", block_state.num_inference_steps)
         block_state.stepper = scheduler = copy.deepcopy(components.scheduler)
-        if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
-            # The ODE grid of SiT goes evenly from 1 to 0.
-            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device)
-        else:
-            scheduler.set_timesteps(steps, device=device)
+        _set_timesteps(scheduler, steps, device)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
         block_state.timesteps = scheduler.timesteps

@@ -374,7 +374,7 @@ def _infer_config(tensors: Mapping[str, torch.Tensor], architecture: Mapping[str
         "num_classes": _num_classes(tensors, architecture),
         "activation_fn": "swiglu" if swiglu else architecture.get("activation_fn", "gelu-approximate"),
         "norm_type": "rms_norm" if "blocks.0.norm1.weight" in tensors else "layer_norm",
-        # Its tables are no parameters, so files of parameters alone lack them.
+        # Files of parameters alone lack its tables.
         "use_rope": any(name.startswith("feat_rope.") for name in tensors) or architecture.get("use_rope", False),
         "qk_norm": None,
         "mlp_ratio": _mlp_ratio(inner, dim, swiglu),

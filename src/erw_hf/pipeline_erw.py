@@ -42,6 +42,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin  # diffusers.loaders has it only beside peft
 from diffusers.models.modeling_utils import ModelMixin, _get_model_file
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers import FlowMatchHeunDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import is_peft_available, is_torch_xla_available, logging, replace_example_docstring
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
@@ -895,13 +896,7 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
             # 3. Times
             scheduler = call.scheduler
-            if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
-                # diffusers' flow-matching schedulers would end their grid at 1 / num_train_timesteps. SiT's goes evenly
-                # from 1 to 0.
-                sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-                scheduler.set_timesteps(sigmas=sigmas, device=device)
-            else:
-                scheduler.set_timesteps(num_inference_steps, device=device)
+            _set_timesteps(scheduler, num_inference_steps, device)
             timesteps = scheduler.timesteps
             flow_times = _flow_times(scheduler)
             call.num_timesteps = len(timesteps)
@@ -1195,6 +1190,17 @@ def _check_output(output_type: str, transformer: Any, vae: Any) -> None:
         )
 
 
+def _set_timesteps(scheduler: Any, steps: int, device: torch.device) -> None:
+    """Sets SiT's grid, evenly from 1 to 0. That of diffusers' flow-matching schedulers would go to 1 / num_train_timesteps and
+    then to 0; so near to the data, a model that predicts samples multiplies its errors by num_train_timesteps."""
+    if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device)
+        return
+    if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
+        scheduler.sigma_min = 1 / steps
+    scheduler.set_timesteps(steps, device=device)
+
+
 def _flow_times(scheduler: Any) -> list[float]:
     """The times of the model calls in [0, 1]. In Python's floats: not every device has float64."""
     if not scheduler.timesteps.is_floating_point():  # rounded from these
@@ -1260,8 +1266,7 @@ def _check_loads_again(name: str, model: ModelMixin) -> None:
     if not wrong:
         return
     remedies = {
-        "lora_": f"merge the adapter (`pipe.{name}.fuse_lora(); pipe.{name}.unload_lora()`), or save it by "
-        f"`pipe.{name}.save_lora_adapter(...)` and unload it",
+        "lora_": "merge the adapter (`pipe.fuse_lora(); pipe.unload_lora_weights()`), or take it away (`pipe.unload_lora_weights()`)",
         "_orig_mod.": "compile in place, by `module.compile()` or `compile_repeated_blocks()`",
         "to_qkv": f"undo the fusion by `pipe.{name}.unfuse_qkv_projections()`",
         "module.": "unwrap the modules that hold another as `.module`",

@@ -464,6 +464,7 @@ def test_bad_flags_end_it_before_anything_is_loaded(flag, tmp_path, capsys):
         "not finite",
         "objects",
         "no covariance",
+        "not positive",
         "dataset",
     ],
 )
@@ -497,6 +498,9 @@ def test_a_bad_reference_ends_it_before_any_image_is_drawn(model, images_of_8_px
     elif kind == "no covariance":
         np.savez(path, mu=np.zeros(64), sigma=-square, arr_0=few)
         message = "sigma of .*r.npz is not a covariance"
+    elif kind == "not positive":
+        np.savez(path, mu=np.zeros(64), sigma=square + 3 * square.max() * (1 - np.eye(64)), arr_0=few)
+        message = "sigma of .*r.npz is not a covariance"
     elif kind == "dataset":
         path = tmp_path / "three"
         path.mkdir()
@@ -507,6 +511,26 @@ def test_a_bad_reference_ends_it_before_any_image_is_drawn(model, images_of_8_px
     with pytest.raises(ValueError, match=message):
         evaluate(tmp_path / "out", *flags, f"--reference={path}")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_record_names_the_model_that_guides(model, tmp_path):
+    pipe = ERWPipeline.from_pretrained(model)
+    hashes = []
+    for seed in (1, 2):
+        guide = ERWTransformer2DModel(**pipe.transformer.config)
+        torch.nn.init.constant_(guide.proj_out.bias, seed)
+        pipe.guidance_transformer = guide
+        pipe.save_pretrained(tmp_path / "guided")
+        flags = [
+            f"--model={tmp_path}/guided",
+            *DIGITS,
+            "--num_samples=8",
+            "--num_inference_steps=1",
+            "--metrics",
+            "fid",
+        ]
+        hashes.append(evaluate(tmp_path / f"out{seed}", *flags)["model"]["guidance_transformer_sha256"])
+    assert len(set(hashes)) == 2
 
 
 def test_samples_that_are_not_square_are_refused_before_a_reference_is_made(tmp_path):

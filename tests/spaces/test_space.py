@@ -399,6 +399,27 @@ def test_the_demo_opens_with_a_class_that_shows_what_the_model_can_do(app, monke
     assert app.first_class("emoji") == app.OPENS_WITH
 
 
+def test_a_model_of_the_cosine_path_is_shown_as_it_forms(app, monkeypatch):
+    """diffusers' Euler steps knows no path; what the model points at is that of its own."""
+    shared = ERWPipeline.from_pretrained(DIGITS)
+    shared.scheduler = FlowMatchEulerMaruyamaScheduler(path_type="cosine")
+    monkeypatch.setitem(app.MODELS, "cosine", shared)
+    monkeypatch.setitem(app.CHOICES, "cosine", app.class_choices(shared))
+    paths = []
+    monkeypatch.setattr(app, "clean_prediction", lambda path_type, velocity, x, t: paths.append(path_type) or x)
+    settings = app.checked("7", 1, 5, 1.0, 0.0, 1.0, 3, "euler", "cosine")
+    list(app.sample(settings))
+    assert set(paths) == {"cosine"}
+
+
+def test_a_model_without_a_trained_null_class_opens_without_guidance(app, monkeypatch):
+    shared = ERWPipeline.from_pretrained(DIGITS)
+    shared.transformer.register_to_config(class_dropout_prob=0.0)
+    monkeypatch.setitem(app.MODELS, "erw-digits", shared)
+    query = SimpleNamespace(query_params={"model": "erw-digits"})
+    assert app.read_link(query)[3] == 1.0
+
+
 @pytest.mark.parametrize("part", ["transformer", "vae"])
 def test_a_broken_model_is_one_line_and_no_black_picture(app, part, vae_path, monkeypatch):
     vae = AutoencoderKL.from_pretrained(vae_path)
