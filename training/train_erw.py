@@ -219,6 +219,11 @@ def full_phase(inputs: Inputs, start: State | None) -> Phase:
     if start is not None and config.init_from is not None:
         model.transformer.load_state_dict(start)
         new_classes = new_class_ids(start)
+        if new_classes:
+            label = inputs.source.id2label or {}
+            names = [label.get(i, str(i)) for i in new_classes]
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            logger.info(f"classes that {config.init_from} does not know: {', '.join(names[:8])}{more}")
     elif start is not None:
         names = hand_over(start, model, hands_over_projector(config, start))
         logger.info(f"hand-over: {len(names)} tensors of the warmup are now the full model's, each verified")
@@ -232,6 +237,9 @@ def full_phase(inputs: Inputs, start: State | None) -> Phase:
 def train_phase(phase: Phase, progress: Progress, batches: Batches, log: StepLog, snapshots: Snapshots) -> bool:
     """The loop of either phase; returns whether it reached its end, or was told to stop."""
     config, accelerator = phase.inputs.config, phase.inputs.accelerator
+    if snapshots.is_over(phase) and progress.step < phase.steps.stop:  # it ended early before, and is started again
+        end_early(phase, progress, batches, saved=True)
+        return True
     batches.start(range(progress.step, phase.steps.stop))
     phase.model.train()
     for step in log.steps(phase):

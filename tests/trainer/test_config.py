@@ -431,13 +431,34 @@ def test_a_resumed_run_keeps_what_its_losses_depend_on(tmp_path):
     [{"prediction_type": "sample"}, {"patch_bottleneck_dim": 3}, {"alignment_mask_ratio": 0.2}, {"noise_scale": 2.0}],
 )
 def test_a_run_older_than_a_key_goes_on_as_before_there_was_one(tmp_path, change):
-    path = tmp_path / "config.yaml"
-    TrainingConfig(in_channels=1).save(path)
+    path, plain = tmp_path / "config.yaml", {"in_channels": 1, "encoder": "x/y"}
+    TrainingConfig(**plain).save(path)
     (key,) = change
     path.write_text("".join(line for line in path.open() if not line.startswith(f"{key}:")))
-    TrainingConfig(in_channels=1).check_resumable(path)
+    TrainingConfig(**plain).check_resumable(path)
     with pytest.raises(ValueError, match=f"{key} is .* the run so far had"):
-        TrainingConfig(in_channels=1, **change).check_resumable(path)
+        TrainingConfig(**plain, **change).check_resumable(path)
+
+
+def test_an_adapter_stays_that_of_its_base(tmp_path):
+    path, lora = tmp_path / "config.yaml", {"in_channels": 1, "lora_rank": 2, "warmup_steps": 0}
+    TrainingConfig(**lora, init_from="user/base").save(path)
+    TrainingConfig(**lora, init_from="moved/base").check_resumable(path)
+    with pytest.raises(ValueError, match="init_from is 'user/other', the run so far had 'user/base'"):
+        TrainingConfig(**lora, init_from="user/other").check_resumable(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_alpha": 8}, "set lora_rank, too"),
+        ({"lora_targets": "to_q"}, "set lora_rank, too"),
+        ({"alignment_mask_ratio": 0.2}, "set encoder, too"),
+    ],
+)
+def test_keys_that_would_do_nothing_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(in_channels=1, **change)
 
 
 # --- Precision

@@ -55,7 +55,7 @@ def test_sigterm_leaves_a_checkpoint_whichever_step_brings_it(script, monkeypatc
         add=lambda phase, step: seen_by == "the step before",
         settle=lambda: seen_by == "the step that draws",
     )
-    snapshots = Mock(is_due=lambda phase: seen_by == "the step that draws")
+    snapshots = Mock(is_due=lambda phase: seen_by == "the step that draws", is_over=lambda phase: False)
     saved = Mock()
     monkeypatch.setattr(script, "train_step", Mock())
     monkeypatch.setattr(script, "save_checkpoint", saved)
@@ -113,5 +113,11 @@ def test_a_run_stops_when_its_patience_is_over_and_keeps_the_best(tmp_path, tiny
         load_file(folder / name / "transformer/diffusion_pytorch_model.safetensors") for name in ("best", "pipeline")
     )
     assert any(not torch.equal(best[name], last[name]) for name in best)
+    # The same command again, as a queue gives it, trains no further.
+    flags = [*tiny_flags, "--evaluation_steps=1", "--checkpointing_steps=100", f"--output_dir={folder}"]
+    train(*flags, "--patience=1", "--resume_from_checkpoint=latest")
+    assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == 6
+    train(*flags, "--patience=2", "--resume_from_checkpoint=latest")  # more patience, more steps
+    assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == 7
     with pytest.raises(SystemExit):
         train(*tiny_flags, "--patience=1", f"--output_dir={tmp_path}/none")

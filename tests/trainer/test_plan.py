@@ -13,8 +13,11 @@
 # limitations under the License.
 """The plan: from a card and hours to a configuration."""
 
+from pathlib import Path
+
 import pytest
-from helpers import train
+import yaml
+from helpers import REPOSITORY, train
 from PIL import Image
 
 from erw_hf.trainer.config import TrainingConfig, given_values, parse_config
@@ -62,13 +65,27 @@ def test_a_plan_fits_the_card_and_the_time_and_is_a_config(photos, tmp_path, mon
     ("flags", "message"),
     [
         (["--gpu=rtx9999", "--hours=1"], "rtx9999.*RTX 4090.*or cpu"),
-        (["--gpu=rtx4090"], "plan needs gpu"),
-        (["--gpu=rtx4090", "--hours=1e-6"], "allow at least"),
+        (["--gpu=rtx4090"], "--plan needs --gpu"),
+        (["--gpu=rtx4090", "--hours=1e-6"], "only 0 full steps .* allow"),
+        (["--gpu=rtx4090", "--hours=1e-3", "--lr_warmup_steps=100000"], "set lr_warmup_steps, which is 100000, lower"),
     ],
 )
 def test_what_cannot_be_planned_is_said(photos, flags, message):
     with pytest.raises(ValueError, match=message):
         write_plan(given_values(["--plan", *photos, *flags]), time_steps=None)
+
+
+def test_a_pipeline_that_is_fine_tuned_says_what_its_model_is(photos, tmp_path, monkeypatch):
+    base = str(REPOSITORY / "pipelines" / "erw-emoji")
+    flags = ["--plan", "--gpu=rtx4090", "--hours=1", f"--init_from={base}", "--lora_rank=4"]
+    monkeypatch.chdir(Path(photos[0].split("=")[1]).parent)
+    plan = write_plan(
+        given_values([*flags, f"--dataset_name=./{Path(photos[0].split('=')[1]).name}"]), time_steps=None
+    )
+    values = yaml.safe_load(plan)
+    assert (values["sample_size"], values["in_channels"], values["prediction_type"]) == (64, 3, "sample")
+    assert "vae" not in values and values["dataset_name"] == photos[0].split("=")[1]  # it may be moved
+    TrainingConfig(**values)
 
 
 def test_a_card_without_a_plan_is_refused():

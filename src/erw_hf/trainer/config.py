@@ -627,6 +627,10 @@ class TrainingConfig(
                 raise ValueError("lora_rank keeps the embeddings of known classes: set adam_weight_decay to 0")
             if self.ema_snapshot_steps:
                 raise ValueError("ema_snapshot_steps stores averages of whole models: set it to 0 with lora_rank")
+        elif self.lora_alpha is not None or self.lora_targets != KEYS["lora_targets"].default:
+            raise ValueError("lora_alpha and lora_targets are for an adapter: set lora_rank, too")
+        if self.alignment_mask_ratio > 0 and self.encoder is None:
+            raise ValueError("alignment_mask_ratio hides tokens from a projector: set encoder, too")
         if self.encoder is not None and self.projector_depth > self.num_layers:
             raise ValueError(f"projector_depth={self.projector_depth} must lie in [1, num_layers={self.num_layers}]")
         if self.warmup_steps > 0 and self.warmup_depth > self.num_layers:
@@ -689,10 +693,7 @@ class TrainingConfig(
         """Writes the resolved configuration as YAML that `--config` accepts."""
         values = dataclasses.asdict(self)
         for name, value in values.items():
-            # Beside this file, a relative path would mean another place.
-            if KEYS[name].metadata["path"] and value is not None:
-                parts = [os.path.abspath(p) if p.startswith(("./", "../")) else p for p in value.split(",")]
-                values[name] = ",".join(parts)
+            values[name] = absolute(name, value)
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         with written_whole(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -702,7 +703,10 @@ class TrainingConfig(
         run resumes. `ema_ramp` keeps its old value: false for a run older than the key."""
         before = read_config_file(Path(path))
         for key in fields(self):
-            if not key.metadata["fixed"] or (key.name not in before and key.name in MODEL_KEYS):
+            fixed = key.metadata["fixed"] or (
+                key.name == "init_from" and self.lora_rank > 0
+            )  # an adapter is of its base
+            if not fixed or (key.name not in before and key.name in MODEL_KEYS):
                 continue
             # A key that the run is older than: its default does what was done before there was one.
             was, now = before.get(key.name, key.default), getattr(self, key.name)
@@ -729,6 +733,13 @@ TYPES = {name: hint for name, hint in get_type_hints(TrainingConfig).items() if 
 NAMED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 OWN_KEYS = tuple(name for name, key in KEYS.items() if not key.metadata["pushed"])
 PATH_OR_ID = tuple(name for name, key in KEYS.items() if key.metadata["path"] == "or_id")
+
+
+def absolute(name: str, value: Any) -> Any:
+    """A key's value for a file in any folder, beside which a relative path would mean another place."""
+    if value is None or not KEYS[name].metadata["path"]:
+        return value
+    return ",".join(os.path.abspath(part) if part.startswith(("./", "../")) else part for part in value.split(","))
 
 
 def local_names(config: Mapping[str, Any]) -> list[str]:

@@ -119,7 +119,7 @@ def start_report(
         ("classes", classes),
         ("model", f"{name}{size}, {config.token_grid}x{config.token_grid} tokens"),
         ("encoder", ", ".join(config.encoders) or "none"),
-        *([("start", _start(config))] if config.start_from_encoder else []),
+        *([("start", start)] if (start := _start(config)) else []),
         (
             "batch",
             f"{processes} process{'es' * (processes > 1)} x {batch} x {accumulation} accumulated = "
@@ -133,7 +133,12 @@ def start_report(
     ])  # fmt: skip
 
 
-def _start(config: TrainingConfig) -> str:
+def _start(config: TrainingConfig) -> str | None:
+    if config.lora_rank > 0:
+        alpha = config.lora_alpha or config.lora_rank
+        return f"{config.init_from}, with a LoRA of rank {config.lora_rank} and alpha {alpha} on {config.lora_targets}"
+    if not config.start_from_encoder:
+        return config.init_from or config.warmup_from
     frozen = "" if config.warmup_trains_blocks else ", frozen in the warmup"
     return (
         f"the first {config.start_from_encoder} blocks of {split_names(config.encoder or '')[0]}{frozen}; "

@@ -14,18 +14,22 @@
 """The plan of a run: the dry run's model of cost, used backwards from a card and a time to a configuration."""
 
 import copy
+import inspect
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from erw_hf.sizes import SIZES
-from erw_hf.trainer.config import MODEL_KEYS, TrainingConfig
+from erw_hf.trainer.config import KEYS, MODEL_KEYS, TrainingConfig, absolute
 from erw_hf.trainer.cost import MFU, DataSummary, RunCost, run_cost, run_memory, summarize_data
 from erw_hf.trainer.flops import CARDS, Card, card_named
 from erw_hf.trainer.setup import fit_to_encoder
+from erw_hf.transformer_erw import ERWTransformer2DModel
 
 
 VAE = "stabilityai/sd-vae-ft-ema"  # of a plan that names neither an autoencoder nor the shape of pixels
@@ -84,9 +88,10 @@ def write_plan(values: Mapping[str, Any], time_steps: Callable[[TrainingConfig],
     """
     gpu, hours = values.get("gpu"), values.get("hours")
     if gpu is None or hours is None:
-        raise ValueError("plan needs gpu, a card such as rtx4090 or cpu, and hours")
+        raise ValueError("--plan needs --gpu (a card such as rtx4090, or cpu) and --hours")
     name = "cpu" if gpu.lower() == "cpu" else card_named(gpu)
-    values = {key: value for key, value in values.items() if key not in OWN}
+    values = {key: absolute(key, value) for key, value in values.items() if key not in OWN}
+    values = _architecture(values.get("init_from")) | values
     if not values.keys() & {"vae", "in_channels", "sample_size"}:
         values["vae"] = VAE
     config = _config(values, {})
@@ -105,6 +110,19 @@ def write_plan(values: Mapping[str, Any], time_steps: Callable[[TrainingConfig],
     lines = _comments(plan, hours, name, data, values)
     text = yaml.safe_dump({**values, **chosen}, sort_keys=False, allow_unicode=True)
     return "".join(f"# {line}\n" for line in lines) + text
+
+
+def _architecture(init_from: str | None) -> dict[str, Any]:
+    """What a local pipeline that is fine-tuned says about its model, where it is not a run's default."""
+    folders = [Path(init_from or "") / name / "transformer" for name in ("", "pipeline")]
+    file = next((folder / "config.json" for folder in folders if (folder / "config.json").is_file()), None)
+    if init_from is None or file is None:
+        return {}
+    model = json.loads(file.read_text())
+    names = (
+        set(model) & set(inspect.signature(ERWTransformer2DModel.__init__).parameters) & set(KEYS) - {"num_classes"}
+    )
+    return {name: model[name] for name in sorted(names) if model[name] != KEYS[name].default}
 
 
 def _config(values: Mapping[str, Any], changes: Mapping[str, Any]) -> TrainingConfig:
@@ -190,11 +208,14 @@ def _on_this_machine(
 def _with_steps(config: TrainingConfig, hours: float, seconds: tuple[float, float]) -> TrainingConfig:
     left = hours * 3600 - config.warmup_steps * seconds[0]
     steps = math.floor(left / seconds[1])
-    if steps < max(1, config.lr_warmup_steps):
-        needed = (config.warmup_steps * seconds[0] + max(1, config.lr_warmup_steps) * seconds[1]) / 3600
+    fewest = max(1, config.lr_warmup_steps)
+    if steps < fewest:
+        needed = (config.warmup_steps * seconds[0] + fewest * seconds[1]) / 3600
+        after = f" after a warmup of {config.warmup_steps}" * (config.warmup_steps > 0)
+        lower = f"set lr_warmup_steps, which is {fewest}, lower, " * (fewest > 1)
         raise ValueError(
-            f"in {hours:g} h, {max(0, steps)} full steps of {seconds[1]:.3g} s follow the {config.warmup_steps} of the warmup: "
-            f"allow at least {needed:.2g} h, or choose a smaller model or batch"
+            f"only {max(0, steps)} full steps of {seconds[1]:.3g} s fit in {hours:g} h{after}, fewer than {fewest}: {lower}allow "
+            f"{needed:.2g} h, or choose a smaller model or batch"
         )
     config.max_train_steps = config.warmup_steps + steps
     return config
@@ -235,10 +256,10 @@ def _comments(plan: Plan, hours: float, name: str, data: DataSummary, values: Ma
         f"images: {images / 1e6:.2f} M" + (f", each {images / data.num_images:.0f} times" if data.num_images else "")
     )
     if data.num_images and images > 1000 * data.num_images:
-        advice = "stop early: patience, or fewer max_train_steps"
+        advice = "stop early (patience) or lower max_train_steps"
         if config.init_from is None:
-            advice = f"fine-tune published weights (init_from, lora_rank), or {advice}"
-        lines.append(f"  so few images would be memorised: {advice}")
+            advice = f"fine-tune published weights (init_from, lora_rank), {advice}"
+        lines.append(f"  so few images will be memorised: {advice}")
     if cost.vae_flops:
         share = cost.vae_flops / cost.full_flops
         lines.append(

@@ -88,7 +88,7 @@ class Snapshots:
         if since is None or since < patience:
             return False
         logger.info(
-            f"stopped early: no lower FID in {since} measurements; {self.folder}/best is the model with the lowest"
+            f"stopped early: no lower FID in {since} measurement{'s' * (since > 1)}; {self.folder}/best is the model with the lowest"
         )
         return True
 
