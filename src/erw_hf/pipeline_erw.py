@@ -184,6 +184,26 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         return self.vae_scale_factor_of(self.vae)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs) -> "ERWPipeline":
+        """
+        Loads a pipeline, as [`~DiffusionPipeline.from_pretrained`] does.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or the id of a Hub repo.
+            kwargs: Arguments of [`~DiffusionPipeline.from_pretrained`].
+
+        Returns:
+            [`ERWPipeline`]: The pipeline.
+
+        Raises:
+            OSError: for a folder or a repo that does not exist.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        if not os.path.exists(name) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):  # no id of a repo either
+            raise OSError(f"there is no pipeline {name}: name a folder or a Hub repo")
+        return super().from_pretrained(name, **kwargs)
+
+    @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "ERWPipeline":
         """
         Another pipeline of the same components, class names included. Nothing is copied or cast.
@@ -431,6 +451,9 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"{folder} is a file: name a folder")
+        variant = kwargs.get("variant")
+        if variant is not None and not re.fullmatch(r"[\w-]+", str(variant)):
+            raise ValueError(f'`variant` is a part of file names, such as "fp16", got {variant!r}')
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", folder.absolute().name)
             self.push_to_hub(repo_id, **{name: value for name, value in kwargs.items() if name != "max_shard_size"})
@@ -1265,8 +1288,11 @@ def _check_loads_again(name: str, model: ModelMixin) -> None:
     ]
     if not wrong:
         return
+    merge, unload = f"pipe.{name}.fuse_lora()", f"pipe.{name}.unload_lora()"
+    if name == "transformer":  # with the classes of its adapters
+        merge, unload = "pipe.fuse_lora()", "pipe.unload_lora_weights()"
     remedies = {
-        "lora_": "merge the adapter (`pipe.fuse_lora(); pipe.unload_lora_weights()`), or take it away (`pipe.unload_lora_weights()`)",
+        "lora_": f"merge the adapter (`{merge}; {unload}`), or take it away (`{unload}`)",
         "_orig_mod.": "compile in place, by `module.compile()` or `compile_repeated_blocks()`",
         "to_qkv": f"undo the fusion by `pipe.{name}.unfuse_qkv_projections()`",
         "module.": "unwrap the modules that hold another as `.module`",

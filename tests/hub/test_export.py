@@ -238,16 +238,16 @@ def with_lora():
 
 def test_adapters_are_refused_until_they_are_merged(tmp_path):
     pipe = with_lora()
-    refused(pipe, tmp_path / "repo", r"would not load again.*fuse_lora\(\); pipe.transformer.unload_lora\(\)")
-    pipe.transformer.fuse_lora()
+    refused(pipe, tmp_path / "repo", r"would not load again.*pipe.fuse_lora\(\); pipe.unload_lora_weights\(\)")
+    pipe.fuse_lora()
     refused(pipe, tmp_path / "repo", "unload_lora")
     expected = draw(pipe)
-    pipe.transformer.unload_lora()
+    pipe.unload_lora_weights()
     pipe.save_pretrained(tmp_path / "repo")
     np.testing.assert_array_equal(draw(ERWPipeline.from_pretrained(tmp_path / "repo")), expected)
     guided = pipeline()
     guided.register_modules(guidance_transformer=with_lora().transformer)
-    refused(guided, tmp_path / "guided", "the guidance_transformer would not load again")
+    refused(guided, tmp_path / "guided", "pipe.guidance_transformer.fuse_lora")
 
 
 def test_several_bin_files_are_refused_since_diffusers_does_not_find_them(tmp_path):
@@ -326,6 +326,16 @@ def test_what_is_put_into_an_empty_slot_is_saved(tmp_path, vae_path):
     loaded = ERWPipeline.from_pretrained(tmp_path)
     assert loaded.vae is not None and loaded.guidance_transformer is not None
     np.testing.assert_array_equal(draw(loaded), draw(pipe))
+
+
+def test_mistyped_paths_and_variants(tmp_path):
+    for path in (tmp_path / "missing", "./missing", "~/missing"):
+        with pytest.raises(OSError, match="there is no pipeline .*missing"):
+            ERWPipeline.from_pretrained(path)
+    for variant in ("", "a/b", "fp 16"):
+        with pytest.raises(ValueError, match="a part of file names"):
+            pipeline().save_pretrained(tmp_path / "repo", variant=variant)
+    assert not (tmp_path / "repo").exists()
 
 
 def files_of(folder):
