@@ -498,7 +498,7 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         stale = []
         for folder in (path for path in Path(working_dir).iterdir() if path.is_dir()):
             variant = next((of for path in folder.iterdir() if (of := _variant_of(path.name))), None)
-            stale.append(f"{folder.name}/*" + f".{variant}[.-]*" * (variant is not None))
+            stale.append(f"{folder.name}/diffusion_pytorch_model*" + f".{variant}[.-]*" * (variant is not None))
         return upload_folder(
             repo_id=repo_id,
             folder_path=working_dir,
@@ -1420,7 +1420,8 @@ def _replace(folder: Path, written: Path, variant: str | None) -> None:
 
 
 def _model_config(folder: Path) -> dict[str, Any]:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return {key: value for key, value in config.items() if key not in ("_diffusers_version", "_name_or_path")}
 
 
