@@ -87,6 +87,19 @@ def test_the_adapter_on_its_base_draws_as_the_merged_pipeline(run, base):
     assert not (trained[f"transformer.{table}"][5] == before[table][3]).any()
 
 
+def test_the_code_on_the_card_runs(run, base):
+    card = (run / "lora" / "README.md").read_text()
+    code = (
+        card.split("```py\n")[1]
+        .split("```")[0]
+        .replace('"BASE"', repr(str(base)))
+        .replace('"THIS"', repr(str(run / "lora")))
+    )
+    scope = {}
+    exec(code, scope)
+    assert len(scope["images"]) == 1 and f"a pipeline of `{base.name}`" in card
+
+
 def test_a_resumed_adapter_is_bitwise_the_uninterrupted_one(run, base, tiny_flags, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoint-4")

@@ -45,11 +45,15 @@ def save_lora(phase: Phase, id2label: Mapping[int, str] | None, base_model: str 
         pipeline_tag="unconditional-image-generation",
         tags=["lora", "adapter", "class-conditional"],
     )
+    named = base if on_hub else Path(base).name
     classes = f" New classes: {', '.join(names)}." if names else ""
+    loads, this = (base if is_hub_id(base) else "BASE"), phase.inputs.config.hub_model_id or "THIS"
+    meant = [f"`BASE` is a pipeline of `{named}`"] * (loads == "BASE") + ["`THIS` is this folder"] * (this == "THIS")
+    draw = f"\nimages = pipe(class_labels={names[:1]!r}).images" if names else ""
     text = (
-        f"# A LoRA adapter\n\nRank {phase.inputs.config.lora_rank}, of "
-        f"`{base if on_hub else Path(base).name}`.{classes}\n\n```py\n"
-        'pipe = ERWPipeline.from_pretrained("BASE")\npipe.load_lora_weights("THIS")\n```\n'
+        f"# A LoRA adapter\n\nRank {phase.inputs.config.lora_rank}, of `{named}`.{classes}\n\n```py\n"
+        f'from erw_hf import ERWPipeline\n\npipe = ERWPipeline.from_pretrained("{loads}")\n'
+        f'pipe.load_lora_weights("{this}"){draw}\n```\n' + (f"\n{', '.join(meant)}.\n" if meant else "")
     )
     with folder_written_whole(folder) as written:
         ERWPipeline.save_lora_weights(

@@ -221,6 +221,10 @@ def _with_steps(config: TrainingConfig, hours: float, seconds: tuple[float, floa
     return config
 
 
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+
+
 def _comments(plan: Plan, hours: float, name: str, data: DataSummary, values: Mapping[str, Any]) -> list[str]:
     config, cost = plan.config, plan.cost
     images = config.max_train_steps * config.step_batch_size(processes=1)
@@ -238,13 +242,13 @@ def _comments(plan: Plan, hours: float, name: str, data: DataSummary, values: Ma
     ]
     if card is None:
         lines.append(
-            f"time: {plan.hours:.2f} h, measured: {plan.seconds[1]:.3g} s per full step on this machine, the median of a few; "
+            f"time: {_duration(plan.hours)}, measured: {plan.seconds[1]:.3g} s per full step on this machine, the median of a few; "
             "without start, pictures and evaluations"
         )
         lines.append("memory: not modelled for a CPU")
     else:
         lines.append(
-            f"time: {plan.hours:.1f} h, modelled: {cost.full_flops:.2e} FLOPs per image are counted, {MFU:.0%} of "
+            f"time: {_duration(plan.hours)}, modelled: {cost.full_flops:.2e} FLOPs per image are counted, {MFU:.0%} of "
             f"{card.flops / 1e12:.0f} TFLOP/s is assumed; `mfu` in metrics.jsonl will show the real share"
         )
         assert plan.memory is not None
@@ -253,7 +257,8 @@ def _comments(plan: Plan, hours: float, name: str, data: DataSummary, values: Ma
             "the CUDA context is assumed; `peak_memory_gib` in metrics.jsonl will show the real peak"
         )
     lines.append(
-        f"images: {images / 1e6:.2f} M" + (f", each {images / data.num_images:.0f} times" if data.num_images else "")
+        f"images: {images:,}".replace(",", " ")
+        + (f", each {images / data.num_images:.0f} times" if data.num_images else "")
     )
     if data.num_images and images > 1000 * data.num_images:
         advice = "stop early (patience) or lower max_train_steps"
