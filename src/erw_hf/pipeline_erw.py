@@ -905,6 +905,11 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 "pictures; pass guidance_scale=1",
                 stacklevel=2,
             )
+        if guidance_scale < 1:
+            warnings.warn(
+                f"guidance_scale={guidance_scale:g} goes towards the pictures of no class, which 0 draws; 1 is no guidance",
+                stacklevel=2,
+            )
         call = _Call(guidance_scale, scheduler=copy.deepcopy(self.__dict__["scheduler"]))
         with self._running_call(call):
             device = self._execution_device
