@@ -43,12 +43,12 @@ class ERWPipelineTesterConfig(BasePipelineTesterConfig):
     def get_dummy_components(self):
         torch.manual_seed(0)
         transformer = ERWTransformer2DModel(
-            sample_size=8, num_layers=2, num_attention_heads=2, attention_head_dim=8, num_classes=10
-        )
+            sample_size=8, in_channels=3, num_layers=2, num_attention_heads=2, attention_head_dim=8, num_classes=10
+        )  # three channels, which are shown as pixels where a test takes the autoencoder away
         for parameter in transformer.parameters():  # a fresh model predicts zeros, which would hide most errors
             torch.nn.init.normal_(parameter, std=0.1)
         vae = AutoencoderKL(
-            block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
+            block_out_channels=(8, 8), norm_num_groups=4, latent_channels=3,
             down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         )  # fmt: skip
         return {
