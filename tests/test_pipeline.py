@@ -724,7 +724,7 @@ def test_guidance_by_a_null_class_that_was_not_trained_is_warned_of(pipe):
 
 
 def test_guidance_that_is_meant_to_be_off_is_told_from_no_class(pipe):
-    with pytest.warns(UserWarning, match="1 is no guidance"):
+    with pytest.warns(UserWarning, match="1 turns guidance off"):
         draw(pipe, 1, guidance_scale=0)
 
 

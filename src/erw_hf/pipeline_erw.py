@@ -907,7 +907,7 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             )
         if guidance_scale < 1:
             warnings.warn(
-                f"guidance_scale={guidance_scale:g} goes towards the pictures of no class, which 0 draws; 1 is no guidance",
+                f"guidance_scale={guidance_scale:g} goes towards the pictures of no class, which 0 draws; 1 turns guidance off",
                 stacklevel=2,
             )
         call = _Call(guidance_scale, scheduler=copy.deepcopy(self.__dict__["scheduler"]))
