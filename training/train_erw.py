@@ -55,7 +55,7 @@ from erw_hf.trainer.checkpoints import (
     save_checkpoint,
 )
 from erw_hf.trainer.config import TrainingConfig, given_values, local_names, parse_config
-from erw_hf.trainer.cost import cost_report, start_report, summary_of
+from erw_hf.trainer.cost import cost_report, first_names, start_report, summary_of
 from erw_hf.trainer.device import choose_precision, to_device
 from erw_hf.trainer.ema import whole_state_dict
 from erw_hf.trainer.engines import check_engine, close_accelerator, open_accelerator
@@ -221,9 +221,8 @@ def full_phase(inputs: Inputs, start: State | None) -> Phase:
         new_classes = new_class_ids(start)
         if new_classes:
             label = inputs.source.id2label or {}
-            names = [label.get(i, str(i)) for i in new_classes]
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            logger.info(f"classes that {config.init_from} does not know: {', '.join(names[:8])}{more}")
+            names = first_names([label.get(i, str(i)) for i in new_classes])
+            logger.info(f"classes that {config.init_from} does not know: {names}")
     elif start is not None:
         names = hand_over(start, model, hands_over_projector(config, start))
         logger.info(f"hand-over: {len(names)} tensors of the warmup are now the full model's, each verified")

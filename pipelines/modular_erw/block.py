@@ -79,7 +79,7 @@ class ERWInputStep(ModularPipelineBlocks):
         try:
             labels = torch.as_tensor(block_state.class_labels, device=components._execution_device).reshape(-1)
         except (TypeError, ValueError, RuntimeError):  # names, which the blocks do not know
-            raise ValueError(f"`class_labels` must be class ids, got {block_state.class_labels!r}") from None
+            labels = torch.empty(0)
         if labels.is_floating_point() or labels.dtype == torch.bool or len(labels) == 0:
             raise ValueError(f"`class_labels` must be class ids, got {block_state.class_labels!r}")
         num_classes = components.transformer.config.num_classes

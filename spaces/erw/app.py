@@ -466,9 +466,8 @@ def read_link(request: gr.Request):
     model = request.query_params["model"] if known else MODEL
     defaults = {"label": first_class(model), **{name: row[3] for name, row in RANGES.items()}}
     defaults |= {"sampler": samplers_of(MODELS[model])[0], "model": model}
-    if (
-        MODELS[model].transformer.config.class_dropout_prob == 0
-    ):  # no trained null class, without which guidance spoils pictures
+    # Without a trained null class guidance spoils the pictures.
+    if MODELS[model].transformer.config.class_dropout_prob == 0:
         defaults["guidance_scale"] = 1.0
     linked = {name: value for name, value in request.query_params.items() if name in LINKED}
     try:

@@ -288,9 +288,8 @@ def _averages(loaded: Mapping[str, Any]) -> Iterator[str]:
     """Keys of averaged weights, at any depth."""
     for key, value in loaded.items():
         if _AVERAGED.search(str(key)):
-            if isinstance(value, Mapping) or (
-                isinstance(value, torch.Tensor) and value.ndim > 0
-            ):  # no counter or rate
+            # Not the counter of torch's AveragedModel, nor a rate.
+            if isinstance(value, Mapping) or (isinstance(value, torch.Tensor) and value.ndim > 0):
                 yield key
         elif isinstance(value, Mapping):
             yield from _averages(value)
@@ -488,6 +487,9 @@ def _convert(
     null_class = ", and the null class" if classes else ""
     if classes and not has_null_class:
         null_class = "; no null class: the mean of all classes replaces it, untrained, so draw with guidance_scale=1"
+    positions = "sin-cos and rotary" if config["use_rope"] else "sin-cos, none rotary"
+    if not config["use_rope"] and "pos_embed" not in tensors:
+        positions += " (a file of parameters alone does not tell; architecture would)"
     facts = [
         *facts,
         f"dtype: {', '.join(dtypes)}, float32 here",
@@ -495,13 +497,8 @@ def _convert(
         f"classes: {classes}{null_class}",
         f"time: t = {int(time_reversed)} is data{', reversed here' if time_reversed else ''} ({why})",
         f"prediction: {prediction}{'' if 'prediction_type' in config else ' (tensors do not tell; architecture would)'}",
-        f"positions: {'sin-cos and rotary' if config['use_rope'] else 'sin-cos, none rotary'}"
-        + (
-            ""
-            if config["use_rope"] or "pos_embed" in tensors
-            else " (a file of parameters alone does not tell; architecture would)"
-        ),
-        f"activation: {config['activation_fn']}" + (" (assumed)" if assumed else ""),
+        f"positions: {positions}",
+        f"activation: {config['activation_fn']}{' (assumed)' * assumed}",
         f"projectors: {len({name.split('.')[1] for name in projectors})}",
     ]
     converted = Converted(config, transformer, projectors, dropped, is_warmup, facts)

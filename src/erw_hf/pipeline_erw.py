@@ -1412,9 +1412,8 @@ def _replace(folder: Path, written: Path, variant: str | None) -> None:
             )
     for path in stale:
         path.unlink(missing_ok=True)
-    for path in sorted(
-        written.rglob("*"), key=lambda path: path.name == DiffusionPipeline.config_name
-    ):  # it comes last
+    # The index comes last.
+    for path in sorted(written.rglob("*"), key=lambda path: path.name == DiffusionPipeline.config_name):
         if path.is_file():
             target = folder / path.relative_to(written)
             target.parent.mkdir(exist_ok=True)

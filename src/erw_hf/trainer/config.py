@@ -703,9 +703,8 @@ class TrainingConfig(
         run resumes. `ema_ramp` keeps its old value: false for a run older than the key."""
         before = read_config_file(Path(path))
         for key in fields(self):
-            fixed = key.metadata["fixed"] or (
-                key.name == "init_from" and self.lora_rank > 0
-            )  # an adapter is of its base
+            base_of_adapter = key.name == "init_from" and self.lora_rank > 0
+            fixed = key.metadata["fixed"] or base_of_adapter
             if not fixed or (key.name not in before and key.name in MODEL_KEYS):
                 continue
             # A key that the run is older than: its default does what was done before there was one.

@@ -100,8 +100,7 @@ def start_report(
     images = "streamed, not counted" if data.num_images is None else f"{data.num_images}"
     classes = str(data.num_classes or "none: unconditional")
     if data.class_names:
-        more = ", ..." if len(data.class_names) > SHOWN_CLASSES else ""
-        classes += f": {', '.join(data.class_names[:SHOWN_CLASSES])}{more}"
+        classes += f": {first_names(data.class_names)}"
     side, channels = data.image_size, data.channels
     latents = f"latents {config.in_channels}x{config.sample_size}x{config.sample_size}" if config.vae else "no latents"
     size = f"{config.num_layers} blocks of width {config.num_attention_heads * config.attention_head_dim}"
@@ -131,6 +130,11 @@ def start_report(
         ("steps", f"{config.warmup_steps} warmup + {config.max_train_steps - config.warmup_steps} full"),
         ("writes to", config.output_dir),
     ])  # fmt: skip
+
+
+def first_names(names: list[str]) -> str:
+    """The first few of the names of classes, for a line of the log."""
+    return ", ".join(names[:SHOWN_CLASSES]) + ", ..." * (len(names) > SHOWN_CLASSES)
 
 
 def _start(config: TrainingConfig) -> str | None:

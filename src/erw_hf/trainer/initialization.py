@@ -142,6 +142,11 @@ def new_class_ids(state: Mapping[str, torch.Tensor]) -> list[int]:
     return (table[:-1] == table[-1]).all(dim=1).nonzero().flatten().tolist()
 
 
+def pipeline_folder(path: Path) -> Path:
+    """A pipeline's folder, of that itself or of its run."""
+    return path / "pipeline" if (path / "pipeline" / "model_index.json").is_file() else path
+
+
 def _read_model(path_or_repo_id: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, str]]:
     """Configuration, weights and class names of what `--init_from` names. No code of a repo is run."""
     path = Path(path_or_repo_id)
@@ -150,8 +155,7 @@ def _read_model(path_or_repo_id: str) -> tuple[dict[str, Any], dict[str, torch.T
             path = _download(path_or_repo_id)
     if path.is_file():
         return *_as_ours(build_model(read_checkpoint(path))), {}
-    folder = path
-    folder = folder / "pipeline" if (folder / "pipeline" / "model_index.json").is_file() else folder
+    folder = pipeline_folder(path)
     if not (folder / "model_index.json").is_file():
         raise ValueError(
             f"init_from={path_or_repo_id!r} is not a pipeline: name the `pipeline` folder of a run, its repo, or a published "

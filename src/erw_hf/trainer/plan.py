@@ -28,6 +28,7 @@ from erw_hf.sizes import SIZES
 from erw_hf.trainer.config import KEYS, MODEL_KEYS, TrainingConfig, absolute
 from erw_hf.trainer.cost import MFU, DataSummary, RunCost, run_cost, run_memory, summarize_data
 from erw_hf.trainer.flops import CARDS, Card, card_named
+from erw_hf.trainer.initialization import pipeline_folder
 from erw_hf.trainer.setup import fit_to_encoder
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
@@ -114,14 +115,12 @@ def write_plan(values: Mapping[str, Any], time_steps: Callable[[TrainingConfig],
 
 def _architecture(init_from: str | None) -> dict[str, Any]:
     """What a local pipeline that is fine-tuned says about its model, where it is not a run's default."""
-    folders = [Path(init_from or "") / name / "transformer" for name in ("", "pipeline")]
-    file = next((folder / "config.json" for folder in folders if (folder / "config.json").is_file()), None)
-    if init_from is None or file is None:
+    file = pipeline_folder(Path(init_from or "")) / "transformer" / "config.json"
+    if init_from is None or not file.is_file():
         return {}
     model = json.loads(file.read_text())
-    names = (
-        set(model) & set(inspect.signature(ERWTransformer2DModel.__init__).parameters) & set(KEYS) - {"num_classes"}
-    )
+    arguments = set(inspect.signature(ERWTransformer2DModel.__init__).parameters) - {"num_classes"}
+    names = set(model) & arguments & set(KEYS)
     return {name: model[name] for name in sorted(names) if model[name] != KEYS[name].default}
 
 
