@@ -56,7 +56,7 @@ from erw_hf.warmup import build_warmup_transformer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 THINNED_TO = 100  # lines of metrics.jsonl that a record keeps
-NOT_FLAGS = ("start", "blocks", "gate", "best_of")  # of an arm; all other keys are flags of train_erw.py
+NOT_FLAGS = ("start", "blocks", "gate", "best_of", "budget")  # of an arm; all other keys are flags of train_erw.py
 FROM_A_WARMUP = ("asleep", "modulation")
 CONTROLS = ("random", "permuted", "gates")  # encoders of an arm that are made from the base's
 
@@ -90,6 +90,10 @@ class Study:
     @property
     def records(self) -> Path:
         return convergence_report.records_path(self.results, self.data)
+
+    def budget_of(self, arm: dict) -> float:
+        """FLOPs of a run of the arm."""
+        return self.budget * arm.get("budget", 1)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -210,9 +214,12 @@ def run_arm(study: Study, name: str, arm: dict, seed: int) -> None:
     chosen = arm.pop("chosen", None)
     for record in convergence_report.load_records(study.records):
         if (record["arm"], record["seed"]) == (name, seed):
-            now = {"arm_settings": arm, "base": read_base(study), "budget": study.budget}
+            now = {"arm_settings": arm, "base": read_base(study), "budget": study.budget_of(arm)}
             if now["base"].get("ema_ramp") is False:  # as in records of before there was one
                 record["base"] = {"ema_ramp": False, **record["base"]}
+            record["base"]["mixed_precision"] = now["base"][
+                "mixed_precision"
+            ]  # the CPU's choice; what it was is on record
             differing = [key for key, value in now.items() if record[key] != value]
             if differing:
                 raise ValueError(
@@ -238,7 +245,7 @@ def run_arm(study: Study, name: str, arm: dict, seed: int) -> None:
             "seed": seed,
             "data": study.data,
             "base": read_base(study),
-            "budget": study.budget,
+            "budget": study.budget_of(arm),
             "command": f"python benchmarks/convergence.py --data {study.data} --arms {chosen or name} --budget {study.budget:g} "
             + (f"--choosing {seed - FIRST_CHOOSING_SEED + 1}" if is_choosing(seed) else f"--seeds {seed + 1}"),
             "training_command": "OMP_NUM_THREADS=1 "
@@ -321,7 +328,7 @@ def prepare(study: Study, arm: dict, seed: int, folder: Path) -> tuple[list[str]
         settings[name] = str(REPOSITORY / settings[name])
     config = read_config(study, settings)
     # Steps from the budget before the start is made: a warmup that the start is made of is paid from it
-    config.max_train_steps, every = plan(config, study.budget, study.table["evaluations"])
+    config.max_train_steps, every = plan(config, study.budget_of(arm), study.table["evaluations"])
     start = arm.get("start")
     if start in FROM_A_WARMUP:
         warmup = folder / "warmup-run"

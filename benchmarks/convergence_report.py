@@ -207,6 +207,7 @@ def introduction(records: Sequence[Record], table: dict, encoder: dict | None, d
     budgets = sorted({r["budget"] for r in records})
     versions = {f"{k} {v}" for r in records for k, v in r["versions"].items() if k != "erw-hf"}
     base = records[0]["base"]
+    hardware = {r["hardware"] + (" in bf16" if r.get("mixed_precision") == "bf16" else "") for r in records}
     cost = []
     if encoder is not None:
         cost = [
@@ -216,8 +217,8 @@ def introduction(records: Sequence[Record], table: dict, encoder: dict | None, d
             "",
         ]
     return [
-        f"Every run has the same budget, {' or '.join(f'{b:.3g}' for b in budgets)} FLOPs, which includes the warmup and the encoder's "
-        "forward passes. Quality is a Fréchet distance (lower is better) in the features of a classifier that is independent of the "
+        f"All runs that are compared have the same budget, {' or '.join(f'{b:.3g}' for b in budgets)} FLOPs, which includes the warmup "
+        "and the encoder's forward passes. Quality is a Fréchet distance (lower is better) in the features of a classifier that is independent of the "
         f"encoder, over {base['evaluation_samples']} images drawn with the EMA weights in {base['num_inference_steps']} SDE steps "
         f"without guidance. So few images bias it upwards, equally for every arm: {table['real_distance']}. The learning rate is "
         "constant, so each point of a curve is the end of a run of that length. Runs with the same seed share initial weights, "
@@ -227,7 +228,7 @@ def introduction(records: Sequence[Record], table: dict, encoder: dict | None, d
         "speed-ups) with the range over seeds. Chance alone makes one of two equal arms win on all of three seeds one time in four.",
         "",
         *cost,
-        f"{len(records)} runs on {', '.join(sorted({r['hardware'] for r in records}))}, one thread each and several at a time, so "
+        f"{len(records)} runs on {', '.join(sorted(hardware))}, one thread each and several at a time, so "
         f"seconds are rough; {', '.join(sorted(versions))}. Each line of `convergence-{data}.jsonl` holds the command that repeats "
         "its run.",
         "",

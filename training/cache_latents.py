@@ -55,7 +55,11 @@ from erw_hf.trainer.run_lock import RunLock
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage="accelerate launch training/cache_latents.py [--flag value ...]",
+        allow_abbrev=False,
+    )
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--dataset_name", required=True, help='Hub id, local folder, or "digits"')
     parser.add_argument("--dataset_config_name")

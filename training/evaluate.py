@@ -88,7 +88,11 @@ NOT_SETTINGS = (
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage="accelerate launch training/evaluate.py [--flag value ...]",
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "--output_dir", default="outputs/evaluation", help="folder for evaluation.json and unfinished work"
     )

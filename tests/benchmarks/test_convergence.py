@@ -58,6 +58,7 @@ def recipes(tmp_path, encoder_path, monkeypatch):
     for arm in table["arms"].values():
         if "blocks" in arm:
             arm["blocks"] = 2
+    table["arms"]["half_sit"] = {"alignment_weight": 0.0, "budget": 0.5}
     table |= {"probe_images": 60}
     table["data"]["digits"] |= {"budget": 6e7, "warmup_steps": 4, "evaluations": 2}
     (folder / "arms.yaml").write_text(yaml.safe_dump(table))
@@ -101,7 +102,7 @@ def test_the_budget_buys_whole_evaluations_and_pays_for_the_warmup(recipes):
 
 
 def test_runs_are_measured_recorded_skipped_and_gone_on_with(recipes, monkeypatch):
-    arms = ["--arms", "sit", "erw", "erw_asleep", "--seeds", 1]
+    arms = ["--arms", "sit", "half_sit", "erw", "erw_asleep", "--seeds", 1]
     assert not convergence.main(command(recipes, *arms, "--max_minutes", 0))  # nothing was begun
     results = recipes.parent / "results"
     assert not list(results.iterdir())
@@ -121,7 +122,7 @@ def test_runs_are_measured_recorded_skipped_and_gone_on_with(recipes, monkeypatc
     assert (recipes.parent / "runs" / "digits" / "sit-seed0" / "metrics.jsonl").read_bytes() == trained  # not again
 
     records = {r["arm"]: r for r in load_records(records_path(results, "digits"))}
-    assert set(records) == {"sit", "erw", "erw_asleep"} and {r["seed"] for r in records.values()} == {0}
+    assert set(records) == {"sit", "half_sit", "erw", "erw_asleep"} and {r["seed"] for r in records.values()} == {0}
     assert {path.stem for path in (results / "pictures").iterdir()} == {f"digits-{name}" for name in records}
     for record in records.values():
         last = record["points"][-1]
@@ -132,6 +133,7 @@ def test_runs_are_measured_recorded_skipped_and_gone_on_with(recipes, monkeypatc
         # A point can be run again from its line.
         assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", record["commit"])
         assert {len(value) for value in record["weights"].values()} == {64} and len(record["weights"]) == 2
+    assert records["half_sit"]["budget"] == records["sit"]["budget"] / 2
     # What the start was made of is paid for, in steps as in FLOPs.
     asleep, erw = (records[name]["points"] for name in ("erw_asleep", "erw"))
     assert asleep[-1] | {"seconds": 0, "fid": 0, "accuracy": 0} == erw[-1] | {"seconds": 0, "fid": 0, "accuracy": 0}

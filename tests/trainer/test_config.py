@@ -217,7 +217,11 @@ def test_a_file_that_cannot_be_read(tmp_path, capsys):
     [
         (["--learning_rate", "fast"], "learning_rate must be a number, got 'fast'"),
         (["--learning-rate=1"], "unknown argument --learning-rate=1; did you mean --learning_rate?"),
-        (["run.yaml"], "unknown argument run.yaml"),
+        (["run.yaml"], "unknown argument run.yaml; a configuration is given as --config run.yaml"),
+        (
+            ["--lora_targets", "to_q", "to_v"],
+            "unknown argument to_v; a flag takes one value: separate several names with commas",
+        ),
         (["--encoder"], "expected one argument"),
         (["--streaming=perhaps"], "streaming must be true or false, got 'perhaps'"),
         (["--mixed_precision=half"], "mixed_precision must be one of"),

@@ -791,7 +791,12 @@ def _given(parser: argparse.ArgumentParser, arguments: list[str] | None) -> tupl
     flags = vars(namespace)
     file = flags.pop("config", None)
     if unknown:
-        raise ValueError(_unknown("argument", unknown[0], [f"--{name}" for name in TYPES]))
+        hint = ""
+        if unknown[0].endswith((".yaml", ".yml")):
+            hint = f"; a configuration is given as --config {unknown[0]}"
+        elif not unknown[0].startswith("-"):
+            hint = "; a flag takes one value: separate several names with commas"
+        raise ValueError(_unknown("argument", unknown[0], [f"--{name}" for name in TYPES]) + hint)
     kept: list[str] = []
     values = {} if file is None else read_config_file(Path(expand_path(file)))
     if "model" in flags:
