@@ -214,13 +214,9 @@ def run_arm(study: Study, name: str, arm: dict, seed: int) -> None:
     chosen = arm.pop("chosen", None)
     for record in convergence_report.load_records(study.records):
         if (record["arm"], record["seed"]) == (name, seed):
-            now = {"arm_settings": arm, "base": read_base(study), "budget": study.budget_of(arm)}
-            if now["base"].get("ema_ramp") is False:  # as in records of before there was one
-                record["base"] = {"ema_ramp": False, **record["base"]}
-            record["base"]["mixed_precision"] = now["base"][
-                "mixed_precision"
-            ]  # the CPU's choice; what it was is on record
-            differing = [key for key, value in now.items() if record[key] != value]
+            then = effective(record["base"], record["arm_settings"], record["budget"])
+            now = effective(read_base(study), arm, study.budget_of(arm))
+            differing = [key for key in {**now, **then} if now.get(key) != then.get(key)]
             if differing:
                 raise ValueError(
                     f"{study.records} holds {name}, seed {seed}, made with another {differing[0]}: delete that line, or "
@@ -263,6 +259,13 @@ def run_arm(study: Study, name: str, arm: dict, seed: int) -> None:
     for checkpoint in folder.rglob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     print(f"{name}, seed {seed}: a line of {study.records}", flush=True)
+
+
+def effective(base: dict, arm: dict, budget: float) -> dict:
+    """What makes two runs of one seed the same run; the CPU's precision and the encoder's weights are on record beside it."""
+    settings = {"ema_ramp": False, **base}  # records older than the ramp do not name it
+    del settings["mixed_precision"], settings["encoder"]
+    return {**settings, **arm, "budget": budget}
 
 
 def add_record(path: Path, record: dict) -> None:

@@ -318,7 +318,7 @@ def scale_text(records: Sequence[Record], scale: dict, data: str) -> list[str]:
         for arm in arms:
             matched = pairs(records, arm, control)
             if matched:
-                teacher = matched[0][0].get("teacher", {"name": ""})["name"]
+                teacher = ", ".join(dict.fromkeys(a["teacher"]["name"] for a, _ in matched if "teacher" in a))
                 found = show_speed_ups([speed_up(a, b) for a, b in matched])
                 rows.append(
                     f"| {family} | {arm} | {teacher} | {' | '.join(course_cells(matched))} | {found} | {len(matched)} |"

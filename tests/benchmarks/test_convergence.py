@@ -15,6 +15,7 @@
 
 import json
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -149,6 +150,18 @@ def test_runs_are_measured_recorded_skipped_and_gone_on_with(recipes, monkeypatc
     assert before == records_path(results, "digits").stat().st_mtime_ns
     with pytest.raises(ValueError, match="another budget"):
         convergence.main(command(recipes, *arms, "--budget", "7e7"))
+
+    # Where a teacher lies and what the CPU chose make no other run; another teacher of the arm does
+    base = yaml.safe_load((recipes / "digits.yaml").read_text())
+    encoder = recipes.parent / "encoder"
+    shutil.copytree(base["encoder"], encoder)
+    (recipes / "digits.yaml").write_text(yaml.safe_dump(base | {"encoder": str(encoder), "mixed_precision": "auto"}))
+    assert convergence.main(command(recipes, *arms))
+    table = yaml.safe_load((recipes / "arms.yaml").read_text())
+    table["arms"]["erw"]["encoder"] = "random"
+    (recipes / "arms.yaml").write_text(yaml.safe_dump(table))
+    with pytest.raises(ValueError, match="another encoder"):
+        convergence.main(command(recipes, *arms))
 
 
 def test_a_running_script_is_stopped_when_the_time_is_over(tmp_path):
