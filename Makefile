@@ -22,7 +22,7 @@ soak: $(VENV)/.installed ## kill training 30 times and compare with runs that we
 mutants: $(VENV)/.installed ## spoil lines of the core, one at a time: do the tests notice?
 	$(BIN)/python tests/mutants.py
 
-test-browser: $(VENV)/.installed ## the demo in a headless Chromium, which root gets from Debian where it is missing, as Node; SCREENSHOTS=docs/images
+test-browser: $(VENV)/.installed ## test the demo in headless Chromium (root installs Chromium and Node if missing); SCREENSHOTS=DIR saves screenshots
 	{ command -v node && command -v npm; } >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends nodejs npm >/dev/null; }
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
 	npm install --prefix tests/browser --no-save --no-package-lock --no-audit --no-fund --silent
@@ -35,7 +35,7 @@ demo: $(VENV)/.installed ## the Gradio demo: the shipped emoji and digits, and t
 docs: $(VENV)/.installed ## the site, in build/site; a broken link, anchor or inclusion fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-style: $(VENV)/.installed ## mend what can be mended
+style: $(VENV)/.installed ## fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

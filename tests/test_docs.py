@@ -37,7 +37,9 @@ pages = pytest.mark.parametrize("page", PAGES, ids=IDS)
 SCRIPTS = sorted(path for path in (REPOSITORY / "training").glob("*.py") if path.stem != "train_erw")
 MODULES = ["erw_hf.hub.push", "erw_hf.hub.space", "erw_hf.hub.cards", "erw_hf.hub.convert", "erw_hf.trainer.ema"]
 # What a reader has and this folder has not.
-CONFIGS = dict.fromkeys(("X.yaml", "mine.yaml", "outputs/mine/config.yaml"), "training/configs/digits.yaml")
+CONFIGS = dict.fromkeys(
+    ("X.yaml", "mine.yaml", "planned.yaml", "outputs/mine/config.yaml"), "training/configs/digits.yaml"
+)
 FOREIGN = {"git", "source", "cd", "mkdir", "cp"}  # commands of others, whose flags are theirs
 FOREIGN_FLAGS = {"--help", "--no-deps", "--nodes", "--target"}
 FOREIGN_KEYS = {"fsdp_version"}  # of accelerate
@@ -241,7 +243,7 @@ def test_included_files_and_sections_exist():
             found += 1
             text = (REPOSITORY / name).read_text()
             assert not section or {f"[start:{section}]", f"[end:{section}]"} <= set(re.findall(r"\[\w+:\w+\]", text))
-    assert found >= 5
+    assert found >= 3
 
 
 def test_every_module_is_in_the_reference():

@@ -212,7 +212,7 @@ def write_file(
                 try:
                     image, _ = decode_image(record[source.image_column])
                 except BadImageError as error:
-                    tqdm.write(f"left out row {row}: {error}")
+                    tqdm.write(f"skipped row {row}: {error}")
                     continue
                 image = prepare_image(image, side, channels)
                 image = image.transpose(0) if flip else image  # mirrored

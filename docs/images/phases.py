@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Draws docs/images/phases.png from a run of the digits preset.
+"""Draws docs/images/phases.png from a run of the digits recipe.
 
 make quickstart
 python docs/images/phases.py outputs/quickstart docs/images/phases.png

@@ -363,7 +363,7 @@ def generate(
     label, num_images, seed, guidance_scale, guidance_low, guidance_high, num_inference_steps, sampler, model,
     progress=gr.Progress()
 ):  # fmt: skip
-    """Draws several images of a class, one per seed from `seed` on. Arguments as for `draw`, and
+    """Draws several images of a class, one per seed from `seed` on. The other arguments are those of `draw`.
 
     Args:
         num_images: Number of images, 1 to 16.

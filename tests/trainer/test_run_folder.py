@@ -31,13 +31,14 @@ WRITTEN = [
     "pipeline/model_index.json", "pipeline/pipeline_erw.py", "pipeline/README.md",
     "pipeline/transformer/diffusion_pytorch_model.safetensors", "pipeline/vae/config.json",
     "warmup/warmup.json", "warmup/projectors.safetensors", "warmup/transformer/config.json",
+    "best/transformer/diffusion_pytorch_model.safetensors", "lora/pytorch_lora_weights.safetensors", "lora/README.md",
     "ema_snapshots/step-0000002-sigma-0.050.safetensors", "hub/step-4/model_index.json", "hub/.lock",
     "rewound-1/checkpoint-8/progress.json", "passed-over/checkpoint-6/progress.json",
     "mine/events.out.tfevents.1.host", "mine/1700000000.5/hparams.yml", "mine/1700000000.5/events.out.tfevents.2.host",
 ]  # fmt: skip
 OWN = [
     "notes.md", "checkpoint-2-best/model.safetensors", "checkpoint-best/x", "samples/favourite.png", "evaluation.json",
-    "evaluation/images.npz", "reference-0123abcd.npz", "pipeline/thoughts.txt", "other-run/metrics.jsonl",
+    "evaluation/images.npz", "reference-0123abcd.npz", "pipeline/thoughts.txt", "best/seed-3.png", "other-run/metrics.jsonl",
     "other-run/checkpoint-2/progress.json", "other-run/mine/events.out.tfevents.1.host", "tensorboard/events.out.tfevents.1",
     "data/cat/1.png", "metrics.csv", ".gitignore", "hub/notes",
 ]  # fmt: skip

@@ -175,7 +175,7 @@ def load_source(
         if num_classes:
             raise ValueError(
                 f"num_classes is {num_classes}, but {dataset_name!r} has no classes: put the images into one folder per class, name "
-                "the column of labels with --label_column, or leave num_classes out"
+                "the column of labels with --label_column, or omit num_classes"
             )
         num_classes = 0
     elif streaming:
@@ -222,7 +222,7 @@ def _find_label_column(
 
 
 def _check_images(dataset: Dataset | IterableDataset, image_column: str, dataset_name: str) -> None:
-    """Refuses data whose rows would all be skipped: of up to 16 rows, at least one must begin like an image."""
+    """Refuses data whose rows would all be skipped: of up to 1000 rows, at least one must begin like an image."""
     rows: Iterable[tuple[int, dict[str, Any]]]
     if isinstance(dataset, IterableDataset):
         rows = enumerate(dataset.take(LOOKED_AT))
@@ -350,7 +350,7 @@ def first_classes(names: list[str], num_classes: int | None) -> list[str]:
     """
     if num_classes is not None and num_classes > len(names):
         raise ValueError(
-            f"num_classes={num_classes}, but the dataset names {len(names)} classes ({', '.join(names[:3])} ...): leave num_classes out "
+            f"num_classes={num_classes}, but the dataset names {len(names)} classes ({', '.join(names[:3])} ...): omit num_classes "
             "(of the recipe, or --num_classes null)"
         )
     return names[:num_classes]

@@ -297,7 +297,7 @@ def _recipe(config: Mapping[str, Any], method: str) -> str:
     return (
         f"1. Warmup, {config['warmup_steps']} steps: the embedders and the first {config['warmup_depth']} blocks only, "
         f"aligned with `{public_name(config['encoder'])}` on {'noised' if config['warmup_noised'] else 'clean'} inputs.\n"
-        f"2. Hand-over of those weights to the full model, each tensor checked; a fresh optimizer and EMA.\n"
+        f"2. Hand-over of those weights to the full model, each tensor checked; a fresh optimizer, and the EMA starts.\n"
         f"3. Full training, {full} steps: {aligned}."
     )
 

@@ -611,7 +611,7 @@ class TrainingConfig(
                     f"set warmup_depth to at least {self.start_from_encoder}"
                 )
             if self.init_from is not None:
-                raise ValueError("init_from starts from a whole model: leave start_from_encoder out")
+                raise ValueError("init_from starts from a whole model: omit start_from_encoder")
         if not self.warmup_trains_blocks and (self.start_from_encoder == 0 or self.warmup_steps == 0):
             raise ValueError("warmup_trains_blocks: false needs a warmup of start_from_encoder's blocks")
         if self.warmup_from is not None and self.warmup_steps > 0:

@@ -44,7 +44,7 @@ _WRITTEN = (
     ".writing-checkpoint-*", ".removing-checkpoint-*", ".*.writing", "passed-over", "rewound-[0-9]*",
     *(
         f"{folder}/{pattern}"
-        for folder in ("pipeline", "warmup")
+        for folder in ("pipeline", "warmup", "best", "lora")
         for pattern in ("README.md", "*.json", "*.py", "*.safetensors", "*/*.json", "*/*.py", "*/*.safetensors")
     ),
 )  # fmt: skip
