@@ -507,6 +507,8 @@ def measurements(folder: Path, before: list[Path]) -> dict:
         for line in read_metrics(folder / "evaluations.jsonl")
         if "fid" in line
     ]
+    if not points or points[-1]["step"] != steps:
+        raise RuntimeError(f"{folder} lacks the measurement of its last step: see its log")
     every = max(1, len(lines) // THINNED_TO)
     return {"points": points, "metrics": lines[::every]}
 

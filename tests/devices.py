@@ -11,7 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A device without float64, played by the CPU: what an Apple laptop's "mps" and some XPUs refuse is refused here."""
+"""A device without float64, played by the CPU: what an Apple laptop's "mps" and some XPUs refuse is refused here, and so are
+sums of tensors on two devices, which any GPU refuses."""
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 
 DEVICE = torch.device("meta")  # which torch lets be named without a driver
+MOVES = ("copy_", "_to_copy", "index", "index_put_")  # take tensors of two devices
 
 
 class _OnDevice(torch.Tensor):
@@ -49,13 +51,16 @@ class _OnDevice(torch.Tensor):
 
 def _run(function, args, kwargs):
     inputs = tree_flatten((args, kwargs))[0]
-    device = kwargs.get("device")
+    device, name = kwargs.get("device"), function._schema.name.removeprefix("aten::")
+    plain = [v for v in inputs if isinstance(v, torch.Tensor) and not isinstance(v, _OnDevice) and v.ndim > 0]
     on_device = any(isinstance(value, _OnDevice) for value in inputs)
+    if on_device and plain and name not in MOVES:
+        raise RuntimeError(f"{name} of tensors on {DEVICE} and on the CPU")
     if device is not None:
         on_device = torch.device(device).type == DEVICE.type
         kwargs = {**kwargs, "device": torch.device("cpu")}
     results = function(*tree_map(_values, args), **tree_map(_values, kwargs))
-    if function._schema.name.endswith("_"):  # in place: what was given comes back
+    if name.endswith("_"):  # in place: what was given comes back
         return args[0]
     return tree_map(
         lambda value: _OnDevice(value) if on_device and isinstance(value, torch.Tensor) else value, results

@@ -23,6 +23,7 @@ from helpers import REPOSITORY, TINY_MODEL, randomize
 from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler, FlowMatchHeunScheduler
 from erw_hf.alignment import cosine_alignment_loss
 from erw_hf.data.latents import pixels_to_latents
+from erw_hf.evaluation.probes import ProbeImages, probe_blocks
 from erw_hf.evaluation.feature_statistics import FeatureStatistics
 
 
@@ -113,3 +114,18 @@ def test_statistics_of_features_that_lie_there():
     with DeviceWithoutFloat64():
         moved.update(features.to(DEVICE))
     assert torch.equal(moved.sum, expected.sum) and torch.equal(moved.products, expected.products)
+
+
+def test_tensors_of_two_devices_do_not_mix():
+    with DeviceWithoutFloat64(), pytest.raises(RuntimeError, match="and on the CPU"):
+        torch.zeros(2, device=DEVICE) + torch.zeros(2)
+
+
+def test_blocks_are_probed_there(transformer):
+    rng = torch.Generator().manual_seed(0)
+    images = ProbeImages(
+        torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8, generator=rng), torch.arange(12) % 3, noise_seed=0
+    )
+    expected = probe_blocks(transformer, images, images, times=(0.5,))
+    with DeviceWithoutFloat64():
+        assert probe_blocks(transformer.to(DEVICE), images, images, times=(0.5,)) == expected

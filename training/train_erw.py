@@ -236,6 +236,8 @@ def full_phase(inputs: Inputs, start: State | None) -> Phase:
 def train_phase(phase: Phase, progress: Progress, batches: Batches, log: StepLog, snapshots: Snapshots) -> bool:
     """The loop of either phase; returns whether it reached its end, or was told to stop."""
     config, accelerator = phase.inputs.config, phase.inputs.accelerator
+    if progress.step > phase.steps.start:
+        snapshots.take(phase, resumed=True)
     if snapshots.is_over(phase) and progress.step < phase.steps.stop:  # it ended early before, and is started again
         end_early(phase, progress, batches, saved=True)
         return True

@@ -48,7 +48,7 @@ def test_sigterm_leaves_a_checkpoint_whichever_step_brings_it(script, monkeypatc
     config = SimpleNamespace(checkpointing_steps=100, ema_snapshot_steps=0, push_to_hub=False, output_dir="x",
                              checkpoints_total_limit=None)  # fmt: skip
     phase = SimpleNamespace(
-        inputs=SimpleNamespace(config=config, accelerator=Mock()), steps=range(10), model=Mock(), ema=None
+        inputs=SimpleNamespace(config=config, accelerator=Mock()), steps=range(1, 10), model=Mock(), ema=None
     )
     log = SimpleNamespace(
         steps=lambda phase: iter([0]),
@@ -63,6 +63,40 @@ def test_sigterm_leaves_a_checkpoint_whichever_step_brings_it(script, monkeypatc
     assert script.train_phase(phase, Progress(step=1), Mock(), log, snapshots) is False  # was told to stop
     saved.assert_called_once()
     snapshots.take.assert_not_called()
+
+
+def test_what_a_kill_after_the_checkpoint_left_out_is_made_at_the_resume(tmp_path, tiny_flags, monkeypatch):
+    """Also the last measurement of all, which a run is judged by; `best` is never a model that was not measured."""
+    values = {4: 1.0, 5: 2.0, 6: None, 7: 3.0}
+    monkeypatch.setattr(QualityMonitor, "_reference", lambda self, side: None)
+    folder, killed = tmp_path / "run", []
+    flags = [
+        *tiny_flags, "--max_train_steps=7", "--evaluation_steps=1", "--validation_steps=1", "--patience=9", "--checkpointing_steps=1",
+        "--num_inference_steps=1", "--num_validation_images=1", f"--output_dir={folder}", "--resume_from_checkpoint=latest",
+    ]  # fmt: skip
+
+    def measure(self, pipe):
+        step = max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+        if step in (5, 7) and step not in killed:
+            killed.append(step)
+            raise KeyboardInterrupt
+        return {"fid": values[step]} if values[step] else 1 / 0
+
+    monkeypatch.setattr(QualityMonitor, "_measure_images", measure)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(*flags)
+    (folder / "samples" / "step-0000007.png").unlink()
+    train(*flags)
+    assert killed == [5, 7]
+    records = read_metrics(folder / "evaluations.jsonl")
+    assert [(r["step"], r.get("fid")) for r in records] == [(4, 1.0), (5, 2.0), (6, None), (7, 3.0)]
+    assert (folder / "samples" / "step-0000007.png").is_file()
+    kept = load_file(folder / "best" / "transformer" / "diffusion_pytorch_model.safetensors")
+    last = load_file(folder / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert any(not torch.equal(kept[name], last[name]) for name in kept)
+    times = [(folder / name).stat().st_mtime_ns for name in ("best/model_index.json", "checkpoint-7/progress.json")]
+    assert times[0] < times[1]
 
 
 def test_losses_and_flags_come_back_by_name():

@@ -176,13 +176,10 @@ def probe_blocks(
         if target is not None:
             result["cknna"] = [cknna(F.normalize(block, dim=-1).numpy(), target.numpy(), k) for block in tested]
         if fit_images.labels is not None and test_images.labels is not None:
-            fit_labels, test_labels = (
-                fit_images.labels.to(transformer.device),
-                test_images.labels.to(transformer.device),
-            )
             fitted = block_features(transformer, fit_images, time, vae, path_type, encoder=encoder)
             result["accuracy"] = [
-                linear_probe(fit, fit_labels, test, test_labels) for fit, test in zip(fitted, tested, strict=True)
+                linear_probe(fit, fit_images.labels, test, test_images.labels)
+                for fit, test in zip(fitted, tested, strict=True)
             ]
         results.append(result)
     return results

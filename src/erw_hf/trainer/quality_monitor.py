@@ -136,14 +136,18 @@ class QualityMonitor:
                     logged[f"{measure_name}_t{result['t']:g}/block_{depth:02d}"] = value
         self.accelerator.log(logged, step=step)
 
-    def since_best(self) -> int | None:
-        """Measurements of FID since the lowest one, which counts as 0; `None` before the first. On the main process."""
-        values = [
-            record["fid"]
-            for record in read_metrics(self.folder / "evaluations.jsonl")
-            if record.get("fid") is not None
-        ]
-        return len(values) - 1 - values.index(min(values)) if values else None
+    def has_measured(self, step: int) -> bool:
+        """Whether `evaluations.jsonl` has the step."""
+        path = self.folder / "evaluations.jsonl"
+        return path.exists() and any(record["step"] == step for record in read_metrics(path))
+
+    def since_best(self, step: int) -> int | None:
+        """Measurements of FID since the lowest one, which counts as 0; `None` if this step has none. On the main process."""
+        records = [r for r in read_metrics(self.folder / "evaluations.jsonl") if r.get("fid") is not None]
+        if not records or records[-1]["step"] != step:
+            return None
+        values = [record["fid"] for record in records]
+        return len(values) - 1 - values.index(min(values))
 
     def _measure_images(self, pipe: ERWPipeline) -> dict[str, float]:
         config = self.config

@@ -56,13 +56,15 @@ class Snapshots:
         """Whether the last step is one after which the run shows something."""
         return self._draws(phase) or self.quality.is_due(phase, self.progress.step)
 
-    def take(self, phase: Phase) -> None:
-        """Draws and measures what is due."""
-        if self._draws(phase):
+    def take(self, phase: Phase, resumed: bool = False) -> None:
+        """Draws and measures what is due; if `resumed`, what an earlier process did not get to after its last checkpoint."""
+        step, drawn, measured = self.progress.step, False, False
+        if resumed:
+            drawn, measured = broadcast_object_list([self._picture().exists(), self.quality.has_measured(step)])
+        if self._draws(phase) and not drawn:
             self._draw(phase)
-        if self.quality.is_due(phase, self.progress.step):
-            make_pipeline = self._pipeline(phase)
-            self.quality.measure(phase, self.progress.step, self.progress.images_seen, make_pipeline)
+        if self.quality.is_due(phase, step) and not measured:
+            self.quality.measure(phase, step, self.progress.images_seen, self._pipeline(phase))
 
     def store_averages(self, phase: Phase) -> None:
         """Stores the power-function averages if they are due."""
@@ -77,7 +79,7 @@ class Snapshots:
             return False
         make_pipeline, since = self._pipeline(phase), None
         if accelerator.is_main_process:
-            since = self.quality.since_best()
+            since = self.quality.since_best(self.progress.step)
             if since == 0:
                 with forgiven(f"the model of step {self.progress.step} is not kept as the best"):
                     if self.inputs.config.lora_rank > 0:
@@ -139,6 +141,9 @@ class Snapshots:
 
     def _save_lora(self, phase: Phase, folder: Path) -> None:
         save_lora(phase, self.inputs.source.id2label, self.inputs.config.init_from, folder)
+
+    def _picture(self) -> Path:
+        return self.folder / "samples" / f"step-{self.progress.step:07d}.png"
 
     def _draws(self, phase: Phase) -> bool:
         every = self.inputs.config.validation_steps
@@ -206,8 +211,7 @@ class Snapshots:
         if accelerator.is_main_process:
             with forgiven(f"step {step} has no pictures"):
                 grid = self._grid(make_pipeline())
-                path = self.folder / "samples" / f"step-{step:07d}.png"
-                path.parent.mkdir(exist_ok=True)
-                grid.save(path)
+                self._picture().parent.mkdir(exist_ok=True)
+                grid.save(self._picture())
                 track_picture(accelerator, "samples", grid, step)
         accelerator.wait_for_everyone()
