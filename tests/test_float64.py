@@ -23,8 +23,8 @@ from helpers import REPOSITORY, TINY_MODEL, randomize
 from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler, FlowMatchHeunScheduler
 from erw_hf.alignment import cosine_alignment_loss
 from erw_hf.data.latents import pixels_to_latents
-from erw_hf.evaluation.probes import ProbeImages, probe_blocks
 from erw_hf.evaluation.feature_statistics import FeatureStatistics
+from erw_hf.evaluation.probes import ProbeImages, probe_blocks
 
 
 SCHEDULERS = [
