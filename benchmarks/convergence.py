@@ -25,6 +25,7 @@ same step. A killed command goes on when it is given again; finished runs are sk
 """
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
@@ -33,7 +34,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -268,9 +271,20 @@ def effective(base: dict, arm: dict, budget: float) -> dict:
     return {**settings, **arm, "budget": budget}
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other processes from writing to the records of a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def add_record(path: Path, record: dict) -> None:
-    """Appends a line; a kill leaves the file with or without it."""
-    with RECORDING:
+    """Appends a line; a kill leaves the file with or without it. Other commands may write to the same file."""
+    with RECORDING, held(path.parent):
         before = path.read_text() if path.exists() else ""
         temporary = path.with_suffix(".writing")
         temporary.write_text(before + json.dumps(record) + "\n")

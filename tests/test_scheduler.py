@@ -339,3 +339,29 @@ def test_what_is_called_compatible_draws_right_and_so_do_we(scheduler):
     assert {one.__name__ for one in compatibles} == set(FLOW_MATCHING_SCHEDULERS)
     for one in compatibles:
         assert draws_right(one.from_config(scheduler().config))
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_the_last_step_leaves_some_noise_as_published_or_none(path_type):
+    """By a perfect model of one picture."""
+    picture = torch.full((4, 1, 16, 16), 0.3, dtype=torch.float64)
+
+    def left(last_step):
+        scheduler = FlowMatchEulerMaruyamaScheduler(path_type=path_type, last_step=last_step)
+        scheduler.set_timesteps(250)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(picture.shape, generator=generator)
+        for t, time in zip(scheduler.sigmas[:-1].tolist(), scheduler.timesteps, strict=True):
+            alpha, sigma, d_alpha, d_sigma = (1 - t, t, -1, 1)
+            if path_type == "cosine":
+                alpha, sigma = math.cos(t * math.pi / 2), math.sin(t * math.pi / 2)
+                d_alpha, d_sigma = -math.pi / 2 * sigma, math.pi / 2 * alpha
+            velocity = d_alpha * picture + d_sigma * (x.double() - alpha * picture) / sigma
+            x = scheduler.step(velocity.float(), time, x, generator=generator).prev_sample
+        return (x - picture).std().item()
+
+    assert 0.02 < left("mean") < 0.08
+    assert left("tweedie") < 1e-4
+    assert FlowMatchEulerMaruyamaScheduler().config.last_step == "mean"
+    with pytest.raises(ValueError, match="last_step must be"):
+        FlowMatchEulerMaruyamaScheduler(last_step="euler")

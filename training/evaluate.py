@@ -409,10 +409,15 @@ def fetch_published(args: argparse.Namespace, accelerator: Accelerator) -> None:
 def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> ERWPipeline:
     with accelerator.main_process_first():
         pipe = ERWPipeline.from_pretrained(args.model).to(accelerator.device)
+    shift = pipe.scheduler.config.get("shift", 1.0)
     if args.sampler == "heun":  # diffusers' own schedulers have no path type: theirs is the linear path
         pipe.scheduler = FlowMatchHeunScheduler(path_type=pipe.scheduler.config.get("path_type", "linear"))
+        if shift != 1:
+            raise ValueError(
+                f"--sampler heun takes equal steps, and this pipeline's scheduler has shift={shift:.3g}: use euler"
+            )
     if args.sampler == "euler":
-        pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

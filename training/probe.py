@@ -51,6 +51,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--test_split", default="validation", help="split for the accuracy and for CKNNA")
     parser.add_argument("--num_images", type=int, default=10_000, help="maximum per split")
     parser.add_argument("--encoder", help="Hub id or folder of the encoder that CKNNA compares with")
+    parser.add_argument("--encoder_image_size", type=int, help="as in training")
+    parser.add_argument("--encoder_antialias", action="store_true", help="as in training")
     parser.add_argument("--times", type=float, nargs="+", default=[0.0], help="flow times")
     parser.add_argument("--neighbours", type=int, default=10, help="k of CKNNA")
     parser.add_argument("--seed", type=int, default=0)
@@ -89,7 +91,12 @@ def probe(args: argparse.Namespace, accelerator: Accelerator) -> None:
         )
     encoder = None
     if args.encoder is not None:
-        encoder = RepresentationEncoder.from_pretrained(args.encoder, config.sample_size // config.patch_size)
+        encoder = RepresentationEncoder.from_pretrained(
+            args.encoder,
+            config.sample_size // config.patch_size,
+            image_size=args.encoder_image_size,
+            antialias_positions=args.encoder_antialias,
+        )
         encoder = encoder.to(accelerator.device)
     results = probe_blocks(
         pipe.transformer, fit_images, test_images, args.times, pipe.vae, encoder,

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import BitImageProcessorPil, ResNetConfig, ResNetForImageClassification
 
-from erw_hf.data.decoding import decode_image, prepare_image
+from erw_hf.data.decoding import BadImageError, decode_image, prepare_image
 from erw_hf.data.digits import load_digits_dataset
 from erw_hf.data.source import load_source
 from erw_hf.names import resolve_flags
@@ -104,9 +104,11 @@ def load(args: argparse.Namespace, split: str) -> tuple[torch.Tensor, torch.Tens
         source = load_source(args.dataset_name, split)
         images, labels, names = [], [], source.id2label
         for row in tqdm(source.dataset, desc=split):
-            image, _ = decode_image(row[source.image_column])
-            channels = 1 if image.mode == "L" else 3
-            images.append(prepare_image(image, args.image_size, channels))
+            try:
+                images.append(prepare_image(decode_image(row[source.image_column])[0], args.image_size, 3))
+            except BadImageError as error:
+                tqdm.write(f"skipped: {error}")
+                continue
             labels.append(row[source.label_column])
     pixels = np.stack([np.asarray(image) for image in images]).reshape(len(images), *size, -1)
     return torch.from_numpy(pixels).movedim(-1, 1), torch.tensor(labels), names

@@ -133,6 +133,7 @@ def time_steps(config: TrainingConfig) -> tuple[float, float]:
             max_train_steps=warmup + TIMED_STEPS,
             report_to="none",
             push_to_hub=False,
+            patience=None,
             num_validation_images=1,
             num_inference_steps=1,
             **off,
@@ -221,8 +222,12 @@ def full_phase(inputs: Inputs, start: State | None) -> Phase:
         new_classes = new_class_ids(start)
         if new_classes:
             label = inputs.source.id2label or {}
-            names = first_names([label.get(i, str(i)) for i in new_classes])
-            logger.info(f"classes that {config.init_from} does not know: {names}")
+            names = [label.get(i, str(i)) for i in new_classes]
+            if config.lora_rank > 0 and (twice := {name for name in names if names.count(name) > 1}):
+                raise ValueError(
+                    f"an adapter knows its new classes by name, and several are called {sorted(twice)}: rename them"
+                )
+            logger.info(f"classes that {config.init_from} does not know: {first_names(names)}")
     elif start is not None:
         names = hand_over(start, model, hands_over_projector(config, start))
         logger.info(f"hand-over: {len(names)} tensors of the warmup are now the full model's, each verified")
@@ -350,15 +355,18 @@ def may_replace(config: TrainingConfig) -> bool:
 
 
 def load_start(inputs: Inputs, checkpoint: Path | None) -> State | None:
-    """The state that full training starts from: the warmup of `--warmup_from`, after checking that it fits, or the model of `--init_from`."""
+    """The state that a new run's full training starts from: the warmup of `--warmup_from`, after checking that it fits, or the model
+    of `--init_from`."""
     config = inputs.config
+    if checkpoint is not None:  # which holds it
+        return None
     if config.warmup_from is not None:
         state = load_warmup(config.warmup_from, inputs.model_config)
         with torch.device("meta"):
             model = build_full_model(config, inputs.source.num_classes, inputs.teacher.encoders)
             check_hand_over(state, model, hands_over_projector(config, state))
         return state
-    if config.init_from is not None and checkpoint is None:
+    if config.init_from is not None:
         return load_initial(config.init_from, inputs.model_config, inputs.source.id2label)
     return None
 
@@ -381,8 +389,10 @@ def begin_folder(inputs: Inputs, folder: RunFolder, checkpoint: Path | None, pro
             accelerator.device.type, accelerator.num_processes, accelerator.mixed_precision, local_names(vars(config))
         )
         write_record(output_dir / "environment.json", environment)
-        if config.warmup_from is not None and (record := find_warmup(config.warmup_from) / "warmup.json").is_file():
-            shutil.copyfile(record, output_dir / "warmup_from.json")
+        if checkpoint is None and config.warmup_from is not None:
+            record = find_warmup(config.warmup_from) / "warmup.json"
+            if record.is_file():
+                shutil.copyfile(record, output_dir / "warmup_from.json")
     accelerator.wait_for_everyone()
 
 

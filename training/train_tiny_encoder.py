@@ -44,7 +44,7 @@ from tqdm.auto import tqdm
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel
 
 from erw_hf import RepresentationEncoder
-from erw_hf.data.decoding import decode_image, prepare_image
+from erw_hf.data.decoding import BadImageError, decode_image, prepare_image
 from erw_hf.data.digits import load_digits_dataset
 from erw_hf.data.source import load_source
 from erw_hf.files import write_record
@@ -315,10 +315,12 @@ def load_images(args: argparse.Namespace, split: str) -> tuple[torch.Tensor, tor
         images, labels, names = [], [], []
         for row in tqdm(source.dataset, desc=split):
             encoded = row[source.image_column]
-            image, _ = decode_image(encoded)
-            channels = 1 if image.mode == "L" else 3
-            images.append(prepare_image(image, args.image_size, channels))
-            labels.append(row[source.label_column])
+            try:
+                images.append(prepare_image(decode_image(encoded)[0], args.image_size, 3))
+            except BadImageError as error:
+                tqdm.write(f"skipped: {error}")
+                continue
+            labels.append(0 if source.label_column is None else row[source.label_column])
             names.append(Path(encoded["path"] or "").stem)
     pixels = np.stack([np.asarray(image) for image in images]).reshape(len(images), *size, -1)
     return torch.from_numpy(pixels).movedim(-1, 1), torch.tensor(labels), names

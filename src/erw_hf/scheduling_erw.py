@@ -151,25 +151,38 @@ class FlowMatchEulerMaruyamaScheduler(_FlowMatchScheduler):
     diffusion coefficient w(t) = 2 t of REPA and ERW.
 
     `N` inference steps take `N` model calls: sigma runs evenly from 1 to `sigma_last`, each of those `N - 1` steps
-    drawing one float32 noise of the sample's shape, and a last step without noise goes from `sigma_last` to 0.
+    drawing one float32 noise of the sample's shape, and a last step without noise goes from `sigma_last` to 0. The published
+    one, `"mean"`, is the SDE's step less its noise, which overshoots: even of a perfect model it leaves noise of deviation
+    `sigma_last` in the sample.
 
     Args:
         num_train_timesteps (`int`, defaults to 1000):
             The factor between flow time and the `timesteps` that this scheduler hands out.
         path_type (`str`, defaults to `"linear"`): `"linear"` or `"cosine"`, as the model was trained.
         sigma_last (`float`, defaults to 0.04): Where the stochastic part ends; the SDE's score term grows towards 0.
+        last_step (`str`, defaults to `"mean"`):
+            `"mean"`, as in REPA and ERW and by default in SiT, or `"tweedie"` (SiT's name), the predicted clean sample,
+            which leaves no noise: for models of pixels.
 
     Raises:
-        ValueError: if `path_type` or `sigma_last` is out of its range.
+        ValueError: if `path_type`, `sigma_last` or `last_step` is out of its range.
     """
 
     order = 1
 
     @register_to_config
-    def __init__(self, num_train_timesteps: int = 1000, path_type: str = "linear", sigma_last: float = 0.04) -> None:
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        path_type: str = "linear",
+        sigma_last: float = 0.04,
+        last_step: str = "mean",
+    ) -> None:
         _check_config(num_train_timesteps, path_type)
         if not 0 < sigma_last < 1:
             raise ValueError(f"sigma_last must lie in (0, 1), got {sigma_last}")
+        if last_step not in ("mean", "tweedie"):
+            raise ValueError(f'last_step must be "mean" or "tweedie", got {last_step!r}')
         self._reset()
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
@@ -230,13 +243,15 @@ class FlowMatchEulerMaruyamaScheduler(_FlowMatchScheduler):
             score = (alpha * velocity - d_alpha * sample) / (sigma * (sigma * d_alpha - alpha * d_sigma))
             drift = velocity - diffusion / 2 * score
 
+        original = self._predicted_original(velocity, sample, t)
         prev_sample = sample + drift * dt
         if t_next > 0:
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=torch.float32)
             prev_sample = prev_sample + math.sqrt(diffusion * -dt) * noise
+        elif self.config.last_step == "tweedie":
+            prev_sample = original
 
         self._step_index = index + 1
-        original = self._predicted_original(velocity, sample, t)
         if not return_dict:
             return prev_sample, original
         return FlowMatchSchedulerOutput(prev_sample=prev_sample, pred_original_sample=original)

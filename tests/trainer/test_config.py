@@ -423,7 +423,11 @@ def test_a_resumed_run_keeps_what_its_losses_depend_on(tmp_path):
     TrainingConfig(in_channels=1, encoder="/here/x,/there/y", learning_rate=1.0).check_resumable(
         tmp_path / "config.yaml"
     )
-    for change in ({"seed": 1}, {"encoder": "a/x"}, {"encoder": "a/x,b/z"}, {"num_layers": 30}, {"num_classes": 4}):
+    # The optimizer's state brings its own betas, epsilon and weight decay with it; without alignment there is no projector.
+    for change in (
+        {"seed": 1}, {"encoder": "a/x"}, {"encoder": "a/x,b/z"}, {"num_layers": 30}, {"num_classes": 4}, {"adam_beta2": 0.9},
+        {"adam_weight_decay": 0.1}, {"alignment_weight": 0.0},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{next(iter(change))} is .* the run so far had"):
             TrainingConfig(**{"in_channels": 1, "encoder": "a/x, b/y"} | change).check_resumable(
                 tmp_path / "config.yaml"
@@ -458,6 +462,9 @@ def test_an_adapter_stays_that_of_its_base(tmp_path):
         ({"lora_alpha": 8}, "set lora_rank, too"),
         ({"lora_targets": "to_q"}, "set lora_rank, too"),
         ({"alignment_mask_ratio": 0.2}, "set encoder, too"),
+        ({"encoder": "a/x", "sample_size": 4, "alignment_mask_ratio": 0.1}, "hides none of 4 tokens"),
+        ({"encoder": "a/x", "sample_size": 2, "spatial_norm": True}, "here is one token"),
+        ({"encoder": "a/x", "alignment_loss": "nt_xent", "train_batch_size": 1}, "compares samples of a batch"),
     ],
 )
 def test_keys_that_would_do_nothing_are_refused(change, message):

@@ -272,6 +272,20 @@ def test_one_warmup_serves_another_run(tmp_path, tiny_flags, finished_run):
     assert torch.equal(weights(tmp_path / "run")[name], warmup[name])
 
 
+@pytest.mark.parametrize(("key", "part"), [("warmup_from", "warmup"), ("init_from", "pipeline")])
+def test_a_run_resumes_without_what_it_started_from(tmp_path, tiny_flags, finished_run, key, part):
+    shutil.copytree(finished_run / part, tmp_path / part)
+    flags = [*tiny_flags, "--warmup_steps=0", f"--{key}={tmp_path / part}", f"--output_dir={tmp_path}/run"]
+    train(*flags, "--max_train_steps=1", "--resume_from_checkpoint=latest")
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("warmup_from.json")}
+    shutil.rmtree(tmp_path / part)
+    train(*flags, "--max_train_steps=2", "--resume_from_checkpoint=latest")
+    assert [step for step, *_ in losses(tmp_path / "run")] == [1, 2]
+    assert kept == {path.name: path.read_bytes() for path in (tmp_path / "run").glob("warmup_from.json")}
+    with pytest.raises((ValueError, FileNotFoundError), match=part):  # a new run needs it
+        train(*flags[:-1], f"--output_dir={tmp_path}/other", "--resume_from_checkpoint=latest")
+
+
 def test_a_plain_sit_needs_no_encoder(tmp_path, tiny_flags):
     flags = [*tiny_flags, "--warmup_steps=0", "--encoder=none", "--max_train_steps=2"]
     train(*flags, f"--output_dir={tmp_path}/run")

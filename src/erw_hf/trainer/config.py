@@ -396,10 +396,10 @@ class OptimisationConfig:
         fixed=True,
         card=True,
     )
-    adam_beta1: float = _key(0.9, "AdamW beta 1.", range="[0, 1)", card=True)
-    adam_beta2: float = _key(0.999, "AdamW beta 2.", range="[0, 1)", card=True)
-    adam_epsilon: float = _key(1e-8, "AdamW epsilon.", range=ABOVE_0)
-    adam_weight_decay: float = _key(0.0, "AdamW weight decay.", range=AT_LEAST_0, card=True)
+    adam_beta1: float = _key(0.9, "AdamW beta 1.", range="[0, 1)", fixed=True, card=True)
+    adam_beta2: float = _key(0.999, "AdamW beta 2.", range="[0, 1)", fixed=True, card=True)
+    adam_epsilon: float = _key(1e-8, "AdamW epsilon.", range=ABOVE_0, fixed=True)
+    adam_weight_decay: float = _key(0.0, "AdamW weight decay.", range=AT_LEAST_0, fixed=True, card=True)
     max_grad_norm: float = _key(
         1.0, "Norm to which gradients are clipped; a large one such as 1e9 clips none.", range=ABOVE_0, card=True
     )
@@ -566,6 +566,10 @@ class TrainingConfig(
             raise ValueError(
                 "contrastive_weight needs a train_batch_size of at least 2: it compares samples of a batch"
             )
+        if self.alignment_loss == "nt_xent" and self.train_batch_size < 2 and self.encoder is not None:
+            raise ValueError(
+                'alignment_loss "nt_xent" needs a train_batch_size of at least 2: it compares samples of a batch'
+            )
         if self.alignment_mask_ratio > 0 and self.alignment_loss == "nt_xent" and self.projector != "transformer":
             raise ValueError(
                 'alignment_mask_ratio keeps different tokens in each sample, and alignment_loss "nt_xent" compares tokens at the same '
@@ -631,6 +635,12 @@ class TrainingConfig(
             raise ValueError("lora_alpha and lora_targets are for an adapter: set lora_rank, too")
         if self.alignment_mask_ratio > 0 and self.encoder is None:
             raise ValueError("alignment_mask_ratio hides tokens from a projector: set encoder, too")
+        if self.alignment_mask_ratio > 0 and self.alignment_mask_ratio * self.token_grid**2 <= 0.5:
+            raise ValueError(
+                f"alignment_mask_ratio={self.alignment_mask_ratio} hides none of {self.token_grid**2} tokens: raise it, or set it to 0"
+            )
+        if self.spatial_norm and self.token_grid == 1:
+            raise ValueError("spatial_norm normalises over the grid of tokens, and here is one token: set it to false")
         if self.encoder is not None and self.projector_depth > self.num_layers:
             raise ValueError(f"projector_depth={self.projector_depth} must lie in [1, num_layers={self.num_layers}]")
         if self.warmup_steps > 0 and self.warmup_depth > self.num_layers:
@@ -686,6 +696,8 @@ class TrainingConfig(
     def check_names(self) -> None:
         """Raises FileNotFoundError for a model or data that can only be a local path, and does not exist."""
         for name in PATH_OR_ID:
+            if name in ("warmup_from", "init_from") and self.resume_from_checkpoint is not None:
+                continue  # a checkpoint holds what came from there
             for part in split_names(getattr(self, name) or ""):
                 resolve_name(part, name)
 
@@ -721,6 +733,12 @@ class TrainingConfig(
                     f"{key.name} is {now!r}, the run so far had {was!r}: this cannot change when a run resumes; "
                     "start a new run in another --output_dir"
                 )
+        was, now = before.get("alignment_weight", KEYS["alignment_weight"].default), self.alignment_weight
+        if (was == 0) != (now == 0) and self.encoder is not None:
+            raise ValueError(
+                f"alignment_weight is {now}, the run so far had {was}: a model without alignment has no projector, so this cannot "
+                "change when a run resumes; to end the alignment set alignment_schedule stop and alignment_stop_step"
+            )
         ramp = before.get("ema_ramp", False)
         if ramp != self.ema_ramp:
             logger.warning(f"ema_ramp stays {str(ramp).lower()}, as in the run so far")

@@ -30,7 +30,6 @@ from erw_hf.files import written_whole
 logger = logging.getLogger(__name__)
 
 STATED_PACKAGES = ("torch", "diffusers", "accelerate", "erw-hf")  # whose versions a card names
-# Keys that hold a Hub id or a path; a path means nothing elsewhere.
 
 
 def split_names(names: str) -> list[str]:
