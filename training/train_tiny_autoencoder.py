@@ -25,7 +25,7 @@ import torch
 from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
-from erw_hf.data.decoding import decode_image, prepare_image, to_pixels
+from erw_hf.data.decoding import BadImageError, decode_image, prepare_image, to_pixels
 from erw_hf.data.source import load_source
 from erw_hf.names import resolve_flags
 
@@ -87,8 +87,13 @@ def main() -> None:
 def load(args: argparse.Namespace, split: str) -> torch.Tensor:
     """Images (N, 3, H, W), uint8."""
     source = load_source(args.dataset_name, split)
-    images = (decode_image(row[source.image_column])[0] for row in tqdm(source.dataset, desc=split))
-    return torch.stack([to_pixels(prepare_image(image, args.image_size, 3)) for image in images])
+    images = []
+    for row in tqdm(source.dataset, desc=split):
+        try:
+            images.append(to_pixels(prepare_image(decode_image(row[source.image_column])[0], args.image_size, 3)))
+        except BadImageError as error:
+            tqdm.write(f"skipped: {error}")
+    return torch.stack(images)
 
 
 def scale(images: torch.Tensor) -> torch.Tensor:

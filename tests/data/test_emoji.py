@@ -93,6 +93,10 @@ def test_what_exists_is_not_mixed_with(tmp_path, packages):
 
 def test_teachers_and_the_metric_network_learn_from_what_two_artists_drew(tmp_path, packages):
     run_script("make_emoji", f"--packages={packages}", f"--output_dir={tmp_path}/emoji", "--held_out=0.25")
+    # A grey picture and a broken file do no harm.
+    one = next((tmp_path / "emoji" / "train").rglob("*.png"))
+    Image.open(one).convert("L").save(one)
+    one.with_name("broken-noto.png").write_bytes(b"no picture")
     shared = [
         f"--dataset_name={tmp_path}/emoji",
         "--image_size=16",

@@ -561,3 +561,19 @@ def test_a_pipeline_with_diffusers_scheduler_is_drawn_by_heun(tmp_path):
         tmp_path / "out", f"--model={tmp_path}/model", *flags, "--sampler=heun", "--num_inference_steps=2"
     )
     assert record["model"]["scheduler"]["class"] == "FlowMatchHeunScheduler"
+
+
+def test_another_sampler_keeps_the_shift_of_the_pipeline_or_is_refused(tmp_path):
+    transformer = randomize(ERWTransformer2DModel(**TINY_MODEL)).eval()
+    ERWPipeline(transformer, None, FlowMatchEulerDiscreteScheduler(shift=3.0)).save_pretrained(tmp_path / "model")
+    np.savez(tmp_path / "r.npz", mu=np.zeros(64), sigma=np.eye(64))
+    flags = [
+        f"--model={tmp_path}/model",
+        f"--reference={tmp_path}/r.npz",
+        f"--extractor={CLASSIFIER}",
+        "--metrics=fid",
+    ]
+    flags += ["--num_samples=4", "--num_inference_steps=2"]
+    assert evaluate(tmp_path / "out", *flags, "--sampler=euler")["model"]["scheduler"]["shift"] == 3
+    with pytest.raises(ValueError, match="shift=3: use euler"):
+        evaluate(tmp_path / "other", *flags, "--sampler=heun")

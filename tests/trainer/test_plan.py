@@ -94,7 +94,7 @@ def test_a_card_without_a_plan_is_refused():
 
 
 def test_on_a_cpu_the_plan_times_some_steps(tiny_flags, tmp_path, capsys):
-    train(*tiny_flags, "--plan", "--gpu=cpu", "--hours=0.05")
+    train(*tiny_flags, "--plan", "--gpu=cpu", "--hours=0.05", "--evaluation_steps=1", "--patience=2")
     text = capsys.readouterr().out
     (tmp_path / "mine.yaml").write_text(text)
     assert "measured" in text and text.startswith("# A plan for 0.05 h on this machine's CPU")
