@@ -96,9 +96,14 @@ def speed_up(record: Record, control: Record, axis: str = "flops") -> tuple[floa
 
 
 def is_ahead(record: Record, control: Record) -> bool:
-    """Whether a run ends lower than its control, and is as good as that ends for fewer FLOPs."""
+    """Whether a run ends lower than its control, and is as good as that ends for fewer FLOPs; where both were that good at their
+    first measurement, whether it was lower there too."""
     sooner = speed_up(record, control)
-    return final(record) < final(control) and sooner is not None and sooner[0] > 1
+    if sooner is None or final(record) >= final(control):
+        return False
+    if all(reached(run, final(control), "flops")[1] for run in (record, control)):  # type: ignore[index]
+        return record["points"][0]["fid"] < control["points"][0]["fid"]
+    return sooner[0] > 1
 
 
 def distance_at(record: Record, flops: float) -> float:

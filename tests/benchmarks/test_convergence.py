@@ -286,6 +286,9 @@ def test_ahead_is_lower_and_sooner():
     control = record("control", 0, 64.0, 16.0, budget=98.0)
     assert not convergence_report.is_ahead(record("arm", 0, 64.0, 15.9, budget=100.0), control)
     assert convergence_report.is_ahead(record("arm", 0, 64.0, 10.0, budget=100.0), control)
+    # A control that is as good as it ends from its first measurement on, and still far behind
+    assert convergence_report.is_ahead(record("arm", 0, 8.0, 7.0), record("control", 0, 64.0, 65.0))
+    assert not convergence_report.is_ahead(record("control", 0, 64.0, 65.0), record("arm", 0, 8.0, 7.0))
     assert not convergence_report.is_ahead(record("arm", 0, 8.0, 17.0), control)
     assert convergence_report.distance_at(control, 73.5) == pytest.approx(32.0)  # half way in log
     assert convergence_report.distance_at(control, 120.0) == 16.0
