@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from erw_hf.files import write_record
 from erw_hf.provenance import device_name, versions
+from erw_hf.trainer.device import cpu_has_bf16
 
 
 NOT_MEASURED = "not measured"
@@ -48,7 +49,9 @@ def add_flags(parser: argparse.ArgumentParser, sections: Sequence[str], batch: i
     """The flags of a benchmark with sections, and its defaults."""
     parser.add_argument("--only", type=some_of(sections), default=sections, help="sections, separated by commas")
     parser.add_argument("--sizes", default="S/2,B/2", help="models, separated by commas")
-    parser.add_argument("--dtypes", default="float32,bfloat16", help="separated by commas; bfloat16 needs AMX or CUDA")
+    parser.add_argument(
+        "--dtypes", default="float32,bfloat16", help="commas between; bfloat16 needs a CPU with it, or CUDA"
+    )
     parser.add_argument("--batch", type=int, default=batch, help="images per step, or per draw")
     parser.add_argument("--repeats", type=int, default=repeats, help="rounds; results are their medians")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
@@ -72,8 +75,8 @@ def begin(args: argparse.Namespace, sections: Sequence[str]) -> dict[str, object
 def dtypes(args: argparse.Namespace, result: dict[str, object]) -> list[str]:
     """The precisions that this machine can be measured in; the result names the others."""
     names = args.dtypes.split(",")
-    if "bfloat16" in names and args.device == "cpu" and not result["environment"]["amx"]:
-        result["not_measured"].append({"what": "all figures in bf16", "why": "no AMX"})
+    if "bfloat16" in names and args.device == "cpu" and not cpu_has_bf16():
+        result["not_measured"].append({"what": "all figures in bf16", "why": "this CPU has no bf16"})
         names.remove("bfloat16")
     return names
 

@@ -480,11 +480,12 @@ def machine(monkeypatch):
     """A machine with a GPU that has bf16, emulates it, or none; and what accelerate launch says."""
 
     def make(kind, launcher=None):
-        on_cpu = kind in ("amx", "avx2", "cpu")
+        on_cpu = kind in ("amx", "avx512_bf16", "avx2", "cpu")
         monkeypatch.setattr(device, "found_device", lambda: torch.device("cpu" if on_cpu else "cuda"))
         capability = "AVX2" if kind == "avx2" else "AVX512"
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: kind == "amx")
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: kind == "avx512_bf16")
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda including_emulation=True: kind == "ampere" or including_emulation
         )
@@ -503,7 +504,8 @@ def machine(monkeypatch):
         ("volta", None, "bf16", "bf16", "emulates bf16, which is slower"),
         ("volta", "bf16", "auto", "bf16", "emulates bf16, which is slower"),
         ("volta", None, "fp16", "fp16", "set by mixed_precision"),
-        ("amx", None, "auto", "bf16", "AMX"),
+        ("amx", None, "auto", "bf16", "auto: on a CPU that has it"),
+        ("avx512_bf16", None, "auto", "bf16", "auto: on a CPU that has it"),
         ("cpu", None, "auto", "no", "not faster in bf16"),
         ("cpu", "bf16", "auto", "bf16", "set by accelerate launch"),
         ("avx2", None, "bf16", "bf16", "this CPU has no bf16"),

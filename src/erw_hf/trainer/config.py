@@ -427,8 +427,8 @@ class OptimisationConfig:
     gradient_checkpointing: bool = _key(False, "Recompute blocks in the backward pass: less memory, a third slower.")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = _key(
         "auto",
-        "auto: what accelerate launch says, otherwise bf16 where it is fast (CUDA since Ampere, CPUs with AMX), "
-        "fp16 on older GPUs, and float32 elsewhere.",
+        "auto: what accelerate launch says, otherwise bf16 where it is fast (CUDA since Ampere, CPUs with AMX or "
+        "AVX-512 BF16), fp16 on older GPUs, and float32 elsewhere.",
     )
     torch_compile: Literal["auto", "yes", "no"] = _key(
         "auto",
