@@ -24,19 +24,16 @@ would flatter it. About a minute on 2 CPU cores for the digits.
 import argparse
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import BitImageProcessorPil, ResNetConfig, ResNetForImageClassification
 
-from erw_hf.data.decoding import BadImageError, decode_image, prepare_image
-from erw_hf.data.digits import load_digits_dataset
-from erw_hf.data.source import load_source
+from erw_hf.data.source import load_source, read_images
 from erw_hf.names import resolve_flags
 
 
-# Loading, `normalise` and the processor are copied in train_tiny_encoder.py: no script imports another, and the
+# `normalise` and the processor are copied in train_tiny_encoder.py: no script imports another, and the
 # library has no use for them.
 MEAN, STD = 0.3, 0.35  # about those of the digits, and close enough elsewhere
 
@@ -58,14 +55,18 @@ def main() -> None:
     args = parser.parse_args()
     resolve_flags(parser, args, ["output_dir"], ["dataset_name"])
     torch.manual_seed(args.seed)
-    train, train_labels, names = load(args, "train")
-    test, test_labels, _ = load(args, "test" if args.dataset_name == "digits" else "validation")
+    digits = args.dataset_name == "digits"
+    sources = [load_source(args.dataset_name, split) for split in ("train", "test" if digits else "validation")]
+    images = [read_images(source, args.image_size, 1 if digits else 3) for source in sources]
+    (train, train_labels, _), (test, test_labels, _) = images
+    if train_labels is None or test_labels is None:
+        parser.error(f"{args.dataset_name} has no classes to learn")
     config = ResNetConfig(
         embedding_size=args.width,
         hidden_sizes=[args.width, 2 * args.width, 4 * args.width],
         depths=[1, 1, 1],
         layer_type="basic",
-        id2label=names,
+        id2label=sources[0].id2label,
     )
     model = ResNetForImageClassification(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
@@ -91,27 +92,6 @@ def main() -> None:
         image_mean=[MEAN] * 3,
         image_std=[STD] * 3,
     ).save_pretrained(args.output_dir)
-
-
-def load(args: argparse.Namespace, split: str) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]]:
-    """Images (N, C, H, W), uint8, their labels, and the names of the classes."""
-    size = (args.image_size, args.image_size)
-    if args.dataset_name == "digits":
-        rows = load_digits_dataset()[split]
-        images = [image.resize(size) for image in rows["image"]]
-        labels, names = list(rows["label"]), dict(enumerate(rows.features["label"].names))
-    else:
-        source = load_source(args.dataset_name, split)
-        images, labels, names = [], [], source.id2label
-        for row in tqdm(source.dataset, desc=split):
-            try:
-                images.append(prepare_image(decode_image(row[source.image_column])[0], args.image_size, 3))
-            except BadImageError as error:
-                tqdm.write(f"skipped: {error}")
-                continue
-            labels.append(row[source.label_column])
-    pixels = np.stack([np.asarray(image) for image in images]).reshape(len(images), *size, -1)
-    return torch.from_numpy(pixels).movedim(-1, 1), torch.tensor(labels), names
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:

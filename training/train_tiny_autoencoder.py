@@ -25,8 +25,7 @@ import torch
 from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
-from erw_hf.data.decoding import BadImageError, decode_image, prepare_image, to_pixels
-from erw_hf.data.source import load_source
+from erw_hf.data.source import load_source, read_images
 from erw_hf.names import resolve_flags
 
 
@@ -49,7 +48,9 @@ def main() -> None:
     args = parser.parse_args()
     resolve_flags(parser, args, ["output_dir"], ["dataset_name"])
     torch.manual_seed(args.seed)
-    train, held_out = (load(args, split) for split in ("train", "validation"))
+    train, held_out = (
+        read_images(load_source(args.dataset_name, split), args.image_size, 3)[0] for split in ("train", "validation")
+    )
     model = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -82,18 +83,6 @@ def main() -> None:
     model.register_to_config(scaling_factor=1 / latents.std().item())
     model.save_pretrained(args.output_dir)
     print(f"mean absolute error on held-out images in [-1, 1]: {torch.cat(errors).mean():.4f}")
-
-
-def load(args: argparse.Namespace, split: str) -> torch.Tensor:
-    """Images (N, 3, H, W), uint8."""
-    source = load_source(args.dataset_name, split)
-    images = []
-    for row in tqdm(source.dataset, desc=split):
-        try:
-            images.append(to_pixels(prepare_image(decode_image(row[source.image_column])[0], args.image_size, 3)))
-        except BadImageError as error:
-            tqdm.write(f"skipped: {error}")
-    return torch.stack(images)
 
 
 def scale(images: torch.Tensor) -> torch.Tensor:

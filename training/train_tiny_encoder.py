@@ -35,7 +35,6 @@ from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -44,15 +43,13 @@ from tqdm.auto import tqdm
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel
 
 from erw_hf import RepresentationEncoder
-from erw_hf.data.decoding import BadImageError, decode_image, prepare_image
-from erw_hf.data.digits import load_digits_dataset
-from erw_hf.data.source import load_source
+from erw_hf.data.source import load_source, read_images
 from erw_hf.files import write_record
 from erw_hf.names import resolve_flags
 from erw_hf.provenance import device_name
 
 
-# Loading, `normalise` and the processor are copied in train_classifier.py: no script imports another, and the
+# `normalise` and the processor are copied in train_classifier.py: no script imports another, and the
 # library has no use for them.
 # About those of the digits, and near enough elsewhere, so that the encoder sees unit-scale inputs.
 MEAN, STD = 0.3, 0.35
@@ -89,13 +86,15 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     torch.manual_seed(args.seed)
-    train, train_labels, train_names = load_images(args, "train")
-    test, test_labels, test_names = load_images(args, "test" if args.dataset_name == "digits" else "validation")
-    groups = views_of(train_names) if args.pairs else torch.arange(len(train))[:, None]
+    digits = args.dataset_name == "digits"
+    sources = [load_source(args.dataset_name, split) for split in ("train", "test" if digits else "validation")]
+    images = [read_images(source, args.image_size, 1 if digits else 3) for source in sources]
+    (train, train_labels, train_paths), (test, test_labels, test_paths) = images
+    groups = views_of(train_paths) if args.pairs else torch.arange(len(train))[:, None]
     has_concepts = (Path(args.dataset_name) / "concepts.json").is_file()
 
     backbone = build_backbone(args).to(memory_format=torch.channels_last)  # convolutions take 0.6 of the time
-    targets = Targets(args, train_names)
+    targets = Targets(args, train_paths)
     with torch.no_grad():
         targets.build_heads(backbone, train[:1] / 255)
     parameters = [*backbone.parameters(), *targets.parameters()]
@@ -124,10 +123,10 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         if step % 250 == 249 or step == args.steps - 1:
-            if not has_concepts:
+            if has_concepts:
+                accuracy = retrieval_accuracy(backbone, test, test_paths)
+            elif train_labels is not None and test_labels is not None:
                 accuracy = knn_accuracy(backbone, train, train_labels, test, test_labels)
-            else:
-                accuracy = retrieval_accuracy(backbone, test, test_names)
             tqdm.write(f"step {step + 1}: loss {loss.item():.3f}, accuracy on the held-out images {accuracy}")
 
     backbone.save_pretrained(args.output_dir)
@@ -151,14 +150,14 @@ def main() -> None:
 class Targets(nn.Module):
     """What the encoder learns from, and the heads that are dropped afterwards."""
 
-    def __init__(self, args: argparse.Namespace, names: list[str]) -> None:
+    def __init__(self, args: argparse.Namespace, paths: list[str]) -> None:
         super().__init__()
         self.temperature = args.temperature
         self.heads = nn.ModuleDict()
         self.teacher = None
         if args.teacher is not None:
             self.teacher = RepresentationEncoder.from_pretrained(args.teacher, args.image_size // args.patch_size)
-        self.words = word_targets(Path(args.dataset_name), names) if args.names else None
+        self.words = word_targets(Path(args.dataset_name), paths) if args.names else None
 
     def build_heads(self, backbone: nn.Module, images: torch.Tensor) -> None:
         features = pooled(backbone, images)
@@ -191,7 +190,7 @@ class Targets(nn.Module):
         return loss
 
 
-def word_targets(folder: Path, names: list[str]) -> torch.Tensor:
+def word_targets(folder: Path, paths: list[str]) -> torch.Tensor:
     """(N, words) of zeros and ones: words of a concept's name, category and subcategory that at least three concepts share."""
     concepts = json.loads((folder / "concepts.json").read_text())
     words = {}
@@ -200,19 +199,19 @@ def word_targets(folder: Path, names: list[str]) -> torch.Tensor:
         words[key] = {word for word in "".join(c if c.isalnum() else " " for c in text).split() if len(word) > 1}
     counts = Counter(word for found in words.values() for word in found)
     vocabulary = sorted(word for word, count in counts.items() if count >= 3)
-    return torch.tensor([[word in words[concept_of(name)] for word in vocabulary] for name in names]).float()
+    return torch.tensor([[word in words[concept_of(path)] for word in vocabulary] for path in paths]).float()
 
 
-def concept_of(name: str) -> str:
-    """`1f424` of `1f424-noto`: what all artists call it."""
-    return name.rsplit("-", 1)[0]
+def concept_of(path: str) -> str:
+    """`1f424` of `1f424-noto.png`: what all artists call it."""
+    return Path(path).stem.rsplit("-", 1)[0]
 
 
-def views_of(names: list[str]) -> torch.Tensor:
+def views_of(paths: list[str]) -> torch.Tensor:
     """Rows (concepts, artists) of the pictures of each concept."""
     rows: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        rows.setdefault(concept_of(name), []).append(row)
+    for row, path in enumerate(paths):
+        rows.setdefault(concept_of(path), []).append(row)
     return torch.tensor(list(rows.values()))
 
 
@@ -303,36 +302,13 @@ def recolour(images: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.rand(n, 1, 1, 1) < 0.5, images, 1 - images)
 
 
-def load_images(args: argparse.Namespace, split: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Images (N, C, H, W), uint8, their labels, and their files' names."""
-    size = (args.image_size, args.image_size)
-    if args.dataset_name == "digits":
-        rows = load_digits_dataset()[split]
-        images, names = [image.resize(size, resample=3) for image in rows["image"]], [""] * len(rows)
-        labels = list(rows["label"])
-    else:
-        source = load_source(args.dataset_name, split)
-        images, labels, names = [], [], []
-        for row in tqdm(source.dataset, desc=split):
-            encoded = row[source.image_column]
-            try:
-                images.append(prepare_image(decode_image(encoded)[0], args.image_size, 3))
-            except BadImageError as error:
-                tqdm.write(f"skipped: {error}")
-                continue
-            labels.append(0 if source.label_column is None else row[source.label_column])
-            names.append(Path(encoded["path"] or "").stem)
-    pixels = np.stack([np.asarray(image) for image in images]).reshape(len(images), *size, -1)
-    return torch.from_numpy(pixels).movedim(-1, 1), torch.tensor(labels), names
-
-
 @torch.no_grad()
-def retrieval_accuracy(backbone: nn.Module, images: torch.Tensor, names: list[str]) -> dict[str, float]:
+def retrieval_accuracy(backbone: nn.Module, images: torch.Tensor, paths: list[str]) -> dict[str, float]:
     """How often the nearest picture of the other artist is of the same concept, both ways."""
     backbone.eval()
     batches = [pooled(backbone, batch.float() / 255) for batch in images.split(500)]
     backbone.train()
-    first, second = views_of(names).T  # (concepts,) each
+    first, second = views_of(paths).T  # (concepts,) each
     accuracy = {}
     for name in batches[0]:
         features = torch.cat([batch[name] for batch in batches])

@@ -15,6 +15,7 @@ import errno
 import io
 import struct
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +27,7 @@ from PIL import ImageOps, PngImagePlugin
 
 from erw_hf.data.decoding import BadImageError, center_crop, crop_at, decode_image, prepare_image
 from erw_hf.data.samples import SampleMaker, TrainingSamples
-from erw_hf.data.source import load_source
+from erw_hf.data.source import load_source, read_images
 from erw_hf.evaluation.images import dataset_images
 from erw_hf.evaluation.probes import load_probe_images
 
@@ -321,6 +322,20 @@ def test_evaluation_and_probes_see_what_training_sees(tmp_path):
     assert torch.equal(dataset_images(str(tmp_path), image_size=8).read([0, 1, 2])[0], trained)
     probed = load_probe_images(source, 3, 8, 3, seed=0).pixels
     assert sorted(probed.flatten(1).tolist()) == sorted(trained.flatten(1).tolist())
+
+
+def test_images_in_memory_keep_their_order_and_leave_broken_ones_out(tmp_path, caplog):
+    """As the trainers of tiny networks and the probes read them."""
+    contents = {f"{c}/{i}.png": encoded(NOISE[..., :3] // (1 + i))["bytes"] for c in "ab" for i in (0, 2)}
+    source = load_source(folder_of(tmp_path, contents | {"b/1.png": b"no picture"}))
+    pixels, labels, paths = read_images(source, 8, 3)
+    assert [path[-7:] for path in paths] == ["a/0.png", "a/2.png", "b/0.png", "b/2.png"]
+    assert labels.tolist() == [0, 0, 1, 1] and "b/1.png holds no readable image" in caplog.text
+    wanted = np.asarray(prepare_image(PILImage.fromarray(NOISE[..., :3] // 3), 8, 3))
+    assert np.array_equal(pixels[3].movedim(0, -1), wanted) and pixels.dtype == torch.uint8
+    assert read_images(load_source(str(tmp_path), num_classes=0), 8, 3)[1] is None
+    with pytest.raises(ValueError, match="none of the images could be read"):
+        read_images(replace(source, dataset=source.dataset.select([3])), 8, 3)
 
 
 def test_nothing_is_said_of_an_ordinary_image(recwarn):

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow
+import torch
 from datasets import (
     ClassLabel,
     Dataset,
@@ -45,6 +46,7 @@ from huggingface_hub import HfApi
 from PIL import Image, UnidentifiedImageError
 
 from erw_hf.data.cache import FEATURES_COLUMN, KEY_COLUMN, MOMENTS_COLUMN
+from erw_hf.data.decoding import BadImageError, decode_image, prepare_image, to_pixels
 from erw_hf.data.digits import load_digits_dataset
 from erw_hf.data.folder import LABEL_WORDS, find_label_column, image_extensions, nfc, read_image_folder, say
 from erw_hf.data.retrying import retried
@@ -189,6 +191,27 @@ def load_source(
         )
     id2label = {number: nfc(name) for number, name in enumerate(names)} if names else None
     return Source(dataset, image_column, label_column, num_classes, id2label, is_latent_cache, has_features)
+
+
+def read_images(source: Source, size: int, channels: int) -> tuple[torch.Tensor, torch.Tensor | None, list[str]]:
+    """All images in memory, (N, C, size, size) uint8, with their classes, (N,), if there are any, and their files' paths.
+    What cannot be decoded is logged and left out, as in training. Raises ValueError if nothing can."""
+    if source.image_column is None:
+        raise ValueError("a latent cache without images has none to read: name a dataset of images")
+    pixels, labels, paths = [], [], []
+    for row in source.dataset:
+        encoded = row[source.image_column]
+        try:
+            image = decode_image(encoded)[0]
+        except BadImageError as error:
+            logger.warning(f"skipped: {error}")
+            continue
+        pixels.append(to_pixels(prepare_image(image, size, channels)))
+        labels.append(0 if source.label_column is None else row[source.label_column])
+        paths.append(encoded["path"] or "")
+    if not pixels:
+        raise ValueError("none of the images could be read")
+    return torch.stack(pixels), None if source.label_column is None else torch.tensor(labels), paths
 
 
 def _find_image_column(columns: list[str], wanted: str | None) -> str:

@@ -14,17 +14,16 @@
 """What each block of a transformer knows of an image: CKNNA with an encoder, and a linear probe of the classes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from erw_hf.data.decoding import BadImageError, decode_image, prepare_image, to_pixels
 from erw_hf.data.latents import pixels_to_latents
 from erw_hf.data.samples import sample_rng
-from erw_hf.data.source import Source
+from erw_hf.data.source import Source, read_images
 from erw_hf.encoders import RepresentationEncoder
 from erw_hf.evaluation.metrics import cknna
 from erw_hf.flow import interpolate
@@ -49,24 +48,13 @@ class ProbeImages:
 def load_probe_images(source: Source, count: int, image_size: int, channels: int, seed: int) -> ProbeImages:
     """Reads at most `count` images of `image_size` pixels for probing: a random choice, or from a stream the first
     ones. `seed` is of the choice and of the noise. Raises ValueError if none can be read."""
-    if source.image_column is None:
-        raise ValueError("a latent cache without images cannot be used for probing: name a dataset of images")
     rows = source.dataset
     if hasattr(rows, "__len__"):
         rows = rows.select(np.random.default_rng(seed).permutation(len(rows))[:count])
     else:
         rows = rows.take(count)
-    pixels, labels = [], []
-    for row in rows:
-        try:
-            image = prepare_image(decode_image(row[source.image_column])[0], image_size, channels)
-        except BadImageError:
-            continue  # training skips it too
-        pixels.append(to_pixels(image))
-        labels.append(0 if source.label_column is None else row[source.label_column])
-    if not pixels:
-        raise ValueError("no image for probing could be read")
-    return ProbeImages(torch.stack(pixels), None if source.label_column is None else torch.tensor(labels), seed)
+    pixels, labels, _ = read_images(replace(source, dataset=rows), image_size, channels)
+    return ProbeImages(pixels, labels, seed)
 
 
 @torch.no_grad()
