@@ -472,7 +472,7 @@ def load_extractors(
 
 
 def choose_metrics(wanted: list[str] | None, extractors: Sequence[torch.nn.Module], images: ImageSet) -> list[str]:
-    available = available_metrics(extractors, images.num_classes)
+    available = available_metrics(extractors, images.num_classes, images.id2label)
     wanted = wanted or available
     if unavailable := [metric for metric in wanted if metric not in available]:
         raise ValueError(f"{unavailable} cannot be computed from these extractors and labels; {available} can")

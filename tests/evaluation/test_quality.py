@@ -379,6 +379,14 @@ def test_the_shipped_classifier_reads_digits_it_has_not_seen():
     assert "accuracy" not in available_metrics([extractor], 0)
 
 
+def test_a_classifier_of_other_classes_is_warned_of(caplog):
+    extractor = ClassifierExtractor(str(CLASSIFIER))
+    names = {i: str(i) for i in range(10)}
+    assert "accuracy" in available_metrics([extractor], 10, names) and not caplog.records
+    available_metrics([extractor], 10, names | {3: "4", 4: "3"})
+    assert "class 3 is '4', but '3' to the classifier" in caplog.text
+
+
 def test_hash_tells_weights_apart():
     models = [torch.nn.Linear(2, 2) for _ in range(2)]
     assert weights_hash(models[0]) == weights_hash(models[0]) != weights_hash(models[1])

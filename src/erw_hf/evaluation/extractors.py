@@ -133,7 +133,7 @@ class ClassifierExtractor(nn.Module):
             )
         self.model = model.eval().requires_grad_(False)
         processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-        self.num_classes = self.model.config.num_labels
+        self.num_classes, self.id2label = self.model.config.num_labels, self.model.config.id2label
         self.size = processor.crop_size["height"]
         self.register_buffer("mean", torch.tensor(processor.image_mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(processor.image_std).reshape(1, 3, 1, 1), persistent=False)

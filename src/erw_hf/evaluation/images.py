@@ -44,12 +44,14 @@ class ImageSet:
         read (`Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor | None]]`):
             Indices -> images (B, 3, H, W) uint8 and their classes (B,), where there are any.
         num_classes (`int`, *optional*, defaults to 0): Number of classes; 0 for images without.
+        id2label (`dict[int, str]`, *optional*): Their names, if known.
     """
 
     count: int
     size: tuple[int, int]
     read: Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor | None]]
     num_classes: int = 0
+    id2label: dict[int, str] | None = None
 
 
 def sample_label(seed: int, index: int, num_classes: int, labels: str) -> int:
@@ -112,7 +114,8 @@ def generated_images(
         return to_uint8(images), torch.tensor(classes)
 
     side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
-    return ImageSet(count, (side, side), read, num_classes)
+    names = {int(key): name for key, name in (pipe.config.get("id2label") or {}).items()}
+    return ImageSet(count, (side, side), read, num_classes, names)
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -207,7 +210,7 @@ def dataset_images(
         return pixels, None if source.label_column is None else torch.tensor(labels)
 
     height, width = read([0])[0].shape[2:]
-    return ImageSet(len(source.dataset), (height, width), read, source.num_classes)
+    return ImageSet(len(source.dataset), (height, width), read, source.num_classes, source.id2label)
 
 
 def take(images: ImageSet, count: int, seed: int) -> ImageSet:

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from erw_hf.data.folder import nfc
 from erw_hf.evaluation.extractors import FDR6, INCEPTION_VALIDATION, REPRESENTATIONS, weights_hash
 from erw_hf.evaluation.feature_statistics import Features, extract_features
 from erw_hf.evaluation.images import ImageSet, npz_images, open_npz, take
@@ -272,12 +273,20 @@ def _other_extractor(path: Path, theirs: int, ours: int) -> str:
     return f"{path} has {theirs} features, the extractor {ours}: it was made with another extractor; {_HOW_TO_MAKE}"
 
 
-def available_metrics(extractors: Sequence[torch.nn.Module], num_classes: int) -> list[str]:
-    """Those of `METRICS` that can be computed; accuracy only if the first network knows the same classes.
-    `num_classes` is 0 for images without."""
+def available_metrics(
+    extractors: Sequence[torch.nn.Module], num_classes: int, id2label: Mapping[int, str] | None = None
+) -> list[str]:
+    """Those of `METRICS` that can be computed; accuracy only if the first network has as many classes, which are compared by
+    id; a warning names the first whose name differs. `num_classes` is 0 for images without."""
     layers = {layer for extractor in extractors for layer in extractor.layers}  # type: ignore[union-attr]
     needs = {"inception_score": "logits", "accuracy": "logits", **dict.fromkeys(_NEED_IMAGES, "pool"), **_FRECHET}
     reads_classes = num_classes > 0 and extractors[0].num_classes == num_classes
+    theirs = getattr(extractors[0], "id2label", {})
+    for key, name in sorted((id2label or {}).items() if reads_classes else ()):
+        known = theirs.get(key, name)
+        if nfc(known) != nfc(name) and known != f"LABEL_{key}":
+            logger.warning(f"class {key} is {name!r}, but {known!r} to the classifier: accuracy compares ids")
+            break
     # FDr is in units of FD-loss's validation distances, which are of these very networks.
     published = {"spatial", *FDR6} <= layers and all(getattr(extractor, "published", True) for extractor in extractors)
     return [

@@ -70,7 +70,7 @@ class QualityMonitor:
                 self.extractor = load_extractor(config.evaluation_extractor).to(accelerator.device)
             self.metrics = [
                 metric
-                for metric in available_metrics([self.extractor], source.num_classes)
+                for metric in available_metrics([self.extractor], source.num_classes, source.id2label)
                 if metric in ("fid", "accuracy")
             ]
             self.reference = self._reference(side)
