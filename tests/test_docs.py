@@ -14,8 +14,10 @@
 """README and docs are held to what they say: their Python runs, their commands parse, their links and names exist."""
 
 import argparse
+import collections
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -230,6 +232,33 @@ def test_the_rows_of_the_study_are_those_of_its_record(page, data, fewest):
     section = (REPOSITORY / page).read_text().split(f"[start:{data}]")[1].split(f"[end:{data}]")[0]
     rows = [line.split("|", 2)[2] for line in section.splitlines() if line.startswith("|")][2:]
     assert len(rows) == fewest and all(any(line.endswith(row) for line in results) for row in rows)
+
+
+def test_the_comparison_of_spaces_is_that_of_the_records():
+    """Each cell holds the distances of one arm, in the order of the seeds."""
+    methods = {"digits": ["sit", "repa", "masked", "noised"], "emoji": ["sit", "repa", "masked", "erw_noised"]}
+    suffixes = {"64 numbers": "_t", "256 numbers": "_t_p16", "48 numbers": "", "192 numbers": "_p8"}
+    ends = {data: collections.defaultdict(dict) for data in methods}
+    for data, arms in ends.items():
+        for line in (REPOSITORY / "benchmarks" / "results" / f"convergence-{data}.jsonl").read_text().splitlines():
+            run = json.loads(line)
+            arms[run["arm"]][run["seed"]] = f"{run['points'][-1]['fid']:.{2 if data == 'digits' else 1}f}"
+    checked, data, suffix = 0, "", ""
+    for line in (REPOSITORY / "docs" / "guides" / "spaces.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) != 7 or not cells[2].startswith(("velocity", "sample")):
+            continue
+        data = next((name for name in methods if cells[0].startswith(f"[{name}]")), data)
+        suffix = next((end for size, end in suffixes.items() if cells[1].startswith(size)), suffix)
+        for method, cell in zip(methods[data], cells[3:], strict=True):
+            arm = method + suffix
+            if cells[2].startswith("sample"):
+                arm = ("sample" if method == "sit" else f"{method}_sample") + suffix
+            arm += "_lr4e-3" if "rate 4e-3" in cells[2] else ""
+            seeds = sorted(seed for seed in ends[data][arm] if seed < 100)  # the others are for choosing
+            assert cell == ", ".join(ends[data][arm][seed] for seed in seeds), arm
+            checked += 1
+    assert checked == 40
 
 
 def test_the_readme_is_short():
