@@ -55,7 +55,7 @@ class RepresentationEncoder(nn.Module):
             Resample the model's position table once, with antialias, as REPA-type code does by way of timm. By default
             transformers resamples it in its own way, which gives other tokens where the grid is not the model's own.
         depth (`int`, *optional*):
-            Give the tokens after this block, without the last norm; the later blocks are cut off the model. Of a ViT only.
+            Give the tokens after this block, without the last norm; the later blocks are cut off the model. ViTs only.
             By default the model's last tokens.
 
     Raises:
@@ -101,7 +101,7 @@ class RepresentationEncoder(nn.Module):
             raise ValueError(
                 f"the encoder's token grid does not match the latent's: {self.image_size} px images in patches of "
                 f"{patch_size} px give {grid:g}x{grid:g} encoder tokens, the latent has {token_grid}x{token_grid}. "
-                f"Leave encoder_image_size out, or set it to {token_grid * patch_size}"
+                f"Omit encoder_image_size, or set it to {token_grid * patch_size}"
             )
         self._seen_range = False
         zeros = torch.zeros(1, 3, self.image_size, self.image_size, dtype=self.dtype, device="meta")
@@ -185,7 +185,7 @@ class RepresentationEncoder(nn.Module):
         An encoder with random weights, to count its cost; on the meta device it takes no memory.
 
         Args:
-            config (`transformers.PretrainedConfig`): Of its model.
+            config (`transformers.PretrainedConfig`): The model's configuration.
             token_grid (`int`): See the class.
             image_size (`int`, *optional*): See the class.
             antialias_positions (`bool`, *optional*, defaults to `False`): See the class.

@@ -276,7 +276,7 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 A folder or Hub repo with safetensors files, such a file, or a state dict.
             adapter_name (`str`, *optional*): `"default_N"` by default.
             hotswap (`bool`, *optional*, defaults to `False`): Replace the adapter of that name, which has the same shapes.
-            kwargs: As of other pipelines: `weight_name`, `subfolder`, `revision`, `token` ...
+            kwargs: As in other diffusers pipelines: `weight_name`, `subfolder`, `revision`, `token` ...
 
         Raises:
             ImportError: without peft.
@@ -345,17 +345,17 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         self._put_classes()
 
     def set_adapters(self, *args, **kwargs) -> None:
-        """As of other pipelines. Classes that several adapters know are drawn as the active ones learned them."""
+        """As in other diffusers pipelines. Classes that several adapters know are drawn as the active ones learned them."""
         super().set_adapters(*args, **kwargs)
         self._put_classes()
 
     def disable_lora(self) -> None:
-        """As of other pipelines. The model's own classes are drawn as they were, those of adapters can still be named."""
+        """As in other diffusers pipelines. The model's own classes are drawn as they were, those of adapters can still be named."""
         super().disable_lora()
         self._put_classes()
 
     def enable_lora(self) -> None:
-        """As of other pipelines."""
+        """As in other diffusers pipelines."""
         super().enable_lora()
         self._put_classes()
 
@@ -467,7 +467,7 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             super().save_pretrained(written, **kwargs)
             if any(written.glob("*/*.bin.index*.json")):
                 raise ValueError(
-                    "diffusers loads weights in several files from safetensors only: leave out safe_serialization=False, or "
+                    "diffusers loads weights in several files from safetensors only: omit safe_serialization=False, or "
                     "set a larger max_shard_size"
                 )
             self._make_portable(written)

@@ -152,8 +152,8 @@ class FlowMatchEulerMaruyamaScheduler(_FlowMatchScheduler):
 
     `N` inference steps take `N` model calls: sigma runs evenly from 1 to `sigma_last`, each of those `N - 1` steps
     drawing one float32 noise of the sample's shape, and a last step without noise goes from `sigma_last` to 0. The published
-    one, `"mean"`, is the SDE's step less its noise, which overshoots: even of a perfect model it leaves noise of deviation
-    `sigma_last` in the sample.
+    one, `"mean"`, is the SDE's step without its noise. It overshoots: even with a perfect model it leaves noise of standard
+    deviation `sigma_last` in the sample.
 
     Args:
         num_train_timesteps (`int`, defaults to 1000):

@@ -400,9 +400,9 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             Channels that a patch passes on its way to the width of the model: a linear embedding of low rank (JiT, §4.3),
             for patches of many pixels. `None` for the one matrix of DiT.
         noise_scale (`float`, defaults to 1.0):
-            Standard deviation of the noise that the network sees, for data of unit size (JiT takes 2 at 512 px). Inputs and
-            velocities of the model are those divided by it, so that all noise outside has deviation 1 and the data are
-            smaller: a pipeline multiplies what it has drawn.
+            Standard deviation of the noise that the network sees, for data of unit size (JiT takes 2 at 512 px). Outside
+            the network x_t and v are divided by it, so the noise has standard deviation 1 and the data are smaller; a
+            pipeline multiplies what it has drawn by it.
 
     Raises:
         ValueError: if `sample_size` is not a multiple of `patch_size`, or an option has an unknown value.
@@ -573,7 +573,7 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         **kwargs,
     ) -> None:
         """
-        Saves the model as other models. Earlier weights of the same variant do not stay in the folder: diffusers would load a
+        Saves the model as other diffusers models, and removes earlier weights of the same variant: diffusers would load a
         sharded save, or safetensors, before what was saved last.
 
         Args:
@@ -593,7 +593,7 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             split = split_torch_state_dict_into_shards(self.state_dict(), max_shard_size=max_shard_size)
             if split.is_sharded:
                 raise ValueError(
-                    "diffusers loads weights in several files from safetensors only: leave out safe_serialization=False, or "
+                    "diffusers loads weights in several files from safetensors only: omit safe_serialization=False, or "
                     "set a larger max_shard_size"
                 )
         name = re.escape(f".{variant}") if variant else ""

@@ -255,7 +255,7 @@ def test_several_bin_files_are_refused_since_diffusers_does_not_find_them(tmp_pa
     pipe.save_pretrained(folder, safe_serialization=False)  # one loads
     before = sorted(folder.rglob("*"))
     ERWPipeline.from_pretrained(folder)
-    with pytest.raises(ValueError, match="leave out safe_serialization=False, or set a larger max_shard_size"):
+    with pytest.raises(ValueError, match="omit safe_serialization=False, or set a larger max_shard_size"):
         pipe.save_pretrained(folder, safe_serialization=False, max_shard_size="10KB")
     assert sorted(folder.rglob("*")) == before
 
@@ -398,7 +398,7 @@ def test_of_a_transformer_too_the_last_save_is_what_loads(tmp_path, first, secon
     loaded = ERWTransformer2DModel.from_pretrained(tmp_path, variant=second.get("variant"))
     assert all(torch.equal(value, new.state_dict()[name]) for name, value in loaded.state_dict().items())
     assert len(list(tmp_path.iterdir())) == 3  # with the config and the other variant
-    with pytest.raises(ValueError, match="leave out safe_serialization=False"):
+    with pytest.raises(ValueError, match="omit safe_serialization=False"):
         new.save_pretrained(tmp_path / "sharded", safe_serialization=False, max_shard_size="10KB")
     assert not (tmp_path / "sharded").exists()
 

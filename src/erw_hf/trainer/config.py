@@ -424,7 +424,9 @@ class OptimisationConfig:
         range=AT_LEAST_0,
         fixed=True,
     )
-    gradient_checkpointing: bool = _key(False, "Recompute blocks in the backward pass: less memory, a third slower.")
+    gradient_checkpointing: bool = _key(
+        False, "Recompute blocks in the backward pass: less memory, a third more FLOPs."
+    )
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = _key(
         "auto",
         "auto: what accelerate launch says, otherwise bf16 where it is fast (CUDA since Ampere, CPUs with AMX or "
