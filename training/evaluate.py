@@ -515,7 +515,7 @@ def find_reference(
     if real is None:
         return Path(args.reference), {}
     output_dir, started = Path(args.output_dir), time.perf_counter()
-    path = reference_file(output_dir, args.reference, args.reference_split, real.size[0], extractors, args.seed)
+    path = reference_file(output_dir, args.reference, args.reference_split, real, extractors, args.seed)
     if not path.exists():
         folder = output_dir / "work" / "reference"
         make_reference(path, real, extractors, accelerator, folder, args.batch_size, args.seed)

@@ -31,6 +31,7 @@ import shutil
 import subprocess
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -82,19 +83,23 @@ def main() -> None:
     held_out = set(order[: round(args.held_out * len(concepts))])
     images = {artist: read_images(package) for artist, package in packages.items()}
     counts = {"train": 0, "validation": 0}
+
+    def variants_of(emoji: dict[str, Any]) -> list[dict[str, Any]]:
+        return [emoji, *emoji.get("skin_variations", {}).values()] if args.skin_tones else [emoji]
+
     for index, emoji in enumerate(tqdm(concepts, desc="concepts")):
         split = "validation" if index in held_out else "train"
-        variants = [emoji, *emoji.get("skin_variations", {}).values()] if args.skin_tones else [emoji]
         for artist in ARTISTS:
             folder = args.output_dir / split / CLASSES[args.classes](emoji, artist)
             folder.mkdir(parents=True, exist_ok=True)
-            for variant in variants:
+            for variant in variants_of(emoji):
                 if (content := images[artist].get(variant["image"])) is not None:
                     (folder / f"{Path(variant['image']).stem}-{artist}.png").write_bytes(content)
                     counts[split] += 1
     words = {
-        emoji["unified"].lower(): {key: emoji[key] for key in ("name", "category", "subcategory")}
+        Path(variant["image"]).stem: {key: emoji[key] for key in ("name", "category", "subcategory")}
         for emoji in concepts
+        for variant in variants_of(emoji)
     }
     (args.output_dir / "concepts.json").write_text(json.dumps(words, indent=1))
     (args.output_dir / "ATTRIBUTION.txt").write_text(ATTRIBUTION.format(version=VERSION))

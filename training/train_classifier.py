@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from transformers import BitImageProcessorPil, ResNetConfig, ResNetForImageClassification
 
 from erw_hf.data.source import load_source, read_images
+from erw_hf.files import check_folder
 from erw_hf.names import resolve_flags
 
 
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     resolve_flags(parser, args, ["output_dir"], ["dataset_name"])
+    check_folder(args.output_dir)
     torch.manual_seed(args.seed)
     digits = args.dataset_name == "digits"
     sources = [load_source(args.dataset_name, split) for split in ("train", "test" if digits else "validation")]
@@ -66,6 +68,7 @@ def main() -> None:
         hidden_sizes=[args.width, 2 * args.width, 4 * args.width],
         depths=[1, 1, 1],
         layer_type="basic",
+        num_labels=sources[0].num_classes,
         id2label=sources[0].id2label,
     )
     model = ResNetForImageClassification(config)

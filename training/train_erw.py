@@ -341,7 +341,7 @@ def find_checkpoint(config: TrainingConfig, accelerator: Accelerator) -> tuple[P
         config.check_resumable(checkpoint.parent / "config.yaml")
     progress = check_checkpoint(checkpoint, config.output_dir, config.step_batch_size(accelerator.num_processes))
     if config.streaming:
-        load_data_state(accelerator, checkpoint, config.dataloader_num_workers)
+        load_data_state(accelerator, checkpoint, config.dataloader_num_workers, config.train_batch_size)
     return checkpoint, progress
 
 
@@ -399,7 +399,9 @@ def resume(phase: Phase, batches: Batches, checkpoint: Path | None) -> None:
         return
     load_checkpoint(accelerator, checkpoint, phase)
     if config.streaming:
-        batches.load_state_dict(load_data_state(accelerator, checkpoint, config.dataloader_num_workers))
+        batches.load_state_dict(
+            load_data_state(accelerator, checkpoint, config.dataloader_num_workers, config.train_batch_size)
+        )
     logger.info(f"resumed from {checkpoint}")
 
 

@@ -26,6 +26,7 @@ from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
 from erw_hf.data.source import load_source, read_images
+from erw_hf.files import check_folder
 from erw_hf.names import resolve_flags
 
 
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     resolve_flags(parser, args, ["output_dir"], ["dataset_name"])
+    check_folder(args.output_dir)
     torch.manual_seed(args.seed)
     train, held_out = (
         read_images(load_source(args.dataset_name, split), args.image_size, 3)[0] for split in ("train", "validation")

@@ -44,7 +44,7 @@ from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model, ResNet
 
 from erw_hf import RepresentationEncoder
 from erw_hf.data.source import load_source, read_images
-from erw_hf.files import write_record
+from erw_hf.files import check_folder, write_record
 from erw_hf.names import resolve_flags
 from erw_hf.provenance import device_name
 
@@ -85,6 +85,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    check_folder(args.output_dir)
     torch.manual_seed(args.seed)
     digits = args.dataset_name == "digits"
     sources = [load_source(args.dataset_name, split) for split in ("train", "test" if digits else "validation")]
@@ -212,7 +213,8 @@ def views_of(paths: list[str]) -> torch.Tensor:
     rows: dict[str, list[int]] = {}
     for row, path in enumerate(paths):
         rows.setdefault(concept_of(path), []).append(row)
-    return torch.tensor(list(rows.values()))
+    artists = max(map(len, rows.values()))  # a picture that is missing or broken takes its concept along
+    return torch.tensor([pictures for pictures in rows.values() if len(pictures) == artists])
 
 
 def build_backbone(args: argparse.Namespace) -> nn.Module:
@@ -332,7 +334,7 @@ def knn_accuracy(backbone, train, train_labels, test, test_labels, k: int = 10) 
     backbone.train()
     accuracy = {}
     for name, a in features[0].items():
-        votes = F.one_hot(train_labels[(features[1][name] @ a.T).topk(k).indices]).sum(1)
+        votes = F.one_hot(train_labels[(features[1][name] @ a.T).topk(min(k, len(train_labels))).indices]).sum(1)
         accuracy[name] = round((votes.argmax(1) == test_labels).float().mean().item(), 4)
     return accuracy
 

@@ -120,6 +120,39 @@ def test_teachers_and_the_metric_network_learn_from_what_two_artists_drew(tmp_pa
         assert record["images_seen"] == 16 and all(0 <= value <= 1 for value in record["held_out_accuracy"].values())
 
 
+def test_teachers_learn_without_a_picture_that_is_broken_and_with_skin_tones(tmp_path, packages):
+    folder = tmp_path / "emoji"
+    run_script("make_emoji", f"--packages={packages}", f"--output_dir={folder}", "--held_out=0.25", "--skin_tones")
+    for split in ("train", "validation"):
+        next((folder / split).rglob("*.png")).write_bytes(b"no picture")
+    shared = [f"--dataset_name={folder}", "--image_size=16", "--patch_size=4", "--hidden_size=32", "--num_layers=1"]
+    run_script(
+        "train_tiny_encoder",
+        *shared,
+        "--pairs",
+        "--names",
+        "--steps=1",
+        "--batch_size=4",
+        f"--output_dir={tmp_path}/e",
+    )
+    assert (tmp_path / "e" / "model.safetensors").is_file()
+
+
+def test_a_classifier_of_classes_without_names(tmp_path):
+    for split in ("train", "validation"):
+        (tmp_path / split).mkdir()
+        rows = ["file_name,label", *(f"{index}.png,{index % 3}" for index in range(6))]
+        (tmp_path / split / "metadata.csv").write_text("\n".join(rows))
+        for index in range(6):
+            Image.new("RGB", (16, 16), (40 * index, 0, 0)).save(tmp_path / split / f"{index}.png")
+    flags = [f"--dataset_name={tmp_path}", "--image_size=16", "--steps=1", "--batch_size=4"]
+    run_script("train_classifier", *flags, f"--output_dir={tmp_path}/out")
+    assert AutoConfig.from_pretrained(tmp_path / "out").num_labels == 3
+    for name in ("train_classifier", "train_tiny_encoder", "train_tiny_autoencoder"):  # before they train
+        with pytest.raises(ValueError, match="metadata.csv is a file"):
+            run_script(name, *flags, f"--output_dir={tmp_path}/train/metadata.csv")
+
+
 def test_the_shipped_emoji_are_recognised():
     """By a classifier of real ones, which gets 54 % of those right that it has not seen."""
     pipe = ERWPipeline.from_pretrained(REPOSITORY / "pipelines" / "erw-emoji")

@@ -15,11 +15,13 @@
 
 import logging
 import unicodedata
+from dataclasses import replace
 
 import pytest
 from PIL import Image as PILImage
 
 from erw_hf.data.source import load_source
+from erw_hf.evaluation.probes import load_probe_images
 
 
 def make(folder, *names, **texts):
@@ -44,7 +46,7 @@ def rows(source):
 
 def taken(folder, **kwargs):
     whole = rows(load_source(folder, **kwargs))
-    assert rows(load_source(folder, streaming=True, **kwargs)) == whole
+    assert sorted(rows(load_source(folder, streaming=True, **kwargs))) == sorted(whole)
     return [(path.removeprefix(f"{folder}/"), label) for path, label in whole]
 
 
@@ -243,3 +245,17 @@ def test_split_arithmetic_and_splits_that_do_not_exist(tmp_path):
         load_source(folder, "valid")
     with pytest.raises(ValueError, match="is empty"):
         load_source(folder, "train[:0]")
+
+
+def test_a_streamed_folder_and_its_probes_see_all_classes_from_the_first_rows_on(tmp_path):
+    """Rows are mixed in blocks, and a folder is listed a class at a time."""
+    folder = make(tmp_path, *(f"{name}/{index}.png" for name in "abcd" for index in range(30)))
+    stream = load_source(folder, streaming=True)
+    assert {row["label"] for row in stream.dataset.take(30)} == {0, 1, 2, 3}
+    assert load_probe_images(stream, 30, 8, 1, seed=0).labels.unique().tolist() == [0, 1, 2, 3]
+
+
+def test_probing_with_one_class_is_warned_of(tmp_path, caplog):
+    source = load_source(make(tmp_path, *(f"{name}/{index}.png" for name in "ab" for index in range(3))))
+    load_probe_images(replace(source, dataset=source.dataset.select(range(3))), 3, 8, 1, seed=0)
+    assert "all 3 images to probe with are of the class 0" in caplog.text

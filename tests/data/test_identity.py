@@ -224,3 +224,15 @@ def test_broken_inputs_are_told_from_a_divergence(tmp_path, tiny_flags, vae_path
             "--max_grad_norm=1e30",
             "--max_train_steps=40",
         )
+
+
+def test_links_to_files_that_are_gone_are_named_at_the_start(tmp_path):
+    for name in ("a/0.png", "a/1.png", "b/0.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        PILImage.new("L", (8, 8)).save(tmp_path / name)
+    for name in ("a/2.png", "b/1.png"):
+        (tmp_path / name).symlink_to(tmp_path / "annexed.png")
+    with pytest.raises(
+        FileNotFoundError, match="2 images do not exist, the first is .*a/2.png: a link to a file that is gone"
+    ):
+        data_identity(load_source(str(tmp_path)), str(tmp_path))

@@ -270,3 +270,30 @@ def test_evaluation_reads_the_columns_that_it_is_told(tmp_path):
         dataset_images(folder)
     assert dataset_images(folder, label_column="fine_label").num_classes == 3
     assert dataset_images(folder, num_classes=0).num_classes == 0
+
+
+@pytest.mark.parametrize(("labels", "hint"), [((1, 2, 2), "count from 1"), ((0, 2, 7), "ids of something else")])
+def test_classes_without_images_are_said(tmp_path, caplog, labels, hint):
+    assert load_source(table(tmp_path / "data", labels)).num_classes == max(labels) + 1
+    assert "classes have no image" in caplog.text and hint in caplog.text
+
+
+def test_what_will_never_load_is_not_tried_again(tmp_path):
+    """A script, a card that counts other rows, a path that `datasets` takes for a pattern: each with what to do."""
+    script = tmp_path / "scripted"
+    script.mkdir()
+    (script / "scripted.py").write_text("import datasets")
+    stale = tmp_path / "stale"
+    table(stale)
+    (stale / "README.md").write_text(
+        "---\ndataset_info:\n  splits:\n  - name: train\n    num_bytes: 9\n    num_examples: 9\n  download_size: 1\n"
+        "  dataset_size: 9\n---\n"
+    )
+    table(tmp_path / "set [v1]")
+    for name, message in (
+        (script, "is a script, which `datasets` no longer runs"),
+        (stale, "counts other rows than its files hold"),
+        (tmp_path / "set [v1]", "for a pattern: rename the folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_source(str(name), retry_seconds=HANGS)

@@ -20,6 +20,7 @@ import pytest
 import scipy.linalg
 import torch
 from helpers import REPOSITORY, REPRESENTATION_ARCHITECTURES
+from PIL import Image
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -260,8 +261,13 @@ def test_reference_file_has_adms_names_and_reads_back(pixels, tmp_path):
 
 def test_the_name_of_a_reference_tells_what_it_is_made_of(tmp_path):
     networks = [torch.nn.Linear(2, 2) for _ in range(2)]
-    made_of = ("digits", "train", 8, networks[:1], 0)
-    others = [("faces", *made_of[1:]), ("digits", "test", *made_of[2:]), (*made_of[:2], 16, networks[:1], 0)]
+    for index in range(3):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / f"{index}.png")
+    small, large = (dataset_images(str(tmp_path), image_size=size, num_classes=0) for size in (8, 16))
+    Image.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "2.png")
+    changed = dataset_images(str(tmp_path), image_size=8, num_classes=0)
+    made_of = ("digits", "train", changed, networks[:1], 0)
+    others = [("faces", *made_of[1:]), ("digits", "test", *made_of[2:]), (*made_of[:2], large, networks[:1], 0)]
     others += [(*made_of[:3], networks[1:], 0), (*made_of[:3], networks, 0), (*made_of[:4], 1)]
     assert len({reference_file(tmp_path, *arguments) for arguments in (made_of, *others, made_of)}) == 7
 

@@ -74,14 +74,16 @@ def test_the_latest_is_the_one_of_the_most_steps_and_the_oldest_go(tmp_path):
 
 def test_each_process_gets_its_own_stream_back(tmp_path):
     both = processes(2)
-    states = [{"workers": 2, "stream": {"position": process.process_index}} for process in both]
+    states = [{"workers": 2, "batch": 8, "stream": {"position": process.process_index}} for process in both]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda process, state: save(process, tmp_path, 5, data_state=state), both, states))
     (checkpoint,) = list_checkpoints(tmp_path)
     for process in both:
-        assert load_data_state(process, checkpoint, 2)["stream"] == {"position": process.process_index}
+        assert load_data_state(process, checkpoint, 2, 8)["stream"] == {"position": process.process_index}
     with pytest.raises(ValueError, match="streamed with 2 processes and dataloader_num_workers=2"):
-        load_data_state(both[1], checkpoint, 1)
+        load_data_state(both[1], checkpoint, 1, 8)
+    with pytest.raises(ValueError, match="streamed with train_batch_size=8, this run has 4"):
+        load_data_state(both[1], checkpoint, 2, 4)
 
 
 @pytest.mark.parametrize("limit", [-1, 0, 1, 2, 3])

@@ -276,6 +276,13 @@ def test_a_saved_list_of_encoders_means_the_same_from_anywhere(tmp_path, monkeyp
     assert again.encoders == [f"{tmp_path}/a", "some/b", f"{tmp_path.parent}/c"] and again.label_column == "étiquette"
 
 
+def test_a_saved_configuration_neither_deletes_nor_resumes_the_run_that_wrote_it(tmp_path):
+    for flag in ("--overwrite_output_dir", "--resume_from_checkpoint=latest"):
+        parse_config(["--in_channels=1", f"--output_dir={tmp_path}", flag]).save(tmp_path / "config.yaml")
+        again = parse_config([f"--config={tmp_path}/config.yaml"])
+        assert not again.overwrite_output_dir and again.resume_from_checkpoint is None
+
+
 def test_local_names_are_those_that_lie_here(tmp_path):
     assert local_names({"vae": f"{tmp_path}, some/vae", "output_dir": str(tmp_path), "encoder": None}) == [
         str(tmp_path)

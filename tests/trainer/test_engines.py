@@ -24,6 +24,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState
 from helpers import REPOSITORY, TINY_MODEL, TRAINING, check_ended, launch_training, randomize, run_ranks
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
@@ -145,6 +146,17 @@ def test_gradients_are_added_up_in_float32_unless_told(reduction):
     finally:
         dist.destroy_process_group()
     assert torch.equal(gradient, gradient.bfloat16().float()) == (reduction == "bf16")
+
+
+def test_a_launcher_that_compiles_the_model_is_refused(monkeypatch):
+    """Its wrapper's names would be lost at the hand-over, after the whole warmup."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    AcceleratorState._reset_state(True)
+    try:
+        with pytest.raises(ValueError, match="sets dynamo_backend inductor.* pass --dynamo_backend no"):
+            check_engine(TrainingConfig(vae="v"), open_accelerator(cpu=True))
+    finally:
+        AcceleratorState._reset_state(True)
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])

@@ -177,15 +177,18 @@ def test_going_back_moves_later_checkpoints_aside_with_their_lines(tmp_path, cap
         (tmp_path / "ema_snapshots" / f"step-000000{step}-sigma-0.050.safetensors").touch()
     lines = "".join(json.dumps({"step": step, "loss": 1.0, "grad_norm": 1.0}) + "\n" for step in range(1, 8))
     (tmp_path / "metrics.jsonl").write_text(lines)
+    measured = [{"step": 2, "fid": 9.0}, {"step": 4, "fid": 1.0}, {"step": 6, "fid": 5.0}]
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in measured))
+    (tmp_path / "best").mkdir()  # the model of step 4
     go_back(tmp_path, 6, 4)
     assert (
         not caplog.text and not (tmp_path / "rewound-1").exists() and not (tmp_path / ".writing-checkpoint-8").exists()
     )
     go_back(tmp_path, 2, 1)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]
-    assert "checkpoint-4, checkpoint-6" in caplog.text and str(tmp_path / "rewound-1") in caplog.text
+    assert "checkpoint-4, checkpoint-6, best" in caplog.text and str(tmp_path / "rewound-1") in caplog.text
     assert sorted(path.name for path in (tmp_path / "rewound-1").glob("*")) == [
-        "checkpoint-4", "checkpoint-6", "ema_snapshots", "metrics.jsonl",
+        "best", "checkpoint-4", "checkpoint-6", "ema_snapshots", "evaluations.jsonl", "metrics.jsonl",
     ]  # fmt: skip
     assert (tmp_path / "rewound-1" / "metrics.jsonl").read_text() == lines
     assert [path.name for path in (tmp_path / "ema_snapshots").iterdir()] == ["step-0000001-sigma-0.050.safetensors"]

@@ -36,7 +36,7 @@ from erw_hf.data.source import Source
 
 def data_identity(source: Source, dataset_name: str, retry_seconds: float = 300) -> dict[str, Any]:
     """Identifies the data of a run: `rows` (`None` for a stream), `classes` (names in order, or their number),
-    `columns`, `fingerprint`; it survives JSON."""
+    `columns`, `fingerprint`; it survives JSON. Raises FileNotFoundError if images do not exist."""
     dataset, classes = source.dataset, list((source.id2label or {}).values())
     if dataset_name == "digits":
         parts: Iterator[bytes] = iter(())  # encoded anew at each start, depending on Pillow's version
@@ -85,6 +85,7 @@ def _rows(source: Source, dataset: datasets.Dataset, retry_seconds: float) -> It
     names += [name for name in (source.label_column,) if name is not None]
     table = dataset.select_columns(names).with_format("arrow")
     root = _common_folder(path for batch in table.iter(10_000) for path, _ in _images(source, batch) if path)
+    missing = []
     for batch in table.iter(10_000):
         if source.label_column is not None:
             yield _line(batch[source.label_column].to_pylist())
@@ -92,9 +93,17 @@ def _rows(source: Source, dataset: datasets.Dataset, retry_seconds: float) -> It
             yield _line(batch[KEY_COLUMN].to_pylist())
         for path, length in _images(source, batch):
             if length is None and path is not None:  # a file of its own
-                yield _line(path.removeprefix(root), _size(path, retry_seconds))
+                size = _size(path, retry_seconds)
+                if size is None and "://" not in path:
+                    missing.append(path)
+                yield _line(path.removeprefix(root), size)
             else:
                 yield _line(os.path.basename(path or ""), length)
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} images do not exist, the first is {missing[0]}"
+            + (": a link to a file that is gone" if os.path.islink(missing[0]) else "")
+        )
 
 
 def _images(source: Source, batch: pyarrow.Table) -> Iterator[tuple[str | None, int | None]]:

@@ -28,7 +28,7 @@ from typing import TypeVar
 
 import datasets
 import huggingface_hub
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from erw_hf.names import resolve_name
@@ -50,7 +50,7 @@ FATAL = (
     RepositoryNotFoundError,
     EntryNotFoundError,
     OfflineModeIsEnabled,
-    DatasetGenerationError,
+    DatasetsError,
     NotImplementedError,
     zipfile.BadZipFile,
     tarfile.TarError,

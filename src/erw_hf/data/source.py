@@ -40,7 +40,12 @@ from datasets import (
 )
 from datasets import Image as ImageFeature
 from datasets.data_files import EmptyDatasetError
-from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
+from datasets.exceptions import (
+    DataFilesNotFoundError,
+    DatasetGenerationError,
+    DatasetNotFoundError,
+    SplitsVerificationError,
+)
 from datasets.utils.file_utils import xopen
 from huggingface_hub import HfApi
 from PIL import Image, UnidentifiedImageError
@@ -332,6 +337,13 @@ def _classes_of_rows(
         num_classes = len(names)
     elif num_classes is None:
         num_classes = int(labels.max()) + 1
+        empty = np.setdiff1d(np.arange(num_classes), labels)
+        if empty.size:
+            hint = "do its labels count from 1?" if empty.tolist() == [0] else "are its labels ids of something else?"
+            say(
+                logger,
+                f"{empty.size} of {num_classes} classes have no image in {dataset_name}, the first is {empty[0]}: {hint}",
+            )
     outside = (labels < 0) | (labels >= num_classes)
     if outside.any():
         row = int(outside.argmax())
@@ -412,7 +424,10 @@ def _load(
         if split is None:
             return splits
         dataset = _take_split(splits, split, dataset_name)
-        return dataset.to_iterable_dataset(num_shards=min(len(dataset), shards)) if streaming else dataset
+        if not streaming:
+            return dataset
+        # A stream mixes its rows in blocks, and folders come a class at a time.
+        return dataset.shuffle(seed=0).to_iterable_dataset(num_shards=min(len(dataset), shards))
     try:
         dataset = load_dataset(dataset_name, dataset_config_name, split=split, streaming=streaming, **options)
     except DatasetNotFoundError as error:
@@ -425,6 +440,13 @@ def _load(
             f"{error} Accept the terms there with your account, then `hf auth login` (or set HF_TOKEN) on this machine. "
             "Copies of ImageNet at 256 px that ask for no terms exist too: see the README"
         ) from error
+    except RuntimeError as error:
+        if "scripts are no longer supported" in str(error):
+            raise ValueError(
+                f"{dataset_name!r} is a script, which `datasets` no longer runs: look for the same data as parquet, on the Hub "
+                'often in the branch "refs/convert/parquet"'
+            ) from error
+        raise
     except ConnectionError as error:
         if "OfflineModeIsEnabled" in str(error):
             raise FileNotFoundError(
@@ -442,7 +464,15 @@ def _load(
         dataset = load_dataset(
             dataset_name, dataset_config_name, split=split, streaming=streaming, on_bad_files="warn", **options
         )
+    except SplitsVerificationError as error:
+        raise ValueError(
+            f"the README.md of {dataset_name!r} counts other rows than its files hold; remove `dataset_info` from it: {error}"
+        ) from error
     except (EmptyDatasetError, DataFilesNotFoundError, ValueError) as error:
+        if os.path.isdir(dataset_name) and set(dataset_name) & set("[]*?"):
+            raise ValueError(
+                f"`datasets` takes [, ], * and ? in the path {dataset_name!r} for a pattern: rename the folder"
+            ) from error
         if isinstance(error, FileNotFoundError) or "no data" in str(error):
             raise ValueError(f"the dataset {dataset_name!r} (split {split!r}) is empty: {error}") from error
         if "Unknown split" in str(error) or "Bad split" in str(error):

@@ -29,7 +29,7 @@ import torch
 
 from erw_hf.data.decoding import BadImageError, center_crop, decode_image
 from erw_hf.data.samples import sample_rng
-from erw_hf.data.source import load_source
+from erw_hf.data.source import Source, load_source
 from erw_hf.files import written_whole
 from erw_hf.pipeline_erw import ERWPipeline
 
@@ -45,6 +45,7 @@ class ImageSet:
             Indices -> images (B, 3, H, W) uint8 and their classes (B,), where there are any.
         num_classes (`int`, *optional*, defaults to 0): Number of classes; 0 for images without.
         id2label (`dict[int, str]`, *optional*): Their names, if known.
+        source (`Source`, *optional*): The dataset that they are from.
     """
 
     count: int
@@ -52,6 +53,7 @@ class ImageSet:
     read: Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor | None]]
     num_classes: int = 0
     id2label: dict[int, str] | None = None
+    source: Source | None = None
 
 
 def sample_label(seed: int, index: int, num_classes: int, labels: str) -> int:
@@ -210,7 +212,7 @@ def dataset_images(
         return pixels, None if source.label_column is None else torch.tensor(labels)
 
     height, width = read([0])[0].shape[2:]
-    return ImageSet(len(source.dataset), (height, width), read, source.num_classes, source.id2label)
+    return ImageSet(len(source.dataset), (height, width), read, source.num_classes, source.id2label, source)
 
 
 def take(images: ImageSet, count: int, seed: int) -> ImageSet:

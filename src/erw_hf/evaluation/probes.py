@@ -13,6 +13,7 @@
 # limitations under the License.
 """What each block of a transformer knows of an image: CKNNA with an encoder, and a linear probe of the classes."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +29,9 @@ from erw_hf.encoders import RepresentationEncoder
 from erw_hf.evaluation.metrics import cknna
 from erw_hf.flow import interpolate
 from erw_hf.transformer_erw import ERWTransformer2DModel
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,10 @@ def load_probe_images(source: Source, count: int, image_size: int, channels: int
     else:
         rows = rows.take(count)
     pixels, labels, _ = read_images(replace(source, dataset=rows), image_size, channels)
+    if labels is not None and source.num_classes > 1 and len(labels) > 1 and labels.unique().numel() == 1:
+        logger.warning(
+            f"all {len(labels)} images to probe with are of the class {labels[0]}: their accuracy says nothing"
+        )
     return ProbeImages(pixels, labels, seed)
 
 

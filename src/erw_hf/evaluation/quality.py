@@ -30,6 +30,7 @@ import torch
 from accelerate import Accelerator
 
 from erw_hf.data.folder import nfc
+from erw_hf.data.identity import data_identity
 from erw_hf.evaluation.extractors import FDR6, INCEPTION_VALIDATION, REPRESENTATIONS, weights_hash
 from erw_hf.evaluation.feature_statistics import Features, extract_features
 from erw_hf.evaluation.images import ImageSet, npz_images, open_npz, take
@@ -388,11 +389,12 @@ def _frechet_of(layer: str, samples: Features, reference: Reference, estimates: 
 
 
 def reference_file(
-    folder: Path, name: str, split: str, image_size: int, extractors: Sequence[torch.nn.Module], seed: int
+    folder: Path, name: str, split: str, images: ImageSet, extractors: Sequence[torch.nn.Module], seed: int
 ) -> Path:
-    """The path of the reference made from a dataset, there or not; its name depends on all arguments. `seed` is of the
-    choice of the images that it holds."""
-    made_of = repr((name, split, image_size, [weights_hash(extractor) for extractor in extractors], seed))
+    """The path of the reference made from a dataset, there or not; its name depends on all arguments and on what the dataset
+    holds. `seed` is of the choice of the images that it holds."""
+    identity = images.source and data_identity(images.source, name)
+    made_of = repr((name, split, images.size, identity, [weights_hash(extractor) for extractor in extractors], seed))
     return folder / f"reference-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}.npz"
 
 

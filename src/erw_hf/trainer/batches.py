@@ -102,7 +102,12 @@ class Batches:
         if self._stream is None:
             return None
         self._stream_state = self._stream.state_dict()
-        return {"workers": self.inputs.config.dataloader_num_workers, "stream": self._stream_state}
+        config = self.inputs.config
+        return {
+            "workers": config.dataloader_num_workers,
+            "batch": config.train_batch_size,
+            "stream": self._stream_state,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._stream_state = state["stream"]

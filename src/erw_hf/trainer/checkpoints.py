@@ -365,10 +365,10 @@ def remove_checkpoint(path: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def load_data_state(accelerator: Accelerator, checkpoint: Path, num_workers: int) -> dict[str, Any]:
+def load_data_state(accelerator: Accelerator, checkpoint: Path, num_workers: int, batch_size: int) -> dict[str, Any]:
     """
     This rank's [`~trainer.batches.Batches.state_dict`]. Raises ValueError if the run had another number of ranks or
-    workers, since their states cannot be redistributed.
+    workers, since their states cannot be redistributed, or other batches, which several workers make in turn.
     """
     any_file = next(iter(sorted(checkpoint.glob("data_rank*.pt"))), None)
     if any_file is None:
@@ -379,6 +379,12 @@ def load_data_state(accelerator: Accelerator, checkpoint: Path, num_workers: int
             f"{checkpoint} streamed with {state['processes']} processes and dataloader_num_workers={state['workers']}, "
             f"this run has {accelerator.num_processes} and {num_workers}. A stream resumes exactly only with the same "
             "numbers: use those"
+        )
+    before = state.get("batch", batch_size)  # older checkpoints lack it
+    if num_workers > 1 and before != batch_size:
+        raise ValueError(
+            f"{checkpoint} streamed with train_batch_size={before}, this run has {batch_size}: several loader workers make batches "
+            "in turn, so a stream resumes exactly only with the same size"
         )
     return torch.load(checkpoint / _data_file(accelerator), weights_only=True)
 

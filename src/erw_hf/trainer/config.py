@@ -704,8 +704,8 @@ class TrainingConfig(
                 resolve_name(part, name)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the resolved configuration as YAML that `--config` accepts."""
-        values = dataclasses.asdict(self)
+        """Writes the resolved configuration as YAML that `--config` accepts, without what only this start was to do."""
+        values = dataclasses.asdict(self) | {"overwrite_output_dir": False, "resume_from_checkpoint": None}
         for name, value in values.items():
             values[name] = absolute(name, value)
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

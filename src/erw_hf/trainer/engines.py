@@ -20,7 +20,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    DynamoBackend,
+    InitProcessGroupKwargs,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -113,6 +118,12 @@ def check_engine(config: TrainingConfig, accelerator: Accelerator) -> None:
             train_micro_batch_size_per_gpu=config.train_batch_size,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             gradient_clipping=config.max_grad_norm,
+        )
+    dynamo = accelerator.state.dynamo_plugin.backend
+    if dynamo != DynamoBackend.NO:
+        raise ValueError(
+            f"accelerate launch sets dynamo_backend {dynamo.value.lower()}, which would compile the whole model once more: pass "
+            "--dynamo_backend no; the key torch_compile compiles its blocks"
         )
     # The launcher's environment would win over the configuration.
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps

@@ -87,10 +87,10 @@ class QualityMonitor:
         config, name = self.config, str(self.config.evaluation_reference)
         path, split = Path(name), config.dataset_split
         if path.suffix != ".npz":
-            path = reference_file(self.folder, name, split, side, [self.extractor], config.seed)
+            real = dataset_images(name, split, side, num_classes=0)
+            path = reference_file(self.folder, name, split, real, [self.extractor], config.seed)
             if not path.exists():
                 self._remove_work()
-                real = dataset_images(name, split, side, num_classes=0)
                 make_reference(path, real, [self.extractor], self.accelerator, self.work, BATCH_SIZE, config.seed)
                 self._remove_work()
         widths = feature_widths([self.extractor], (side, side))

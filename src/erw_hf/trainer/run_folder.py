@@ -192,15 +192,23 @@ def go_back(folder: Path, step: int, full_step: int) -> None:
     for name in ("config.yaml", "environment.json", "metrics.jsonl", "evaluations.jsonl"):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, aside / name)
-    for path in (*later, *snapshots):
+    best = [folder / "best"] if (folder / "best").exists() and _best_step(folder) > step else []
+    for path in (*later, *snapshots, *best):
         target = aside / path.relative_to(folder)
         _remove(target)
         target.parent.mkdir(exist_ok=True)
         shutil.move(path, target)
     logger.warning(
-        f"going back to step {step}: {', '.join(path.name for path in later)} and the lines up to there are in {aside} now. Delete "
+        f"going back to step {step}: {', '.join(path.name for path in [*later, *best])} and the lines up to there are in {aside} now. Delete "
         "it, or branch off from there with --resume_from_checkpoint and another --output_dir"
     )
+
+
+def _best_step(folder: Path) -> int:
+    """The step of the lowest FID, whose model is in `best`; -1 without any."""
+    records = read_metrics(folder / "evaluations.jsonl") if (folder / "evaluations.jsonl").is_file() else []
+    measured = [record for record in records if record.get("fid") is not None]
+    return min(measured, key=lambda record: record["fid"])["step"] if measured else -1
 
 
 def _remove(path: Path) -> None:
