@@ -49,6 +49,7 @@ from erw_hf.hub.push import push_cache
 from erw_hf.hub.upload import prepare_repo
 from erw_hf.names import resolve_flags
 from erw_hf.processes import decided_by_main
+from erw_hf.provenance import weights_hash
 from erw_hf.trainer.config import AT_LEAST_1, check_flags
 from erw_hf.trainer.engines import close_accelerator, open_accelerator
 from erw_hf.trainer.run_lock import RunLock
@@ -145,7 +146,9 @@ def write_cache(args: argparse.Namespace, accelerator: Accelerator) -> str:
 
     folder = Path(args.output_dir) / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    check_same_run(args, Path(args.output_dir), data_identity(source, args.dataset_name), accelerator)
+    check_same_run(
+        args, Path(args.output_dir), data_identity(source, args.dataset_name), weights_hash(vae), accelerator
+    )
     for number in tqdm(
         range(accelerator.process_index, files, accelerator.num_processes),
         desc="files",
@@ -161,16 +164,20 @@ def write_cache(args: argparse.Namespace, accelerator: Accelerator) -> str:
     return repo_id
 
 
-def check_same_run(args: argparse.Namespace, folder: Path, data: dict[str, object], accelerator: Accelerator) -> None:
-    """Raises ValueError if a folder was begun with other settings or other data."""
+def check_same_run(
+    args: argparse.Namespace, folder: Path, data: dict[str, object], vae_sha256: str, accelerator: Accelerator
+) -> None:
+    """Raises ValueError if a folder was begun with other settings, other weights or other data."""
     free = ("output_dir", "batch_size", "push_to_hub", "hub_dataset_id", "hub_private")
-    settings = {key: value for key, value in vars(args).items() if key not in free}
+    settings = {key: value for key, value in vars(args).items() if key not in free} | {"vae_sha256": vae_sha256}
     path = folder / "cache.json"
     if path.exists():
-        before = {"num_classes": None, **json.loads(path.read_text())}  # older caches lack it
+        before = settings | {"num_classes": None} | json.loads(path.read_text())  # older caches lack some
         data_before = before.pop("data", None)
-        if before != settings:
-            raise ValueError(f"{folder} was begun with other settings ({path}): use those, or another --output_dir")
+        if changed := [key for key, value in settings.items() if before[key] != value]:
+            raise ValueError(
+                f"{folder} was begun with another {' and '.join(changed)} ({path}): use what it was begun with, or another --output_dir"
+            )
         if data_before is None:
             print(f"{path} does not record its data: continuing without comparing it")
         elif (changes := describe_changes(data_before, data)) is not None:

@@ -49,7 +49,6 @@ from erw_hf.evaluation.extractors import (
     RepresentationExtractor,
     describe_extractors,
     load_extractor,
-    weights_hash,
 )
 from erw_hf.evaluation.images import ImageSet, NpzWriter, dataset_images, generated_images, npz_images, take
 from erw_hf.evaluation.neighbours import draw_pairs
@@ -68,7 +67,7 @@ from erw_hf.evaluation.quality import (
 from erw_hf.files import check_folder, write_record
 from erw_hf.names import resolve_flags
 from erw_hf.processes import decided_by_main, done_by_all
-from erw_hf.provenance import file_hash, hardware, versions
+from erw_hf.provenance import file_hash, hardware, versions, weights_hash
 from erw_hf.trainer.engines import close_accelerator, open_accelerator
 from erw_hf.trainer.run_lock import RunLock
 

@@ -29,11 +29,10 @@ from accelerate import Accelerator
 from erw_hf import ERWPipeline, RepresentationEncoder
 from erw_hf.data.latents import image_channels
 from erw_hf.data.source import load_source
-from erw_hf.evaluation.extractors import weights_hash
 from erw_hf.evaluation.probes import load_probe_images, probe_blocks
 from erw_hf.files import check_folder, write_record
 from erw_hf.names import resolve_flags
-from erw_hf.provenance import hardware, versions
+from erw_hf.provenance import hardware, versions, weights_hash
 from erw_hf.trainer.config import AT_LEAST_1, check_flags
 from erw_hf.trainer.engines import close_accelerator, open_accelerator
 from erw_hf.trainer.plots import plot_probes

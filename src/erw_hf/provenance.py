@@ -55,6 +55,16 @@ def hardware(accelerator: Accelerator) -> dict[str, object]:
     }
 
 
+def weights_hash(module: torch.nn.Module) -> str:
+    """SHA-256 of a model's tensors (names, types, shapes and values), whatever its file format."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def device_name(device: str | torch.device) -> str:
     """Model of the GPU, or of the CPU."""
     if torch.device(device).type == "cuda":

@@ -25,9 +25,14 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 
 from erw_hf import RepresentationEncoder
+from erw_hf.data.cache import check_cache, check_cache_weights
 from erw_hf.data.decoding import center_crop
 from erw_hf.data.digits import load_digits_dataset
+from erw_hf.data.identity import data_identity
 from erw_hf.data.latents import encode_moments
+from erw_hf.data.source import load_source
+from erw_hf.trainer import flops
+from erw_hf.trainer.config import TrainingConfig
 from erw_hf.trainer.run_record import read_metrics
 
 
@@ -95,8 +100,33 @@ def test_a_stopped_run_goes_on_and_other_settings_are_refused(cached, vae_path, 
     cache(folder, vae_path)
     assert first.stat().st_mtime_ns == time_of_first  # not written again
     assert others[0].read_bytes() == expected
-    with pytest.raises(ValueError, match="was begun with other settings"):
+    with pytest.raises(ValueError, match="was begun with another seed"):
         cache(folder, vae_path, "--seed=1")
+
+
+def test_an_autoencoder_with_other_weights_is_refused_whatever_its_name(cached, vae_path, tmp_path):
+    """Trained anew in place, or another run's: every pipeline's is called vae."""
+    vae, other = AutoencoderKL.from_pretrained(vae_path), tmp_path / vae_path.name
+    with torch.no_grad():
+        vae.decoder.conv_out.bias += 1
+    vae.save_pretrained(other)
+    folder = tmp_path / "cut"
+    shutil.copytree(cached, folder)
+    with pytest.raises(ValueError, match="was begun with another vae and vae_sha256"):
+        cache(folder, other)
+    check_cache_weights(str(cached), "v", AutoencoderKL.from_pretrained(vae_path))
+    with pytest.raises(ValueError, match="made with other weights than v has"):
+        check_cache_weights(str(cached), "v", vae)
+    before = data_identity(load_source(str(folder)), str(folder))
+    record = json.loads((folder / "cache.json").read_text())
+    (folder / "cache.json").write_text(json.dumps(record | {"vae_sha256": "another"}))
+    assert data_identity(load_source(str(folder)), str(folder))["fingerprint"] != before["fingerprint"]
+
+
+def test_a_cache_without_its_record_is_warned_of(cached, vae_path, tmp_path, caplog):
+    shutil.copytree(cached / "data", tmp_path / "moved")
+    check_cache(False, [], vars(TrainingConfig(dataset_name=f"{tmp_path}/moved", vae=str(vae_path), sample_size=8)))
+    assert "nothing tells which autoencoder made it" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -124,6 +154,7 @@ def test_a_cache_has_one_owner(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_training_reads_the_cache_and_never_encodes(cached, vae_path, tmp_path, tiny_flags, monkeypatch, streaming):
+    monkeypatch.setattr(flops, "encode_moments", encode_moments)  # imported before the other is replaced
     monkeypatch.setattr("erw_hf.data.latents.encode_moments", _refuse_after_the_check())
     flags = [*tiny_flags, f"--dataset_name={cached}", f"--vae={vae_path}", "--in_channels=4"]
     flags += ["--streaming"] if streaming else []

@@ -34,7 +34,6 @@ from erw_hf.evaluation.extractors import (
     RepresentationExtractor,
     describe_extractors,
     load_extractor,
-    weights_hash,
 )
 from erw_hf.evaluation.feature_statistics import Features, FeatureStatistics, extract_features
 from erw_hf.evaluation.images import ImageSet, NpzWriter, dataset_images, npz_images, take
@@ -56,6 +55,7 @@ from erw_hf.evaluation.quality import (
     reference_file,
     save_reference,
 )
+from erw_hf.provenance import weights_hash
 
 
 CLASSIFIER = REPOSITORY / "pipelines" / "digits-classifier"

@@ -15,13 +15,19 @@
 
 import contextlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from erw_hf.provenance import weights_hash
+
+
+logger = logging.getLogger(__name__)
 
 # Columns beside the image and the label.
 MOMENTS_COLUMN = "moments"  # float16 bytes of (2 c, h, w), in C order
@@ -51,14 +57,10 @@ def check_cache(has_features: bool, encoders: Sequence[str], settings: Mapping[s
         raise ValueError(
             "random_crop does not work on a latent cache, which holds the centre: train on the images themselves"
         )
-    folder = Path(name)
-    record = folder / "cache.json"
-    if not folder.exists():
-        with contextlib.suppress(EntryNotFoundError):
-            record = Path(hf_hub_download(name, "cache.json", repo_type="dataset"))
-    if not record.is_file():  # the cache was moved without its record
+    made = cache_record(name)
+    if not made:
+        logger.warning(f"{name} was moved without its cache.json: nothing tells which autoencoder made it")
         return
-    made = json.loads(record.read_text())
     if made.get("encoder") is not None and encoders:
         for key in ("encoder", "patch_size", "encoder_image_size", "encoder_antialias"):
             if Path(str(made[key])).name != Path(str(settings[key])).name:
@@ -67,8 +69,26 @@ def check_cache(has_features: bool, encoders: Sequence[str], settings: Mapping[s
         raise ValueError(f"the cache has sample_size {made['sample_size']}, the config {settings['sample_size']}")
     if Path(made["vae"]).name != Path(settings["vae"]).name:
         raise ValueError(f"the cache was made with the vae {made['vae']!r}, the config names {settings['vae']!r}")
-    if folder.exists():  # a pushed cache is complete
-        check_cache_files(folder)
+    if Path(name).exists():  # a pushed cache is complete
+        check_cache_files(Path(name))
+
+
+def check_cache_weights(name: str, vae_name: str, vae: torch.nn.Module) -> None:
+    """Raises ValueError if an autoencoder has other weights than the one that made a latent cache, whatever their names."""
+    made = cache_record(name).get("vae_sha256")  # older caches lack it
+    if made is not None and made != weights_hash(vae):
+        raise ValueError(
+            f"{name} was made with other weights than {vae_name} has: name the autoencoder that made it, or make it again"
+        )
+
+
+def cache_record(name: str) -> dict[str, Any]:
+    """What `cache_latents.py` recorded of a cache, in a folder or on the Hub; empty if that is lost."""
+    record = Path(name) / "cache.json"
+    if not Path(name).exists():
+        with contextlib.suppress(EntryNotFoundError):
+            record = Path(hf_hub_download(name, "cache.json", repo_type="dataset"))
+    return json.loads(record.read_text()) if record.is_file() else {}
 
 
 def check_cache_files(cache: Path) -> None:

@@ -13,7 +13,6 @@
 # limitations under the License.
 """The networks behind the metrics: images in, features out."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +20,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, ResNetForImageClassification
+
+from erw_hf.provenance import weights_hash
 
 
 INCEPTION_URL = (
@@ -225,16 +226,6 @@ def describe_extractors(extractors: Sequence[nn.Module], names: Sequence[str]) -
 def load_extractor(name: str, inception_weights: str | None = None) -> nn.Module:
     """Inception, or the [`ClassifierExtractor`] of a folder or Hub id; its `layers` name its features."""
     return InceptionExtractor(inception_weights) if name == "inception" else ClassifierExtractor(name)
-
-
-def weights_hash(module: nn.Module) -> str:
-    """SHA-256 of a model's tensors (names, types, shapes and values), whatever its file format."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:

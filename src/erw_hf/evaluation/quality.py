@@ -31,7 +31,7 @@ from accelerate import Accelerator
 
 from erw_hf.data.folder import nfc
 from erw_hf.data.identity import data_identity
-from erw_hf.evaluation.extractors import FDR6, INCEPTION_VALIDATION, REPRESENTATIONS, weights_hash
+from erw_hf.evaluation.extractors import FDR6, INCEPTION_VALIDATION, REPRESENTATIONS
 from erw_hf.evaluation.feature_statistics import Features, extract_features
 from erw_hf.evaluation.images import ImageSet, npz_images, open_npz, take
 from erw_hf.evaluation.metrics import (
@@ -47,6 +47,7 @@ from erw_hf.evaluation.metrics import (
 from erw_hf.evaluation.neighbours import Neighbours, compare_neighbours
 from erw_hf.files import written_whole
 from erw_hf.processes import done_by_all
+from erw_hf.provenance import weights_hash
 
 
 logger = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ def save_reference(
 
 
 def extractor_hashes(extractors: Sequence[torch.nn.Module]) -> dict[str, str]:
-    """[`~evaluation.extractors.weights_hash`] of each network, by its name in a reference; the first is Inception or a
+    """[`~provenance.weights_hash`] of each network, by its name in a reference; the first is Inception or a
     classifier."""
     names = ["extractor", *(f"extractor_{extractor.layers[0]}" for extractor in extractors[1:])]  # type: ignore[index]
     return {name: weights_hash(extractor) for name, extractor in zip(names, extractors, strict=True)}

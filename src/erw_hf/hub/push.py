@@ -252,7 +252,7 @@ def _evaluation_of(run_dir: Path, snapshot: Path, records: Iterable[Path]) -> Pa
     pipeline = snapshot if (snapshot / "model_index.json").is_file() else run_dir / "pipeline"
     if records and draws(snapshot) and (pipeline / "model_index.json").is_file():
         # Seconds of a core that training has a better use for
-        from erw_hf.evaluation.extractors import weights_hash
+        from erw_hf.provenance import weights_hash
         from erw_hf.transformer_erw import ERWTransformer2DModel
 
         transformer = ERWTransformer2DModel.from_pretrained(pipeline, subfolder="transformer")

@@ -24,7 +24,7 @@ from diffusers import AutoModel, ModelMixin
 from transformers import AutoConfig
 
 from erw_hf.alignment import ConvProjector, MLPProjector, TransformerProjector, choose_alignment_loss
-from erw_hf.data.cache import check_cache
+from erw_hf.data.cache import check_cache, check_cache_weights
 from erw_hf.data.latents import check_autoencoder, check_finite, image_channels, moments_to_latents, pixels_to_latents
 from erw_hf.data.retrying import hub_or_cache
 from erw_hf.data.source import Source, load_source
@@ -94,6 +94,8 @@ def open_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
     """Loads everything and checks that it fits together."""
     source = open_source(config)
     vae, image_size, channels = load_vae(config, accelerator.device)
+    if source.is_latent_cache and vae is not None:
+        check_cache_weights(config.dataset_name, str(config.vae), vae)
     encoders = load_encoders(config, accelerator.device, accelerator.mixed_precision)
     model_config = config.model_config(source.num_classes, class_token_dim(config, encoders))
     teacher = warmup_teacher = build_teacher(config, encoders, source.has_features)
