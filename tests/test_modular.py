@@ -19,6 +19,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     LayerSkipConfig,
     ModularPipelineBlocks,
@@ -89,6 +90,42 @@ def test_other_guiders_work_and_differ(blocks, transformer, guider):
     expected = plain(**kwargs, generator=torch.manual_seed(0)).images
     images = guided(**kwargs, generator=torch.manual_seed(0)).images
     assert np.isfinite(images).all() and not np.array_equal(images, expected)
+
+
+def test_a_guider_that_hooks_the_model_leaves_it_as_it_was_when_a_call_fails(blocks, transformer):
+    kwargs = {"class_labels": np.array([3], np.uint8), "num_inference_steps": 3, "output_type": "np"}
+    slg = SkipLayerGuidance(guidance_scale=2.0, skip_layer_guidance_layers=[1], skip_layer_guidance_start=0.0)
+    plain, guided = (
+        modular(blocks, transformer, FlowMatchHeunScheduler(), g) for g in (ClassifierFreeGuidance(1.8), slg)
+    )
+    alone = plain(**kwargs, generator=torch.manual_seed(0)).images
+    expected = guided(**kwargs, generator=torch.manual_seed(0)).images
+    calls = []
+
+    def fail_in_the_skip_pass(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    handle = transformer.register_forward_pre_hook(fail_in_the_skip_pass)
+    with pytest.raises(KeyboardInterrupt):
+        guided(**kwargs, generator=torch.manual_seed(0))
+    handle.remove()
+    np.testing.assert_array_equal(plain(**kwargs, generator=torch.manual_seed(0)).images, alone)
+    np.testing.assert_array_equal(guided(**kwargs, generator=torch.manual_seed(0)).images, expected)
+
+
+def test_step_caches_work_and_are_emptied(blocks, transformer):
+    kwargs = {"class_labels": [3], "num_inference_steps": 6, "output_type": "np"}
+    pipe = modular(blocks, transformer, FlowMatchHeunScheduler())
+    expected = pipe(**kwargs, generator=torch.manual_seed(0)).images
+    transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    try:
+        for _ in range(2):
+            images = pipe(**kwargs, generator=torch.manual_seed(0)).images
+            np.testing.assert_allclose(images, expected, atol=1e-5)
+    finally:
+        transformer.disable_cache()
 
 
 def test_bad_inputs_raise(blocks):

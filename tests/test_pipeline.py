@@ -430,6 +430,21 @@ def test_whole_numbers_and_sequences_of_every_library_are_taken(pipe):
     np.testing.assert_array_equal(images, expected)
 
 
+def test_what_diffusers_users_ask_of_a_pipeline(pipe):
+    times = []
+    images = pipe(
+        class_labels=[1],
+        num_inference_steps=3,
+        output_type="latent",
+        callback_on_step_end=lambda pipe, step, time, kwargs: (
+            times.append(float(pipe.current_timestep) == float(time)) or {}
+        ),
+    ).images
+    assert times == [True] * 3
+    pipe.transformer.requires_grad_(True)
+    assert not pipe.decode_latents(images).requires_grad
+
+
 # A call keeps its state to itself
 
 

@@ -408,7 +408,7 @@ def fetch_published(args: argparse.Namespace, accelerator: Accelerator) -> None:
 def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> ERWPipeline:
     with accelerator.main_process_first():
         pipe = ERWPipeline.from_pretrained(args.model).to(accelerator.device)
-    shift = pipe.scheduler.config.get("shift", 1.0)
+    shift = pipe.scheduler.config.get("shift", pipe.scheduler.config.get("flow_shift", 1.0))
     if args.sampler == "heun":  # diffusers' own schedulers have no path type: theirs is the linear path
         pipe.scheduler = FlowMatchHeunScheduler(path_type=pipe.scheduler.config.get("path_type", "linear"))
         if shift != 1:

@@ -19,11 +19,12 @@ pipe.update_components(transformer=..., scheduler=..., vae=None)
 pipe(class_labels=[207], num_inference_steps=250).images
 """
 
+import contextlib
 import copy
 import inspect
 
 import torch
-from diffusers import AutoModel, ClassifierFreeGuidance
+from diffusers import AutoModel, BaseGuidance, ClassifierFreeGuidance
 from diffusers.configuration_utils import FrozenDict
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.modular_pipelines import (
@@ -36,10 +37,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from .pipeline_erw import (
+    _ONE_AT_A_TIME,
     _check_noise,
     _check_output,
     _check_scheduler,
     _check_vae,
+    _holds_state,
     _positive,
     _set_timesteps,
     is_representation_autoencoder,
@@ -83,6 +86,7 @@ class ERWInputStep(ModularPipelineBlocks):
         if labels.is_floating_point() or labels.dtype == torch.bool or len(labels) == 0:
             raise ValueError(f"`class_labels` must be class ids, got {block_state.class_labels!r}")
         num_classes = components.transformer.config.num_classes
+        labels = labels.long()
         if labels.min() < 0 or labels.max() > num_classes:
             raise ValueError(f"class ids must lie in [0, {num_classes - 1}] ({num_classes}: no class)")
         count = _positive("num_images_per_prompt", block_state.num_images_per_prompt)
@@ -191,14 +195,17 @@ class ERWLoopDenoiser(ModularPipelineBlocks):
         batches = guider.prepare_inputs({"class_labels": (block_state.labels, block_state.null_labels)})
         for batch in batches:
             guider.prepare_models(transformer)
-            batch.noise_pred = transformer(
-                block_state.latents.to(transformer.dtype),
-                timestep=torch.full((len(batch.class_labels),), time, device=block_state.latents.device),
-                class_labels=batch.class_labels,
-                force_drop_ids=torch.zeros_like(batch.class_labels),
-                return_dict=False,
-            )[0].float()
-            guider.cleanup_models(transformer)
+            try:
+                with transformer.cache_context(getattr(batch, guider._identifier_key)):
+                    batch.noise_pred = transformer(
+                        block_state.latents.to(transformer.dtype),
+                        timestep=torch.full((len(batch.class_labels),), time, device=block_state.latents.device),
+                        class_labels=batch.class_labels,
+                        force_drop_ids=torch.zeros_like(batch.class_labels),
+                        return_dict=False,
+                    )[0].float()
+            finally:
+                guider.cleanup_models(transformer)
         block_state.velocity = guider(batches).pred
         return components, block_state
 
@@ -250,10 +257,17 @@ class ERWDenoiseStep(LoopSequentialPipelineBlocks):
     def __call__(self, components, state):
         block_state = self.get_block_state(state)
         block_state.guider = copy.deepcopy(components.guider)  # a call has its own step and momentum
-        with self.progress_bar(total=len(block_state.timesteps)) as progress_bar:
-            for i, t in enumerate(block_state.timesteps):
-                components, block_state = self.loop_step(components, block_state, i=i, t=t)
-                progress_bar.update()
+        transformer = components.transformer
+        hooks = type(block_state.guider).prepare_models is not BaseGuidance.prepare_models
+        with _ONE_AT_A_TIME if hooks or _holds_state(transformer) else contextlib.nullcontext():
+            try:
+                with self.progress_bar(total=len(block_state.timesteps)) as progress_bar:
+                    for i, t in enumerate(block_state.timesteps):
+                        components, block_state = self.loop_step(components, block_state, i=i, t=t)
+                        progress_bar.update()
+            finally:
+                if transformer.is_cache_enabled:
+                    transformer._reset_stateful_cache()
         self.set_block_state(state, block_state)
         return components, state
 

@@ -215,10 +215,13 @@ def new_scheduler(pipe: DiffusionPipeline, sampler: str):
     if sampler == "euler":
         if isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
             return type(pipe.scheduler).from_config(config)
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps)
+        shift = config.get("shift", config.get("flow_shift", 1.0))
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps, shift=shift)
     if sampler not in samplers_of(pipe):
         raise refuse(f"This model has no {SAMPLERS[sampler]} sampler: choose {SAMPLERS['euler']}")
     shipped = sys.modules[type(pipe.scheduler).__module__]  # the file in the model's repo defines both
+    if sampler == "sde" and isinstance(pipe.scheduler, shipped.FlowMatchEulerMaruyamaScheduler):
+        return type(pipe.scheduler).from_config(config)
     arguments = {"num_train_timesteps": config.num_train_timesteps, "path_type": config.get("path_type", "linear")}
     if sampler == "heun":
         return shipped.FlowMatchHeunScheduler(**arguments)

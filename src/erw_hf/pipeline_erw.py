@@ -47,8 +47,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import is_peft_available, is_torch_xla_available, logging, replace_example_docstring
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import upload_folder
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import is_offline_mode, upload_folder
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 
@@ -120,6 +120,7 @@ class _Call:
     num_timesteps: int = 0
     interrupt: bool = False
     scheduler: Any = None
+    timestep: Any = None
 
 
 # The calls that run in this thread or task, the innermost last: a callback may draw with another pipeline.
@@ -284,6 +285,7 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         """
         if not is_peft_available():
             raise ImportError("LoRA adapters need peft: pip install peft")
+        self._check_switchable()
         if adapter_name is not None and (not adapter_name or "." in adapter_name):
             raise ValueError(f"adapter_name={adapter_name!r} must be a name without a dot")
         where = pretrained_model_name_or_path_or_dict
@@ -310,6 +312,7 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             raise ValueError(
                 "the adapter has classes that the guidance_transformer does not know: load it without one"
             )
+        self._check_switchable(bool(classes))
         before = set(getattr(self.transformer, "peft_config", {}))
         self.load_lora_into_transformer(
             state,
@@ -326,6 +329,7 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
     def unload_lora_weights(self) -> None:
         """Takes all adapters away, with their classes; those of fused adapters stay."""
+        self._check_switchable()
         super().unload_lora_weights()
         self._adapter_classes = {name: own for name, own in self._adapter_classes.items() if name in self.fused_loras}
         self._put_classes()
@@ -339,6 +343,7 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         Args:
             adapter_names (`str` or `list[str]`): Which.
         """
+        self._check_switchable()
         super().delete_adapters(adapter_names)
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             self._adapter_classes.pop(name, None)
@@ -346,18 +351,35 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
     def set_adapters(self, *args, **kwargs) -> None:
         """As in other diffusers pipelines. Classes that several adapters know are drawn as the active ones learned them."""
+        self._check_switchable()
         super().set_adapters(*args, **kwargs)
         self._put_classes()
 
     def disable_lora(self) -> None:
         """As in other diffusers pipelines. The model's own classes are drawn as they were, those of adapters can still be named."""
+        self._check_switchable()
         super().disable_lora()
         self._put_classes()
 
     def enable_lora(self) -> None:
         """As in other diffusers pipelines."""
+        self._check_switchable()
         super().enable_lora()
         self._put_classes()
+
+    def _check_switchable(self, has_classes: bool = False) -> None:
+        """Raises ValueError where adapters or their classes would be changed in part or not at all."""
+        if not isinstance(self.transformer, ModelMixin):
+            raise ValueError(
+                "the transformer is wrapped, by torch.compile for instance, and diffusers does not reach adapters in it: compile "
+                "it in place, pipe.transformer.compile()"
+            )
+        table = self.transformer.time_class_embed.class_embedder.weight
+        if table.is_meta and (has_classes or self._own_classes is not None):
+            raise ValueError(
+                "the class embeddings are offloaded, so an adapter's classes cannot be put beside them: load and set adapters "
+                "before enable_sequential_cpu_offload()"
+            )
 
     def _read_classes(self, adapter, kwargs: dict[str, Any]) -> list[tuple[str | None, torch.Tensor]]:
         """Names and embeddings of the classes that come with an adapter."""
@@ -370,8 +392,15 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 folder, weights_name=CLASS_EMBEDDINGS, **{k: kwargs[k] for k in where if k in kwargs}
             )
         except OSError as error:
-            if os.path.isdir(folder) or isinstance(error.__cause__ or error.__context__, EntryNotFoundError):
-                return []  # it has none
+            cause = error.__cause__ or error.__context__
+            if isinstance(
+                cause, LocalEntryNotFoundError
+            ):  # not in the cache, and the Hub was not asked or not reached
+                has_none = bool(kwargs.get("local_files_only")) or is_offline_mode()
+            else:
+                has_none = isinstance(cause, EntryNotFoundError)
+            if os.path.isdir(folder) or has_none:
+                return []
             raise  # of a network that failed, the classes would be lost in silence
         width = self.transformer.time_class_embed.class_embedder.weight.shape[1]
         try:
@@ -700,6 +729,7 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             return latents.to(device=device, dtype=torch.float32)
         return randn_tensor(self._latents_shape(batch_size), generator=generator, device=device, dtype=torch.float32)
 
+    @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """
         Decodes latents into images.
@@ -798,6 +828,11 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     def num_timesteps(self) -> int:
         """Number of scheduler times in the running call."""
         return self._call.num_timesteps
+
+    @property
+    def current_timestep(self) -> Any:
+        """The scheduler's time in the running call, which diffusers' step caches ask for."""
+        return self._call.timestep
 
     @property
     def _interrupt(self) -> bool:
@@ -938,6 +973,7 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             low, high = guidance_interval
             with self.progress_bar(total=len(timesteps)) as progress_bar:
                 for i, t in enumerate(timesteps):
+                    call.timestep = t
                     if call.interrupt:
                         break
                     # The grid holds 0.7 as 0.69999998: a bound that names a grid point includes it.

@@ -48,7 +48,7 @@ from diffusers.models.embeddings import (
 )
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput, apply_lora_scale, logging, set_weights_and_activate_adapters
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards, upload_folder
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
@@ -612,12 +612,44 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             safe_serialization=safe_serialization,
             variant=variant,
             max_shard_size=max_shard_size,
-            push_to_hub=push_to_hub,
             **kwargs,
         )
         for path, was in before.items():
             if path.exists() and (path.stat().st_ino, path.stat().st_mtime_ns) == was:
                 path.unlink()
+        if push_to_hub:  # the folder as it is now; diffusers uploads what it saves, so it saves once more
+            super().save_pretrained(
+                os.fspath(save_directory),  # which diffusers splits
+                is_main_process=is_main_process,
+                save_function=save_function,
+                safe_serialization=safe_serialization,
+                variant=variant,
+                max_shard_size=max_shard_size,
+                push_to_hub=True,
+                **kwargs,
+            )
+
+    def _upload_folder(
+        self, working_dir, repo_id, token=None, commit_message=None, create_pr=False, subfolder=None
+    ) -> str:
+        """As diffusers', which would leave other weights of the repo beside the new ones, and they would be loaded."""
+        names = [path.name for path in Path(working_dir).glob("diffusion_pytorch_model*")]
+        variants = {
+            match[1] for name in names if (match := re.search(r"\.(?:index\.)?(\w+)(?:-\d+-of-\d+)?\.\w+$", name))
+        }
+        variants -= {"safetensors", "bin", "index"}
+        stale = ["diffusion_pytorch_model.safetensors*", "diffusion_pytorch_model.bin*", "diffusion_pytorch_model-*"]
+        for variant in variants:
+            stale = [f"diffusion_pytorch_model.{variant}[.-]*", f"diffusion_pytorch_model.*.index.{variant}.json"]
+        return upload_folder(
+            repo_id=repo_id,
+            folder_path=working_dir,
+            path_in_repo=subfolder,
+            token=token,
+            commit_message=commit_message or f"Upload {type(self).__name__}",
+            create_pr=create_pr,
+            delete_patterns=stale,
+        )
 
     def _initialize_weights(self) -> None:
         # The initialisation of DiT (arXiv 2212.09748, §3.2), shared by all models of this family.

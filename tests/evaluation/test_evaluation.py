@@ -19,7 +19,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from helpers import REPOSITORY, TINY_MODEL, check_ended, randomize, run_forked, run_ranks, run_script, train
 from PIL import Image as PILImage
 
@@ -575,5 +575,7 @@ def test_another_sampler_keeps_the_shift_of_the_pipeline_or_is_refused(tmp_path)
     ]
     flags += ["--num_samples=4", "--num_inference_steps=2"]
     assert evaluate(tmp_path / "out", *flags, "--sampler=euler")["model"]["scheduler"]["shift"] == 3
+    multistep = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    ERWPipeline(transformer, None, multistep).save_pretrained(tmp_path / "model")  # where the key has another name
     with pytest.raises(ValueError, match="shift=3: use euler"):
         evaluate(tmp_path / "other", *flags, "--sampler=heun")

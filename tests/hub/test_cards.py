@@ -28,7 +28,7 @@ from huggingface_hub import DatasetCardData, ModelCard, ModelCardData
 from loopback_hub import LoopbackHub
 
 from erw_hf.hub import push
-from erw_hf.hub.cards import evaluation_files, preset_card, run_card
+from erw_hf.hub.cards import _example_label, evaluation_files, preset_card, run_card
 from erw_hf.hub.public import public_value
 from erw_hf.trainer.config import OWN_KEYS, PATH_OR_ID, TrainingConfig, local_names
 from erw_hf.trainer.run_record import describe_environment, read_metrics, training_cost
@@ -237,6 +237,19 @@ def test_the_warmup_has_a_card_of_its_own(hub, run):
     card.validate()
     assert "--warmup_from" in card.text and "| steps | 3 |" in card.text and "first 2 blocks" in card.text
     assert "warmup" in card.data.tags and card.data.pipeline_tag is None  # it draws nothing
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        ([], "0"),
+        (["tench, Tinca tinca", "crane"], '"tench"'),
+        (["crane, bird", "crane, machine"], '"crane, bird"'),  # "crane" alone would be refused
+        (["😀", "é"], '"😀"'),
+    ],
+)
+def test_the_example_on_a_card_names_one_class(names, shown):
+    assert _example_label(names) == shown
 
 
 def test_a_cache_has_a_card_that_tells_its_columns(hub, tmp_path):

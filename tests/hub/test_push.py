@@ -559,6 +559,27 @@ def test_a_model_on_the_hub_is_fine_tuned_and_the_adapter_is_pushed(hub, ports, 
     # Without the name diffusers would ask the Hub that this process was started with.
     pipe.load_lora_weights("user/photos.v1", weight_name="pytorch_lora_weights.safetensors")
     assert pipe(class_labels=["my dog"], num_inference_steps=1).images[0].size == (8, 8)
+    (tmp_path / "run/lora/class_embeddings.safetensors").unlink()  # a later adapter may have no classes of its own
+    push.push_run(tmp_path / "run", "user/photos.v1")
+    assert "class_embeddings.safetensors" not in hub.files("models", "user/photos.v1")
+
+
+def test_of_a_transformer_alone_what_was_pushed_last_is_what_loads(hub, tmp_path):
+    first, second, third = (randomize(ERWTransformer2DModel(**TINY_MODEL), seed=seed) for seed in range(3))
+
+    def loaded():
+        return ERWTransformer2DModel.from_pretrained("user/parts").pos_embed.proj.weight
+
+    first.save_pretrained(tmp_path / "first", max_shard_size="10KB", push_to_hub=True, repo_id="user/parts")
+    assert torch.equal(loaded(), first.pos_embed.proj.weight)
+    second.push_to_hub("user/parts", safe_serialization=False)
+    assert torch.equal(loaded(), second.pos_embed.proj.weight)
+    third.save_pretrained(tmp_path / "first", push_to_hub=True, repo_id="user/parts")
+    assert torch.equal(loaded(), third.pos_embed.proj.weight)
+    second.push_to_hub("user/parts", variant="fp16")
+    assert torch.equal(loaded(), third.pos_embed.proj.weight)
+    fp16 = ERWTransformer2DModel.from_pretrained("user/parts", variant="fp16")
+    assert torch.equal(fp16.pos_embed.proj.weight, second.pos_embed.proj.weight)
 
 
 def test_a_run_starts_from_a_folder_or_a_file_in_a_hub_repo(ports, finished):

@@ -35,7 +35,7 @@ import httpx
 import psutil
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from helpers import REPOSITORY, TINY_MODEL, randomize
 from PIL import Image
 
@@ -390,6 +390,18 @@ def test_a_model_opens_with_the_sampler_that_it_was_saved_with(app):
     assert app.samplers_of(pipe) == ["sde", "euler", "heun"]
     pipe.scheduler = FlowMatchHeunScheduler()
     assert app.samplers_of(pipe) == ["heun", "sde", "euler"]
+
+
+def test_a_sampler_keeps_what_the_pipeline_was_saved_with(app):
+    pipe = ERWPipeline.from_pretrained(DIGITS)
+    pipe.scheduler = type(pipe.scheduler)(last_step="tweedie", sigma_last=0.02)
+    assert app.new_scheduler(pipe, "sde").config.last_step == "tweedie"
+    for scheduler in (
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    ):
+        pipe.scheduler = scheduler
+        assert app.new_scheduler(pipe, "euler").config.shift == 3
 
 
 def test_the_demo_opens_with_a_class_that_shows_what_the_model_can_do(app, monkeypatch):

@@ -21,6 +21,7 @@ import sys
 import pytest
 import torch
 from helpers import HANGS, TINY_MODEL, launch_training, randomize, train
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -256,6 +257,36 @@ def test_pickles_damaged_files_and_a_missing_peft_are_refused(run, tmp_path, mon
     monkeypatch.setattr("erw_hf.pipeline_erw.is_peft_available", lambda: False)
     with pytest.raises(ImportError, match="pip install peft"):
         make_base().load_lora_weights(run / "lora")
+
+
+def test_models_whose_adapters_would_change_in_part_are_refused(run):
+    wrapped = make_base()
+    wrapped.load_lora_weights(run / "lora")
+    wrapped.transformer = torch.compile(wrapped.transformer)
+    for change in (wrapped.unload_lora_weights, wrapped.disable_lora, lambda: wrapped.load_lora_weights(run / "lora")):
+        with pytest.raises(ValueError, match=r"wrapped.*pipe.transformer.compile\(\)"):
+            change()
+    offloaded = make_base()
+    table = offloaded.transformer.time_class_embed.class_embedder
+    table.weight = torch.nn.Parameter(table.weight.to("meta"))  # as accelerate's hooks leave it between steps
+    with pytest.raises(ValueError, match="before enable_sequential_cpu_offload"):
+        offloaded.load_lora_weights(run / "lora")
+    assert not offloaded.get_list_adapters()
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_classes_are_not_lost_where_the_hub_was_not_reached(run, tmp_path, monkeypatch, offline):
+    def not_reached(*args, **kwargs):
+        raise OSError("not in the cache") from LocalEntryNotFoundError("the Hub could not be reached")
+
+    monkeypatch.setattr("erw_hf.pipeline_erw._get_model_file", not_reached)
+    monkeypatch.setattr("erw_hf.pipeline_erw.is_offline_mode", lambda: offline)
+    pipe = make_base()
+    if offline:  # nothing tells that the adapter has classes
+        assert pipe._read_classes("owner/adapter", {}) == []
+    else:
+        with pytest.raises(OSError, match="not in the cache"):
+            pipe._read_classes("owner/adapter", {})
 
 
 def test_metadata_decide_the_scale_and_nothing_else(run, tmp_path):

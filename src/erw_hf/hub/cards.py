@@ -114,9 +114,7 @@ def run_card(folder: Path, repo_id: str) -> ModelCard:
         trained=trained,
         unfinished=cost["steps"] < config["max_train_steps"],
         grid="grid.png" if (folder / "grid.png").is_file() else None,
-        example_label=json.dumps(next(iter([*new_classes, *id2label.values()]), "").split(",")[0])
-        if new_classes or id2label
-        else "0",
+        example_label=_example_label([*new_classes, *id2label.values()]),
         new_classes=new_classes,
         adapter=adapter,
         class_names=bool(id2label),
@@ -169,6 +167,15 @@ def preset_card(path: Path) -> ModelCard:
         expectation=[line for line in lines if line and not line.startswith(commands)],
         config_file=f"training/configs/{path.name}",
     )
+
+
+def _example_label(names: list[str]) -> str:
+    """Python source of the class that the example draws: the first, by its shortest name that means it alone, or 0."""
+    if not names:
+        return "0"
+    synonyms = [part.strip() for name in names for part in name.split(",")]
+    short = names[0].split(",")[0].strip()
+    return json.dumps(short if synonyms.count(short) == 1 else names[0], ensure_ascii=False)
 
 
 def _model_card(

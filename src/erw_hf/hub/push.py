@@ -42,7 +42,7 @@ import yaml
 from huggingface_hub import HfApi
 
 from erw_hf.files import sync_tree
-from erw_hf.hub.cards import dataset_card, draws, evaluation_files, run_card
+from erw_hf.hub.cards import CLASS_EMBEDDINGS, dataset_card, draws, evaluation_files, run_card
 from erw_hf.hub.public import public_value
 from erw_hf.hub.upload import HUB_ERRORS, leave_silent_servers, prepare_repo, retry, upload
 from erw_hf.names import names_hub_file, resolve_flags
@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 # Files of a run's record, removed from the Hub if this snapshot lacks them: they would belong to other weights.
 RECORD_FILES = (
     "config.yaml", "environment.json", "warmup_from.json", "evaluation.json", ".eval_results/erw.yaml", "grid.png",
-    "evaluations.jsonl", "quality_curve.png", "probes.png",
+    "evaluations.jsonl", "quality_curve.png", "probes.png", CLASS_EMBEDDINGS,
 )  # fmt: skip
 
 

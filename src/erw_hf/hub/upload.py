@@ -81,6 +81,7 @@ def _check_content(api: HfApi, repo_id: str, repo_type: str) -> None:
     names = set(api.list_repo_files(repo_id, repo_type=repo_type)) - {".gitattributes", "README.md"}
     if repo_type == "model":
         same = not names.isdisjoint({"last-checkpoint/progress.json", "warmup/warmup.json", "warmup.json"})
+        same = same or {"pytorch_lora_weights.safetensors", "config.yaml"} <= names  # a run's adapter
         if "model_index.json" in names:
             index = json.loads(Path(hf_hub_download(repo_id, "model_index.json")).read_text())
             same = "ERWPipeline" in index.get("_class_name", "")  # or ["pipeline", "ERWPipeline"]
