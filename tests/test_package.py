@@ -131,7 +131,7 @@ def test_the_maths_knows_no_files(name):
 @pytest.mark.parametrize(
     ("room", "below"),
     [
-        ("data", {"names", "pipeline_erw"}),
+        ("data", {"names", "pipeline_erw", "provenance"}),
         ("encoders", set()),
         ("objective", {"alignment", "encoders", "flow", "transformer_erw"}),
         ("warmup", {"encoders", "objective", "sizes", "transformer_erw"}),
