@@ -633,14 +633,10 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         self, working_dir, repo_id, token=None, commit_message=None, create_pr=False, subfolder=None
     ) -> str:
         """As diffusers', which would leave other weights of the repo beside the new ones, and they would be loaded."""
-        names = [path.name for path in Path(working_dir).glob("diffusion_pytorch_model*")]
-        variants = {
-            match[1] for name in names if (match := re.search(r"\.(?:index\.)?(\w+)(?:-\d+-of-\d+)?\.\w+$", name))
-        }
-        variants -= {"safetensors", "bin", "index"}
-        stale = ["diffusion_pytorch_model.safetensors*", "diffusion_pytorch_model.bin*", "diffusion_pytorch_model-*"]
-        for variant in variants:
-            stale = [f"diffusion_pytorch_model.{variant}[.-]*", f"diffusion_pytorch_model.*.index.{variant}.json"]
+        weights = re.compile(r"diffusion_pytorch_model(\.\w+)?(-\d+-of-\d+)?\.(safetensors|bin)")
+        variants = {match[1] or "" for path in Path(working_dir).iterdir() if (match := weights.fullmatch(path.name))}
+        kinds = ("{}.safetensors", "{}.bin", "{}-*", ".*.index{}.json")
+        stale = ["diffusion_pytorch_model" + kind.format(variant) for variant in variants for kind in kinds]
         return upload_folder(
             repo_id=repo_id,
             folder_path=working_dir,

@@ -574,6 +574,8 @@ def test_of_a_transformer_alone_what_was_pushed_last_is_what_loads(hub, tmp_path
     assert torch.equal(loaded(), first.pos_embed.proj.weight)
     second.push_to_hub("user/parts", safe_serialization=False)
     assert torch.equal(loaded(), second.pos_embed.proj.weight)
+    second.save_pretrained(tmp_path / "second", max_shard_size="10KB", push_to_hub=True, repo_id="user/parts")
+    first.save_pretrained(tmp_path / "first", variant="fp16")  # a folder of both
     third.save_pretrained(tmp_path / "first", push_to_hub=True, repo_id="user/parts")
     assert torch.equal(loaded(), third.pos_embed.proj.weight)
     second.push_to_hub("user/parts", variant="fp16")
