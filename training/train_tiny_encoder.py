@@ -47,6 +47,7 @@ from erw_hf.data.source import load_source, read_images
 from erw_hf.files import check_folder, write_record
 from erw_hf.names import resolve_flags
 from erw_hf.provenance import device_name
+from erw_hf.trainer.device import cpu_has_bf16
 
 
 # `normalise` and the processor are copied in train_classifier.py: no script imports another, and the
@@ -76,7 +77,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--temperature", type=float, default=0.2)
-    parser.add_argument("--bf16", action="store_true", help="autocast: faster on a CPU with AMX or AVX-512 BF16")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     resolve_flags(parser, args, ["output_dir"], ["dataset_name", "teacher"])
@@ -115,7 +115,7 @@ def main() -> None:
         views = torch.cat([augment(train[r].float() / 255, recoloured=not args.pairs) for r in rows])
         optimizer.zero_grad()
         with FlopCounterMode(display=False) if step == 0 else nullcontext() as counter:
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
                 loss = targets.loss(backbone, views, torch.cat(rows))
             loss.backward()
         if counter is not None:

@@ -19,7 +19,7 @@ import tarfile
 
 import pytest
 import torch
-from datasets import Dataset, Features, Image, IterableDataset, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, load_dataset
 from helpers import SHARD_ROWS as ROWS
 from helpers import kill_training_at, launch_training, train, write_shards
 from PIL import Image as PILImage
@@ -129,6 +129,19 @@ def test_files_that_are_no_images_are_skipped_counted_and_named(tmp_path, caplog
         seen = [n for batch in read(stream, 28) for n in batch]
     assert sorted(seen) == [i for i in range(30) if i not in (3, 20)]
     assert "bad3.png" in caplog.text and "bad20.png" in caplog.text and "2 skipped so far" in caplog.text
+
+
+def test_a_stream_sorted_by_class_is_warned_of(tmp_path, shards, caplog):
+    read(loader(shards), 4)
+    assert "sorted by class" not in caplog.text
+    features = Features({"image": Image(), "label": ClassLabel(names=list("abc"))})
+    images = [PILImage.new("L", (8, 8), i) for i in range(60)]
+    Dataset.from_dict({"image": images, "label": [i // 20 for i in range(60)]}, features=features).to_parquet(
+        tmp_path / "train.parquet"
+    )
+    read(loader(str(tmp_path)), 4)
+    assert "the first 7 images of the stream belong to 1 of 3 classes: it seems sorted by class" in caplog.text
+    assert caplog.text.count("sorted by class") == 1
 
 
 def test_streams_are_checked_before_training(tmp_path, shards):

@@ -217,6 +217,8 @@ class StreamingSamples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]
                 buffer = reader.read(self.block)
                 if not buffer:
                     break
+                if epoch == block == worker_id == self.process_index == 0:
+                    self._warn_if_sorted(buffer)
                 rng = np.random.default_rng([self.maker.seed, epoch, self.process_index, worker_id, block])
                 order = rng.permutation(len(buffer))
                 for offset in range(state["offset"], len(buffer)):
@@ -242,6 +244,19 @@ class StreamingSamples(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]
                     f"process {self.process_index}, worker {worker_id}: its share of the data holds no readable image"
                 )
             state = {"block": 0, "offset": 0, "reader": None}
+
+    def _warn_if_sorted(self, rows: list[dict[str, Any]]) -> None:
+        """Batches of one class or two at a time train badly and nothing fails, so data in such an order is named."""
+        source = self.maker.source
+        if source.label_column is None or source.num_classes == 1 or len(rows) < self.block:
+            return
+        found = len({row[source.label_column] for row in rows})
+        if found == 1 or 4 * found <= min(source.num_classes, len(rows)):
+            logger.warning(
+                f"the first {len(rows)} images of the stream belong to {found} of {source.num_classes} classes: it seems sorted "
+                f"by class, and a stream mixes only {self.block} rows at a time. Train without streaming, or shuffle the "
+                "dataset once and stream the copy"
+            )
 
     def _sample(self, row: dict[str, Any], epoch: int) -> dict[str, torch.Tensor]:
         source = self.maker.source
