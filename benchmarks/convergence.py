@@ -222,11 +222,18 @@ def run_arm(study: Study, name: str, arm: dict, seed: int) -> None:
             differing = [key for key in {**now, **then} if now.get(key) != then.get(key)]
             if differing:
                 raise ValueError(
-                    f"{study.records} holds {name}, seed {seed}, made with another {differing[0]}: delete that line, or "
-                    "choose another --results"
+                    f"{study.records} holds {name}, seed {seed}, made with another {differing[0]}: choose another --results and "
+                    f"--runs, or delete that line and {study.runs}/{name}-seed{seed}*"
                 )
             return
     folder = study.runs / f"{name}-seed{seed}"
+    begun, settings = Path(f"{folder}.json"), effective(read_base(study), arm, study.budget_of(arm))
+    if begun.exists() and json.loads(begun.read_text()) != settings:
+        raise ValueError(
+            f"{folder} was begun with other settings ({begun}): choose another --runs, or delete {folder}*"
+        )
+    begun.parent.mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps(settings))
     flags, before = prepare(study, arm, seed, folder)
     script = ["training/train_erw.py", "--config", relative(study.base), *flags]
     run_script(study, [*script, f"--output_dir={folder}", "--resume_from_checkpoint=latest"], f"{folder}.log")
@@ -246,7 +253,8 @@ def run_arm(study: Study, name: str, arm: dict, seed: int) -> None:
             "base": read_base(study),
             "budget": study.budget_of(arm),
             "command": f"python benchmarks/convergence.py --data {study.data} --arms {chosen or name} --budget {study.budget:g} "
-            + (f"--choosing {seed - FIRST_CHOOSING_SEED + 1}" if is_choosing(seed) else f"--seeds {seed + 1}"),
+            + (f"--choosing {seed - FIRST_CHOOSING_SEED + 1}" if is_choosing(seed) else f"--seeds {seed + 1}")
+            + " --device cuda" * (study.device == "cuda"),
             "training_command": "OMP_NUM_THREADS=1 "
             + "ACCELERATE_USE_CPU=true " * (study.device == "cpu")
             + "python "

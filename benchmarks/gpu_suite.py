@@ -726,7 +726,7 @@ def estimated_memory(flags: Found) -> float:
     with torch.device("meta"):
         model = build_full_model(config, 1000, encoders)
     numbers = [sum(p.numel() for p in module.parameters()) for module in (model.transformer, model, *encoders)]
-    memory = step_memory(config, numbers[0], numbers[1], sum(numbers[2:]), None, 256)
+    memory = step_memory(config, numbers[0], numbers[1], 2 * numbers[1], sum(numbers[2:]), None, 256)
     return (sum(memory.values()) - memory["context"]) / GIB  # which the allocator does not see
 
 

@@ -160,7 +160,9 @@ def write_cache(args: argparse.Namespace, accelerator: Accelerator) -> str:
             write_file(args, source, vae, encoder, side, mine, path)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        print(f"{rows} rows in {files} files: {json.dumps(merge_statistics(folder, Path(args.output_dir)))}")
+        statistics, skipped = merge_statistics(folder, Path(args.output_dir))
+        unreadable = f", without {skipped} that cannot be read," * (skipped > 0)
+        print(f"{rows - skipped} rows in {files} files{unreadable}: {json.dumps(statistics)}")
     return repo_id
 
 
@@ -207,6 +209,7 @@ def write_file(
     if source.label_column is not None:
         features["label"] = source.dataset.features[source.label_column]
     sums, squares, count = torch.zeros(()), torch.zeros(()), 0  # of each channel, once there is an image
+    skipped = 0
     # Batch by batch to the disk: 20,000 images' tokens are 8 GB.
     batches = path.with_name(f".{path.stem}.arrow")
     with ArrowWriter(path=str(batches), features=Features(features)) as writer:
@@ -219,6 +222,7 @@ def write_file(
                 try:
                     image, _ = decode_image(record[source.image_column])
                 except BadImageError as error:
+                    skipped += 1
                     tqdm.write(f"skipped row {row}: {error}")
                     continue
                 image = prepare_image(image, side, channels)
@@ -247,22 +251,23 @@ def write_file(
         writer.finalize()
     with written_whole(path) as temporary:
         Dataset.from_file(str(batches)).to_parquet(temporary)
-        statistics = {"sum": sums.tolist(), "square": squares.tolist(), "count": count}
+        statistics = {"sum": sums.tolist(), "square": squares.tolist(), "count": count, "skipped": skipped}
         with written_whole(path.with_suffix(".json")) as record:
             record.write_text(json.dumps(statistics))
     batches.unlink()
 
 
-def merge_statistics(folder: Path, output_dir: Path) -> dict[str, list[float]]:
-    """Mean and deviation of each latent channel, unscaled, in `latent_statistics.json`."""
+def merge_statistics(folder: Path, output_dir: Path) -> tuple[dict[str, list[float]], int]:
+    """Mean and deviation of each latent channel, unscaled, in `latent_statistics.json`; and how many rows were skipped."""
     parts = [json.loads(path.read_text()) for path in sorted(folder.glob("train-*.json"))]
+    skipped = sum(part.get("skipped", 0) for part in parts)
     parts = [part for part in parts if part["count"] > 0]  # a file may hold broken images alone
     count = sum(part["count"] for part in parts)
     mean = np.sum([part["sum"] for part in parts], axis=0) / count
     deviation = np.sqrt(np.sum([part["square"] for part in parts], axis=0) / count - mean**2)
     statistics = {"latents_mean": mean.tolist(), "latents_std": deviation.tolist()}
     write_record(output_dir / "latent_statistics.json", statistics)
-    return statistics
+    return statistics, skipped
 
 
 if __name__ == "__main__":

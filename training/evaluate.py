@@ -59,6 +59,7 @@ from erw_hf.evaluation.quality import (
     check_counts,
     extractor_hashes,
     feature_widths,
+    images_identity,
     load_reference,
     make_reference,
     measure,
@@ -201,8 +202,10 @@ def parse_arguments() -> argparse.Namespace:
     names = {"images", "reference", "training_images", "extractor", "dinov2", "representations"} - files
     paths = {"output_dir", "record", "save_reference", "inception_weights", "checkpoint"} | files
     resolve_flags(parser, args, paths, names, ["model"])
-    if args.verify is not None:
-        args.model = str(Path(args.output_dir) / "published")
+    if args.verify is not None:  # a folder for each name and file, since an evaluation that failed leaves it
+        file = args.checkpoint and Path(args.checkpoint)
+        of_file = f"-{file_hash(file)[:8]}" if file and file.is_file() else ""
+        args.model = str(Path(args.output_dir) / f"published-{args.verify}{of_file}")
     if args.reference is None and args.save_reference is None:
         parser.error("name what to compare with, --reference, or what to make, --save_reference")
     if problem := problem_of(args):
@@ -227,6 +230,9 @@ def problem_of(args: argparse.Namespace) -> str | None:
         value = getattr(args, name)
         if value is not None and value < fewest:
             return f"--{name} must be at least {fewest}, got {value}"
+    same = [(args.training_images, args.training_split), (args.reference, args.reference_split)]
+    if args.training_images is not None and same[0] == same[1]:
+        return "--training_images are the reference's: name images that were held out from the training as --reference"
     if args.training_images is not None and args.reference is None:
         return "--training_images needs --reference, of images that were held out from the training"
     low, high = args.guidance_interval
@@ -282,6 +288,8 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator, lock: RunLock) 
         decided_by_main(accelerator, partial(own_folder, args, lock))
 
     images, model = open_samples(args, accelerator)
+    if args.num_samples is not None and images.count < args.num_samples:
+        accelerator.print(f"{args.images} holds only {images.count} images, all are evaluated")
     args.num_samples = images.count
     extractors, extractor = load_extractors(args, accelerator)
     args.metrics = choose_metrics(args.metrics, extractors, images)
@@ -317,7 +325,12 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator, lock: RunLock) 
     if args.verify is None:  # now, so that a mistake above leaves no folder
         decided_by_main(accelerator, partial(own_folder, args, lock))
     files = {"save_npz": args.save_npz, "save_png": args.save_png}  # batches that are done are not drawn again
-    begin(output_dir, {"settings": settings, "model": model, "extractor": extractor, "files": files}, accelerator)
+    sets = {"images": images, "reference": real, "training_images": training}
+    data = {
+        name: images_identity(held, getattr(args, name)) for name, held in sets.items() if held and getattr(args, name)
+    }
+    made_of = {"settings": settings, "model": model, "extractor": extractor, "data": data, "files": files}
+    begin(output_dir, made_of, accelerator)
     seconds = {"load": time.perf_counter() - started}
 
     if args.save_reference is not None:
@@ -357,6 +370,7 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator, lock: RunLock) 
             "settings": settings,
             "model": model,
             "reference": {"name": args.reference, "sha256": file_hash(reference_path)},
+            "data": data,
             "extractor": extractor,
             "versions": versions(),
             "hardware": hardware(accelerator),

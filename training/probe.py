@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from erw_hf import ERWPipeline, RepresentationEncoder
 from erw_hf.data.latents import image_channels
 from erw_hf.data.source import load_source
-from erw_hf.evaluation.probes import load_probe_images, probe_blocks
+from erw_hf.evaluation.probes import load_probe_pair, probe_blocks
 from erw_hf.files import check_folder, write_record
 from erw_hf.names import resolve_flags
 from erw_hf.provenance import hardware, versions, weights_hash
@@ -80,10 +80,12 @@ def probe(args: argparse.Namespace, accelerator: Accelerator) -> None:
     side = config.sample_size * pipe.vae_scale_factor
     channels = config.in_channels if pipe.vae is None else image_channels(pipe.vae)
     columns = {name: getattr(args, name) for name in ("image_column", "label_column", "num_classes")}
-    fit_images, test_images = (
-        load_probe_images(load_source(args.dataset_name, split, **columns), args.num_images, side, channels, args.seed)
-        for split in (args.train_split, args.test_split)
-    )
+    same = args.train_split == args.test_split
+    fit_images, test_images = load_probe_pair(
+        load_source(args.dataset_name, args.train_split, **columns),
+        None if same else load_source(args.dataset_name, args.test_split, **columns),
+        args.num_images, side, channels, args.seed,
+    )  # fmt: skip
     if args.encoder is not None and len(test_images.pixels) <= args.neighbours:
         raise ValueError(
             f"--neighbours {args.neighbours} needs more images than that, {args.test_split} has {len(test_images.pixels)}"

@@ -25,6 +25,7 @@ One run does everything: warmup of the early blocks, verified hand-over, full tr
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import shutil
@@ -42,6 +43,7 @@ from accelerate.utils import set_seed
 from erw_hf.data.latents import moments_to_latents, pixels_to_latents
 from erw_hf.files import folder_written_whole, write_record
 from erw_hf.hub.cards import write_warmup_record
+from erw_hf.hub.public import public_name
 from erw_hf.hub.upload import prepare_repo
 from erw_hf.objective import Batch
 from erw_hf.trainer.batches import Batches, Samples
@@ -361,10 +363,27 @@ def load_start(inputs: Inputs, checkpoint: Path | None) -> State | None:
         with torch.device("meta"):
             model = build_full_model(config, inputs.source.num_classes, inputs.teacher.encoders)
             check_hand_over(state, model, hands_over_projector(config, state))
+        warn_of_other_origin(config, hands_over_projector(config, state) and len(model.projectors) > 0)
         return state
     if config.init_from is not None:
         return load_initial(config.init_from, inputs.model_config, inputs.source.id2label)
     return None
+
+
+def warn_of_other_origin(config: TrainingConfig, with_projectors: bool) -> None:
+    """Of a warmup with another encoder or data, whose tensors fit nevertheless. By names: a folder may have been moved."""
+    file = find_warmup(str(config.warmup_from)) / "warmup.json"
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    advice = {"dataset": "its classes become those of the same number here"}
+    if with_projectors:
+        advice["encoder"] = "set hand_over_projector to false, or the projectors start as that one's"
+    for key, text in advice.items():
+        ours = public_name(config.encoder if key == "encoder" else config.dataset_name)
+        if record.get(key) not in (None, ours):
+            logger.warning(
+                f"the warmup {config.warmup_from} was made with the {key} {record[key]}, this run has {ours}: unless they are the "
+                f"same, {text}"
+            )
 
 
 def hands_over_projector(config: TrainingConfig, state: State) -> bool:

@@ -92,6 +92,11 @@ def main() -> None:
     images = [read_images(source, args.image_size, 1 if digits else 3) for source in sources]
     (train, train_labels, train_paths), (test, test_labels, test_paths) = images
     groups = views_of(train_paths) if args.pairs else torch.arange(len(train))[:, None]
+    if args.pairs and (len(groups) < 2 or groups.shape[1] < 2):
+        raise ValueError(
+            f"--pairs needs pictures of one concept by several artists, whose file names agree up to the last hyphen, as "
+            f"cat-noto.png and cat-twemoji.png: {args.dataset_name} has none"
+        )
     has_concepts = (Path(args.dataset_name) / "concepts.json").is_file()
 
     backbone = build_backbone(args).to(memory_format=torch.channels_last)  # convolutions take 0.6 of the time
@@ -141,7 +146,7 @@ def main() -> None:
     record = {
         "arguments": vars(args),
         "held_out_accuracy": accuracy,
-        "images_seen": 2 * args.steps * args.batch_size,
+        "images_seen": 2 * args.steps * min(args.batch_size, len(groups)),
         "flops": flops,  # a teacher's forward passes included
         "device": device_name("cpu"),
     }

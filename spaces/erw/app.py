@@ -144,7 +144,8 @@ def samplers_of(pipe: DiffusionPipeline) -> list[str]:
     shipped = sys.modules[type(pipe.scheduler).__module__]
     if not hasattr(shipped, "FlowMatchHeunScheduler"):
         return ["euler"]
-    default = "heun" if isinstance(pipe.scheduler, shipped.FlowMatchHeunScheduler) else "sde"
+    # By name: each model that is loaded defines the classes of this module anew.
+    default = "heun" if type(pipe.scheduler).__name__ == "FlowMatchHeunScheduler" else "sde"
     return sorted(SAMPLERS, key=lambda name: name != default)
 
 
@@ -220,7 +221,7 @@ def new_scheduler(pipe: DiffusionPipeline, sampler: str):
     if sampler not in samplers_of(pipe):
         raise refuse(f"This model has no {SAMPLERS[sampler]} sampler: choose {SAMPLERS['euler']}")
     shipped = sys.modules[type(pipe.scheduler).__module__]  # the file in the model's repo defines both
-    if sampler == "sde" and isinstance(pipe.scheduler, shipped.FlowMatchEulerMaruyamaScheduler):
+    if sampler == "sde" and type(pipe.scheduler).__name__ == "FlowMatchEulerMaruyamaScheduler":
         return type(pipe.scheduler).from_config(config)
     arguments = {"num_train_timesteps": config.num_train_timesteps, "path_type": config.get("path_type", "linear")}
     if sampler == "heun":

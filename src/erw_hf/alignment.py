@@ -160,7 +160,8 @@ def nt_xent_alignment_loss(projected: torch.Tensor, target: torch.Tensor, temper
     """
     projected = F.normalize(projected.float(), dim=-1).transpose(0, 1)  # (N, B, D)
     target = F.normalize(target.float(), dim=-1).transpose(0, 1)
-    logits = projected @ target.transpose(1, 2) / temperature  # (N, B, B)
+    with torch.autocast(projected.device.type, enabled=False):
+        logits = projected @ target.transpose(1, 2) / temperature  # (N, B, B)
     return -torch.diagonal(logits.log_softmax(dim=-1), dim1=1, dim2=2).mean(dim=0)
 
 
@@ -177,7 +178,8 @@ def structural_alignment_loss(projected: torch.Tensor, target: torch.Tensor) -> 
         `torch.Tensor` of shape `(B,)`: The mean over each sample's token pairs, float32.
     """
     projected, target = F.normalize(projected.float(), dim=-1), F.normalize(target.float(), dim=-1)
-    difference = projected @ projected.transpose(1, 2) - target @ target.transpose(1, 2)  # (B, N, N)
+    with torch.autocast(projected.device.type, enabled=False):
+        difference = projected @ projected.transpose(1, 2) - target @ target.transpose(1, 2)  # (B, N, N)
     return difference.square().mean(dim=(1, 2))
 
 

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from erw_hf.sizes import SIZES, published_heads
+from erw_hf.sizes import SIZES, mlp_ratio, published_heads
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
 
@@ -239,7 +239,10 @@ def _candidates(loaded: Mapping[str, Any], container: str = "") -> dict[str, dic
         if isinstance(value, Mapping):
             found |= _candidates(value, f"{container}.{key}" if container else str(key))
         elif isinstance(value, (torch.Tensor, np.ndarray)):
-            value = torch.as_tensor(value)
+            value = torch.as_tensor(value).detach()
+            if value.is_meta:
+                raise ValueError(f"the checkpoint holds no data: {key!r} is on the meta device")
+            value = value.cpu()
             name = _WRAPPERS.sub("", str(key))
             if name in named and (named[name].dtype != value.dtype or not torch.equal(named[name], value)):
                 raise ValueError(
@@ -425,7 +428,7 @@ def _num_classes(tensors: Mapping[str, torch.Tensor], architecture: Mapping[str,
 
 def _mlp_ratio(inner: int, dim: int, swiglu: bool) -> float:
     if not swiglu:
-        return inner / dim
+        return mlp_ratio(inner, dim)
     # The model rounds 2/3 of the width down, so the ratio is not unique: 4 if it fits, as published.
     return 4.0 if int(dim * 4.0 * 2 / 3) == inner else (inner + 0.5) * 1.5 / dim
 
@@ -448,6 +451,8 @@ def _convert(
         projector = re.fullmatch(r"projectors\.(\d+)\.(\d+)", module)
         if tensor.ndim == 0 or not is_float:  # counters, as n_averaged of torch's AveragedModel
             dropped.append(name)
+        elif name == "pos_embed" and config.get("pos_embed_type") == "learned":
+            transformer["pos_embed.pos_embed"] = tensor
         elif name in ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"):
             dropped.append(name)
         elif module in _RENAMED:
@@ -576,8 +581,9 @@ def _check_tables(tensors: Mapping[str, torch.Tensor], converted: Converted) -> 
     """Raises unless the dropped tables equal those that the model computes: a learned one would be lost."""
     config = {**converted.config, "num_layers": 0}
     model = ERWTransformer2DModel(**config)
-    tables = {"pos_embed": model.pos_embed.pos_embed}
-    if model.class_token_embed is not None:  # outside the grid: zeros
+    learned = config.get("pos_embed_type") == "learned"
+    tables = {} if learned else {"pos_embed": model.pos_embed.pos_embed}
+    if model.class_token_embed is not None and not learned:  # outside the grid: zeros
         tables["pos_embed"] = torch.nn.functional.pad(tables["pos_embed"], (0, 0, 1, 0))
     if model.rope is not None:
         tables |= {"feat_rope.freqs_cos": model.rope.cos, "feat_rope.freqs_sin": model.rope.sin}

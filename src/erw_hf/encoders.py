@@ -15,6 +15,7 @@
 
 import inspect
 import math
+import re
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from transformers import (
 )
 
 
+PROBE_SIDE = 256  # px, of the image that a network of stages gives its map for
 # Repos that hold an image and a text tower: the image tower alone is loaded.
 _VISION_TOWERS = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
 
@@ -89,7 +91,12 @@ class RepresentationEncoder(nn.Module):
             model.config.mask_ratio = 0.0
         self.token_grid = token_grid
         is_timm = getattr(model.config, "model_type", None) == "timm_wrapper"
-        self.patch_size = patch_size = _patch_size(model)
+        try:
+            self.patch_size = patch_size = _patch_size(model)
+        except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{type(model).__name__} does not take images of {PROBE_SIDE} px alone: its features cannot be aligned ({error})"
+            ) from error
         self.image_size = token_grid * patch_size if image_size is None else image_size
         if is_timm and hasattr(model.timm_model, "set_input_size"):
             model.timm_model.set_input_size(self.image_size)  # resamples the position table with antialias
@@ -156,11 +163,23 @@ class RepresentationEncoder(nn.Module):
 
         Raises:
             OSError: if there is no such model.
-            ValueError: if its tokens do not fit the grid.
+            ValueError: if its tokens do not fit the grid, or its file lacks weights.
         """
         config = AutoConfig.from_pretrained(pretrained_model_name_or_path, revision=revision)
         model_class = _model_class(config)
-        model = model_class.from_pretrained(pretrained_model_name_or_path, dtype=dtype, revision=revision)
+        model, info = model_class.from_pretrained(
+            pretrained_model_name_or_path, dtype=dtype, revision=revision, output_loading_info=True
+        )
+        # What makes no patch tokens may be missing; transformers only warns, and leaves the rest random.
+        lacking = [
+            name for name in info["missing_keys"] if not re.search(r"(^|\.)(pooler|head|mask_token)(\.|$)", name)
+        ]
+        lacking += [name for name, *_ in info["mismatched_keys"]]
+        if lacking:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks the weights of {len(lacking)} tensors of {type(model).__name__}, such as "
+                f"{sorted(lacking)[0]}: its file holds another model, or other names"
+            )
         # Mean and deviation come from the model's own processor: constants in the code were wrong for half of the
         # encoders that published training code supports.
         processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, revision=revision, backend="pil")
@@ -203,6 +222,10 @@ class RepresentationEncoder(nn.Module):
         else:
             model = model_class(config.vision_config)
         return cls(model, [0.5] * 3, [0.5] * 3, token_grid, image_size, antialias_positions, depth)
+
+    def train(self, mode: bool = True) -> "RepresentationEncoder":
+        """Stays in evaluation mode, as part of a model in training too: it is frozen."""
+        return super().train(False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -363,6 +386,8 @@ def _cut(model: PreTrainedModel, depth: int) -> None:
         for name, _ in list(module.named_children()):
             if name in ("layernorm", "norm", "post_layernorm"):
                 setattr(module, name, nn.Identity())
+    if hasattr(model, "rms_norm"):  # AIMv2's last; its embeddings have one of this name too
+        model.rms_norm = nn.Identity()
 
 
 def on_meta(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -389,8 +414,12 @@ def _patch_size(model: PreTrainedModel) -> int:
     if getattr(model.config, "model_type", None) == "timm_wrapper":
         return model.timm_model.feature_info[-1]["reduction"]
     if hasattr(model.config, "patch_size") and not hasattr(model.config, "depths"):
-        return model.config.patch_size
-    side = 256
+        sizes = model.config.patch_size
+        sides = set(sizes) if isinstance(sizes, (list, tuple)) else {sizes}
+        if len(sides) != 1:
+            raise ValueError(f"its patches, {sizes}, are not square")
+        return sides.pop()
+    side = PROBE_SIDE
     zeros = torch.zeros(1, 3, side, side, dtype=model.dtype, device="meta")
     hidden_states = functional_call(model, on_meta(model), (), {"pixel_values": zeros}).last_hidden_state
     # DINOv3's ConvNeXt puts its map in a row, after a class token.

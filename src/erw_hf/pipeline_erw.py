@@ -37,7 +37,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import init_empty_weights
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin  # diffusers.loaders has it only beside peft
 from diffusers.models.modeling_utils import ModelMixin, _get_model_file
@@ -103,6 +102,8 @@ FLOW_SIGMAS_SPOILT_BY: dict[str, tuple[Any, ...]] = {
 UNIPC_SPOILT_BY = {"lower_order_final": (False,), "solver_type": ("bh1",)}
 
 
+# Components whose file a saved pipeline carries.
+_OWN_CLASSES = ("ERWTransformer2DModel", "FlowMatchEulerMaruyamaScheduler", "FlowMatchHeunScheduler")
 # Beside an adapter's weights: the embeddings of its new classes, and in the file's metadata their names.
 CLASS_EMBEDDINGS = "class_embeddings.safetensors"
 # The variant of a file of weights or of their index, if it has one.
@@ -123,11 +124,13 @@ class _Call:
     timestep: Any = None
 
 
+# diffusers executes this file anew, in the same module, for each pipeline that it loads as remote code: what calls share stays.
 # The calls that run in this thread or task, the innermost last: a callback may draw with another pipeline.
-_CALLS: ContextVar[tuple[tuple["ERWPipeline", _Call], ...]] = ContextVar("erw_calls", default=())
+_CALLS: ContextVar[tuple[tuple["ERWPipeline", _Call], ...]]
+_CALLS = globals().get("_CALLS", ContextVar("erw_calls", default=()))
 
 # Held while a call changes a model in a way that others must not see: step caches, offloading, LoRA scales, an upcast decoder.
-_ONE_AT_A_TIME = threading.RLock()
+_ONE_AT_A_TIME = globals().get("_ONE_AT_A_TIME", threading.RLock())
 
 
 class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
@@ -154,6 +157,7 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     model_cpu_offload_seq = "transformer->guidance_transformer->vae"
     _optional_components = ["vae", "guidance_transformer"]
     _callback_tensor_inputs = ["latents"]
+    _source = Path(__file__).read_bytes()  # is saved; by then the file may be that of another pipeline's remote code
 
     # diffusers compares annotations with the loaded config, where the keys of `id2label` are strings: no annotation.
     def __init__(self, transformer, vae, scheduler, id2label=None, guidance_transformer=None) -> None:
@@ -219,7 +223,8 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         # diffusers' own passes on no component that `__init__` leaves unannotated, and casts shared ones to float32.
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         new = cls(**{**pipeline.components, "id2label": pipeline.config.get("id2label"), **kwargs})
-        if isinstance(pipeline, ERWPipeline) and new.transformer is pipeline.transformer:  # with its adapters
+        # With its adapters. By attribute: of remote code there may be several classes ERWPipeline.
+        if hasattr(pipeline, "_own_classes") and new.transformer is pipeline.transformer:
             new._adapter_classes, new._own_classes = dict(pipeline._adapter_classes), pipeline._own_classes
             new._merged_adapters = set(pipeline._merged_adapters)
         if pipeline.config.get("_name_or_path"):
@@ -314,15 +319,16 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             )
         self._check_switchable(bool(classes))
         before = set(getattr(self.transformer, "peft_config", {}))
-        self.load_lora_into_transformer(
-            state,
-            self.transformer,
-            adapter_name=adapter_name,
-            metadata=metadata,
-            _pipeline=self,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            hotswap=hotswap,
-        )
+        with _ONE_AT_A_TIME:  # peft replaces torch's `register_parameter` meanwhile, for all threads
+            self.load_lora_into_transformer(
+                state,
+                self.transformer,
+                adapter_name=adapter_name,
+                metadata=metadata,
+                _pipeline=self,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                hotswap=hotswap,
+            )
         for loaded in (set(self.transformer.peft_config) - before) or {adapter_name}:
             self._adapter_classes[loaded] = classes
         self._put_classes()
@@ -374,6 +380,13 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 "the transformer is wrapped, by torch.compile for instance, and diffusers does not reach adapters in it: compile "
                 "it in place, pipe.transformer.compile()"
             )
+        if _is_on_disk(self.transformer):
+            raise ValueError(
+                "the transformer is offloaded to a disk, from where diffusers does not read it to add an adapter: load and set "
+                "adapters before enable_group_offload()"
+            )
+        if _has_hook(self.transformer, "layerwise_casting") and not getattr(self.transformer, "peft_config", None):
+            raise ValueError("layers are stored in another precision: load adapters before enable_layerwise_casting()")
         table = self.transformer.time_class_embed.class_embedder.weight
         if table.is_meta and (has_classes or self._own_classes is not None):
             raise ValueError(
@@ -576,6 +589,8 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             source = Path(str(inspect.getsourcefile(own_class)))
             for file in (source, *map(Path, get_relative_import_files(source))):
                 shutil.copyfile(file, folder / name / file.name)
+            if own_class.__name__ in _OWN_CLASSES:
+                (folder / name / source.name).write_bytes(own_class._source)
             index[name] = [source.stem, own_class.__name__]
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for path in (index_path, *folder.glob("*/*config.json")):
@@ -585,7 +600,7 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             if name and (os.path.exists(name) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)):
                 del config["_name_or_path"]
                 path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        shutil.copyfile(str(inspect.getsourcefile(type(self))), folder / "pipeline.py")
+        (folder / "pipeline.py").write_bytes(self._source)
 
     @staticmethod
     def vae_scale_factor_of(vae) -> int:
@@ -1178,6 +1193,12 @@ def _check_scheduler(scheduler: Any, *transformers: Any) -> None:
             f"{path_type} one"
         )
     if kind == "SchedulerMixin":  # ours, or somebody's own
+        shift = config.get("shift", config.get("flow_shift", 1.0))
+        if shift != 1 and not {"shift", "flow_shift"} & set(inspect.signature(type(scheduler).__init__).parameters):
+            raise ValueError(
+                f"{type(scheduler).__name__} has no shift, and its config, from another scheduler, asks for {shift}: make it "
+                "without that config"
+            )
         return
     advice = (
         "Use FlowMatchEulerMaruyamaScheduler, FlowMatchHeunScheduler, "
@@ -1259,10 +1280,12 @@ def _set_timesteps(scheduler: Any, steps: int, device: torch.device) -> None:
     then to 0; so near to the data, a model that predicts samples multiplies its errors by num_train_timesteps."""
     if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device)
-        return
-    if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
-        scheduler.sigma_min = 1 / steps
-    scheduler.set_timesteps(steps, device=device)
+    else:
+        if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
+            scheduler.sigma_min = 1 / steps
+        scheduler.set_timesteps(steps, device=device)
+    if not torch.as_tensor(scheduler.timesteps).isfinite().all():  # as with `shift_terminal` and one step
+        raise ValueError(f"the scheduler has no grid of {steps} steps: its times are {scheduler.timesteps.tolist()}")
 
 
 def _flow_times(scheduler: Any) -> list[float]:
@@ -1274,10 +1297,26 @@ def _flow_times(scheduler: Any) -> list[float]:
 
 def _holds_state(model: Any) -> bool:
     """Whether a model works by hooks of diffusers or accelerate (caches, offloading, casting), or has LoRA layers."""
-    return bool(getattr(model, "peft_config", None)) or any(
-        hasattr(module, "_hf_hook") or getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
-        for module in model.modules()
+    return (
+        bool(getattr(model, "peft_config", None))
+        or bool(list(_hooks(model)))
+        or any(hasattr(module, "_hf_hook") for module in model.modules())
     )
+
+
+def _hooks(model: Any) -> Iterator[tuple[str, Any]]:
+    """Names and hooks of diffusers."""
+    for module in model.modules():
+        yield from getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).items()
+
+
+def _is_on_disk(model: Any) -> bool:
+    """Whether group offloading keeps the weights on a disk, and empty tensors in their place."""
+    return any(getattr(getattr(hook, "group", None), "offload_to_disk_path", None) for _, hook in _hooks(model))
+
+
+def _has_hook(model: Any, name: str) -> bool:
+    return any(name == own for own, _ in _hooks(model))
 
 
 @contextlib.contextmanager
@@ -1320,9 +1359,20 @@ def _may_be_copied(own_class: type) -> bool:
 
 def _check_loads_again(name: str, model: ModelMixin) -> None:
     """Raises ValueError unless the tensors of a model are those that its config creates."""
-    with init_empty_weights():
+    if _is_on_disk(model):
+        raise ValueError(
+            f"the {name} is offloaded to a disk, from where diffusers does not save it: save before enable_group_offload()"
+        )
+    with torch.device("meta"):  # accelerate's init_empty_weights would do it to all threads
         expected = type(model).from_config(model.config).state_dict()
     state = model.state_dict()
+    if cast := next(
+        (key for key, value in state.items() if str(getattr(value, "dtype", "")).startswith("torch.float8")), None
+    ):
+        raise ValueError(
+            f"the {name} stores {cast} in {state[cast].dtype}, in which it would not load again: save before "
+            "enable_layerwise_casting()"
+        )
     wrong = [key for key in state if key not in expected or state[key].shape != expected[key].shape]
     wrong += [key for key in expected if key not in state] + [
         key for key, value in state.items() if getattr(value, "is_meta", False)

@@ -16,6 +16,7 @@
 import math
 import numbers
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -43,6 +44,7 @@ class _FlowMatchScheduler(SchedulerMixin, ConfigMixin):
 
     # Classes that accept each other's config: `scheduler.compatibles`, `X.from_config(scheduler.config)`.
     _compatibles = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
+    _source = Path(__file__).read_bytes()  # saved with a pipeline
 
     def _reset(self) -> None:
         self.num_inference_steps: int | None = None

@@ -49,6 +49,12 @@ def size_name(num_layers: int, num_attention_heads: int, attention_head_dim: int
     return next((f"{name}/{patch_size}" for name, size in SIZES.items() if size == numbers), None)
 
 
+def mlp_ratio(inner: int, width: int) -> float:
+    """The ratio from which the model, which rounds `width * ratio` down, computes `inner`."""
+    ratio = inner / width
+    return ratio if int(width * ratio) == inner else (inner + 0.5) / width
+
+
 def published_heads(width: int) -> int | None:
     """Attention heads of the published size with that width (channels); `None` for another width."""
     return next((heads for _, heads, head_dim in SIZES.values() if heads * head_dim == width), None)

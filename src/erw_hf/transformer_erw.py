@@ -32,6 +32,7 @@ from diffusers.hooks._helpers import (
     TransformerBlockRegistry,
     _skip_attention___ret___hidden_states,
 )
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.hooks.tensor_parallel import PackedColwiseParallel
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
@@ -409,6 +410,7 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
     """
 
     _supports_gradient_checkpointing = True
+    _source = Path(__file__).read_bytes()  # saved with a pipeline
     _no_split_modules = [
         "ERWTransformerBlock",
         "PatchEmbed",
@@ -557,7 +559,10 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         """
         embed = self.time_class_embed
         old = embed.class_embedder.weight
-        embed.class_embedder = nn.Embedding.from_pretrained(table.to(old).contiguous(), freeze=not old.requires_grad)
+        # The module stays, with the hooks of offloading, which have to learn of the new parameter.
+        embed.class_embedder.weight = nn.Parameter(table.to(old).contiguous(), requires_grad=old.requires_grad)
+        embed.class_embedder.num_embeddings = len(table)
+        _maybe_remove_and_reapply_group_offloading(self)
         embed.num_classes = len(table) - 1
         self.register_to_config(num_classes=len(table) - 1)
 
@@ -742,6 +747,8 @@ class ERWTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         side = self.config.sample_size
         if (self.config.pos_embed_type == "learned" or self.rope is not None) and (height, width) != (side, side):
             raise ValueError(f"the table of positions has one size: {side}x{side}, got {height}x{width}")
+        if height % self.config.patch_size or width % self.config.patch_size:
+            raise ValueError(f"{height}x{width} is not a whole number of patches of {self.config.patch_size}")
 
         noise_scale = self.config.noise_scale
         if noise_scale != 1:

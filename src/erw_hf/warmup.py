@@ -19,6 +19,7 @@ LayerScale. Without the encoder's class and register tokens, the model's early t
 
 import inspect
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ from transformers import PretrainedConfig
 
 from erw_hf.encoders import RepresentationEncoder, vit_blocks
 from erw_hf.objective import AlignedTransformer
-from erw_hf.sizes import SIZES
+from erw_hf.sizes import SIZES, mlp_ratio
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
 
@@ -99,7 +100,8 @@ def check_hand_over(
         `dict[str, torch.Tensor]`: The tensors to hand over, by name.
 
     Raises:
-        ValueError: if the full model lacks a tensor with the name and shape of any of them.
+        ValueError: if the full model lacks a tensor with the name and shape of any of them, or they are only some of those of
+            the embedders, of a block or of the projectors.
     """
     with_projectors = with_projectors and len(model.projectors) > 0
     tensors = {
@@ -116,12 +118,21 @@ def check_hand_over(
                 f"hand-over: {name} is {tuple(tensor.shape)} in the warmup and {tuple(own[name].shape)} in the full "
                 "model"
             )
-    embedders = {name for name in own if name.startswith(_EMBEDDERS)}
-    missing = sorted(embedders - set(tensors))
-    if missing or not any(name.startswith("transformer.transformer_blocks.0.") for name in tensors):
-        raise ValueError(f"hand-over: the warmup lacks {missing or 'the first transformer block'}")
-    if with_projectors and not any(name.startswith("projectors.") for name in tensors):
-        raise ValueError("hand-over: the warmup holds no projector; set hand_over_projector to false for a fresh one")
+    block = re.compile(r"transformer\.transformer_blocks\.(\d+)\.")
+    depth = 1 + max((int(match[1]) for name in tensors if (match := block.match(name))), default=0)
+    missing = [
+        name
+        for name in own
+        if name not in tensors
+        and (name.startswith(_EMBEDDERS) or ((match := block.match(name)) and int(match[1]) < depth))
+    ]
+    if missing:
+        raise ValueError(f"hand-over: the warmup lacks {len(missing)} tensors, such as {missing[0]}")
+    projectors = [name for name in own if with_projectors and name.startswith("projectors.") and name not in tensors]
+    if projectors:
+        raise ValueError(
+            f"hand-over: the warmup lacks {projectors[0]}; set hand_over_projector to false for fresh projectors"
+        )
     return tensors
 
 
@@ -201,7 +212,7 @@ def encoder_options(
     fixed = {
         "num_attention_heads": heads,
         "attention_head_dim": width // heads,
-        "mlp_ratio": model_config["mlp_ratio"] if same_mlp else inner / width,
+        "mlp_ratio": model_config["mlp_ratio"] if same_mlp else mlp_ratio(inner, width),
         "qk_norm": None,
         "norm_type": "layer_norm",
     }
@@ -220,7 +231,7 @@ def encoder_options(
             size = next((size for size, (_, *own) in SIZES.items() if own == [heads, width // heads]), None)
             raise ValueError(
                 f"{name} does not fit the model: its blocks have {key}={value!r}, the model {model_config[key]!r}. What fits: "
-                f"{f'{size}, ' if size else ''}{heads} heads of {width // heads} channels, mlp_ratio {inner / width:g}, norm_type "
+                f"{f'{size}, ' if size else ''}{heads} heads of {width // heads} channels, mlp_ratio {mlp_ratio(inner, width)!r}, norm_type "
                 "layer_norm, no qk_norm, and the other keys of the model at their defaults"
             )
     return free
@@ -254,7 +265,7 @@ def start_from_encoder(
     """
     Makes an encoder's first blocks those of a transformer, in place. Call it before an optimizer is made: its activation,
     norms and table of positions become the encoder's too, and its configuration says so, so that it is saved as what it is.
-    Time and class do not affect these blocks until they are trained.
+    Attention processors stay; compile it, and set hooks of offloading or caches, afterwards. Time and class do not affect these blocks until they are trained.
 
     Args:
         transformer ([`ERWTransformer2DModel`]): The model, of the encoder's width, heads and token grid.
@@ -269,8 +280,10 @@ def start_from_encoder(
         `list[str]`: Names of the transformer's tensors that are the encoder's.
 
     Raises:
-        ValueError: if the encoder does not fit the transformer; see [`encoder_options`].
+        ValueError: if the encoder does not fit the transformer (see [`encoder_options`]), or that has adapters.
     """
+    if getattr(transformer, "peft_config", None):
+        raise ValueError("start_from_encoder would lose the adapters of this transformer: add them afterwards")
     blocks, config = vit_blocks(encoder.model), transformer.config
     options = encoder_options(encoder.model.config, config)
     if not 1 <= depth <= min(len(blocks), config.num_layers):
@@ -312,6 +325,7 @@ def _change(transformer: ERWTransformer2DModel, options: Mapping[str, Any]) -> N
         if name in own:
             parameter.requires_grad_(own[name].requires_grad)
     changed.load_state_dict(own, strict=False, assign=True)
+    changed.set_attn_processor(transformer.attn_processors)
     for name, module in changed.named_children():
         setattr(transformer, name, module.train(transformer.training))
     transformer._cp_plan = changed._cp_plan

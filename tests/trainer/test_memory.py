@@ -32,12 +32,14 @@ MODERN = {"norm_type": "rms_norm", "activation_fn": "swiglu"}
 def test_parts_of_xl_on_a_card():
     """The sum that the dry run shows, of a batch that 80 GB hold and 24 do not."""
     config = TrainingConfig(vae="v", train_batch_size=32)
-    memory = step_memory(config, 675_000_000, 683_000_000, 86_000_000, None, 256)
+    memory = step_memory(config, 675_000_000, 683_000_000, 2 * 683_000_000, 86_000_000, None, 256)
     assert memory["state"] / GIB == pytest.approx(4 * (4 * 683 + 675) * 1e6 / GIB)
     assert memory["copies"] / GIB == pytest.approx(1.27, abs=0.01)
     assert memory["activations"] == pytest.approx(32 * 256 * 1152 * 36 * 29, rel=0.01)
     assert 24 < sum(memory.values()) / 1e9 < 80
-    less = step_memory(TrainingConfig(vae="v", train_batch_size=32, activation_memory_budget=0.7), 1, 1, 0, None, 256)
+    less = step_memory(
+        TrainingConfig(vae="v", train_batch_size=32, activation_memory_budget=0.7), 1, 1, 2, 0, None, 256
+    )
     assert less["activations"] == pytest.approx(memory["activations"] * 2 / 3, rel=0.01)
     checkpointed = TrainingConfig(vae="v", train_batch_size=32, gradient_checkpointing=True)
     assert activation_bytes(checkpointed) < 0.1 * memory["activations"]
@@ -50,7 +52,7 @@ def test_an_autoencoder_in_the_step_takes_its_weights_and_at_worst_the_batch():
     with torch.device("meta"):
         vae = AutoencoderKL()
     config = TrainingConfig(vae="v", train_batch_size=256, gradient_checkpointing=True)
-    alone, beside = (step_memory(config, 1, 1, 0, encoded, 256) for encoded in (None, vae))
+    alone, beside = (step_memory(config, 1, 1, 2, 0, encoded, 256) for encoded in (None, vae))
     assert beside["frozen"] - alone["frozen"] == 4 * sum(parameter.numel() for parameter in vae.parameters())
     assert beside["activations"] > alone["activations"]  # checkpointed blocks keep less than encoding takes
 

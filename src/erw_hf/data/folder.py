@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.compute
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
@@ -458,6 +459,20 @@ def _read_metadata(folder: str, images: list[str], tables: list[str]) -> list[tu
 
 
 def _read_table(path: str) -> pyarrow.Table:
-    if path.endswith(".csv"):
-        return pyarrow.csv.read_csv(path)
-    return pyarrow.json.read_json(path) if path.endswith(".jsonl") else pyarrow.parquet.read_table(path)
+    if path.endswith(".parquet"):
+        return pyarrow.parquet.read_table(path)
+    whole = max(1 << 20, os.path.getsize(path) + 1)  # one block: a row must not be longer than one
+    if path.endswith(".jsonl"):
+        return pyarrow.json.read_json(path, pyarrow.json.ReadOptions(block_size=whole))
+    options = pyarrow.csv.ReadOptions(block_size=whole)
+    table = pyarrow.csv.read_csv(path, options)
+    text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(table.column_names, pyarrow.string()))
+    # A date, `true` and `007` are names, and only numbers as Python writes them are ids.
+    for index, written in enumerate(pyarrow.csv.read_csv(path, options, convert_options=text).columns):
+        kind, values = table.schema.types[index], table.column(index)
+        is_name = pyarrow.types.is_temporal(kind) or pyarrow.types.is_boolean(kind)
+        if pyarrow.types.is_integer(kind):
+            is_name = not pyarrow.compute.all(pyarrow.compute.equal(values.cast(pyarrow.string()), written)).as_py()
+        if is_name:
+            table = table.set_column(index, table.column_names[index], written)
+    return table

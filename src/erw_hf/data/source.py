@@ -256,6 +256,12 @@ def _check_images(dataset: Dataset | IterableDataset, image_column: str, dataset
         rows = enumerate(dataset.take(LOOKED_AT))
     else:
         chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), LOOKED_AT)).astype(int).tolist()
+        missing = dataset.data.column(image_column).null_count
+        if "__key__" in dataset.column_names and 100 * missing > len(dataset):
+            raise ValueError(
+                f"{missing} of {len(dataset)} samples of {dataset_name!r} hold no .{image_column}: in all tars of a webdataset the "
+                "files of the images must have the same extension"
+            )
         images = dataset.select_columns([image_column])
         rows = ((number, images[number]) for number in chosen)
     first, count = "", 0
@@ -300,7 +306,11 @@ def _encode_names(
     """Checks that every row has one label; names become a ClassLabel of those of all splits, in the order of their composed
     characters."""
     labels = dataset[label_column][:]
-    missing = [row for row, label in enumerate(labels) if label is None or label == "" or label != label]
+    missing = [
+        row
+        for row, label in enumerate(labels)
+        if label is None or label != label or (isinstance(label, str) and not label.strip())
+    ]
     if missing:
         raise ValueError(
             f"row {missing[0]} of {dataset_name!r} has no label: the column {label_column!r} holds "
@@ -314,9 +324,10 @@ def _encode_names(
         )
     if not isinstance(labels[0], str):
         return dataset
-    labels = [nfc(label) for label in labels]
+    labels = [nfc(label).strip() for label in labels]
     others = [part[label_column][:] for part in load_splits().values() if label_column in part.column_names]
-    names = sorted({nfc(label) for part in (labels, *others) for label in part if isinstance(label, str) and label})
+    found = {nfc(label).strip() for part in (labels, *others) for label in part if isinstance(label, str)}
+    names = sorted(found - {""})
     index = {name: number for number, name in enumerate(names)}
     encoded = dataset.remove_columns(label_column)
     return encoded.add_column(label_column, [index[label] for label in labels], feature=ClassLabel(names=names))
@@ -329,7 +340,7 @@ def _classes_of_rows(
     labels = np.asarray(dataset[label_column])
     if not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
-            f"labels must be class ids or names, column {label_column!r} holds {feature} (row 0: {labels[0].item()!r})"
+            f"labels must be class ids or names, column {label_column!r} holds {feature} (row 0: {dataset[0][label_column]!r})"
         )
     names = feature.names if isinstance(feature, ClassLabel) else None
     if names is not None:

@@ -26,7 +26,7 @@ from typing import Any
 from erw_hf.names import resolve_flags
 
 
-PARTS = ("settings", "reference", "extractor", "model", "versions", "hardware")
+PARTS = ("settings", "data", "reference", "extractor", "model", "versions", "hardware")
 SAME = 1e-6  # relative difference of a number that was made again
 ERRORS = 2.0  # how many standard errors of the difference count as one
 
@@ -54,7 +54,7 @@ def differs(value: float, error: float, other: float, other_error: float) -> boo
 
 
 def protocol_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """A line for each difference of two records: settings, reference and extractor first, then weights, versions and
+    """A line for each difference of two records: settings, data, reference and extractor first, then weights, versions and
     hardware."""
     lines = []
     for part in PARTS:

@@ -135,7 +135,11 @@ class ClassifierExtractor(nn.Module):
         self.model = model.eval().requires_grad_(False)
         processor = AutoImageProcessor.from_pretrained(path, backend="pil")
         self.num_classes, self.id2label = self.model.config.num_labels, self.model.config.id2label
-        self.size = processor.crop_size["height"]
+        sizes = [getattr(processor, name, None) or {} for name in ("crop_size", "size")]
+        size = next((of[key] for of in sizes for key in ("height", "shortest_edge") if of.get(key)), None)
+        if size is None:
+            raise ValueError(f"the image processor of the extractor {path} names no size of its images")
+        self.size = size
         self.register_buffer("mean", torch.tensor(processor.image_mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(processor.image_std).reshape(1, 3, 1, 1), persistent=False)
 

@@ -155,7 +155,9 @@ def extract_features(
             if labels is not None:
                 kept["labels"] = labels
             for layer, values in kept.items():
-                np.save(folder / f"{layer}-{batch:07d}.npy", values.numpy())
+                # Synced, as the list of batches that are done is.
+                with written_whole(folder / f"{layer}-{batch:07d}.npy") as temporary, temporary.open("wb") as file:
+                    np.save(file, values.numpy())
             part["seconds"]["read"] += read - started
             part["seconds"]["extract"] += time.perf_counter() - read
             part["done"].append(batch)

@@ -140,8 +140,10 @@ def frechet_estimate(features: np.ndarray, samples: Statistics, reference: Stati
     value, influence = _influence(features, mean, covariance, mu, sigma, root)
     if len(features) < 4:
         return Estimate(value, influence, float("nan"))
+    order = np.random.default_rng(0).permutation(len(features))  # their own may go by class
     halves = [
-        _influence(half, *_mean_and_covariance(half), mu, sigma, root) for half in (features[::2], features[1::2])
+        _influence(half, *_mean_and_covariance(half), mu, sigma, root)
+        for half in (features[order[::2]], features[order[1::2]])
     ]
     bias = float(np.mean([half_value for half_value, _ in halves])) - value
     variance, variance_of_half = standard_error(influence) ** 2, np.mean([standard_error(x) ** 2 for _, x in halves])
@@ -193,14 +195,16 @@ def mind_estimate(features: np.ndarray, reference: np.ndarray, projections: int 
     chosen, other = (x[np.sort(rng.permutation(len(x))[:count])].astype(np.float32) for x in (features, reference))
     directions = rng.standard_normal((features.shape[1], projections)).astype(np.float32)
     directions /= np.linalg.norm(directions, axis=0)
-    costs, halved, influence, even = 0.0, 0.0, np.zeros(count), count // 2 * 2  # summed over the directions
+    half_of = np.full(count, -1)  # at random: their order may go by class
+    half_of[rng.permutation(count)[: count // 2 * 2]] = np.arange(count // 2 * 2) % 2
+    costs, halved, influence = 0.0, 0.0, np.zeros(count)  # summed over the directions
     for start in range(0, projections, 100):
         x, y = (directions[:, start : start + 100].T @ side.T for side in (chosen, other))  # (100, N)
         order = np.argsort(x, axis=1)
         sorted_x = np.take_along_axis(x, order, axis=1)
         for i in range(2):
-            half = sorted_x[(order % 2 == i) & (order < even)].reshape(len(x), -1)
-            halved += ((half - np.sort(y[:, i:even:2], axis=1)) ** 2).mean(axis=1, dtype=np.float64).sum() / 2
+            half = sorted_x[half_of[order] == i].reshape(len(x), -1)
+            halved += ((half - np.sort(y[:, half_of == i], axis=1)) ** 2).mean(axis=1, dtype=np.float64).sum() / 2
         gap = sorted_x - np.sort(y, axis=1)  # half the slope of the potential, at each sample
         costs += (gap**2).mean(axis=1, dtype=np.float64).sum()
         potential = np.zeros(gap.shape)

@@ -33,6 +33,8 @@ from erw_hf.transformer_erw import ERWTransformer2DModel
 
 logger = logging.getLogger(__name__)
 
+NEIGHBOURS = 10  # of CKNNA
+
 
 @dataclass(frozen=True)
 class ProbeImages:
@@ -49,14 +51,34 @@ class ProbeImages:
     noise_seed: int
 
 
-def load_probe_images(source: Source, count: int, image_size: int, channels: int, seed: int) -> ProbeImages:
-    """Reads at most `count` images of `image_size` pixels for probing: a random choice, or from a stream the first
-    ones. `seed` is of the choice and of the noise. Raises ValueError if none can be read."""
+def load_probe_pair(
+    source: Source, held_out: Source | None, count: int, image_size: int, channels: int, seed: int
+) -> tuple[ProbeImages, ProbeImages]:
+    """Images to fit a probe on, and others to test it on: of the same split, parts that share none, if `held_out` is `None`.
+    See [`load_probe_images`]."""
+    first = 0
+    if held_out is None:
+        held_out = source
+        first = min(count, len(source.dataset) // 2) if hasattr(source.dataset, "__len__") else count
+        if first == 0:
+            raise ValueError("one image cannot be shared by a probe's fit and its test")
+        logger.info(f"the probe is fitted on {first} images, and tested on others of the same split")
+    return (
+        load_probe_images(source, first or count, image_size, channels, seed),
+        load_probe_images(held_out, count, image_size, channels, seed, first),
+    )
+
+
+def load_probe_images(
+    source: Source, count: int, image_size: int, channels: int, seed: int, first: int = 0
+) -> ProbeImages:
+    """Reads at most `count` images of `image_size` pixels for probing, after the `first`: of a random order, or that of a
+    stream. `seed` is of the order and of the noise. Raises ValueError if none can be read."""
     rows = source.dataset
     if hasattr(rows, "__len__"):
-        rows = rows.select(np.random.default_rng(seed).permutation(len(rows))[:count])
+        rows = rows.select(np.random.default_rng(seed).permutation(len(rows))[first : first + count])
     else:
-        rows = rows.take(count)
+        rows = rows.skip(first).take(count)
     pixels, labels, _ = read_images(replace(source, dataset=rows), image_size, channels)
     if labels is not None and source.num_classes > 1 and len(labels) > 1 and labels.unique().numel() == 1:
         logger.warning(
@@ -158,7 +180,7 @@ def probe_blocks(
     vae: torch.nn.Module | None = None,
     encoder: RepresentationEncoder | None = None,
     path_type: str = "linear",
-    k: int = 10,
+    k: int = NEIGHBOURS,
 ) -> list[dict[str, Any]]:
     """Probes every block: for each time `t`, and lists over blocks, `cknna` (with an encoder, `k` neighbours) and
     `accuracy` (with labels). The linear probe is fitted on `fit_images`; `test_images` are held out. A model with a

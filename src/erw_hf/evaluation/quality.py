@@ -399,6 +399,13 @@ def reference_file(
     return folder / f"reference-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}.npz"
 
 
+def images_identity(images: ImageSet, name: str) -> str:
+    """Recognises images that are there before an evaluation: a dataset, or an npz file by its checksums."""
+    if images.source is not None:
+        return str(data_identity(images.source, name)["fingerprint"])
+    return ", ".join(f"{member.filename} {member.CRC:08x}" for member in open_npz(name).infolist())
+
+
 def make_reference(
     path: Path,
     images: ImageSet,

@@ -52,11 +52,13 @@ def check_licence(name: str) -> None:
 
 
 def licence_text(config: Mapping[str, Any], trained: bool = True) -> str:
-    """The licences on the card of a run, or of a recipe: weights, the encoder that they grew from, data."""
+    """The licences on the card of a run, or of a recipe: weights, what they grew from, data."""
     text = f"Weights: {config['hub_license']}." if trained else "Recipe and code: apache-2.0."
-    if config["start_from_encoder"]:
-        encoder = public_name(split_names(config["encoder"])[0])
-        text += f" They grew from those of `{encoder}`, whose licence may bind them too."
+    origins = [split_names(config["encoder"])[0]] if config["start_from_encoder"] else []
+    origins += [config[key] for key in ("init_from", "warmup_from") if config.get(key)]
+    if origins:
+        names = " and ".join(f"`{public_name(origin)}`" for origin in origins)
+        text += f" They grew from those of {names}, whose licence may bind them too."
     data = str(config["dataset_name"])
     if data in DATA_LICENCES:
         return f"{text} Data: {DATA_LICENCES[data]}"

@@ -29,7 +29,7 @@ from huggingface_hub import (
     set_client_factory,
 )
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import get_session, httpx  # type: ignore[attr-defined]  # httpx2 in huggingface_hub 2
+from huggingface_hub.utils import get_session, httpx, parse_ratelimit_headers  # type: ignore[attr-defined]  # httpx2 in version 2
 
 
 RETRY_SECONDS = (2, 4, 8, 16, 32, 64)  # between attempts, on top of the client's own retries
@@ -106,8 +106,11 @@ def retry(call: Callable[[], Result]) -> Result:
                 again = not isinstance(error, (LocalTokenNotFoundError, OfflineModeIsEnabled))
             if seconds is None or not again:
                 raise
-            asked = "" if response is None else response.headers.get("Retry-After", "")
-            seconds = max(seconds, int(asked)) if asked.isdigit() else seconds
+            if response is not None:
+                asked, limit = response.headers.get("Retry-After", ""), parse_ratelimit_headers(response.headers)
+                seconds = max(seconds, int(asked)) if asked.isdigit() else seconds
+                if response.status_code == 429 and limit is not None:  # its window is longer than all pauses together
+                    seconds = max(seconds, limit.reset_in_seconds + 1)
             print(f"retrying in {seconds} s: {error}", file=sys.stderr, flush=True)
             time.sleep(seconds)
     raise AssertionError("unreachable")

@@ -47,6 +47,7 @@ from erw_hf.trainer.device import choose_precision, found_device
 from erw_hf.trainer.ema import ema_profiles
 from erw_hf.trainer.flops import CARDS, count_encoder_flops, count_step_flops, count_vae_flops
 from erw_hf.trainer.memory import GIB, step_memory
+from erw_hf.trainer.optimizers import muon_matrices
 from erw_hf.trainer.run_record import split_names
 from erw_hf.trainer.setup import (
     add_lora,
@@ -165,6 +166,7 @@ class RunCost:
         whole (`int`): Of transformer and projectors.
         trained (`int`): Of these, those that are trained.
         averaged (`int`): Of the transformer's, those that are trained: each average has them.
+        moments (`int`): Numbers that the optimizer keeps: two for each trained parameter, one where Muon steps it.
         frozen (`int`): Parameters of the encoders.
         warmup_flops (`int`): Of an image in the warmup, autoencoder and encoder counted; 0 without one.
         full_flops (`int`): Of an image in full training.
@@ -178,6 +180,7 @@ class RunCost:
     whole: int
     trained: int
     averaged: int
+    moments: int
     frozen: int
     warmup_flops: int
     full_flops: int
@@ -235,12 +238,14 @@ def run_cost(config: TrainingConfig, data: DataSummary) -> RunCost:
     whole = sum(p.numel() for p in full.parameters())
     trained = sum(p.numel() for p in full.parameters() if p.requires_grad)
     averaged = sum(p.numel() for p in full.transformer.parameters() if p.requires_grad)
+    stepped_by_muon = sum(p.numel() for p in muon_matrices(full).values()) if config.optimizer == "muon" else 0
     frozen = sum(p.numel() for encoder in encoders for p in encoder.parameters())
     return RunCost(
         parameters=sum(p.numel() for p in full.transformer.parameters()),
         whole=whole,
         trained=trained,
         averaged=averaged,
+        moments=2 * trained - stepped_by_muon,
         frozen=frozen,
         warmup_flops=warmup_flops,
         full_flops=full_flops,
@@ -262,7 +267,9 @@ def run_memory(config: TrainingConfig, cost: RunCost, data: DataSummary) -> dict
         `dict[str, float]`: [`~trainer.memory.step_memory`].
     """
     under = cost.whole - cost.trained
-    return step_memory(config, cost.averaged, cost.trained, cost.frozen, cost.vae, data.image_size, under)
+    return step_memory(
+        config, cost.averaged, cost.trained, cost.moments, cost.frozen, cost.vae, data.image_size, under
+    )
 
 
 def cost_report(config: TrainingConfig) -> str:
@@ -279,8 +286,8 @@ def cost_report(config: TrainingConfig) -> str:
     start = start_report(config, data, precision, found_device(), int(os.environ.get("WORLD_SIZE", 1)))
     cost, batch = run_cost(config, data), config.step_batch_size(processes=1)
     full_steps = config.max_train_steps - config.warmup_steps
-    # float32 weights, two AdamW moments; each average has the transformer's trained weights alone.
-    saved = 4 * (cost.whole + 2 * cost.trained + len(ema_profiles(config)) * cost.averaged)
+    # float32 weights and moments; each average has the transformer's trained weights alone.
+    saved = 4 * (cost.whole + cost.moments + len(ema_profiles(config)) * cost.averaged)
     rows = [
         ("transformer", f"{cost.parameters / 1e6:.1f} M parameters, {config.token_grid}x{config.token_grid} tokens"),
         (

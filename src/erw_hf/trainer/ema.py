@@ -212,7 +212,7 @@ def rebuild(folder: Path, sigma_rel: float, step: int | None = None) -> dict[str
     ends at `step`, by default the last that was stored.
 
     Raises:
-        ValueError: if there are no snapshots, or none that late.
+        ValueError: if there are no snapshots, or none that early or late.
     """
     files = sorted(folder.glob("step-*-sigma-*.safetensors"))
     if not files:
@@ -220,8 +220,8 @@ def rebuild(folder: Path, sigma_rel: float, step: int | None = None) -> dict[str
     steps = [int(path.stem.split("-")[1]) for path in files]
     sigma_rels = [float(path.stem.split("-")[3]) for path in files]
     step = max(steps) if step is None else step
-    if step > max(steps):
-        raise ValueError(f"the last snapshot is of step {max(steps)}, before {step}")
+    if not min(steps) <= step <= max(steps):
+        raise ValueError(f"the snapshots are of the steps {min(steps)} to {max(steps)}: none can end at {step}")
     weights: dict[str, torch.Tensor] = {}
     coefficients = post_hoc_coefficients(steps, sigma_rels, step, sigma_rel)
     for path, coefficient in tqdm(list(zip(files, coefficients, strict=True)), desc="snapshots"):
@@ -241,7 +241,10 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="where to write the pipeline")
     args = parser.parse_args()
     resolve_flags(parser, args, ["run_dir", "output_dir"])
-    weights = rebuild(args.run_dir / "ema_snapshots", args.sigma_rel, args.step)
+    try:
+        weights = rebuild(args.run_dir / "ema_snapshots", args.sigma_rel, args.step)
+    except ValueError as error:
+        parser.error(str(error))
     pipeline = ERWPipeline.from_pretrained(args.run_dir / "pipeline")
     pipeline.transformer.load_state_dict(weights, strict=False)  # the averages lack buffers
     pipeline.save_pretrained(args.output_dir)

@@ -209,8 +209,13 @@ def _as_ours(model: ERWTransformer2DModel) -> tuple[dict[str, Any], dict[str, to
 
 def _load_transformer(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     model, info = ERWTransformer2DModel.from_pretrained(folder, output_loading_info=True)
-    if info["missing_keys"]:  # from_pretrained would only warn and leave them random
+    # from_pretrained would only warn, leave random what is missing, and drop what is not expected.
+    if info["missing_keys"]:
         raise ValueError(f"{folder} lacks {info['missing_keys']}")
+    if others := [name for name in info["unexpected_keys"] if ".to_qkv." not in name]:  # a copy, of fused projections
+        raise ValueError(
+            f"{folder} holds {len(others)} tensors that the model of its config lacks, such as {others[0]}"
+        )
     return _as_ours(model)
 
 

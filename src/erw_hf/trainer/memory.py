@@ -42,6 +42,7 @@ def step_memory(
     config: TrainingConfig,
     parameters: int,
     trained: int,
+    moments: int,
     frozen: int,
     vae: ModelMixin | None,
     image_size: int,
@@ -54,13 +55,14 @@ def step_memory(
         config ([`TrainingConfig`]): The run.
         parameters (`int`): Of the transformer; beside an adapter those that are trained.
         trained (`int`): Parameters that are trained: the transformer's and the projectors'.
+        moments (`int`): Numbers that the optimizer keeps.
         frozen (`int`): Parameters of the encoders.
         vae (a diffusers autoencoder, *optional*): What a step encodes images with; on the meta device.
         image_size (`int`): Side of those images, in pixels.
         under (`int`, *optional*, defaults to 0): Parameters under an adapter, which are not trained.
 
     Returns:
-        `dict[str, float]`: `state` (weights, gradients in DDP's buckets, AdamW's moments, averages, all float32), `copies` (the
+        `dict[str, float]`: `state` (weights, gradients in DDP's buckets, the optimizer's moments, averages, all float32), `copies` (the
         weights in bf16), `frozen` (encoders and autoencoder), `activations`, of the largest forward, and `context`.
     """
     size = 4 if config.mixed_precision == "no" else 2
@@ -69,7 +71,7 @@ def step_memory(
         frozen += 2 * sum(p.numel() for p in vae.parameters())  # float32, where encoders are in bf16
         encoding = config.train_batch_size * image_size**2 * BYTES_OF_PIXEL
     return {
-        "state": 4.0 * (4 * trained + len(ema_profiles(config)) * parameters + under),
+        "state": 4.0 * (2 * trained + moments + len(ema_profiles(config)) * parameters + under),
         "copies": 2.0 * (trained + under) if size == 2 else 0.0,
         "frozen": float(size * frozen),
         # Images are encoded before the model keeps anything.

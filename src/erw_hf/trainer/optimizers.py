@@ -163,17 +163,25 @@ def clip_in_step(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter
     return norm
 
 
+def muon_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What Muon steps: trained hidden matrices, not embeddings, gains, biases and the output (Jordan et al., 2024)."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and "transformer_blocks." in name and parameter.ndim == 2
+    }
+
+
 def build_optimizer(
     model: nn.Module, name: str, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.Optimizer:
     """`"adamw"`, fused, or `"muon"`, for the parameters of a model that are not frozen."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    # Muon is for hidden matrices: not for embeddings, gains, biases and the output (Jordan et al., 2024).
-    matrices = {n for n, parameter in trained.items() if ".transformer_blocks." in n and parameter.ndim == 2}
+    matrices = muon_matrices(model)
     if name == "adamw" or not matrices:  # none: a warmup whose blocks are frozen
         return torch.optim.AdamW(trained.values(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
     return MuonWithAdamW(
-        [parameter for name, parameter in trained.items() if name in matrices],
+        list(matrices.values()),
         [parameter for name, parameter in trained.items() if name not in matrices],
         lr,
         betas,

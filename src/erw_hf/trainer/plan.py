@@ -39,11 +39,11 @@ STEP_BATCH = 256  # as published; less for small data
 FEWEST_STEPS_OF_PASS = 4
 ROOM = 0.9  # share of the card's memory: the rest is for fragments and what the model does not know
 FEWEST_SAMPLES = 16  # of a forward pass, below which the next way to save memory is taken
-WAYS: tuple[tuple[dict[str, Any], float], ...] = (  # to save memory, and how much longer a step takes
-    ({}, 1.0),
-    ({"activation_memory_budget": 0.7}, 1.05),
-    ({"activation_memory_budget": 0.5}, 1.1),
-    ({"gradient_checkpointing": True}, 4 / 3),
+WAYS: tuple[dict[str, Any], ...] = (  # to save memory
+    {},
+    {"activation_memory_budget": 0.7},
+    {"activation_memory_budget": 0.5},
+    {"gradient_checkpointing": True},
 )
 OWN = ("plan", "gpu", "hours", "dry_run")
 
@@ -96,6 +96,8 @@ def write_plan(values: Mapping[str, Any], time_steps: Callable[[TrainingConfig],
     if not values.keys() & {"vae", "in_channels", "sample_size"}:
         values["vae"] = VAE
     config = _config(values, {})
+    if name != "cpu" and config.mixed_precision == "no":
+        raise ValueError("--plan knows the speed of cards in bf16 and fp16 alone: omit mixed_precision: no")
     data = summarize_data(config)
     if name == "cpu":
         plan = _on_this_machine(values, hours, data, time_steps)
@@ -165,8 +167,10 @@ def _fit(
     """The configuration with the largest forward pass that fits, its bytes, and how much longer its steps take."""
     whole = _step_batch(config, values, data)
     last = None
-    for changes, slower in WAYS:
-        if changes and config.torch_compile == "no" and "activation_memory_budget" in changes:
+    for changes in WAYS:
+        if changes.keys() & values.keys():
+            continue  # as the user wants it
+        if config.torch_compile == "no" and "activation_memory_budget" in changes:
             continue  # of compiled blocks
         tried = copy.copy(config)
         for key, value in changes.items():
@@ -176,12 +180,20 @@ def _fit(
             tried.train_batch_size, tried.gradient_accumulation_steps = samples, math.ceil(whole / samples)
             memory = sum(run_memory(tried, cost, data).values())
             if memory <= ROOM * card.memory * 1e9:
-                last = copy.copy(tried), memory, slower
+                last = copy.copy(tried), memory, _slower(tried)
                 break
-            samples //= 2
+            samples = max((part for part in range(1, samples) if whole % part == 0), default=0)
         if last is not None and last[0].train_batch_size >= min(whole, FEWEST_SAMPLES):
             break
     return last
+
+
+def _slower(config: TrainingConfig) -> float:
+    """How much longer a step takes than one that recomputes nothing."""
+    if config.gradient_checkpointing:
+        return 4 / 3
+    budget = 1.0 if config.torch_compile == "no" else config.activation_memory_budget
+    return 1.0 if budget == 1 else 1.05 if budget >= 0.7 else 1.1
 
 
 def _step_batch(config: TrainingConfig, values: Mapping[str, Any], data: DataSummary) -> int:

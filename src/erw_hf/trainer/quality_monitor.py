@@ -21,7 +21,7 @@ from typing import Any
 from erw_hf.data.source import load_source
 from erw_hf.evaluation.extractors import load_extractor
 from erw_hf.evaluation.images import dataset_images, generated_images
-from erw_hf.evaluation.probes import load_probe_images, probe_blocks
+from erw_hf.evaluation.probes import NEIGHBOURS, load_probe_pair, probe_blocks
 from erw_hf.evaluation.quality import (
     Reference,
     available_metrics,
@@ -80,8 +80,19 @@ class QualityMonitor:
                 arguments["dataset_name"] = config.probe_dataset
                 source = load_source(**arguments)
             held_out = load_source(**arguments | {"split": config.probe_split})
-            self.fit_images = load_probe_images(source, config.probe_samples, side, channels, config.seed)
-            self.held_out_images = load_probe_images(held_out, config.probe_samples, side, channels, config.seed)
+            self.fit_images, self.held_out_images = load_probe_pair(
+                source,
+                None if arguments["split"] == config.probe_split else held_out,
+                config.probe_samples,
+                side,
+                channels,
+                config.seed,
+            )
+            if self.encoder is not None and len(self.held_out_images.pixels) <= NEIGHBOURS:
+                raise ValueError(
+                    f"CKNNA needs more than {NEIGHBOURS} images, {config.probe_split} gave {len(self.held_out_images.pixels)}: "
+                    "set probe_samples higher, or another probe_split"
+                )
 
     def _reference(self, side: int) -> Reference:
         config, name = self.config, str(self.config.evaluation_reference)
