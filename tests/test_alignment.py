@@ -95,6 +95,16 @@ def test_other_losses_see_every_sample(loss):
     assert (projected.grad.flatten(1).norm(dim=1) > 1e-5).all()
 
 
+@pytest.mark.parametrize("loss", [nt_xent_alignment_loss, structural_alignment_loss])
+def test_other_losses_are_float32_under_autocast(loss):
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(4, 9, 16, generator=generator)
+    projected = target + 0.01 * torch.randn(4, 9, 16, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = loss(projected, target)
+    assert cast.dtype == torch.float32 and torch.equal(cast, loss(projected, target))
+
+
 def test_spatial_normalisation():
     target = torch.randn(2, 9, 4) * torch.tensor([1.0, 2.0, 3.0, 4.0]) + 7
     normalised = spatial_normalize(target)

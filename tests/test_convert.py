@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from erw_hf import ERWTransformer2DModel
 from erw_hf.conversion import read_checkpoint
 from erw_hf.hub.convert import convert_checkpoint, main
+from erw_hf.sizes import mlp_ratio
 
 
 DIM, HEADS, LAYERS, PATCH, CHANNELS, GRID, CLASSES = 24, 2, 3, 2, 4, 4, 5
@@ -630,3 +631,24 @@ def test_damaged_and_hostile_files_are_refused_and_leave_nothing(tmp_path, kind,
     message = capsys.readouterr().err
     assert message.startswith("error: ") and "weights_only=False" not in message
     assert not (tmp_path / "out").exists() and not (tmp_path / "hostile-was-here").exists()
+
+
+def test_a_state_dict_of_another_device_is_read_and_one_without_data_named():
+    on_meta = {name: tensor.to("meta") for name, tensor in state_dict().items()}
+    with pytest.raises(ValueError, match="holds no data: '.*' is on the meta device"):
+        convert_checkpoint(on_meta, HEADS_GIVEN)
+    trained = {name: torch.nn.Parameter(tensor) for name, tensor in state_dict().items()}
+    assert not any(tensor.requires_grad for tensor in read_checkpoint(trained, HEADS_GIVEN).transformer.values())
+
+
+def test_a_learned_table_of_positions_can_be_said():
+    state = state_dict() | {"pos_embed": torch.randn(1, GRID**2, DIM)}
+    with pytest.raises(ValueError, match="'pos_embed' differs from the fixed table"):
+        convert_checkpoint(state, HEADS_GIVEN)
+    model = convert_checkpoint(state, {**HEADS_GIVEN, "pos_embed_type": "learned"})
+    assert torch.equal(model.pos_embed.pos_embed, state["pos_embed"])
+
+
+@pytest.mark.parametrize(("inner", "width"), [(480, 176), (1840, 448), (3680, 896), (4304, 1152), (4096, 1024)])
+def test_the_inferred_ratio_gives_the_width_of_the_feed_forward(inner, width):
+    assert int(width * mlp_ratio(inner, width)) == inner

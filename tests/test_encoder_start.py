@@ -30,7 +30,7 @@ from erw_hf.trainer.config import TrainingConfig
 from erw_hf.trainer.initialization import load_initial
 from erw_hf.trainer.run_record import read_metrics
 from erw_hf.trainer.setup import fit_to_encoder
-from erw_hf.warmup import build_warmup_transformer, start_from_encoder
+from erw_hf.warmup import build_warmup_transformer, encoder_options, start_from_encoder
 
 
 VIT = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 4, "image_size": 16}
@@ -214,6 +214,33 @@ def test_what_does_not_fit_says_what_does(encoder, changes, message):
         start_from_encoder(transformer, encoder_of(vit(**encoder)), 2)
     after = transformer.state_dict()
     assert set(after) == set(before) and all(torch.equal(after[name], before[name]) for name in after)
+
+
+@pytest.mark.parametrize("width", [1152, 176, 100])  # SigLIP-so400m, and others whose ratio is no short number
+def test_the_ratio_that_is_advised_fits(width):
+    inner = round(width * 3.736)
+    config = transformers.ViTConfig(**VIT | {"hidden_size": width, "num_attention_heads": 2}, intermediate_size=inner)
+    given = TINY_MODEL | {"num_attention_heads": 2, "attention_head_dim": width // 2}
+    defaults = dict(ERWTransformer2DModel(**TINY_MODEL).config)
+    with pytest.raises(ValueError, match="mlp_ratio") as error:
+        encoder_options(config, {**defaults, **given})
+    advised = float(str(error.value).split("channels, mlp_ratio ")[1].split(",")[0])
+    encoder_options(config, {**defaults, **given, "mlp_ratio": advised})
+    assert int(width * advised) == inner
+
+
+def test_adapters_are_not_lost_and_attention_stays_as_it_was_set():
+    from peft import LoraConfig
+
+    transformer = model()
+    transformer.set_attention_backend("native")
+    processors = transformer.attn_processors
+    start_from_encoder(transformer, encoder_of(vit()), 1)
+    assert transformer.attn_processors == processors
+    transformer = model()
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="would lose the adapters"):
+        start_from_encoder(transformer, encoder_of(vit()), 1)
 
 
 def test_encoders_of_another_kind_are_refused():

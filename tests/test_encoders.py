@@ -17,6 +17,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     BitImageProcessorPil,
@@ -294,6 +295,41 @@ def test_it_is_frozen_and_runs_in_its_own_dtype(encoder_path):
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     assert not encoder.model.training
     assert encoder(torch.rand(1, 3, 16, 16)).dtype == torch.bfloat16
+
+
+def test_it_stays_as_it_is_in_a_model_that_is_trained():
+    """A ResNet's running statistics, for instance."""
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[8, 16], depths=[1, 1])
+    encoder = RepresentationEncoder(ResNetModel(config), [0.5] * 3, [0.5] * 3, 4)
+    images = torch.rand(2, 3, 32, 32)
+    before = encoder(images)
+    torch.nn.ModuleList([encoder]).train()
+    assert torch.equal(encoder(images), before) and not encoder.model.training
+
+
+@pytest.mark.parametrize("lost", ["encoder.layer.1.", ""])
+def test_a_file_that_lacks_weights_is_refused(encoder_path, tmp_path, lost):
+    """Other people's checkpoints, under other names; transformers would leave the model random."""
+    shutil.copytree(encoder_path, tmp_path / "encoder")
+    file = tmp_path / "encoder/model.safetensors"
+    tensors = load_file(file)
+    names = {name: name if lost and not name.startswith(lost) else f"backbone.net.{name}" for name in tensors}
+    assert any(name != other for name, other in names.items())
+    save_file({names[name]: tensor for name, tensor in tensors.items()}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks the weights of .* tensors of Dinov2Model, such as"):
+        RepresentationEncoder.from_pretrained(tmp_path / "encoder", token_grid=4)
+    names = {name: name for name in tensors if "mask_token" not in name}  # masks no token here
+    save_file({names[name]: tensors[name] for name in names}, file, {"format": "pt"})
+    RepresentationEncoder.from_pretrained(tmp_path / "encoder", token_grid=4)
+
+
+def test_patches_that_are_named_by_both_sides(encoder_path):
+    model = AutoModel.from_pretrained(encoder_path)
+    model.config.patch_size = [4, 4]
+    assert RepresentationEncoder(model, [0.5] * 3, [0.5] * 3, 4).patch_size == 4
+    model.config.patch_size = [4, 8]
+    with pytest.raises(ValueError, match="are not square"):
+        RepresentationEncoder(model, [0.5] * 3, [0.5] * 3, 4)
 
 
 def test_register_tokens_are_left_out(tmp_path):

@@ -640,6 +640,21 @@ def test_options_that_step_wrong_are_refused(pipe, scheduler, options, message):
         ERWPipeline(pipe.transformer, None, scheduler.from_config(pipe.scheduler.config, **options))
 
 
+@pytest.mark.parametrize("scheduler", [FlowMatchHeunScheduler, FlowMatchEulerMaruyamaScheduler])
+def test_a_shift_that_a_sampler_would_not_take_is_refused(pipe, scheduler):
+    shifted = scheduler.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
+    with pytest.raises(ValueError, match="has no shift, and its config, from another scheduler, asks for 3.0"):
+        ERWPipeline(pipe.transformer, None, shifted)
+    ERWPipeline(pipe.transformer, None, scheduler.from_config(FlowMatchEulerDiscreteScheduler().config))
+
+
+def test_a_grid_that_is_not_finite_is_named(pipe):
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift_terminal=0.1)
+    with pytest.raises(ValueError, match="the scheduler has no grid of 1 steps"):
+        draw(pipe, 1, num_inference_steps=1)
+    assert np.isfinite(draw(pipe, 1, num_inference_steps=2)).all()
+
+
 def test_solvers_of_the_linear_path_are_refused_for_another(pipe):
     config = FlowMatchEulerMaruyamaScheduler(path_type="cosine").config
     flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}

@@ -87,12 +87,21 @@ def test_hand_over_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="the warmup lacks"):
         hand_over({}, full_model())
     without_projector = {k: v for k, v in warmup_model().state_dict().items() if not k.startswith("projectors.")}
-    with pytest.raises(ValueError, match="holds no projector"):
+    with pytest.raises(ValueError, match="lacks projectors.0.*set hand_over_projector to false"):
         hand_over(without_projector, full_model())
     hand_over(without_projector, full_model(), with_projectors=False)
     without_labels = {k: v for k, v in warmup_model().state_dict().items() if "time_class_embed.class" not in k}
-    with pytest.raises(ValueError, match=r"the warmup lacks \['transformer.time_class_embed.class"):
+    with pytest.raises(ValueError, match="the warmup lacks 1 tensors, such as transformer.time_class_embed.class"):
         hand_over(without_labels, full_model())
+    with_holes = {k: v for k, v in warmup_model().state_dict().items() if "blocks.1.attn.to_q" not in k}
+    with pytest.raises(
+        ValueError, match="the warmup lacks 2 tensors, such as transformer.transformer_blocks.1.attn.to_q"
+    ):
+        hand_over(with_holes, full_model())
+    two = full_model()
+    two.projectors.append(MLPProjector(WIDTH, ENCODER_WIDTH, 16))
+    with pytest.raises(ValueError, match="the warmup lacks projectors.1"):
+        hand_over(warmup_model().state_dict(), two)
 
 
 def test_hand_over_notices_a_load_that_does_not_load():

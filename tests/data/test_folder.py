@@ -217,6 +217,42 @@ def test_metadata_gives_labels_or_leaves_them_to_the_folders(tmp_path, caplog):
     assert load_source(folder, label_column="breed").id2label == {0: "x", 1: "y"}
 
 
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["007", "008", "010"], ["007", "008", "010"]),
+        (["2020-01-01", "2021-02-02", "2020-01-01"], ["2020-01-01", "2021-02-02"]),
+        (["true", "false", "true"], ["false", "true"]),
+        (["cat", "cat ", " dog"], ["cat", "dog"]),
+        (["0", "2", "1"], None),  # ids
+    ],
+)
+def test_a_table_gives_names_as_they_are_written(tmp_path, labels, names):
+    lines = "".join(f"{number}.png,{label}\n" for number, label in enumerate(labels))
+    files = {"metadata.csv": f"file_name,label\n{lines}"}
+    source = load_source(make(tmp_path, "0.png", "1.png", "2.png", **files))
+    assert source.id2label == (None if names is None else dict(enumerate(names)))
+    found = source.dataset["label"][:]
+    assert found == ([0, 2, 1] if names is None else [names.index(label.strip()) for label in labels])
+
+
+def test_names_in_the_table_of_one_split_are_names_in_all(tmp_path):
+    tables = {
+        f"{split}/metadata.csv": f"file_name,label\n1.png,{label}\n"
+        for split, label in [("train", "07"), ("test", "10")]
+    }
+    source = load_source(make(tmp_path, "train/1.png", "test/1.png", **tables), "test")
+    assert source.id2label == {0: "07", 1: "10"} and source.dataset["label"][:] == [1]
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_a_long_row_of_metadata_is_read(tmp_path, name):
+    text = "x" * 3_000_000
+    row = f'{{"file_name": "1.png", "label": "cat", "text": "{text}"}}\n'
+    row = row if name.endswith("jsonl") else f"file_name,label,text\n1.png,cat,{text}\n"
+    assert load_source(make(tmp_path, "1.png", **{name: row})).id2label == {0: "cat"}
+
+
 def test_class_names_are_compared_after_nfc(tmp_path):
     composed, decomposed = "b\u00e9b\u00e9", unicodedata.normalize("NFD", "b\u00e9b\u00e9")
     assert composed != decomposed

@@ -14,9 +14,11 @@
 """What opening a dataset refuses, and what it says: labels, splits, names, images that cannot be read."""
 
 import base64
+import datetime
 import io
 import logging
 import re
+import tarfile
 import time
 
 import pyarrow
@@ -297,3 +299,24 @@ def test_what_will_never_load_is_not_tried_again(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             load_source(str(name), retry_seconds=HANGS)
+
+
+def test_images_of_several_extensions_in_tars_are_refused(tmp_path):
+    """`datasets` takes the columns of the first tar, so every image of the second would be lost."""
+    for number, extension in enumerate(("jpg", "png")):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
+            for i in range(3):
+                buffer = io.BytesIO()
+                PILImage.new("RGB", (8, 8)).save(buffer, {"jpg": "JPEG", "png": "PNG"}[extension])
+                for suffix, content in ((extension, buffer.getvalue()), ("cls", str(number).encode())):
+                    member = tarfile.TarInfo(f"{number}-{i}.{suffix}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(ValueError, match="3 of 6 samples of .* hold no .jpg: in all tars .* the same extension"):
+        load_source(str(tmp_path))
+
+
+def test_labels_that_are_dates_are_named(tmp_path):
+    labels = pyarrow.array([datetime.date(2020, 1, 1)] * 3)
+    with pytest.raises(ValueError, match="labels must be class ids or names.*2020, 1, 1"):
+        load_source(table(tmp_path / "data", labels))

@@ -15,8 +15,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -454,6 +456,68 @@ def test_a_class_of_the_repo_that_it_was_loaded_from_goes_along(exported, tmp_pa
     assert (tmp_path / "again" / "scheduler" / "theirs.py").read_text() == (
         folder / "scheduler" / "theirs.py"
     ).read_text()
+
+
+def by_remote_code(folder):
+    return DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), trust_remote_code=True)
+
+
+def test_two_pipelines_of_remote_code_keep_apart(exported, tmp_path):
+    """diffusers executes the files of the second in the module of the first."""
+    repos = {name: tmp_path / name for name in ("one", "two")}
+    for name, repo in repos.items():
+        shutil.copytree(exported[0], repo)
+        for file in ("pipeline.py", "transformer/transformer_erw.py", "scheduler/scheduling_erw.py"):
+            text = (repo / file).read_text()  # not through the links to this package
+            (repo / file).unlink()
+            (repo / file).write_text(f"{text}\n# {name}\n")
+    one, two = by_remote_code(repos["one"]), by_remote_code(repos["two"])
+    np.testing.assert_array_equal(draw(one), exported[1])
+
+    def load_another(pipe, index, timestep, kwargs):
+        by_remote_code(repos["two"])
+        return kwargs
+
+    arguments = {"num_inference_steps": 3, "generator": torch.manual_seed(0), "output_type": "np"}
+    images = one("cat", **arguments, callback_on_step_end=load_another).images
+    np.testing.assert_array_equal(images, exported[1])
+    one._own_classes = (torch.zeros(1), {})
+    assert type(two).from_pipe(one)._own_classes is one._own_classes
+    for name, pipe in (("one", one), ("two", two)):
+        pipe.save_pretrained(tmp_path / "saved")
+        for file in ("pipeline.py", "transformer/transformer_erw.py", "scheduler/scheduling_erw.py"):
+            assert (tmp_path / "saved" / file).read_text().endswith(f"# {name}\n")
+
+
+def test_saving_leaves_the_modules_of_other_threads_alone(tmp_path, monkeypatch):
+    made, from_config = [], ERWTransformer2DModel.from_config
+
+    def meanwhile(*args, **kwargs):
+        thread = threading.Thread(target=lambda: made.append(torch.nn.Linear(2, 2).weight.device.type))
+        thread.start()
+        thread.join()
+        return from_config(*args, **kwargs)
+
+    monkeypatch.setattr(ERWTransformer2DModel, "from_config", meanwhile)
+    pipeline().save_pretrained(tmp_path / "repo")
+    assert made == ["cpu"]
+
+
+@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
+def test_weights_that_are_elsewhere_or_rounded_are_not_saved(tmp_path, offload_type):
+    on_disk = pipeline()
+    options = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+    on_disk.transformer.enable_group_offload(
+        onload_device=torch.device("cpu"),
+        offload_device=torch.device("cpu"),
+        offload_type=offload_type,
+        offload_to_disk_path=str(tmp_path / "disk"),
+        **options,
+    )
+    refused(on_disk, tmp_path / "repo", "offloaded to a disk.*save before enable_group_offload")
+    cast = pipeline()
+    cast.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    refused(cast, tmp_path / "repo", "in torch.float8_e4m3fn.*save before enable_layerwise_casting")
 
 
 def test_what_is_linked_is_uploaded_as_files():

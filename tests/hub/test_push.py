@@ -48,6 +48,7 @@ from helpers import (
 )
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import httpx
 from loopback_hub import READ_TOKEN, LoopbackHub
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -617,3 +618,20 @@ def test_a_pipeline_that_is_pushed_again_is_what_loads(hub, tmp_path, first, sec
     assert all(torch.equal(value, state[name]) for name, value in loaded.transformer.state_dict().items())
     kept = [name for name in huggingface_hub.list_repo_files("user/m") if ".other." in name]
     assert bool(kept) == ("variant" in second)
+
+
+def test_a_push_waits_until_the_hubs_limit_is_over(monkeypatch):
+    """The Hub says so in `RateLimit`, and its window is longer than all pauses between attempts."""
+    slept, answers = [], [429, 429, 200]
+
+    def request():
+        status = answers.pop(0)
+        if status == 200:
+            return "done"
+        headers = {"RateLimit": '"api";r=0;t=250', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
+        raise HfHubHTTPError(
+            "limited", response=httpx.Response(status, headers=headers, request=httpx.Request("POST", "http://hub"))
+        )
+
+    monkeypatch.setattr("erw_hf.hub.upload.time.sleep", slept.append)
+    assert upload.retry(request) == "done" and slept == [251, 251]

@@ -392,6 +392,21 @@ def test_a_model_opens_with_the_sampler_that_it_was_saved_with(app):
     assert app.samplers_of(pipe) == ["heun", "sde", "euler"]
 
 
+def test_samplers_are_those_of_each_model_where_several_are_served(app, tmp_path):
+    """Each that is loaded defines the classes of the schedulers' module anew."""
+    models = {}
+    for scheduler in (FlowMatchHeunScheduler(), FlowMatchEulerMaruyamaScheduler(last_step="tweedie")):
+        pipe, folder = ERWPipeline.from_pretrained(DIGITS), tmp_path / type(scheduler).__name__
+        pipe.scheduler = scheduler
+        pipe.save_pretrained(folder)
+        models[folder.name] = folder
+    models = {name: app.load_model(str(folder)) for name, folder in models.items()}
+    app.load_model(str(DIGITS))
+    assert app.samplers_of(models["FlowMatchHeunScheduler"])[0] == "heun"
+    sde = models["FlowMatchEulerMaruyamaScheduler"]
+    assert app.samplers_of(sde)[0] == "sde" and app.new_scheduler(sde, "sde").config.last_step == "tweedie"
+
+
 def test_a_sampler_keeps_what_the_pipeline_was_saved_with(app):
     pipe = ERWPipeline.from_pretrained(DIGITS)
     pipe.scheduler = type(pipe.scheduler)(last_step="tweedie", sigma_last=0.02)

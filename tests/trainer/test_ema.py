@@ -144,7 +144,7 @@ def test_post_hoc_averages_match_those_that_were_followed(width):
     assert coefficients.sum() == pytest.approx(1, abs=0.01)
 
 
-def test_the_width_is_chosen_after_training(tmp_path, tiny_flags, monkeypatch):
+def test_the_width_is_chosen_after_training(tmp_path, tiny_flags, monkeypatch, capsys):
     run = tmp_path / "run"
     train(*tiny_flags, "--max_train_steps=15", "--learning_rate=1e-2", "--ema_sigma_rel=0.1", "--ema_snapshot_steps=1",
         f"--output_dir={run}")  # fmt: skip
@@ -158,8 +158,13 @@ def test_the_width_is_chosen_after_training(tmp_path, tiny_flags, monkeypatch):
     pipe = ERWPipeline.from_pretrained(tmp_path / "rebuilt")
     assert pipe(class_labels=[3], num_inference_steps=2).images[0].size == (8, 8)
     monkeypatch.setattr("sys.argv", [*arguments[:1], str(tmp_path), *arguments[2:]])
-    with pytest.raises(ValueError, match="train with ema_snapshot_steps"):
+    with pytest.raises(SystemExit):
         main()
+    assert "train with ema_snapshot_steps" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", [*arguments, "--step", "0"])  # before the first: its weights would be about 0
+    with pytest.raises(SystemExit):
+        main()
+    assert "the snapshots are of the steps 1 to" in capsys.readouterr().err
 
 
 def test_a_checkpoint_gathers_one_tensor_at_a_time_and_the_main_process_keeps_them(monkeypatch):

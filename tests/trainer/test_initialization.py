@@ -161,6 +161,20 @@ def test_another_model_and_what_is_no_pipeline_are_refused(trained, tmp_path):
         load_initial(str(tmp_path), CONFIG, NAMES)
 
 
+def test_weights_that_the_config_does_not_know_are_not_dropped(trained):
+    folder, _ = trained
+    file = folder / "pipeline/transformer/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    extra = {"transformer_blocks.0.attn.to_qkv.weight": torch.zeros(1)}  # a copy, of projections that were fused
+    save_file(tensors | extra, file)
+    load_initial(str(folder), CONFIG, NAMES)
+    save_file(tensors | {"transformer_blocks.3.attn.to_q.weight": torch.zeros(1)}, file)
+    with pytest.raises(
+        ValueError, match="holds 1 tensors that the model of its config lacks, such as transformer_blocks.3"
+    ):
+        load_initial(str(folder), CONFIG, NAMES)
+
+
 def test_a_run_goes_on_from_a_trained_pipeline(tmp_path, tiny_flags):
     flags = [*tiny_flags, "--warmup_steps=0", "--checkpointing_steps=100"]
     train(*flags, "--max_train_steps=3", f"--output_dir={tmp_path}/first")

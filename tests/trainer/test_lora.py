@@ -274,6 +274,40 @@ def test_models_whose_adapters_would_change_in_part_are_refused(run):
     assert not offloaded.get_list_adapters()
 
 
+def test_models_whose_weights_are_elsewhere_or_cast_take_adapters_before(run, tmp_path):
+    on_disk = make_base()
+    on_disk.transformer.enable_group_offload(
+        onload_device=torch.device("cpu"),
+        offload_device=torch.device("cpu"),
+        offload_type="leaf_level",
+        offload_to_disk_path=str(tmp_path / "disk"),
+    )
+    with pytest.raises(ValueError, match="adapters before enable_group_offload"):
+        on_disk.load_lora_weights(run / "lora")
+    cast = make_base()
+    cast.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(ValueError, match="load adapters before enable_layerwise_casting"):
+        cast.load_lora_weights(run / "lora")
+    assert not hasattr(cast.transformer, "peft_config")
+
+
+def test_group_offloading_moves_the_classes_of_an_adapter_too(run):
+    pipe, moved = make_base(), []
+    pipe.transformer.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
+    )
+    pipe.load_lora_weights(run / "lora")
+    for module in pipe.transformer.modules():
+        for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
+            moved += [p for owner in hook.group.modules for p in owner.parameters()] + list(hook.group.parameters)
+    table = pipe.transformer.time_class_embed.class_embedder
+    assert any(parameter is table.weight for parameter in moved)
+    assert table.num_embeddings == len(table.weight) == pipe.transformer.config.num_classes + 1
+    plain = make_base()
+    plain.load_lora_weights(run / "lora")
+    torch.testing.assert_close(draw(pipe, "5"), draw(plain, "5"))
+
+
 @pytest.mark.parametrize("offline", [False, True])
 def test_classes_are_not_lost_where_the_hub_was_not_reached(run, tmp_path, monkeypatch, offline):
     def not_reached(*args, **kwargs):

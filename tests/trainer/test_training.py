@@ -272,6 +272,22 @@ def test_one_warmup_serves_another_run(tmp_path, tiny_flags, finished_run):
     assert torch.equal(weights(tmp_path / "run")[name], warmup[name])
 
 
+def test_a_warmup_with_another_encoder_or_other_data_is_warned_of(tmp_path, tiny_flags, finished_run, caplog):
+    shutil.copytree(finished_run / "warmup", tmp_path / "warmup")
+    record = json.loads((tmp_path / "warmup/warmup.json").read_text())
+    flags = [*tiny_flags, "--warmup_steps=0", f"--warmup_from={tmp_path}/warmup", "--max_train_steps=1"]
+    train(*flags, f"--output_dir={tmp_path}/same")
+    assert "was made with" not in caplog.text
+    changed = record | {"encoder": "facebook/dinov2-base", "dataset": "user/photos"}
+    (tmp_path / "warmup/warmup.json").write_text(json.dumps(changed))
+    train(*flags, f"--output_dir={tmp_path}/run")
+    assert "was made with the encoder facebook/dinov2-base, this run has" in caplog.text
+    assert "was made with the dataset user/photos, this run has digits" in caplog.text
+    caplog.clear()
+    train(*flags, "--hand_over_projector=false", f"--output_dir={tmp_path}/fresh")
+    assert "the encoder" not in caplog.text and "the dataset user/photos" in caplog.text
+
+
 @pytest.mark.parametrize(("key", "part"), [("warmup_from", "warmup"), ("init_from", "pipeline")])
 def test_a_run_resumes_without_what_it_started_from(tmp_path, tiny_flags, finished_run, key, part):
     shutil.copytree(finished_run / part, tmp_path / part)

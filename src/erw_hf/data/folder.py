@@ -294,7 +294,7 @@ class _Reader:
         """The images to take, in order, and the label of each; `None` without labels."""
         if self.label_column is not None:
             labels = ((path, row[self.label_column]) for path, row in self._described(paths))
-            return [(path, nfc(label) if isinstance(label, str) else label) for path, label in labels]
+            return [(path, nfc(label).strip() if isinstance(label, str) else label) for path, label in labels]
         own, below = _branches(paths, prefix)
         where = os.path.join(self.folder, prefix)
         self._refuse_labels_by_path()
@@ -455,7 +455,12 @@ def _read_metadata(folder: str, images: list[str], tables: list[str]) -> list[tu
             if file_name is None or nfc(relative) not in known:
                 raise ValueError(f"row {number} of {path} names {file_name!r}, which is not an image in this folder")
             rows.append((known[nfc(relative)], row))
-    return rows
+    # A column is of names if it is in one of the tables.
+    named = {column for _, row in rows for column, value in row.items() if isinstance(value, str)}
+    return [
+        (path, {column: str(v) if column in named and type(v) is int else v for column, v in row.items()})
+        for path, row in rows
+    ]
 
 
 def _read_table(path: str) -> pyarrow.Table:
