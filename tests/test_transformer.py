@@ -253,6 +253,12 @@ def test_impossible_configurations_raise(change, message):
         ERWTransformer2DModel(**{**TINY_MODEL, **change})
 
 
+def test_a_size_that_is_no_whole_number_of_patches_is_named():
+    model = ERWTransformer2DModel(**TINY_MODEL)  # patches of 2
+    with pytest.raises(ValueError, match="9x9 is not a whole number of patches of 2"):
+        model(torch.zeros(1, 1, 9, 9), torch.tensor([0.5]), torch.tensor([0]))
+
+
 def test_rotary_positions_have_one_grid():
     """Another of as many tokens would get the positions of this one."""
     model = ERWTransformer2DModel(**TINY_MODEL, use_rope=True)

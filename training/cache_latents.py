@@ -161,7 +161,7 @@ def write_cache(args: argparse.Namespace, accelerator: Accelerator) -> str:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         statistics, skipped = merge_statistics(folder, Path(args.output_dir))
-        unreadable = f", without {skipped} that cannot be read," * (skipped > 0)
+        unreadable = f" (left out {skipped} that cannot be read)" * (skipped > 0)
         print(f"{rows - skipped} rows in {files} files{unreadable}: {json.dumps(statistics)}")
     return repo_id
 

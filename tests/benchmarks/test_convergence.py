@@ -164,6 +164,21 @@ def test_runs_are_measured_recorded_skipped_and_gone_on_with(recipes, monkeypatc
         convergence.main(command(recipes, *arms))
 
 
+def test_a_run_goes_on_with_its_own_settings_alone(recipes, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(convergence, "run_script", out_of_time)
+        assert not convergence.main(command(recipes, "--arms", "sit", "--seeds", 1))
+    table = yaml.safe_load((recipes / "arms.yaml").read_text())
+    table["arms"]["sit"]["learning_rate"] = 0.5
+    (recipes / "arms.yaml").write_text(yaml.safe_dump(table))
+    with pytest.raises(ValueError, match="was begun with other settings.*choose another --runs, or delete"):
+        convergence.main(command(recipes, "--arms", "sit", "--seeds", 1))
+
+
+def out_of_time(*_):
+    raise convergence.OutOfTime
+
+
 def test_a_running_script_is_stopped_when_the_time_is_over(tmp_path):
     study = convergence.Study(tmp_path, "digits", tmp_path, tmp_path, 0, {}, stop_at=time.monotonic() + 0.5)
     started = time.monotonic()

@@ -188,7 +188,7 @@ def test_flipped_twins(vae_path, tmp_path):
     assert np.abs(difference).mean() < 3 and plain["label"] == flipped["label"]
 
 
-def test_a_file_of_broken_images_alone_is_no_end(vae_path, tmp_path):
+def test_a_file_of_broken_images_alone_is_no_end(vae_path, tmp_path, capsys):
     features = Features({"image": Image(), "label": ClassLabel(names=["a"])})
     images = [PILImage.new("RGB", (16, 16))] + [{"bytes": b"no image", "path": "bad.png"}] * 2
     (tmp_path / "data").mkdir()
@@ -199,6 +199,7 @@ def test_a_file_of_broken_images_alone_is_no_end(vae_path, tmp_path):
         tmp_path / "cache", vae_path, f"--dataset_name={tmp_path}/data", "--dataset_split=train", "--rows_per_file=1"
     )
     assert load_dataset(str(tmp_path / "cache"), split="train")["key"] == ["0"]
+    assert "1 rows in 3 files (left out 2 that cannot be read): " in capsys.readouterr().out
     assert len(json.loads((tmp_path / "cache" / "latent_statistics.json").read_text())["latents_mean"]) == 4
 
 

@@ -153,6 +153,16 @@ def test_a_classifier_of_classes_without_names(tmp_path):
             run_script(name, *flags, f"--output_dir={tmp_path}/train/metadata.csv")
 
 
+def test_pairs_need_two_pictures_of_a_concept(tmp_path):
+    for split in ("train", "validation"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for index in range(6):
+            Image.new("RGB", (16, 16), (40 * index, 0, 0)).save(tmp_path / split / "a" / f"IMG{index:04d}.png")
+    flags = [f"--dataset_name={tmp_path}", "--pairs", "--image_size=16", "--steps=1", f"--output_dir={tmp_path}/out"]
+    with pytest.raises(ValueError, match="--pairs needs pictures of one concept by several artists.* has none"):
+        run_script("train_tiny_encoder", *flags)
+
+
 def test_the_shipped_emoji_are_recognised():
     """By a classifier of real ones, which gets 54 % of those right that it has not seen."""
     pipe = ERWPipeline.from_pretrained(REPOSITORY / "pipelines" / "erw-emoji")

@@ -24,6 +24,7 @@ from helpers import REPOSITORY, TINY_MODEL, check_ended, randomize, run_forked, 
 from PIL import Image as PILImage
 
 from erw_hf import ERWPipeline, ERWTransformer2DModel, FlowMatchEulerMaruyamaScheduler
+from erw_hf.evaluation import feature_statistics
 from erw_hf.evaluation.images import dataset_images, generated_images, npz_images, sample_generator, sample_label
 from erw_hf.evaluation.metrics import frechet_estimate
 from erw_hf.trainer.config import TrainingConfig
@@ -67,6 +68,7 @@ def test_the_record_holds_the_numbers_and_all_they_depend_on(evaluated):
         "metrics",
         "errors",
         "bias",
+        "data",
         "settings",
         "model",
         "reference",
@@ -550,6 +552,45 @@ def test_a_try_that_drew_nothing_does_not_bind_the_next(tmp_path):
     for steps in (1, 2):
         with pytest.raises(ValueError, match="NaN or infinity"):
             evaluate(tmp_path / "out", f"--model={tmp_path}/broken", *flags, f"--num_inference_steps={steps}")
+
+
+def test_an_evaluation_goes_on_with_its_images_alone(tmp_path, monkeypatch):
+    def images(seed):
+        pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+        np.savez(tmp_path / "some.npz", arr_0=pixels)
+
+    np.savez(tmp_path / "r.npz", mu=np.zeros(64), sigma=np.eye(64))
+    flags = [f"--images={tmp_path}/some.npz", f"--reference={tmp_path}/r.npz", f"--extractor={CLASSIFIER}"]
+    flags += ["--metrics=fid", "--batch_size=2", "--save_steps=1"]
+    images(0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("erw_hf.evaluation.feature_statistics._save_part", stop_after(2))
+        evaluate(tmp_path / "out", *flags)
+    images(1)
+    with pytest.raises(ValueError, match="was begun with other data.images"):
+        evaluate(tmp_path / "out", *flags)
+    images(0)
+    record = evaluate(tmp_path / "out", *flags)
+    assert "arr_0.npy" in record["data"]["images"]
+
+
+def stop_after(count):
+    saved, save = [], feature_statistics._save_part
+
+    def stop(part, path):
+        save(part, path)
+        saved.append(path)
+        if len(saved) == count:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def test_fewer_images_than_asked_for_are_said(tmp_path, images_of_8_px, capsys):
+    np.savez(tmp_path / "r.npz", mu=np.zeros(64), sigma=np.eye(64))
+    flags = [f"--images={images_of_8_px}", f"--reference={tmp_path}/r.npz", f"--extractor={CLASSIFIER}"]
+    evaluate(tmp_path / "out", *flags, "--metrics=fid", "--num_samples=50")
+    assert "holds only 6 images, all are evaluated" in capsys.readouterr().out
 
 
 def test_a_pipeline_with_diffusers_scheduler_is_drawn_by_heun(tmp_path):

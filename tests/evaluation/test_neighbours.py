@@ -20,7 +20,7 @@ import torch
 from helpers import REPOSITORY, run_script
 from PIL import Image
 
-from erw_hf.evaluation.neighbours import compare_neighbours
+from erw_hf.evaluation.neighbours import compare_neighbours, nearest
 
 
 def test_copies_have_a_ratio_of_0_and_new_ones_of_1():
@@ -38,6 +38,27 @@ def test_copies_have_a_ratio_of_0_and_new_ones_of_1():
     assert half.pairs[0][:2] == (200, 0)
     with pytest.raises(ValueError, match="held-out"):
         compare_neighbours(new, training, training)
+
+
+@pytest.mark.parametrize("rows", [10, 20_000])
+def test_an_image_is_its_own_nearest_neighbour_whatever_the_width(rows, monkeypatch):
+    monkeypatch.setattr("erw_hf.evaluation.neighbours.ROWS", rows)
+    draw = torch.Generator().manual_seed(0)
+    training, samples = (torch.rand(300, 64, generator=draw) + 0.5 for _ in range(2))
+    distances, indices = nearest(training, training)
+    assert not distances.any() and torch.equal(indices, torch.arange(300))
+    expected = torch.cdist(samples.double(), training.double(), compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
+    distances, indices = nearest(samples, training)
+    torch.testing.assert_close(distances, expected.values)
+    assert torch.equal(indices, expected.indices)
+    with pytest.raises(ValueError, match="held-out"):  # features of other batches differ in their last bits
+        compare_neighbours(samples, training, training + 1e-7)
+
+
+def test_a_reference_of_the_training_images_is_refused_at_once(capsys):
+    with pytest.raises(SystemExit):
+        run_script("evaluate", "--images=digits", "--reference=digits", "--training_images=digits")
+    assert "--training_images are the reference's" in capsys.readouterr().err
 
 
 def test_held_out_images_are_asked_for(capsys):

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import REPOSITORY, run_script
+from helpers import REPOSITORY, run_script, train
 from sklearn.linear_model import LogisticRegression
 
 from erw_hf import RepresentationEncoder
@@ -33,6 +33,7 @@ from erw_hf.evaluation.probes import (
     encoder_features,
     linear_probe,
     load_probe_images,
+    load_probe_pair,
     probe_blocks,
 )
 from erw_hf.flow import interpolate
@@ -99,6 +100,29 @@ def test_choice_of_images_is_random_but_fixed():
     assert len(load_probe_images(stream, 5, 8, 1, seed=0).pixels) == 5
     with pytest.raises(ValueError, match="name a dataset of images"):
         load_probe_images(replace(source, image_column=None), 5, 8, 1, seed=0)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(50, (50, 50)), (1000, (719, 719))])
+def test_one_split_is_shared_without_an_image_in_both(count, expected):
+    """On the images that it was fitted on, a probe of noise has an accuracy of 1."""
+    source = load_source("digits", "train")
+    fit, test = load_probe_pair(source, None, count, 8, 1, seed=0)
+    assert (len(fit.pixels), len(test.pixels)) == expected
+    both = torch.cat([fit.pixels, test.pixels]).flatten(1)
+    rows = torch.cat([load_probe_images(source, 2000, 8, 1, 0).pixels]).flatten(1)
+    assert torch.equal(both, rows[: sum(expected)])
+    stream = load_source("digits", "train", streaming=True)
+    fit, test = load_probe_pair(stream, None, 5, 8, 1, seed=0)
+    assert len(fit.pixels) == len(test.pixels) == 5 and not torch.equal(fit.pixels, test.pixels)
+    held_out = load_source("digits", "test")
+    assert len(load_probe_pair(source, held_out, 20, 8, 1, seed=0)[1].pixels) == 20
+
+
+def test_a_run_whose_probes_cannot_work_does_not_start(tiny_flags, tmp_path):
+    with pytest.raises(ValueError, match="CKNNA needs more than 10 images, test gave 5"):
+        train(
+            *tiny_flags, f"--output_dir={tmp_path}/run", "--probe_steps=1", "--probe_samples=5", "--probe_split=test"
+        )
 
 
 def test_command_on_the_shipped_pipeline(tmp_path, capsys):

@@ -14,6 +14,7 @@
 """Published checkpoints: the table, and a stand-in that is fetched from a loopback Hub, converted, drawn and compared."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -104,7 +105,7 @@ def test_a_stand_in_is_fetched_converted_drawn_and_set_beside_its_number(tmp_pat
     record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert record["model"]["scheduler"]["class"] == "FlowMatchEulerDiscreteScheduler"
     assert record["model"]["scheduler"]["shift"] == 2.0
-    config = json.loads((tmp_path / "out" / "published" / "vae" / "config.json").read_text())
+    config = json.loads((tmp_path / "out" / "published-tiny" / "vae" / "config.json").read_text())
     assert config["latents_mean"] == [0, 1, 2, 3] and config["latents_std"] == [2] * 4
     assert (config["scaling_factor"], config["shift_factor"]) == (1.0, None)
     shown = result.stdout[result.stdout.index("published") :]
@@ -112,7 +113,23 @@ def test_a_stand_in_is_fetched_converted_drawn_and_set_beside_its_number(tmp_pat
     for line in ("differs: the moon", "unverified: the sun", "remeasured: 5.1"):
         assert line in shown
     assert "sfid                             1            not measured" in shown and "errors" in shown
-    assert record["settings"]["guidance_scale"] == 1.0 and record["settings"]["model"].endswith("published")
+    assert record["settings"]["guidance_scale"] == 1.0 and record["settings"]["model"].endswith("published-tiny")
+
+
+def test_each_name_and_file_has_its_own_pipeline(tmp_path, monkeypatch):
+    """An evaluation that fails leaves it in the folder."""
+    monkeypatch.setattr("sys.path", [str(REPOSITORY / "training"), *sys.path])
+    import evaluate
+
+    def model_of(*flags):
+        monkeypatch.setattr("sys.argv", ["evaluate.py", *flags, f"--output_dir={tmp_path}", "--reference=digits"])
+        return evaluate.parse_arguments().model
+
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.pt").write_text(name)
+    flags = [["--verify=sit-xl-2"], ["--verify=repa-xl-2"]]
+    flags += [["--verify=sit-xl-2", f"--checkpoint={tmp_path}/{name}.pt"] for name in ("a", "b")]
+    assert len({model_of(*some) for some in flags}) == 4
 
 
 def test_the_verdict_is_two_errors_wide(monkeypatch):

@@ -13,6 +13,8 @@
 # limitations under the License.
 """The statistics and the numbers of an evaluation, on features, against torch-fidelity and ADM's formulas."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -552,6 +554,19 @@ def test_bias_is_what_few_samples_add(tmp_path):
     assert found == pytest.approx(np.mean(scores) - whole, rel=0.25) and found < 0
 
 
+def test_bias_does_not_depend_on_the_order_of_the_classes():
+    """`--labels balanced` alternates between them."""
+    rng = np.random.default_rng(0)
+    centres = 3 * rng.standard_normal((10, 8))
+    x, y = (rng.standard_normal((1000, 8)) + centres[np.arange(1000) % 10] for _ in range(2))
+    mixed = rng.permutation(x)
+    statistics = (y.mean(0), np.cov(y, rowvar=False))
+    found = [frechet_estimate(z, (z.mean(0), np.cov(z, rowvar=False)), statistics).bias for z in (x, mixed)]
+    assert abs(found[0]) < 3 * abs(found[1]) + 0.1
+    found = [mind_estimate(z.astype(np.float32), y.astype(np.float32), 200).bias for z in (x, mixed)]
+    assert abs(found[0]) < 3 * abs(found[1]) + 0.5
+
+
 def kl_of(logits):
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     return (p * np.log(p / p.mean(0))).sum(1).mean()
@@ -704,3 +719,13 @@ def test_a_reference_holds_the_features_of_its_images(pixels, tmp_path, monkeypa
 def test_another_network_is_not_taken_for_an_extractor(encoder_path):
     with pytest.raises(ValueError, match="not a ResNet classifier"):
         load_extractor(str(encoder_path))
+
+
+@pytest.mark.parametrize(("size", "side"), [({"shortest_edge": 40}, 40), ({"height": 24, "width": 24}, 24)])
+def test_the_size_of_a_classifiers_images_is_its_processors(tmp_path, size, side):
+    """microsoft/resnet-50's names no crop."""
+    shutil.copytree(CLASSIFIER, tmp_path / "classifier")
+    settings = {"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0.875, "do_normalize": True}
+    settings |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": size}
+    (tmp_path / "classifier/preprocessor_config.json").write_text(json.dumps(settings))
+    assert load_extractor(str(tmp_path / "classifier")).size == side

@@ -66,6 +66,7 @@ def test_a_plan_fits_the_card_and_the_time_and_is_a_config(photos, tmp_path, mon
     [
         (["--gpu=rtx9999", "--hours=1"], "rtx9999.*RTX 4090.*or cpu"),
         (["--gpu=rtx4090"], "--plan needs --gpu"),
+        (["--gpu=rtx4090", "--hours=1", "--mixed_precision=no"], "bf16 and fp16 alone"),
         (["--gpu=rtx4090", "--hours=1e-6"], "only 0 full steps .* allow"),
         (["--gpu=rtx4090", "--hours=1e-3", "--lr_warmup_steps=100000"], "set lr_warmup_steps, which is 100000, lower"),
     ],
@@ -73,6 +74,27 @@ def test_a_plan_fits_the_card_and_the_time_and_is_a_config(photos, tmp_path, mon
 def test_what_cannot_be_planned_is_said(photos, flags, message):
     with pytest.raises(ValueError, match=message):
         write_plan(given_values(["--plan", *photos, *flags]), time_steps=None)
+
+
+def test_the_hours_count_what_the_user_set(photos):
+    def plan(*flags):
+        flags = ["--plan", "--gpu=rtx4090", "--hours=1", "--model=SiT-B/2", "--warmup_steps=0", *photos, *flags]
+        return yaml.safe_load(write_plan(given_values(flags), time_steps=None))
+
+    plain, recomputed, given = plan(), plan("--gradient_checkpointing=true"), plan("--activation_memory_budget=0.5")
+    assert plain["max_train_steps"] / recomputed["max_train_steps"] == pytest.approx(4 / 3, rel=1e-3)
+    assert plain["max_train_steps"] / given["max_train_steps"] == pytest.approx(1.1, rel=1e-3)
+    assert given["activation_memory_budget"] == 0.5
+    assert (
+        plan("--gradient_checkpointing=false", "--gpu=rtx3090", "--model=SiT-L/2")["gradient_checkpointing"] is False
+    )
+
+
+def test_accumulation_keeps_a_batch_that_is_no_power_of_two(photos):
+    flags = ["--plan", "--gpu=rtx3090", "--hours=9", "--model=SiT-L/2", "--train_batch_size=150", *photos]
+    values = yaml.safe_load(write_plan(given_values(flags), time_steps=None))
+    assert values["train_batch_size"] < 150
+    assert values["train_batch_size"] * values["gradient_accumulation_steps"] == 150
 
 
 def test_a_pipeline_that_is_fine_tuned_says_what_its_model_is(photos, tmp_path, monkeypatch):
