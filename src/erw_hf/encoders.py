@@ -224,7 +224,15 @@ class RepresentationEncoder(nn.Module):
         return cls(model, [0.5] * 3, [0.5] * 3, token_grid, image_size, antialias_positions, depth)
 
     def train(self, mode: bool = True) -> "RepresentationEncoder":
-        """Stays in evaluation mode, as part of a model in training too: it is frozen."""
+        """
+        Stays in evaluation mode, as part of a model in training too: it is frozen.
+
+        Args:
+            mode (`bool`, *optional*, defaults to `True`): Not taken.
+
+        Returns:
+            [`RepresentationEncoder`]: Itself.
+        """
         return super().train(False)
 
     @property
