@@ -227,6 +227,8 @@ def test_a_public_value_is_a_hub_id_or_a_name(tmp_path, monkeypatch):
         "caches/mine": "mine",
         "stats/r.npz": "r.npz",
         "user/dino, /my files/own": "user/dino,own",
+        "dinov2=/home/me/enc": "dinov2=enc",
+        "file:///home/me/data": "data",
     }
     kept = ["user/dino", "a / b, [-1, 1]", "https://a.org/b/c", "bf16", "", 0.5, None, True]
     assert public_value({"a": list(paths), "b": tuple(kept)}, ["caches/mine"]) == {"a": [*paths.values()], "b": kept}

@@ -30,7 +30,12 @@ def public_value(value: object, local: Collection[str] = ()) -> object:
         return [public_value(entry, local) for entry in value]
     if not isinstance(value, str):
         return value
-    return ",".join(Path(p.strip()).name if _is_path(p.strip(), local) else p for p in value.split(","))
+    return ",".join(_reduced(part, local) for part in value.split(","))
+
+
+def _reduced(part: str, local: Collection[str]) -> str:
+    name, equals, path = part.rpartition("=")  # NAME=PATH, as of evaluate.py's --representations
+    return name + equals + (Path(path.strip()).name if _is_path(path.strip(), local) else path)
 
 
 def is_hub_id(name: str) -> bool:
@@ -44,6 +49,8 @@ def public_name(path_or_id: object) -> str:
 
 
 def _is_path(name: str, local: Collection[str] = ()) -> bool:
+    if name.startswith("file://"):
+        return True
     if "/" not in name or "://" in name:
         return False
     # Three names and two slashes, as in outputs/mine/pipeline, are too many for an id.
