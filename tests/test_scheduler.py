@@ -365,3 +365,12 @@ def test_the_last_step_leaves_some_noise_as_published_or_none(path_type):
     assert FlowMatchEulerMaruyamaScheduler().config.last_step == "mean"
     with pytest.raises(ValueError, match="last_step must be"):
         FlowMatchEulerMaruyamaScheduler(last_step="euler")
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerMaruyamaScheduler, FlowMatchHeunScheduler])
+def test_times_are_set_whatever_torchs_default_device_is(scheduler):
+    """Without values there, as on the meta device, or without float64, as on Apple's."""
+    with torch.device("meta"):
+        made = scheduler()
+        made.set_timesteps(4, device="cpu")
+    assert made.sigmas.device.type == "cpu" and made.timesteps[0] == 1000

@@ -299,8 +299,11 @@ def train_step(phase: Phase, batches: Batches, step: int) -> Step:
             if accelerator.sync_gradients:
                 grad_norm = clip_gradients(accelerator, optimizer.optimizer, phase.parameters, config.max_grad_norm)
                 # The optimizer skips a non-finite step on the device, as it does for fp16's loss scaler.
-                optimizer.optimizer.found_inf = (~grad_norm.isfinite()).float()
-                optimizer.step()
+                skip = ~grad_norm.isfinite()
+                optimizer.optimizer.found_inf = skip.float()
+                # On other devices torch's kernel does not look (pytorch 186360), so the host does.
+                if accelerator.device.type in ("cpu", "cuda") or not skip:
+                    optimizer.step()
             optimizer.zero_grad()
     if phase.ema is not None:
         phase.ema.step()

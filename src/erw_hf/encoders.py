@@ -167,28 +167,11 @@ class RepresentationEncoder(nn.Module):
         """
         config = AutoConfig.from_pretrained(pretrained_model_name_or_path, revision=revision)
         model_class = _model_class(config)
-        model, info = model_class.from_pretrained(
-            pretrained_model_name_or_path, dtype=dtype, revision=revision, output_loading_info=True
-        )
-        # What makes no patch tokens may be missing; transformers only warns, and leaves the rest random.
-        lacking = [
-            name for name in info["missing_keys"] if not re.search(r"(^|\.)(pooler|head|mask_token)(\.|$)", name)
-        ]
-        lacking += [name for name, *_ in info["mismatched_keys"]]
-        if lacking:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks the weights of {len(lacking)} tensors of {type(model).__name__}, such as "
-                f"{sorted(lacking)[0]}: its file holds another model, or other names"
-            )
+        model = load_whole(model_class, pretrained_model_name_or_path, dtype=dtype, revision=revision)
         # Mean and deviation come from the model's own processor: constants in the code were wrong for half of the
         # encoders that published training code supports.
         processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, revision=revision, backend="pil")
-        if config.model_type == "timm_wrapper":  # models of timm, whose processor holds timm's own settings
-            mean, std = processor.data_config["mean"], processor.data_config["std"]
-        elif not getattr(processor, "do_normalize", True):
-            mean, std = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
-        else:
-            mean, std = processor.image_mean, processor.image_std
+        mean, std = normalization(processor)
         return cls(model, mean, std, token_grid, image_size, antialias_positions, depth)
 
     @classmethod
@@ -361,6 +344,47 @@ def _model_class(config: PretrainedConfig) -> Any:
             "fixed size, such as google/siglip2-base-patch16-256"
         )
     return _VISION_TOWERS.get(config.model_type, AutoModel)
+
+
+def load_whole(model_class: Any, path: str, **kwargs: Any) -> PreTrainedModel:
+    """
+    Loads a vision model, of which transformers would only warn that it leaves a part random.
+
+    Args:
+        model_class (`type`): Class of transformers.
+        path (`str`): Folder or Hub id.
+        kwargs: Further arguments of its `from_pretrained`.
+
+    Returns:
+        `transformers.PreTrainedModel`: The model.
+
+    Raises:
+        ValueError: if weights are missing. A pooler, a head and the mask token, which make no tokens, may be.
+    """
+    model, info = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
+    lacking = [name for name in info["missing_keys"] if not re.search(r"(^|\.)(pooler|head|mask_token)(\.|$)", name)]
+    lacking += [name for name, *_ in info["mismatched_keys"]]
+    if lacking:
+        raise ValueError(
+            f"{path} lacks the weights of {len(lacking)} tensors of {type(model).__name__}, such as {sorted(lacking)[0]}: its "
+            "file holds another model, or other names"
+        )
+    return model
+
+
+def normalization(processor: Any) -> tuple[list[float], list[float]]:
+    """
+    Args:
+        processor (`transformers.BaseImageProcessor`): Of a vision model; for one of timm, it holds timm's own settings.
+
+    Returns:
+        `tuple[list[float], list[float]]`: Mean and deviation of each channel, of images in [0, 1].
+    """
+    if hasattr(processor, "data_config"):
+        return processor.data_config["mean"], processor.data_config["std"]
+    if not getattr(processor, "do_normalize", True):
+        return [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
+    return processor.image_mean, processor.image_std
 
 
 def vit_blocks(model: PreTrainedModel) -> nn.ModuleList:

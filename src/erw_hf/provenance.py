@@ -51,8 +51,15 @@ def hardware(accelerator: Accelerator) -> dict[str, object]:
         "cpu_threads_per_process": torch.get_num_threads(),
         "cpu_cores": os.cpu_count(),
         "mixed_precision": accelerator.mixed_precision,
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "float32_matmul_precision": _matmul_precision(),
     }
+
+
+def _matmul_precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by torch's newer name
+        return str(torch.backends.cuda.matmul.fp32_precision)
 
 
 def weights_hash(module: torch.nn.Module) -> str:

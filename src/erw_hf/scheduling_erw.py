@@ -198,8 +198,8 @@ class FlowMatchEulerMaruyamaScheduler(_FlowMatchScheduler):
             ValueError: if `num_inference_steps` is not an integer of at least 1.
         """
         self.num_inference_steps = num_inference_steps = _checked_steps(num_inference_steps)
-        sigmas = torch.linspace(1.0, self.config.sigma_last, num_inference_steps, dtype=torch.float64)
-        self._set_grid(torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)]), sigmas, device)
+        sigmas = torch.linspace(1.0, self.config.sigma_last, num_inference_steps, dtype=torch.float64, device="cpu")
+        self._set_grid(torch.cat([sigmas, torch.zeros(1, dtype=torch.float64, device="cpu")]), sigmas, device)
 
     def step(
         self,
@@ -296,7 +296,7 @@ class FlowMatchHeunScheduler(_FlowMatchScheduler):
         """
         self.num_inference_steps = num_inference_steps = _checked_steps(num_inference_steps)
         self._predictor = None
-        sigmas = torch.linspace(1.0, 0.0, num_inference_steps + 1, dtype=torch.float64)
+        sigmas = torch.linspace(1.0, 0.0, num_inference_steps + 1, dtype=torch.float64, device="cpu")
         # The calls: predict from sigma_0, correct at sigma_1, predict from sigma_1, correct at sigma_2, ...
         self._set_grid(sigmas, torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2)]), device)
 

@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from helpers import REPOSITORY, REPRESENTATION_ARCHITECTURES
+from helpers import REPOSITORY, REPRESENTATION_ARCHITECTURES, run_forked
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -431,6 +432,31 @@ def test_representations_are_timms_vectors_of_the_whole_image(name, representati
     assert found[name].shape == (2, 16) and found[name].std() > 0
 
 
+def test_a_representation_without_its_weights_is_refused_and_its_processor_followed(encoder_path, tmp_path):
+    """A training checkpoint's names; transformers would leave the model random."""
+    shutil.copytree(encoder_path, tmp_path / "dino")
+    settings = json.loads((tmp_path / "dino/preprocessor_config.json").read_text())
+    (tmp_path / "dino/preprocessor_config.json").write_text(json.dumps({**settings, "do_normalize": False}))
+    extractor = RepresentationExtractor("dinov2", str(tmp_path / "dino"))
+    assert extractor.mean.flatten().tolist() == [0.0] * 3 and extractor.std.flatten().tolist() == [1.0] * 3
+    file = tmp_path / "dino/model.safetensors"
+    save_file({f"student.backbone.{name}": x for name, x in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks the weights of"):
+        RepresentationExtractor("dinov2", str(tmp_path / "dino"))
+
+
+def test_a_classifier_in_half_precision_runs_in_float32(tmp_path):
+    shutil.copytree(CLASSIFIER, tmp_path / "classifier")
+    file = tmp_path / "classifier/model.safetensors"
+    save_file(
+        {name: x.half() if x.is_floating_point() else x for name, x in load_file(file).items()}, file, {"format": "pt"}
+    )
+    config = json.loads((tmp_path / "classifier/config.json").read_text()) | {"dtype": "float16"}
+    (tmp_path / "classifier/config.json").write_text(json.dumps(config))
+    features = load_extractor(str(tmp_path / "classifier"))(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    assert features["pool"].dtype == torch.float32
+
+
 def test_a_model_without_a_vector_for_the_image_is_refused(tmp_path, pixels):
     from transformers import IJepaConfig, IJepaModel, ViTImageProcessorPil
 
@@ -671,6 +697,26 @@ def test_networks_run_in_full_float32_and_share_resized_images(pixels, tmp_path)
         torch.set_float32_matmul_precision("highest")
     assert [(precision, size) for precision, _, size, _ in seen] == [("highest", size) for size in (8, 12, 12, 16)]
     assert seen[0][1] == torch.uint8 and seen[1][1] == torch.float32 and seen[1][3] == seen[2][3]
+
+
+def test_networks_run_where_torchs_newer_names_set_the_precision():
+    """They do not mix with the older ones in a process."""
+    script = """
+import torch
+from erw_hf.evaluation.feature_statistics import _layers
+from erw_hf.provenance import _matmul_precision
+torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
+seen = []
+def network(images):
+    seen.append((torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision))
+    return {"pool": images.float().mean((2, 3))}
+_layers([network], torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+assert seen == [("ieee", "ieee")], seen
+assert (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision) == ("tf32", "tf32")
+assert _matmul_precision() == "tf32"
+"""
+    result = run_forked("-c", script)
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 def test_features_that_are_not_finite_are_named(pixels, tmp_path):

@@ -14,6 +14,7 @@
 """Trackers get losses and pictures; their failures end no run."""
 
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -64,6 +65,35 @@ def test_tensorboard_gets_losses_and_pictures(tmp_path, tiny_flags):
 def test_a_tracker_that_is_not_installed_raises(tmp_path, tiny_flags):
     with pytest.raises(ValueError, match="report_to='comet_ml' is not installed"):
         train(*tiny_flags, "--report_to=comet_ml", f"--output_dir={tmp_path}/run")
+
+
+def test_a_tracker_that_does_not_start_ends_no_run(tmp_path, tiny_flags, monkeypatch, caplog):
+    from accelerate.tracking import TensorBoardTracker
+
+    def start(self):
+        raise RuntimeError("Run initialization has timed out after 90.0 sec")
+
+    monkeypatch.setattr(TensorBoardTracker, "start", start)
+    train(
+        *tiny_flags,
+        "--report_to=tensorboard",
+        "--max_train_steps=1",
+        "--warmup_steps=0",
+        f"--output_dir={tmp_path}/run",
+    )
+    assert "the tracker tensorboard did not start, the run continues without it" in caplog.text
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
+def test_tensorboard_shows_a_step_once_after_a_kill(tmp_path, tiny_flags):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = [*tiny_flags, "--report_to=tensorboard", "--checkpointing_steps=2", f"--output_dir={tmp_path}/run"]
+    train(*flags, "--max_train_steps=5")
+    shutil.rmtree(tmp_path / "run/checkpoint-5")  # as if it had been killed after step 5 was logged
+    train(*flags, "--max_train_steps=6", "--resume_from_checkpoint=latest")
+    log = EventAccumulator(str(tmp_path / "run" / "erw")).Reload()
+    assert [event.step for event in log.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_tracker_that_raises_ends_no_run(tmp_path, tiny_flags, monkeypatch, caplog):

@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, ResNetForImageClassification
 
+from erw_hf.encoders import load_whole, normalization
 from erw_hf.provenance import weights_hash
 
 
@@ -127,7 +128,7 @@ class ClassifierExtractor(nn.Module):
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        model, info = ResNetForImageClassification.from_pretrained(path, output_loading_info=True)
+        model, info = ResNetForImageClassification.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
         if info["missing_keys"]:  # transformers only warns, and leaves them random
             raise ValueError(
                 f"the extractor {path} is not a ResNet classifier: it lacks {len(info['missing_keys'])} tensors of one"
@@ -140,8 +141,9 @@ class ClassifierExtractor(nn.Module):
         if size is None:
             raise ValueError(f"the image processor of the extractor {path} names no size of its images")
         self.size = size
-        self.register_buffer("mean", torch.tensor(processor.image_mean).reshape(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(processor.image_std).reshape(1, 3, 1, 1), persistent=False)
+        mean, std = normalization(processor)
+        self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1), persistent=False)
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -182,10 +184,10 @@ class RepresentationExtractor(nn.Module):
             # Other sizes than the model's own; a table is resampled with antialias, sides are filled up to whole patches.
             if "vit" in config.architecture:
                 config.model_args = (config.model_args or {}) | {"dynamic_img_size": True, "dynamic_img_pad": True}
-            mean, std = processor.data_config["mean"], processor.data_config["std"]
-        else:
-            mean, std = processor.image_mean, processor.image_std
-        self.model = AutoModel.from_pretrained(self.hub_id, config=config, dtype=torch.float32)
+        elif hasattr(config, "text_config"):
+            raise ValueError(f"{self.hub_id} holds a text model too: name its image model as timm has it")
+        mean, std = normalization(processor)
+        self.model = load_whole(AutoModel, self.hub_id, config=config, dtype=torch.float32)
         self.model.eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1), persistent=False)

@@ -16,10 +16,11 @@
 `quality` turns them into metrics such as FID, and `metrics` has the formula.
 """
 
+import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -175,19 +176,38 @@ def _layers(extractors: Sequence[torch.nn.Module], pixels: torch.Tensor) -> dict
     layers: dict[str, torch.Tensor] = {}
     resized: dict[int, torch.Tensor] = {}  # once for all networks of a size, which takes longer than a small network
     pixels = pixels.contiguous()  # other strides round differently
-    # TF32 rounds features to 10 bits: cuDNN's default, and that of all products in NVIDIA's containers.
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    with _full_float32():
+        for extractor in extractors:
+            size = getattr(extractor, "size", None)  # Inception resizes inside its graph
+            if size is not None and size not in resized:
+                resized[size] = resize(pixels, size)
+            layers |= extractor(pixels if size is None else resized[size])
+    return {layer: features.float().cpu() for layer, features in layers.items()}
+
+
+@contextlib.contextmanager
+def _full_float32() -> Iterator[None]:
+    """TF32 rounds features to 10 bits: cuDNN's default, and that of all products in NVIDIA's containers."""
     try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            for extractor in extractors:
-                size = getattr(extractor, "size", None)  # Inception resizes inside its graph
-                if size is not None and size not in resized:
-                    resized[size] = resize(pixels, size)
-                layers |= extractor(pixels if size is None else resized[size])
+        precision, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # this process has set it by torch's newer names, which do not mix with the older ones
+        backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
+        before = [backend.fp32_precision for backend in backends]
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for backend, value in zip(backends, before, strict=True):
+                backend.fp32_precision = value
+        return
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
     finally:
         torch.set_float32_matmul_precision(precision)
-    return {layer: features.float().cpu() for layer, features in layers.items()}
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 def _merge(parts: Sequence[dict[str, Any]], folder: Path) -> Features:

@@ -79,7 +79,7 @@ class StepLog:
         self._file = None
         if accelerator.is_main_process:
             self._file = MetricsFile(Path(config.output_dir) / "metrics.jsonl", resume_step=progress.step)
-        start_trackers(config, accelerator)
+        start_trackers(config, accelerator, progress.step)
         self._late: _LateStep | None = None
         self._last_arrival = 0.0  # when the device finished the last logged step
 

@@ -37,12 +37,20 @@ def check_trackers(config: TrainingConfig, accelerator: Accelerator) -> None:
         raise ValueError(f"report_to={config.report_to!r} is not installed: pip install it, or --report_to none")
 
 
-def start_trackers(config: TrainingConfig, accelerator: Accelerator) -> None:
-    """Starts the trackers, each as a [`ForgivingTracker`]; the run's keys become hyperparameters."""
+def start_trackers(config: TrainingConfig, accelerator: Accelerator, step: int) -> None:
+    """Starts the trackers after a step, each as a [`ForgivingTracker`]; the run's keys become hyperparameters. One that does not
+    start is done without."""
     if config.report_to != "none":
         # Numbers stay numbers on the trackers, so that runs can be sorted by them.
         hyperparameters = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in vars(config).items()}
-        accelerator.init_trackers(TRACKER_PROJECT, config=hyperparameters)
+        after = {
+            "tensorboard": {"purge_step": step + 1}
+        }  # hides what a run that was killed wrote beyond its checkpoint
+        try:
+            accelerator.init_trackers(TRACKER_PROJECT, config=hyperparameters, init_kwargs=after)
+        except Exception as error:
+            logger.warning(f"the tracker {config.report_to} did not start, the run continues without it: {error!r}")
+            accelerator.trackers = []
         accelerator.trackers = [ForgivingTracker(tracker) for tracker in accelerator.trackers]
 
 
