@@ -223,14 +223,14 @@ def run_arm(study: Study, name: str, arm: dict, seed: int) -> None:
             if differing:
                 raise ValueError(
                     f"{study.records} holds {name}, seed {seed}, made with another {differing[0]}: choose another --results and "
-                    f"--runs, or delete that line and {study.runs}/{name}-seed{seed}*"
+                    f"--runs, or delete that line and {study.runs}/{name}-seed{seed}, with its .json"
                 )
             return
     folder = study.runs / f"{name}-seed{seed}"
     begun, settings = Path(f"{folder}.json"), effective(read_base(study), arm, study.budget_of(arm))
     if begun.exists() and json.loads(begun.read_text()) != settings:
         raise ValueError(
-            f"{folder} was begun with other settings ({begun}): choose another --runs, or delete {folder}*"
+            f"{folder} was begun with other settings: choose another --runs, or delete {folder} and {begun}"
         )
     begun.parent.mkdir(parents=True, exist_ok=True)
     begun.write_text(json.dumps(settings))

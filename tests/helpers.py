@@ -227,12 +227,17 @@ def kill_training_at(step: int, *flags: str, processes: int = 1) -> None:
         _wait_for_step(step, flags, ranks)
 
 
-def terminate_training_at(step: int, *flags: str, processes: int = 1) -> list[int]:
-    """Starts the training script, sends SIGTERM to its processes at a step, as a launcher does, and returns how they exited."""
+def terminate_training_at(
+    step: int, *flags: str, processes: int = 1, signum: int = signal.SIGTERM, workers: bool = False
+) -> list[int]:
+    """Starts the training script, signals its processes at a step, as a launcher does (with their loaders' workers, as a terminal
+    does), and returns how they exited."""
     with forked_ranks(processes, *TRAINING, *flags) as ranks:
         _wait_for_step(step, flags, ranks)
-        for rank in ranks:
-            os.kill(rank.pid, signal.SIGTERM)
+        children = [child for rank in ranks for child in psutil.Process(rank.pid).children(recursive=True)]
+        assert not workers or len(children) >= 2
+        for pid in [*(child.pid for child in children if workers), *(rank.pid for rank in ranks)]:
+            os.kill(pid, signum)
         return [rank.wait() for rank in ranks]
 
 

@@ -158,6 +158,26 @@ def test_guidance_is_the_stated_formula_inside_the_interval_only(pipe, transform
     torch.testing.assert_close(images, x, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("labels", [None, [10, 10]])
+def test_no_class_is_not_guided_by_no_class(pipe, labels):
+    """Between the null class and itself there is no direction, only the cost."""
+    sizes = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(args[0])), with_kwargs=True
+    )
+    images = draw(pipe, labels, guidance_scale=2.0)
+    assert set(sizes) == {len(images)}
+    draw(pipe, [10, 3], guidance_scale=2.0)
+    assert max(sizes) == 4
+
+
+def test_a_callback_of_diffusers_that_needs_what_is_not_here_is_refused_at_once(pipe):
+    from diffusers.callbacks import SDCFGCutoffCallback
+
+    with pytest.raises(ValueError, match="has to be in .'latents'., but found .'prompt_embeds'"):
+        draw(pipe, 1, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.4))
+
+
 def test_bounds_of_the_interval_belong_to_it(pipe):
     rows = []
     pipe.transformer.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))

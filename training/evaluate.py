@@ -544,9 +544,10 @@ def begin(output_dir: Path, settings: dict[str, object], accelerator: Accelerato
             f"{part}.{name}"
             for part in settings
             for name in settings[part] or {}
-            if (before[part] or {}).get(name) != settings[part][name]
+            if (before.get(part) or {}).get(name) != settings[part][name]
         ]
-        raise ValueError(f"{output_dir} was begun with other {', '.join(different)}: choose another --output_dir")
+        what = f"other {', '.join(different)}" if different else "another version"
+        raise ValueError(f"{output_dir} was begun with {what}: choose another --output_dir")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -401,6 +401,8 @@ def begin_folder(inputs: Inputs, folder: RunFolder, checkpoint: Path | None, pro
     output_dir = Path(config.output_dir)
     resume_step = None if checkpoint is None else progress.step
     folder.begin(resume_step, progress.step - config.warmup_steps, may_replace(config))
+    if checkpoint is not None and config.overwrite_output_dir:
+        logger.warning(f"resuming from {checkpoint}, so overwrite_output_dir deletes nothing: omit one of the two")
     if accelerator.is_main_process:
         config.save(output_dir / "config.yaml")
         environment = describe_environment(

@@ -256,6 +256,8 @@ class ERWDenoiseStep(LoopSequentialPipelineBlocks):
     @torch.no_grad()
     def __call__(self, components, state):
         block_state = self.get_block_state(state)
+        if components.guider is None:
+            raise ValueError("the blocks need a guider; for none, ClassifierFreeGuidance(guidance_scale=1)")
         block_state.guider = copy.deepcopy(components.guider)  # a call has its own step and momentum
         transformer = components.transformer
         hooks = type(block_state.guider).prepare_models is not BaseGuidance.prepare_models

@@ -204,6 +204,8 @@ def checked(label, *numbers_sampler_model) -> dict:
     for title, value, known in (("Model", model, MODELS), ("Sampler", sampler, SAMPLERS)):
         if not isinstance(value, str) or value not in known:
             raise refuse(f"{title} must be one of {', '.join(known)}, got {str(value)[:40]!r}")
+    if sampler not in samplers_of(MODELS[model]):
+        raise refuse(f"{model} has no {SAMPLERS[sampler]} sampler: choose {SAMPLERS[samplers_of(MODELS[model])[0]]}")
     values = {name: checked_number(name, value) for name, value in zip(RANGES, numbers, strict=True)}
     if values["guidance_low"] > values["guidance_high"]:
         raise refuse("Guidance from t must not be greater than Guidance up to t")
@@ -470,9 +472,7 @@ def read_link(request: gr.Request):
     model = request.query_params["model"] if known else MODEL
     defaults = {"label": first_class(model), **{name: row[3] for name, row in RANGES.items()}}
     defaults |= {"sampler": samplers_of(MODELS[model])[0], "model": model}
-    # Without a trained null class guidance spoils the pictures.
-    if MODELS[model].transformer.config.class_dropout_prob == 0:
-        defaults["guidance_scale"] = 1.0
+    defaults["guidance_scale"] = guidance_of(model)
     linked = {name: value for name, value in request.query_params.items() if name in LINKED}
     try:
         settings = checked(*({**defaults, **linked}[name] for name in LINKED))
@@ -492,7 +492,12 @@ def radio(model: str) -> list[tuple[str, str]]:
     return [(SAMPLERS[name], name) for name in samplers_of(MODELS[model])]
 
 
-def of_model(model: str, label, sampler: str):
+def guidance_of(model: str) -> float:
+    """The default scale. Without a trained null class guidance spoils the pictures."""
+    return 1.0 if MODELS[model].transformer.config.class_dropout_prob == 0 else RANGES["guidance_scale"][3]
+
+
+def of_model(model: str, label, sampler: str, scale: float):
     """The controls whose choices depend on the model; a choice stays if the new model has it."""
     try:
         label = checked_class(model, label)
@@ -500,7 +505,8 @@ def of_model(model: str, label, sampler: str):
         label = first_class(model)
     known = samplers_of(MODELS[model])
     sampler = sampler if sampler in known else known[0]
-    return gr.Dropdown(CHOICES[model], value=label), gr.Radio(radio(model), value=sampler)
+    scale = 1.0 if guidance_of(model) == 1 else scale
+    return gr.Dropdown(CHOICES[model], value=label), gr.Radio(radio(model), value=sampler), scale
 
 
 def slider(name: str) -> gr.Slider:
@@ -572,7 +578,7 @@ with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_ca
         label="History (click to reuse)", elem_id="history", allow_preview=False,
         buttons=[], **{**GALLERY, "columns": 8, "elem_classes": [*LOOK, "remembered"]},
     )  # fmt: skip
-    made, remembered = gr.State(), gr.State([], time_to_live=3600)
+    made, remembered = gr.State(), gr.State([])
     controls = [label, num_images, seed, scale, low, high, steps, sampler, model]
     one_image = [control for control in controls if control is not num_images]
 
@@ -595,7 +601,7 @@ with gr.Blocks(title="ERW: class to picture", analytics_enabled=False, delete_ca
     gr.api(classes, queue=False)
 
     shuffle.click(lambda model: random.choice(CHOICES[model])[1], model, label, **quick)
-    model.input(of_model, [model, label, sampler], [label, sampler], preprocess=False, **quick)
+    model.input(of_model, [model, label, sampler, scale], [label, sampler, scale], preprocess=False, **quick)
     history.select(copy_back, remembered, [*one_image, new_seed], api_visibility="private")
     link.click(None, controls, js="(...values) => erw.copy(values)", **quick)
     opened = demo.load(read_link, None, [*controls, new_seed], show_progress="hidden", api_visibility="private")

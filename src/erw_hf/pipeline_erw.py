@@ -102,8 +102,6 @@ FLOW_SIGMAS_SPOILT_BY: dict[str, tuple[Any, ...]] = {
 UNIPC_SPOILT_BY = {"lower_order_final": (False,), "solver_type": ("bh1",)}
 
 
-# Components whose file a saved pipeline carries.
-_OWN_CLASSES = ("ERWTransformer2DModel", "FlowMatchEulerMaruyamaScheduler", "FlowMatchHeunScheduler")
 # Beside an adapter's weights: the embeddings of its new classes, and in the file's metadata their names.
 CLASS_EMBEDDINGS = "class_embeddings.safetensors"
 # The variant of a file of weights or of their index, if it has one.
@@ -258,6 +256,11 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             raise ValueError(
                 f"id2label names the class {beyond[0]}, but the transformer has num_classes={config.num_classes}: ids "
                 f"run from 0 to {config.num_classes - 1}"
+                + (
+                    ". Another pipeline took away an adapter's classes: unload_lora_weights() here, too"
+                    if self._own_classes
+                    else ""
+                )
             )
         if self.vae is not None:
             _check_vae(self.vae, config.in_channels)
@@ -291,6 +294,19 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         if not is_peft_available():
             raise ImportError("LoRA adapters need peft: pip install peft")
         self._check_switchable()
+        for found, remedy in (
+            (
+                _is_on_disk(self.transformer),
+                "the transformer is offloaded to a disk: load adapters before enable_group_offload()",
+            ),
+            (
+                _has_hook(self.transformer, "layerwise_casting")
+                and not getattr(self.transformer, "peft_config", None),
+                "layers are stored in another precision: load adapters before enable_layerwise_casting()",
+            ),
+        ):
+            if found:
+                raise ValueError(remedy)
         if adapter_name is not None and (not adapter_name or "." in adapter_name):
             raise ValueError(f"adapter_name={adapter_name!r} must be a name without a dot")
         where = pretrained_model_name_or_path_or_dict
@@ -373,6 +389,18 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         super().enable_lora()
         self._put_classes()
 
+    def fuse_lora(self, *args, **kwargs) -> None:
+        """As in other diffusers pipelines. The classes of fused adapters are drawn as these learned them."""
+        self._check_switchable()
+        super().fuse_lora(*args, **kwargs)
+        self._put_classes()
+
+    def unfuse_lora(self, *args, **kwargs) -> None:
+        """As in other diffusers pipelines."""
+        self._check_switchable()
+        super().unfuse_lora(*args, **kwargs)
+        self._put_classes()
+
     def _check_switchable(self, has_classes: bool = False) -> None:
         """Raises ValueError where adapters or their classes would be changed in part or not at all."""
         if not isinstance(self.transformer, ModelMixin):
@@ -380,13 +408,6 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 "the transformer is wrapped, by torch.compile for instance, and diffusers does not reach adapters in it: compile "
                 "it in place, pipe.transformer.compile()"
             )
-        if _is_on_disk(self.transformer):
-            raise ValueError(
-                "the transformer is offloaded to a disk, from where diffusers does not read it to add an adapter: load and set "
-                "adapters before enable_group_offload()"
-            )
-        if _has_hook(self.transformer, "layerwise_casting") and not getattr(self.transformer, "peft_config", None):
-            raise ValueError("layers are stored in another precision: load adapters before enable_layerwise_casting()")
         table = self.transformer.time_class_embed.class_embedder.weight
         if table.is_meta and (has_classes or self._own_classes is not None):
             raise ValueError(
@@ -496,9 +517,9 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         variant = kwargs.get("variant")
         if variant is not None and not re.fullmatch(r"[\w-]+", str(variant)):
             raise ValueError(f'`variant` is a part of file names, such as "fp16", got {variant!r}')
+        repo_id = kwargs.pop("repo_id", folder.absolute().name) if push_to_hub else ""
+        pushed_with = {name: value for name, value in kwargs.items() if name != "max_shard_size"}
         if push_to_hub:
-            repo_id = kwargs.pop("repo_id", folder.absolute().name)
-            self.push_to_hub(repo_id, **{name: value for name, value in kwargs.items() if name != "max_shard_size"})
             own = inspect.signature(DiffusionPipeline.save_pretrained).parameters
             kwargs = {name: value for name, value in kwargs.items() if name in own}
         folder.mkdir(parents=True, exist_ok=True)
@@ -514,6 +535,8 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 )
             self._make_portable(written)
             _replace(folder, written, kwargs.get("variant"))
+        if push_to_hub:  # last: a push that fails must not cost the folder
+            self.push_to_hub(repo_id, **pushed_with)
 
     def push_to_hub(self, repo_id: str, *args, **kwargs) -> str:
         """
@@ -589,8 +612,7 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             source = Path(str(inspect.getsourcefile(own_class)))
             for file in (source, *map(Path, get_relative_import_files(source))):
                 shutil.copyfile(file, folder / name / file.name)
-            if own_class.__name__ in _OWN_CLASSES:
-                (folder / name / source.name).write_bytes(own_class._source)
+            (folder / name / source.name).write_bytes(_source_of(own_class))
             index[name] = [source.stem, own_class.__name__]
         index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for path in (index_path, *folder.glob("*/*config.json")):
@@ -600,7 +622,7 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             if name and (os.path.exists(name) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)):
                 del config["_name_or_path"]
                 path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        (folder / "pipeline.py").write_bytes(self._source)
+        (folder / "pipeline.py").write_bytes(_source_of(type(self)))
 
     @staticmethod
     def vae_scale_factor_of(vae) -> int:
@@ -925,6 +947,9 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             if self.components[name] is None:
                 raise ValueError(f"this pipeline was built without a {name}: set `pipe.{name}`")
         self.check_components()
+        # One of diffusers' own callbacks says itself what it takes.
+        wanted = getattr(callback_on_step_end, "tensor_inputs", None)
+        callback_on_step_end_tensor_inputs = wanted or callback_on_step_end_tensor_inputs
         class_ids = self._class_ids(class_labels)
         num_images_per_prompt = _positive("num_images_per_prompt", num_images_per_prompt)
         num_inference_steps = _positive("num_inference_steps", num_inference_steps)
@@ -986,13 +1011,15 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             if hasattr(scheduler, "set_begin_index"):
                 scheduler.set_begin_index(0)
             low, high = guidance_interval
+            # Between the null class and itself there is no direction.
+            can_guide = self.guidance_transformer is not None or any(c != config.num_classes for c in class_ids)
             with self.progress_bar(total=len(timesteps)) as progress_bar:
                 for i, t in enumerate(timesteps):
                     call.timestep = t
                     if call.interrupt:
                         break
                     # The grid holds 0.7 as 0.69999998: a bound that names a grid point includes it.
-                    guide = call.guidance_scale != 1 and low - 1e-6 <= flow_times[i] <= high + 1e-6
+                    guide = call.guidance_scale != 1 and can_guide and low - 1e-6 <= flow_times[i] <= high + 1e-6
                     time = flow_times[i]
                     if not guide:
                         velocity = self._velocity(self.transformer, "cond", state, time, labels, attention_kwargs)
@@ -1350,6 +1377,14 @@ def upcast(vae: Any, device: torch.device) -> Iterator[None]:
 
 def _described(own_class: type) -> str:
     return f"{own_class.__module__}.{own_class.__qualname__}"
+
+
+def _source_of(own_class: type) -> bytes:
+    """The file that a class was loaded from, as it was then if the class has kept it."""
+    for base in own_class.__mro__:
+        if base.__module__ == own_class.__module__ and "_source" in vars(base):
+            return vars(base)["_source"]
+    return Path(str(inspect.getsourcefile(own_class))).read_bytes()
 
 
 def _may_be_copied(own_class: type) -> bool:

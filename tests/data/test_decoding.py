@@ -25,6 +25,7 @@ from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 from PIL import ImageOps, PngImagePlugin
 
+from erw_hf.data import decoding
 from erw_hf.data.decoding import BadImageError, center_crop, crop_at, decode_image, prepare_image
 from erw_hf.data.samples import SampleMaker, TrainingSamples
 from erw_hf.data.source import load_source, read_images
@@ -355,3 +356,12 @@ def test_a_random_crop_takes_a_mild_part_and_changes_no_other_draw():
     a, b, again = plain(image, 1, 0, 5), cropped(image, 1, 0, 5), cropped(image, 1, 0, 5)
     assert torch.equal(b["pixels"], again["pixels"]) and not torch.equal(a["pixels"], b["pixels"])
     assert all(torch.equal(a[name], b[name]) for name in a if name != "pixels")
+
+
+def test_12_bits_in_16_are_warned_of_once(caplog):
+    decoding._say_dark.cache_clear()
+    for high in (4095, 255, 65535):
+        buffer = io.BytesIO()
+        PILImage.fromarray(np.array([[0, high]], dtype=np.uint16)).save(buffer, "PNG")
+        assert decode_image({"bytes": buffer.getvalue(), "path": None})[0].getpixel((1, 0)) == high >> 8
+    assert caplog.text.count("so it is nearly black") == 1

@@ -225,6 +225,7 @@ def test_metadata_gives_labels_or_leaves_them_to_the_folders(tmp_path, caplog):
         (["true", "false", "true"], ["false", "true"]),
         (["cat", "cat ", " dog"], ["cat", "dog"]),
         (["0", "2", "1"], None),  # ids
+        ([" 0", " 2", "1"], None),
     ],
 )
 def test_a_table_gives_names_as_they_are_written(tmp_path, labels, names):

@@ -320,3 +320,31 @@ def test_labels_that_are_dates_are_named(tmp_path):
     labels = pyarrow.array([datetime.date(2020, 1, 1)] * 3)
     with pytest.raises(ValueError, match="labels must be class ids or names.*2020, 1, 1"):
         load_source(table(tmp_path / "data", labels))
+
+
+def test_a_folder_named_as_the_embedded_digits_is_told_from_them(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / "digits" / name).mkdir(parents=True)
+        (tmp_path / "digits" / name / "1.png").write_bytes(png())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="write ./digits for the folder"):
+        load_source("digits")
+    assert len(load_source("./digits").dataset) == 2
+
+
+def test_a_folder_of_save_to_disk_is_streamed_and_left_as_it_is(tmp_path):
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    rows = {"image": [{"bytes": png(), "path": None}] * 4, "label": [0, 1, 0, 1]}
+    DatasetDict({"train-clean": Dataset.from_dict(rows, features=features)}).save_to_disk(tmp_path / "data")
+    before = sorted(tmp_path.rglob("*"))
+    assert len(list(load_source(str(tmp_path / "data"), "train-clean", streaming=True).dataset)) == 4
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(ValueError, match="has no split 'test', but train-clean"):
+        load_source(str(tmp_path / "data"), "test")
+
+
+def test_boolean_labels_are_no_ids_streamed_or_not(tmp_path):
+    folder = table(tmp_path / "data", pyarrow.array([True, False, True]))
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match="class ids"):
+            load_source(folder, streaming=streaming, num_classes=2)

@@ -570,6 +570,12 @@ def test_an_evaluation_goes_on_with_its_images_alone(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="was begun with other data.images"):
         evaluate(tmp_path / "out", *flags)
     images(0)
+    settings = tmp_path / "out/work/settings.json"
+    begun = json.loads(settings.read_text())
+    settings.write_text(json.dumps({part: value for part, value in begun.items() if part != "data"}))
+    with pytest.raises(ValueError, match="was begun with other data.images"):  # by a version without it
+        evaluate(tmp_path / "out", *flags)
+    settings.write_text(json.dumps(begun))
     record = evaluate(tmp_path / "out", *flags)
     assert "arr_0.npy" in record["data"]["images"]
 

@@ -489,6 +489,39 @@ def test_two_pipelines_of_remote_code_keep_apart(exported, tmp_path):
             assert (tmp_path / "saved" / file).read_text().endswith(f"# {name}\n")
 
 
+def test_a_repos_own_pipeline_and_older_code_are_saved_as_they_are(exported, tmp_path):
+    own, old = tmp_path / "own", tmp_path / "old"
+    for repo in (own, old):
+        shutil.copytree(exported[0], repo)
+    (own / "pipeline.py").unlink()
+    (own / "pipeline.py").write_text(
+        "import erw_hf.pipeline_erw as base\n\nclass MyPipeline(base.ERWPipeline):\n    MARK = 1\n"
+    )
+    index = json.loads((own / "model_index.json").read_text())
+    (own / "model_index.json").write_text(json.dumps({**index, "_class_name": ["pipeline", "MyPipeline"]}))
+    for file in ("pipeline.py", "transformer/transformer_erw.py"):  # of a version that did not keep its source
+        text = "".join(line for line in (old / file).read_text().splitlines(True) if "_source = Path" not in line)
+        (old / file).unlink()
+        (old / file).write_text(text)
+    for repo in (own, old):
+        sys.modules.pop("diffusers_modules.local.pipeline", None)  # which keeps the classes of other repos
+        by_remote_code(repo).save_pretrained(tmp_path / "saved")
+        for file in ("pipeline.py", "transformer/transformer_erw.py"):
+            assert (tmp_path / "saved" / file).read_text() == (repo / file).read_text()
+        shutil.rmtree(tmp_path / "saved")
+
+
+def test_a_push_that_fails_leaves_the_folder(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("diffusers.utils.hub_utils.create_repo", fail)
+    pipe = pipeline()
+    with pytest.raises(OSError, match="no network"):
+        pipe.save_pretrained(tmp_path / "repo", push_to_hub=True, repo_id="user/model")
+    np.testing.assert_array_equal(draw(ERWPipeline.from_pretrained(tmp_path / "repo")), draw(pipe))
+
+
 def test_saving_leaves_the_modules_of_other_threads_alone(tmp_path, monkeypatch):
     made, from_config = [], ERWTransformer2DModel.from_config
 

@@ -54,6 +54,8 @@ def test_a_licence_of_ones_own_is_said_to_be_other():
         ({"dataset_name": "user/photos"}, ["[card](https://huggingface.co/datasets/user/photos)"], ["CC BY"]),
         ({"dataset_name": "/data/photos"}, ["`photos` is under the terms of whoever made it"], ["/data"]),
         ({"init_from": "/runs/base", "warmup_from": "user/w"}, ["grew from those of `base` and `user/w`"], ["/runs"]),
+        ({"init_from": "owner/repo/last.pt"}, ["grew from those of `owner/repo`"], ["last.pt"]),
+        ({"init_from": "outputs/quickstart/pipeline"}, ["grew from those of `quickstart`"], ["`pipeline`"]),
         ({"start_from_encoder": 2, "encoder": "/my/dino,user/b"}, ["grew from those of `dino`"], ["/my", "user/b"]),
     ],
 )

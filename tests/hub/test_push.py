@@ -635,3 +635,21 @@ def test_a_push_waits_until_the_hubs_limit_is_over(monkeypatch):
 
     monkeypatch.setattr("erw_hf.hub.upload.time.sleep", slept.append)
     assert upload.retry(request) == "done" and slept == [251, 251]
+
+
+@pytest.mark.parametrize(
+    ("repo_type", "files", "ours"),
+    [
+        ("space", ["app.py", "requirements.txt", "secret_model.bin"], False),
+        ("space", ["app.py", "page.html", "style.css"], True),
+        ("dataset", ["cache.json", "train.csv"], False),
+        ("dataset", ["cache.json", "latent_statistics.json", "data/train-00000-of-00001.parquet"], True),
+    ],
+)
+def test_other_peoples_spaces_and_datasets_are_not_replaced(repo_type, files, ours):
+    api = SimpleNamespace(list_repo_files=lambda *_, **__: ["README.md", *files])
+    if ours:
+        upload._check_content(api, "user/name", repo_type)
+    else:
+        with pytest.raises(ValueError, match="holds something else"):
+            upload._check_content(api, "user/name", repo_type)

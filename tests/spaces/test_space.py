@@ -377,8 +377,15 @@ def test_an_unconditional_and_a_latent_pipeline_draw_at_the_first_click(tmp_path
             pipe.scheduler = FlowMatchHeunScheduler()
         expected = directly(pipe, 0 if name == "unconditional" else 7, [5, 6])
         assert [image.tobytes() for image in frame.clean] == expected, (name, sampler)
-    label, radio = app.of_model("unconditional", "7", "sde")
-    assert (label.value, radio.value) == ("no class", "euler")
+    label, radio, scale = app.of_model("unconditional", "7", "sde", 1.8)
+    assert (label.value, radio.value, scale) == ("no class", "euler", 1.8)
+    with pytest.raises(app.gr.Error, match="unconditional has no SDE.* sampler: choose ODE, Euler"):  # before any work
+        app.checked("no class", *numbers, "sde", "unconditional")
+    untrained = ERWPipeline.from_pretrained(DIGITS)
+    untrained.transformer.register_to_config(class_dropout_prob=0.0)
+    monkeypatch.setitem(app.MODELS, "untrained", untrained)
+    monkeypatch.setitem(app.CHOICES, "untrained", app.class_choices(untrained))
+    assert app.of_model("untrained", "7", "sde", 1.8)[2] == 1.0  # guidance would spoil the pictures
     with pytest.raises(app.gr.Error, match="has no SDE"):
         list(app.sample({**settings, "model": "unconditional", "label": "no class", "sampler": "sde"}))
     with pytest.raises(app.gr.Error, match="unconditional has no classes: choose 'no class'"):

@@ -284,7 +284,7 @@ def test_a_saved_configuration_neither_deletes_nor_resumes_the_run_that_wrote_it
 
 
 def test_local_names_are_those_that_lie_here(tmp_path):
-    assert local_names({"vae": f"{tmp_path}, some/vae", "output_dir": str(tmp_path), "encoder": None}) == [
+    assert local_names({"encoder": f"{tmp_path}, some/dino", "output_dir": str(tmp_path), "vae": None}) == [
         str(tmp_path)
     ]
     assert "dataset_name" in PATH_OR_ID and "output_dir" not in PATH_OR_ID
@@ -557,3 +557,44 @@ def test_a_precision_that_the_trainer_does_not_know(machine):
 def test_a_size_alone_says_what_it_keeps_of_another(preset, flags, said, caplog):
     parse_config([f"--config={REPOSITORY}/training/configs/imagenet256-{preset}.yaml", *flags])
     assert said in caplog.text and ("keeps" in caplog.text) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--alignment_stop_step=9"],
+            "alignment_stop_step does nothing: alignment_schedule is constant, it would need stop",
+        ),
+        (["--timestep_logit_mean=0.8"], "timestep_logit_mean does nothing: timestep_distribution is uniform"),
+        (["--alignment_temperature=0.5"], "alignment_temperature does nothing: alignment_loss is cosine"),
+        (["--alignment_schedule=stop", "--alignment_stop_step=9"], ""),
+    ],
+)
+def test_keys_that_need_another_are_said_to_do_nothing(caplog, flags, said):
+    parse_config(["--in_channels=1", "--alignment_schedule=constant", *flags])
+    assert said in caplog.text and ("does nothing" in caplog.text) == bool(said)
+
+
+def test_a_comma_in_a_path_is_a_part_of_it(tmp_path, monkeypatch):
+    (tmp_path / "lr=1,bs=2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = TrainingConfig(in_channels=1, dataset_name="./lr=1,bs=2")
+    config.check_names()
+    assert local_names(vars(config)) == ["./lr=1,bs=2"]
+    config.save(tmp_path / "config.yaml")
+    assert f"dataset_name: {tmp_path}/lr=1,bs=2" in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_batch_that_the_loss_compares_stays(tmp_path):
+    config = TrainingConfig(in_channels=1, encoder="user/dino", alignment_loss="nt_xent", train_batch_size=4)
+    config.save(tmp_path / "config.yaml")
+    config.check_resumable(tmp_path / "config.yaml")
+    config.train_batch_size = 2
+    with pytest.raises(ValueError, match="nt_xent compare the images of a batch"):
+        config.check_resumable(tmp_path / "config.yaml")
+
+
+def test_an_encoder_without_a_name_is_refused():
+    with pytest.raises(ValueError, match="encoder=',' names no model"):
+        TrainingConfig(in_channels=1, encoder=",", warmup_steps=5)

@@ -289,6 +289,22 @@ def test_models_whose_weights_are_elsewhere_or_cast_take_adapters_before(run, tm
     with pytest.raises(ValueError, match="load adapters before enable_layerwise_casting"):
         cast.load_lora_weights(run / "lora")
     assert not hasattr(cast.transformer, "peft_config")
+    cast.unload_lora_weights()  # there are none, as after many a script's reset
+
+
+def test_classes_follow_fusing(run):
+    """As `_put_classes` counts them, and not only after the next switch."""
+    pipe = make_base()
+    for name in ("one", "two"):
+        pipe.load_lora_weights(run / "lora", adapter_name=name)
+    pipe._adapter_classes["two"] = [(label, row + 1) for label, row in pipe._adapter_classes["two"]]
+    pipe.set_adapters("one")
+    table, row = pipe.transformer.time_class_embed.class_embedder, pipe.labels["5"]
+    before = table.weight[row].clone()
+    pipe.fuse_lora(adapter_names=["two"])
+    torch.testing.assert_close(table.weight[row], before + 1)
+    pipe.unfuse_lora()
+    torch.testing.assert_close(table.weight[row], before)
 
 
 def test_group_offloading_moves_the_classes_of_an_adapter_too(run):

@@ -195,6 +195,11 @@ def test_going_back_moves_later_checkpoints_aside_with_their_lines(tmp_path, cap
     shutil.copytree(tmp_path / "rewound-1" / "checkpoint-4", tmp_path / "checkpoint-4")
     go_back(tmp_path, 2, 1)
     assert (tmp_path / "rewound-2" / "checkpoint-4").is_dir()
+    # A kill after the best measurement, whose step is repeated: its model is no longer that of a line.
+    (tmp_path / "best").mkdir()
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in measured))
+    go_back(tmp_path, 2, 1)
+    assert (tmp_path / "passed-over" / "best").is_dir() and not (tmp_path / "best").exists()
     # What "latest" passes over at each start of a chain of jobs is kept once.
     for _ in range(3):
         (tmp_path / "checkpoint-4").mkdir()

@@ -95,6 +95,16 @@ def test_an_owner_on_another_host_is_known_by_its_heartbeat(tmp_path, monkeypatc
         lock.release()
 
 
+def test_a_clock_that_is_hours_off_takes_no_live_run_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock.fcntl, "lockf", without_locks)
+    (tmp_path / ".lock").write_text(json.dumps({"host": "node7", "namespace": 1, "pid": 7}))
+    pause, now = time.sleep, time.time
+    monkeypatch.setattr(run_lock.time, "time", lambda: now() + 7200)
+    monkeypatch.setattr(run_lock.time, "sleep", lambda s: (pause(0.02), os.utime(tmp_path / ".lock")))
+    with pytest.raises(ValueError, match="process 7 on node7 writes to it"):
+        RunLock(tmp_path).acquire()
+
+
 def test_what_is_of_no_live_process_holds_nothing_up(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock.fcntl, "lockf", without_locks)
     monkeypatch.setattr(run_lock.time, "sleep", lambda s: pytest.fail("waited"))

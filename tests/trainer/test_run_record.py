@@ -15,7 +15,7 @@ import json
 
 import pytest
 
-from erw_hf.trainer.run_record import MetricsFile, keep_until, read_metrics, training_cost
+from erw_hf.trainer.run_record import MetricsFile, keep_until, measured_alike, read_metrics, training_cost
 
 
 def line(step):
@@ -70,3 +70,16 @@ def test_the_cost_of_a_branch_counts_by_its_last_step(tmp_path):
         assert costs[-1].pop("hours in steps") == f"{2 * (8 - first) / 3600:.2f} (2 images per second)"
         assert costs[-1].pop(f"loss, mean of the last {min(4, 8 - first)} steps") == "1.0000"
     assert costs[0]["steps"] == "3 warmup + 4 full" and all(cost == costs[0] for cost in costs)
+
+
+def test_measurements_made_otherwise_are_not_compared(tmp_path):
+    """More samples lower the FID of the same model."""
+    lines = [
+        {"step": 1, "fid": 5.0, "samples": 100},
+        {"step": 2, "fid": 3.0, "samples": 1000},
+        {"step": 3, "fid": None},
+    ]
+    lines += [{"step": 4, "fid": 4.0, "samples": 1000}]
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [line["step"] for line in measured_alike(tmp_path / "evaluations.jsonl")] == [2, 4]
+    assert measured_alike(tmp_path / "none.jsonl") == []

@@ -57,13 +57,19 @@ def test_what_nohup_ignores_stays_ignored(handlers):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "stops"), [("ACCELERATE_MIXED_PRECISION", True), ("TORCHELASTIC_RUN_ID", True), (None, False)]
+    ("launcher", "stops"),
+    [
+        (["ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"], True),
+        (["ACCELERATE_MIXED_PRECISION"], False),  # which users set themselves
+        (["TORCHELASTIC_RUN_ID"], True),
+        ([], False),
+    ],
 )
 def test_a_run_stops_with_its_launcher_but_not_with_a_shell(launcher, stops, handlers, monkeypatch):
-    for variable in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+    for variable in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(variable, raising=False)
-    if launcher is not None:
-        monkeypatch.setenv(launcher, "x")
+    for variable in launcher:
+        monkeypatch.setenv(variable, "x")
     stop_requested = stop_on_signals()
     assert not stop_requested()
     monkeypatch.setattr(signals.os, "getppid", lambda: 1)

@@ -232,6 +232,17 @@ def test_sigterm_saves_a_checkpoint_and_exits_with_status_0(tmp_path, tiny_flags
     assert len(losses(tmp_path / "run")) == step + 2
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_loaders_workers_too_saves_a_checkpoint(tmp_path, tiny_flags, signum, streaming):
+    """Ctrl-C and a closed terminal reach all processes of the group, SIGTERM of Slurm all of a step."""
+    flags = [*tiny_flags, "--max_train_steps=100000", "--checkpointing_steps=100000", "--dataloader_num_workers=2"]
+    flags += [f"--streaming={str(streaming).lower()}", f"--output_dir={tmp_path}/run"]
+    assert terminate_training_at(5, *flags, signum=signum, workers=True) == [0]
+    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
+    assert (tmp_path / "run" / f"checkpoint-{last}" / "progress.json").is_file()
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_to_the_launcher_leaves_a_checkpoint_and_no_orphan(tmp_path, tiny_flags, processes):
     """Also that processes of interpreters of their own, whose sets have another order, agree on the samples."""
@@ -262,6 +273,29 @@ def test_accumulation_equals_the_large_batch(tmp_path, tiny_flags, finished_run)
     np.testing.assert_allclose(
         [entry[2] for entry in losses(tmp_path / "run")], [entry[2] for entry in losses(finished_run)], rtol=1e-5
     )
+
+
+def test_a_run_resumes_with_another_accumulation_after_any_step(tmp_path, tiny_flags):
+    """accelerate counts micro-batches, of which another number makes up a step now."""
+    flags = [*tiny_flags, "--max_train_steps=9", "--checkpointing_steps=5"]
+    train(*flags, f"--output_dir={tmp_path}/whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/checkpoint-9")
+    split = ["--train_batch_size=2", "--gradient_accumulation_steps=2", "--resume_from_checkpoint=latest"]
+    train(*flags, *split, f"--output_dir={tmp_path}/cut")
+    for name in ("loss", "grad_norm"):
+        found, expected = (
+            [record[name] for record in read_metrics(tmp_path / run / "metrics.jsonl")] for run in ("cut", "whole")
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_resuming_says_that_it_deletes_nothing(tmp_path, tiny_flags, caplog):
+    flags = [*tiny_flags, "--warmup_steps=0", f"--output_dir={tmp_path}/run"]
+    train(*flags, "--max_train_steps=2")
+    train(*flags, "--max_train_steps=3", "--resume_from_checkpoint=latest", "--overwrite_output_dir")
+    assert "so overwrite_output_dir deletes nothing: omit one of the two" in caplog.text
+    assert len(losses(tmp_path / "run")) == 3
 
 
 def test_one_warmup_serves_another_run(tmp_path, tiny_flags, finished_run):

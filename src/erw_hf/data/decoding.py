@@ -16,7 +16,9 @@
 An image that cannot be decoded is a [`BadImageError`], whatever PIL raised. System errors are retried, then raised.
 """
 
+import functools
 import io
+import logging
 import zipfile
 import zlib
 from typing import Any
@@ -28,6 +30,8 @@ from PIL import Image, UnidentifiedImageError
 
 from erw_hf.data.retrying import retried
 
+
+logger = logging.getLogger(__name__)
 
 # What makes each of EXIF's orientations (CIPA DC-008, tag 0x0112) upright; 1 already is.
 ORIENTATION = 0x0112
@@ -124,6 +128,15 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return image.convert("L" if image.mode == "1" else "RGB")
 
 
+@functools.cache
+def _say_dark() -> None:
+    """Once."""
+    logger.warning(
+        "an image of 16 bits has no value above 4095, so it is nearly black: if all are like this, their data has 8 or 12 bits, and "
+        "has to be scaled to 16 (times 257 or 16) or stored in 8"
+    )
+
+
 def _levels(values: np.ndarray) -> np.ndarray:
     """Grey values of 16 bit, 32 bit or float, as uint8."""
     low, high = values.min(), values.max()
@@ -137,6 +150,8 @@ def _levels(values: np.ndarray) -> np.ndarray:
     elif values.itemsize > 2 and low >= 0 and high <= 255:  # 8 bit in 32
         return values.astype(np.uint8)
     elif low >= 0 and high <= 65535:
+        if values.itemsize == 2 and high < 4096:
+            _say_dark()
         return (values >> 8).astype(np.uint8)  # as PIL reads 16-bit RGB
     low, high = float(low), float(high)
     return np.round((values.astype(np.float64) - low) * (255 / ((high - low) or 1))).astype(np.uint8)

@@ -466,7 +466,8 @@ def _read_metadata(folder: str, images: list[str], tables: list[str]) -> list[tu
 def _read_table(path: str) -> pyarrow.Table:
     if path.endswith(".parquet"):
         return pyarrow.parquet.read_table(path)
-    whole = max(1 << 20, os.path.getsize(path) + 1)  # one block: a row must not be longer than one
+    # One block, since a row must not be longer than one; pyarrow counts its bytes in 32 bits.
+    whole = min(max(1 << 20, os.path.getsize(path) + 1), (1 << 31) - 1)
     if path.endswith(".jsonl"):
         return pyarrow.json.read_json(path, pyarrow.json.ReadOptions(block_size=whole))
     options = pyarrow.csv.ReadOptions(block_size=whole)
@@ -477,7 +478,8 @@ def _read_table(path: str) -> pyarrow.Table:
         kind, values = table.schema.types[index], table.column(index)
         is_name = pyarrow.types.is_temporal(kind) or pyarrow.types.is_boolean(kind)
         if pyarrow.types.is_integer(kind):
-            is_name = not pyarrow.compute.all(pyarrow.compute.equal(values.cast(pyarrow.string()), written)).as_py()
+            same = pyarrow.compute.equal(values.cast(pyarrow.string()), pyarrow.compute.utf8_trim_whitespace(written))
+            is_name = not pyarrow.compute.all(same).as_py()
         if is_name:
             table = table.set_column(index, table.column_names[index], written)
     return table

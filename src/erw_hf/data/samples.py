@@ -18,6 +18,7 @@ The seeds of images drawn for an evaluation are in `evaluation.images`.
 
 import hashlib
 import logging
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -232,3 +233,11 @@ class StepSampler(torch.utils.data.Sampler[list[tuple[int, int]]]):
             self._permutations = {e: p for e, p in self._permutations.items() if e >= epoch - 1}
             self._permutations[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
         return epoch, int(self._permutations[epoch][offset])
+
+
+def outlive_signals(_: int) -> None:
+    """For a loader's workers. Terminals and schedulers signal all processes of a run at once, and the main one still needs
+    batches until its checkpoint. A worker that was told to end goes a minute later, if it is still there."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))

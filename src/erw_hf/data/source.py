@@ -371,7 +371,7 @@ def _classes_of_stream(
     names: list[str] | None = getattr((dataset.features or {}).get(label_column), "names", None)
     if names is None and num_classes is None:
         raise ValueError(f"column {label_column!r} is not a ClassLabel: for a stream, set num_classes")
-    if not isinstance(first[label_column], int):
+    if not isinstance(first[label_column], int) or isinstance(first[label_column], bool):
         raise ValueError(
             f"labels of a stream must be class ids, row 0 holds {first[label_column]!r} in the column {label_column!r}; "
             "names can be read only without --streaming"
@@ -438,7 +438,7 @@ def _load(
         if not streaming:
             return dataset
         # A stream mixes its rows in blocks, and folders come a class at a time.
-        return dataset.shuffle(seed=0).to_iterable_dataset(num_shards=min(len(dataset), shards))
+        return dataset.shuffle(seed=0, keep_in_memory=True).to_iterable_dataset(num_shards=min(len(dataset), shards))
     try:
         dataset = load_dataset(dataset_name, dataset_config_name, split=split, streaming=streaming, **options)
     except DatasetNotFoundError as error:
@@ -496,6 +496,8 @@ def _load(
 
 def _take_split(splits: Mapping[str, Dataset], split: str, dataset_name: str) -> Dataset:
     """The rows of a split, or of an expression of `datasets` such as `train[:10%]` or `train+test`."""
+    if split in splits:  # a name may hold what an expression cannot, such as a hyphen
+        return splits[split]
     check_split({name: len(rows) for name, rows in splits.items()}, split, dataset_name)
     parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
     taken = [
@@ -567,6 +569,11 @@ def resolve_dataset_name(dataset_name: str) -> str:
         FileNotFoundError: if it can only be a local folder and does not exist.
     """
     name = resolve_name(dataset_name, "dataset_name")
+    if name == "digits" and os.path.isdir(name):
+        raise ValueError(
+            "dataset_name=digits is the embedded dataset, and here is a folder digits, too: write ./digits for the folder, or "
+            "start elsewhere"
+        )
     if name == "digits" or os.path.isdir(name):
         return name
     if os.path.isfile(name):

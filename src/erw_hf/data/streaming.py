@@ -36,7 +36,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from erw_hf.data.cache import FEATURES_COLUMN, KEY_COLUMN, MOMENTS_COLUMN
 from erw_hf.data.decoding import BadImageError, decode_image, image_name, read_file
 from erw_hf.data.retrying import Backoff, retried
-from erw_hf.data.samples import IN_A_ROW, SampleMaker
+from erw_hf.data.samples import IN_A_ROW, SampleMaker, outlive_signals
 
 
 logger = logging.getLogger(__name__)
@@ -285,7 +285,13 @@ def stream_loader(
     reduced to the number of shards, since a worker without a shard would wait for ever; `state` is of a loader with
     the same number of workers."""
     num_workers = min(num_workers, samples.dataset.num_shards)
-    loader = StatefulDataLoader(samples, batch_size=batch_size, num_workers=num_workers, pin_memory=pin_memory)
+    loader = StatefulDataLoader(
+        samples,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=outlive_signals,
+    )
     if state is not None:
         loader.load_state_dict(state)
     return loader

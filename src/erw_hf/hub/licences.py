@@ -14,10 +14,13 @@
 """Licences: the identifiers that the Hub takes, and what a card says of weights and data."""
 
 import difflib
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from erw_hf.hub.public import is_hub_id, public_name
+from erw_hf.names import names_hub_file
 from erw_hf.trainer.run_record import split_names
 
 
@@ -51,13 +54,21 @@ def check_licence(name: str) -> None:
         )
 
 
+def _origin(name: str) -> str:
+    """The repo of a file on the Hub; of a run's folder `pipeline` or `warmup` the run."""
+    if names_hub_file(name) and not os.path.exists(name):
+        return "/".join(name.split("/")[:2])
+    path = Path(name)
+    return path.parent.name if path.name in ("pipeline", "warmup") and not is_hub_id(name) else public_name(name)
+
+
 def licence_text(config: Mapping[str, Any], trained: bool = True) -> str:
     """The licences on the card of a run, or of a recipe: weights, what they grew from, data."""
     text = f"Weights: {config['hub_license']}." if trained else "Recipe and code: apache-2.0."
     origins = [split_names(config["encoder"])[0]] if config["start_from_encoder"] else []
     origins += [config[key] for key in ("init_from", "warmup_from") if config.get(key)]
     if origins:
-        names = " and ".join(f"`{public_name(origin)}`" for origin in origins)
+        names = " and ".join(f"`{_origin(origin)}`" for origin in origins)
         text += f" They grew from those of {names}, whose licence may bind them too."
     data = str(config["dataset_name"])
     if data in DATA_LICENCES:

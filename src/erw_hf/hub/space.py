@@ -20,7 +20,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, SpaceCard
 
-from erw_hf.hub.upload import prepare_repo, upload
+from erw_hf.hub.upload import HUB_ERRORS, leave_silent_servers, prepare_repo, retry, upload
 
 
 # Exists only in a checkout: the demo is not part of the wheel.
@@ -35,11 +35,13 @@ def publish_space(model: str, space: str, folder: Path = DEMO, private: bool = F
     if missing:
         raise ValueError(f"{folder} lacks {missing}: name the folder `spaces/erw` of a checkout with --folder")
     api = HfApi()
-    if not api.repo_exists(model) or not api.file_exists(model, "model_index.json"):
+    if not retry(lambda: api.repo_exists(model) and api.file_exists(model, "model_index.json")):
         raise ValueError(f"{model} is not a pipeline on the Hub that this account can read: push it first")
+    if retry(lambda: api.model_info(model)).private:
+        print(f"{model} is private: give the Space a secret HF_TOKEN that can read it, in its settings")
     space = prepare_repo(space, private, repo_type="space", space_sdk="gradio")
     # Before the files, since they start the build.
-    api.add_space_variable(space, "ERW_MODEL", model)
+    retry(lambda: api.add_space_variable(space, "ERW_MODEL", model))
     with tempfile.TemporaryDirectory() as name:
         demo = Path(name) / "demo"
         shutil.copytree(folder, demo, ignore=shutil.ignore_patterns("__pycache__", ".*"))
@@ -60,9 +62,10 @@ def main() -> None:
     )
     parser.add_argument("--hub_private", action="store_true", help="make the Space private")
     args = parser.parse_args()
+    leave_silent_servers()
     try:
         print(f"published: {publish_space(args.model, args.space, args.folder, args.hub_private)}")
-    except ValueError as error:
+    except (ValueError, *HUB_ERRORS) as error:
         raise SystemExit(f"not published: {error}") from error
 
 

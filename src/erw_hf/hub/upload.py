@@ -86,7 +86,10 @@ def _check_content(api: HfApi, repo_id: str, repo_type: str) -> None:
             index = json.loads(Path(hf_hub_download(repo_id, "model_index.json")).read_text())
             same = "ERWPipeline" in index.get("_class_name", "")  # or ["pipeline", "ERWPipeline"]
     else:
-        same = {"dataset": "cache.json", "space": "app.py"}[repo_type] in names
+        same = {
+            "dataset": {"cache.json", "latent_statistics.json"} <= names,
+            "space": {"app.py", "page.html", "style.css"} <= names,
+        }[repo_type]
     if names and not same:
         raise ValueError(f"{repo_id} holds something else ({', '.join(sorted(names)[:3])}, ...): choose another id")
 

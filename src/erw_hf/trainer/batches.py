@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from erw_hf.alignment import hidden_count
-from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples
+from erw_hf.data.samples import SampleMaker, StepSampler, TrainingSamples, outlive_signals
 from erw_hf.data.streaming import StreamingSamples, stream_loader
 from erw_hf.trainer.setup import Inputs
 
@@ -139,4 +139,5 @@ class Batches:
             batch_sampler=sampler,
             num_workers=workers,
             pin_memory=pin_memory,
+            worker_init_fn=outlive_signals,
         )

@@ -304,9 +304,10 @@ def save_checkpoint(
     if accelerator.is_main_process:
         _rotate(output_dir, progress, total_limit)  # first, so that at most one is there besides those to keep
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-    accelerator.wait_for_everyone()
     try:
+        if accelerator.is_main_process:
+            temporary.mkdir()
+        accelerator.wait_for_everyone()
         accelerator.save_state(str(temporary))
         training_state = phase.state_dict()  # called on all ranks, since weights may be sharded
         if data_state is not None:
@@ -351,6 +352,7 @@ def _rotate(output_dir: str | os.PathLike[str], progress: Progress, total_limit:
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, phase: Phase) -> None:
     """Restores everything that was prepared, and the phase, from a checkpoint."""
     accelerator.load_state(str(checkpoint))
+    accelerator.step = 0  # micro-batches since the last step: another number of them may make up a step now
     phase.load_state_dict(torch.load(checkpoint / _STATE_FILE, map_location="cpu", weights_only=True))
 
 

@@ -602,6 +602,8 @@ class TrainingConfig(
             raise ValueError(
                 "activation_memory_budget needs compiled blocks: leave torch_compile at auto, or set the budget to 1"
             )
+        if self.encoder is not None and not split_names(self.encoder):
+            raise ValueError(f"encoder={self.encoder!r} names no model: omit it, or set it to none")
         if self.encoder is None and self.warmup_steps > 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} needs an encoder to align with")
         if self.start_from_encoder > 0:
@@ -660,6 +662,29 @@ class TrainingConfig(
         if self.alignment_schedule == "stop" and self.alignment_stop_step is None:
             raise ValueError('alignment_schedule "stop" needs alignment_stop_step')
 
+    def unused(self) -> list[str]:
+        """Sentences on keys that are set and do nothing, since another would have to be set too."""
+        needed = {
+            "alignment_stop_step": ("alignment_schedule", self.alignment_schedule == "stop", "stop"),
+            "alignment_half_life": ("alignment_schedule", self.alignment_schedule == "half_life", "half_life"),
+            "alignment_temperature": ("alignment_loss", self.alignment_loss == "nt_xent", "nt_xent"),
+            "timestep_logit_mean": (
+                "timestep_distribution",
+                self.timestep_distribution == "logit_normal",
+                "logit_normal",
+            ),
+            "timestep_logit_std": (
+                "timestep_distribution",
+                self.timestep_distribution == "logit_normal",
+                "logit_normal",
+            ),
+        }
+        return [
+            f"{key} does nothing: {other} is {getattr(self, other)}, it would need {value}"
+            for key, (other, used, value) in needed.items()
+            if not used and getattr(self, key) != KEYS[key].default
+        ]
+
     @property
     def encoders(self) -> list[str]:
         """The encoders that any step of the run looks at."""
@@ -700,7 +725,7 @@ class TrainingConfig(
         for name in PATH_OR_ID:
             if name in ("warmup_from", "init_from") and self.resume_from_checkpoint is not None:
                 continue  # a checkpoint holds what came from there
-            for part in split_names(getattr(self, name) or ""):
+            for part in _names(name, getattr(self, name)):
                 resolve_name(part, name)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -726,7 +751,7 @@ class TrainingConfig(
             same = was == now
             if not same and key.metadata["path"]:
                 # The configuration of a run from the Hub holds the bare folder names of local models and data.
-                names = [[Path(part).name for part in split_names(value or "")] for value in (was, now)]
+                names = [[Path(part).name for part in _names(key.name, value)] for value in (was, now)]
                 same = names[0] == names[1]
             if key.name == "dataset_name" and os.path.isdir(str(now)):
                 same = True  # perhaps a copy: check_same_data compares what it holds
@@ -735,6 +760,14 @@ class TrainingConfig(
                     f"{key.name} is {now!r}, the run so far had {was!r}: this cannot change when a run resumes; "
                     "start a new run in another --output_dir"
                 )
+        was, now = before.get("train_batch_size", KEYS["train_batch_size"].default), self.train_batch_size
+        of_batch = [*["alignment_loss nt_xent"] * (self.alignment_loss == "nt_xent" and bool(self.encoders))]
+        of_batch += ["contrastive_weight"] * (self.contrastive_weight > 0)
+        if was != now and of_batch:
+            raise ValueError(
+                f"train_batch_size is {now}, the run so far had {was}: {' and '.join(of_batch)} compare the images of a batch, so "
+                "this cannot change when the run resumes"
+            )
         was, now = before.get("alignment_weight", KEYS["alignment_weight"].default), self.alignment_weight
         if (was == 0) != (now == 0) and self.encoder is not None:
             raise ValueError(
@@ -758,12 +791,18 @@ def absolute(name: str, value: Any) -> Any:
     """A key's value for a file in any folder, beside which a relative path would mean another place."""
     if value is None or not KEYS[name].metadata["path"]:
         return value
-    return ",".join(os.path.abspath(part) if part.startswith(("./", "../")) else part for part in value.split(","))
+    parts = value.split(",") if name == "encoder" else [value]
+    return ",".join(os.path.abspath(part) if part.startswith(("./", "../")) else part for part in parts)
+
+
+def _names(key: str, value: str | None) -> list[str]:
+    """The folders or Hub ids that a key names; only `encoder` holds several."""
+    return split_names(value or "") if key == "encoder" else [value] if value else []
 
 
 def local_names(config: Mapping[str, Any]) -> list[str]:
     """The models and data in a run's configuration that lie on this machine, not on the Hub."""
-    return [part for name in PATH_OR_ID for part in split_names(config.get(name) or "") if Path(part).exists()]
+    return [part for name in PATH_OR_ID for part in _names(name, config.get(name)) if Path(part).exists()]
 
 
 def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
@@ -780,6 +819,9 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
         if kept and config.encoders and os.environ.get("RANK", "0") == "0":
             text = f"--model {config.model} keeps {', '.join(kept)}, which its file has for another size"
             logger.warning(f"{text}: the first lines of the file say what each size needs")
+        if os.environ.get("RANK", "0") == "0":
+            for line in config.unused():
+                logger.warning(line)
         return config
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -36,7 +36,7 @@ from erw_hf.pipeline_erw import ERWPipeline
 from erw_hf.processes import done_by_all, forgiven
 from erw_hf.trainer.phase import Phase
 from erw_hf.trainer.plots import plot_probes, plot_quality
-from erw_hf.trainer.run_record import MetricsFile, read_metrics
+from erw_hf.trainer.run_record import MetricsFile, measured_alike, read_metrics
 from erw_hf.trainer.setup import Inputs
 from erw_hf.transformer_erw import ERWTransformer2DModel
 
@@ -126,6 +126,12 @@ class QualityMonitor:
     def measure(self, phase: Phase, step: int, images_seen: int, make_pipeline: Callable[[], ERWPipeline]) -> None:
         """Measures what is due of the pipeline, records it and hands it to the trackers; failures are skipped."""
         record: dict[str, Any] = {"step": step, "phase": phase.name, "images_seen": images_seen}
+        if self._draws(phase, step):
+            record |= {
+                "samples": self.config.evaluation_samples,
+                "inference_steps": self.config.num_inference_steps,
+                "reference": Path(str(self.config.evaluation_reference)).name,
+            }
         with forgiven(f"step {step} has no evaluation"):  # which all processes make together, or none of them
             pipe = done_by_all(self.accelerator, make_pipeline)
             if self._draws(phase, step):
@@ -153,8 +159,9 @@ class QualityMonitor:
         return path.exists() and any(record["step"] == step for record in read_metrics(path))
 
     def since_best(self, step: int) -> int | None:
-        """Measurements of FID since the lowest one, which counts as 0; `None` if this step has none. On the main process."""
-        records = [r for r in read_metrics(self.folder / "evaluations.jsonl") if r.get("fid") is not None]
+        """Measurements of FID since the lowest one, which counts as 0, of those made alike; `None` if this step has none. On the
+        main process."""
+        records = measured_alike(self.folder / "evaluations.jsonl")
         if not records or records[-1]["step"] != step:
             return None
         values = [record["fid"] for record in records]

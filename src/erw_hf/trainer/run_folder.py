@@ -30,7 +30,7 @@ from erw_hf.processes import decided_by_main
 from erw_hf.trainer.checkpoints import find_damage, holds_run, is_within_streak, named_checkpoints, step_of
 from erw_hf.trainer.ema import later_snapshots
 from erw_hf.trainer.run_lock import RunLock
-from erw_hf.trainer.run_record import read_metrics
+from erw_hf.trainer.run_record import measured_alike, read_metrics
 from erw_hf.trainer.trackers import TRACKER_FILES, TRACKER_PROJECT
 
 
@@ -180,7 +180,8 @@ def go_back(folder: Path, step: int, full_step: int) -> None:
             shutil.rmtree(path)
     later = [path for path in named_checkpoints(folder) if step_of(path) > step]
     snapshots = later_snapshots(folder / "ema_snapshots", full_step)
-    if not later:
+    best = [folder / "best"] if (folder / "best").exists() and _best_step(folder) > step else []
+    if not later and not best:
         for path in snapshots:  # of steps that are repeated
             path.unlink()
         return
@@ -192,7 +193,6 @@ def go_back(folder: Path, step: int, full_step: int) -> None:
     for name in ("config.yaml", "environment.json", "metrics.jsonl", "evaluations.jsonl"):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, aside / name)
-    best = [folder / "best"] if (folder / "best").exists() and _best_step(folder) > step else []
     for path in (*later, *snapshots, *best):
         target = aside / path.relative_to(folder)
         _remove(target)
@@ -206,8 +206,7 @@ def go_back(folder: Path, step: int, full_step: int) -> None:
 
 def _best_step(folder: Path) -> int:
     """The step of the lowest FID, whose model is in `best`; -1 without any."""
-    records = read_metrics(folder / "evaluations.jsonl") if (folder / "evaluations.jsonl").is_file() else []
-    measured = [record for record in records if record.get("fid") is not None]
+    measured = measured_alike(folder / "evaluations.jsonl")
     return min(measured, key=lambda record: record["fid"])["step"] if measured else -1
 
 

@@ -32,6 +32,14 @@ logger = logging.getLogger(__name__)
 STATED_PACKAGES = ("torch", "diffusers", "accelerate", "erw-hf")  # whose versions a card names
 
 
+def measured_alike(path: Path) -> list[dict[str, Any]]:
+    """The measurements of FID in a run's `evaluations.jsonl` that were made as the last one: fewer samples, for instance, would
+    read as a worse model."""
+    measured = [record for record in read_metrics(path) if record.get("fid") is not None] if path.is_file() else []
+    keys = ("samples", "inference_steps", "reference")
+    return [record for record in measured if all(record.get(key) == measured[-1].get(key) for key in keys)]
+
+
 def split_names(names: str) -> list[str]:
     """The names in a text that separates them by commas, such as `encoder`."""
     return [name.strip() for name in names.split(",") if name.strip()]

@@ -28,13 +28,15 @@ def stop_on_signals() -> Callable[[], bool]:
     SIGTERM, SIGHUP (a closed terminal) or SIGINT (Ctrl-C; a second one ends it at once), or its launcher is gone. A
     signal that is ignored, as by `nohup`, stays so."""
     own_pid, received = os.getpid(), []
-    launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    # Of accelerate's variables users set the precision themselves, too.
+    accelerate = {"ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"} <= set(os.environ)
+    launched = accelerate or "TORCHELASTIC_RUN_ID" in os.environ
     terminals = [fd for fd in (1, 2) if os.isatty(fd)]
     pipes = [fd for fd in (1, 2) if stat.S_ISFIFO(os.fstat(fd).st_mode)]
 
     def handle(signum: int, frame: FrameType | None) -> None:
         if os.getpid() != own_pid:  # a loader worker, which inherits this handler
-            os._exit(128 + signum)
+            return
         received.append(signum)
         if signum == signal.SIGINT:
             signal.signal(signum, signal.default_int_handler)
