@@ -43,7 +43,7 @@ CONFIGS = dict.fromkeys(
     ("X.yaml", "mine.yaml", "planned.yaml", "outputs/mine/config.yaml"), "training/configs/digits.yaml"
 )
 FOREIGN = {"git", "source", "cd", "mkdir", "cp"}  # commands of others, whose flags are theirs
-FOREIGN_FLAGS = {"--help", "--no-deps", "--nodes", "--target"}
+FOREIGN_FLAGS = {"--logdir", "--help", "--no-deps", "--nodes", "--target"}
 FOREIGN_KEYS = {"fsdp_version"}  # of accelerate
 
 

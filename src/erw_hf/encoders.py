@@ -348,7 +348,7 @@ def _model_class(config: PretrainedConfig) -> Any:
 
 def load_whole(model_class: Any, path: str, **kwargs: Any) -> PreTrainedModel:
     """
-    Loads a vision model, of which transformers would only warn that it leaves a part random.
+    Loads a vision model whole. transformers only warns of weights that are missing, and leaves them random.
 
     Args:
         model_class (`type`): Class of transformers.
