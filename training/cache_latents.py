@@ -61,26 +61,34 @@ def parse_arguments() -> argparse.Namespace:
         usage="accelerate launch training/cache_latents.py [--flag value ...]",
         allow_abbrev=False,
     )
-    parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--dataset_name", required=True, help='Hub id, local folder, or "digits"')
-    parser.add_argument("--dataset_config_name")
-    parser.add_argument("--dataset_split", default="train")
-    parser.add_argument("--image_column")
-    parser.add_argument("--label_column")
+    parser.add_argument("--output_dir", required=True, help="folder of the cache; required")
+    parser.add_argument("--dataset_name", required=True, help='Hub id, local folder, or "digits"; required')
+    parser.add_argument("--dataset_config_name", help="configuration of a Hub dataset that has several")
+    parser.add_argument("--dataset_split", default="train", help="default: train")
+    parser.add_argument("--image_column", help="column of images; detected by default")
+    parser.add_argument("--label_column", help="column of labels; detected by default")
     parser.add_argument("--num_classes", type=int, help="from the dataset by default; 0 caches it without labels")
-    parser.add_argument("--vae", required=True, help="Hub id or folder of a diffusers autoencoder")
-    parser.add_argument("--sample_size", type=int, default=32, help="side of the latent")
+    parser.add_argument("--vae", required=True, help="Hub id or folder of a diffusers autoencoder; required")
+    parser.add_argument(
+        "--sample_size",
+        type=int,
+        default=32,
+        help="side of the latent, for most autoencoders an eighth of the image's; default: 32",
+    )
     parser.add_argument("--encoder", help="also store this encoder's tokens, in bfloat16: large, for short warmups")
     parser.add_argument(
-        "--patch_size", type=int, default=2, help="patch size of the transformer; it sets the token grid"
+        "--patch_size",
+        type=int,
+        default=2,
+        help="of the transformer, which sets the grid of --encoder's tokens; default: 2",
     )
     parser.add_argument("--encoder_image_size", type=int, help="as in training")
     parser.add_argument("--encoder_antialias", action="store_true", help="as in training")
     parser.add_argument("--flipped", action="store_true", help="store each image's mirror image too")
-    parser.add_argument("--rows_per_file", type=int, default=20_000)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--jpeg_quality", type=int, default=95)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the rows")
+    parser.add_argument("--rows_per_file", type=int, default=20_000, help="default: 20000")
+    parser.add_argument("--batch_size", type=int, default=32, help="images encoded at once; default: 32")
+    parser.add_argument("--jpeg_quality", type=int, default=95, help="of the images that the cache keeps; default: 95")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the rows; default: 0")
     parser.add_argument("--push_to_hub", action="store_true", help="push the finished cache as a dataset")
     parser.add_argument("--hub_dataset_id", help="Hub repo; the name of output_dir by default")
     parser.add_argument("--hub_private", action="store_true", help="make the repo private")

@@ -94,7 +94,9 @@ def parse_arguments() -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--output_dir", default="outputs/evaluation", help="folder for evaluation.json and unfinished work"
+        "--output_dir",
+        default="outputs/evaluation",
+        help="folder for evaluation.json and unfinished work; default: outputs/evaluation",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", help="Hub id or folder of a pipeline, or the folder of a run")
@@ -104,19 +106,17 @@ def parse_arguments() -> argparse.Namespace:
         "--verify", nargs="?", const="", metavar="NAME", help="a published checkpoint, by its published protocol"
     )
     parser.add_argument("--list", action="store_true", help="with --verify: the table of published checkpoints")
-    parser.add_argument(
-        "--checkpoint", help="with --verify: the checkpoint file, if it is not to be downloaded from the Hub"
-    )
-    parser.add_argument("--split", default="train", help="split of --images, if it is a dataset")
+    parser.add_argument("--checkpoint", help="with --verify: a local file, in place of the download from the Hub")
+    parser.add_argument("--split", default="train", help="split of --images, if it is a dataset; default: train")
     parser.add_argument(
         "--image_size", type=int, help="crop and resize --images and the reference dataset to this side, in pixels"
     )
     parser.add_argument(
-        "--image_column", help="of --images and of a reference dataset: column of images; detected by default"
+        "--image_column", help="column of images in --images and in a reference dataset; detected by default"
     )
-    parser.add_argument("--label_column", help="of --images, if a dataset: column of labels; detected by default")
+    parser.add_argument("--label_column", help="column of labels in --images; detected by default")
     parser.add_argument(
-        "--num_classes", type=int, help="of --images: from the dataset by default; 0 reads it without labels"
+        "--num_classes", type=int, help="classes of --images; the dataset's by default, 0 reads it without labels"
     )
     parser.add_argument("--num_samples", type=int, help="default: 50 000 for a model, all of --images")
     parser.add_argument("--seed", type=int, default=0, help="seed of noise and labels; default: 0")
@@ -147,23 +147,27 @@ def parse_arguments() -> argparse.Namespace:
         "--mixed_precision",
         choices=("no", "fp16", "bf16"),
         default="no",
-        help="precision of the model; accelerate's own setting is ignored",
+        help="precision of the model; accelerate's own setting is ignored; default: no",
     )
     parser.add_argument("--reference", help="npz of statistics (ADM's or ours), or a dataset to compute them from")
-    parser.add_argument("--reference_split", default="train", help="split of --reference, if it is a dataset")
+    parser.add_argument(
+        "--reference_split", default="train", help="split of --reference, if it is a dataset; default: train"
+    )
     parser.add_argument(
         "--training_images",
         help="a dataset that the model was trained on: the median distance of samples to their nearest training image, over that "
         "of the reference's images, which were held out; nearest.png shows the closest pairs",
     )
-    parser.add_argument("--training_split", default="train")
+    parser.add_argument("--training_split", default="train", help="split of --training_images; default: train")
     parser.add_argument(
         "--save_reference", help="npz file to which the statistics of the evaluated images are written, as a reference"
     )
     parser.add_argument(
         "--metrics", nargs="+", choices=METRICS, help="default: all that the extractors and labels allow"
     )
-    parser.add_argument("--extractor", default="inception", help="inception, or the folder of a ResNet classifier")
+    parser.add_argument(
+        "--extractor", default="inception", help="inception, or the folder of a ResNet classifier; default: inception"
+    )
     parser.add_argument("--inception_weights", help="torch-fidelity's file; downloaded by default")
     parser.add_argument("--dinov2", help="Hub id or folder of a DINOv2, facebook/dinov2-large for the usual FD-DINOv2")
     parser.add_argument(
@@ -175,7 +179,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--save_npz", action="store_true", help="write the images as ADM's sample file, samples.npz")
     parser.add_argument("--save_png", action="store_true", help="write the images into samples/")
-    parser.add_argument("--save_steps", type=int, default=10, help="batches between two saves of unfinished work")
+    parser.add_argument(
+        "--save_steps", type=int, default=10, help="batches between two saves of unfinished work; default: 10"
+    )
     args = parser.parse_args()
     if args.verify is not None:
         if args.list or args.verify == "list":

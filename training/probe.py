@@ -40,21 +40,29 @@ from erw_hf.trainer.plots import plot_probes
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--output_dir", default="outputs/probe")
+    parser.add_argument("--output_dir", default="outputs/probe", help="default: outputs/probe")
     parser.add_argument("--model", required=True, help="Hub id or folder of a pipeline, or the folder of a run")
-    parser.add_argument("--dataset_name", required=True)
+    parser.add_argument("--dataset_name", required=True, help="Hub id, local folder, or digits")
     parser.add_argument("--image_column", help="column of images; detected by default")
     parser.add_argument("--label_column", help="column of labels; detected by default")
     parser.add_argument("--num_classes", type=int, help="from the dataset by default; 0 reads it without labels")
-    parser.add_argument("--train_split", default="train", help="split that the linear probe is fitted on")
-    parser.add_argument("--test_split", default="validation", help="split for the accuracy and for CKNNA")
-    parser.add_argument("--num_images", type=int, default=10_000, help="maximum per split")
+    parser.add_argument(
+        "--train_split", default="train", help="split that the linear probe is fitted on; default: train"
+    )
+    parser.add_argument(
+        "--test_split", default="validation", help="split for the accuracy and for CKNNA; default: validation"
+    )
+    parser.add_argument("--num_images", type=int, default=10_000, help="most images of a split; default: 10000")
     parser.add_argument("--encoder", help="Hub id or folder of the encoder that CKNNA compares with")
     parser.add_argument("--encoder_image_size", type=int, help="as in training")
     parser.add_argument("--encoder_antialias", action="store_true", help="as in training")
-    parser.add_argument("--times", type=float, nargs="+", default=[0.0], help="flow times")
-    parser.add_argument("--neighbours", type=int, default=10, help="k of CKNNA")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--times", type=float, nargs="+", default=[0.0], help="flow times, 0 is data and 1 is noise; default: 0"
+    )
+    parser.add_argument("--neighbours", type=int, default=10, help="k of CKNNA; default: 10")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the choice of images and of the noise; default: 0"
+    )
     args = parser.parse_args()
     resolve_flags(parser, args, ["output_dir"], ["dataset_name", "encoder"], ["model"])
     check_flags(parser, args, num_images="[2, inf)", neighbours=AT_LEAST_1, times="[0, 1]")

@@ -85,7 +85,9 @@ class RunConfig:
         pushed=False,
     )
     gpu: str | None = _key(
-        None, "For plan: a card, such as rtx4090, or cpu, which times some steps on this machine.", pushed=False
+        None,
+        "For plan: a card, such as rtx4090 (an unknown name lists all), or cpu, which times some steps on this machine.",
+        pushed=False,
     )
     hours: float | None = _key(None, "For plan: how long the run may take.", range=ABOVE_0, pushed=False)
     overwrite_output_dir: bool = _key(False, "Delete an earlier run in output_dir.", pushed=False)
@@ -954,7 +956,9 @@ def _parser() -> argparse.ArgumentParser:
             options: dict[str, Any] = {"nargs": "?", "const": "true"} if _kind(key.name) is bool else {}
             section.add_argument(f"--{key.name}", help=text, metavar=metavar, **options)
             if key.default is True:
-                section.add_argument(f"--no_{key.name}", dest=key.name, action="store_const", const="false")
+                section.add_argument(
+                    f"--no_{key.name}", dest=key.name, action="store_const", const="false", help=argparse.SUPPRESS
+                )
     return parser
 
 
