@@ -222,18 +222,19 @@ def introduction(records: Sequence[Record], table: dict, encoder: dict | None, d
             "",
         ]
     return [
-        f"All runs that are compared have the same budget, {' or '.join(f'{b:.3g}' for b in budgets)} FLOPs, which includes the warmup "
-        "and the encoder's forward passes. Quality is a Fréchet distance (lower is better) in the features of a classifier that is independent of the "
+        f"A run has {' or '.join(f'{b:.3g}' for b in budgets)} FLOPs, with those of the warmup and of the encoder"
+        f"{', and only arms with other patches have another number than those that they are compared with' * (len(budgets) > 1)}. Quality is a Fréchet distance (lower is better) in the features of a classifier that is independent of the "
         f"encoder, over {base['evaluation_samples']} images drawn with the EMA weights in {base['num_inference_steps']} SDE steps "
         f"without guidance. So few images bias it upwards, equally for every arm: {table['real_distance']}. The learning rate is "
         "constant, so each point of a curve is the end of a run of that length. Runs with the same seed share initial weights, "
         "images, noise and timesteps (`asleep` and `modulation` repeat the warmup's images).",
         "",
-        "Speed-up means FLOPs to the distance at which the other run ends, theirs over ours. Numbers are means (geometric for "
+        "Speed-up means FLOPs to the distance at which the other run ends, theirs over ours. A run is ahead if it ends lower and "
+        "reaches the other's end with fewer FLOPs. Numbers are means (geometric for "
         "speed-ups) with the range over seeds. Chance alone makes one of two equal arms win on all of three seeds one time in four.",
         "",
         *cost,
-        f"{len(records)} runs on {', '.join(sorted(hardware))}, one thread each and several at a time, so "
+        f"{len(records)} runs on {'; '.join(sorted(hardware))}: one thread each and several at a time, so "
         f"seconds are rough; {', '.join(sorted(versions))}. Each line of `convergence-{data}.jsonl` holds the command that repeats "
         "its run.",
         "",
@@ -309,7 +310,7 @@ def knowledge(record: Record) -> float:
 
 
 def scale_text(records: Sequence[Record], scale: dict, data: str) -> list[str]:
-    """The teachers, and each arm against the control at equal tuning."""
+    """The teachers, and each arm against the control."""
     control, lines = scale["control"], []
     taught = [r for r in records if "teacher" in r]
     teachers = {r["weights"]["encoder"]: r["teacher"] | {"knows": knowledge(r)} for r in taught}
