@@ -77,6 +77,9 @@ def main() -> dict:
 def become(arguments: list[str], environment: dict[str, str], folder: str, output: str, errors: str) -> None:
     """Makes this process what `python *arguments` would have started as."""
     os.setsid()
+    # As from a terminal, whatever started the tests: nohup, or a shell in the background, ignores these.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if sys.platform == "linux":  # it ends with this server, and so with the tests, however they end
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for fd, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, os.O_WRONLY), (2, errors, os.O_WRONLY)):

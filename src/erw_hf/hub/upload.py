@@ -87,7 +87,8 @@ def _check_content(api: HfApi, repo_id: str, repo_type: str) -> None:
             same = "ERWPipeline" in index.get("_class_name", "")  # or ["pipeline", "ERWPipeline"]
     else:
         same = {
-            "dataset": {"cache.json", "latent_statistics.json"} <= names,
+            "dataset": "cache.json" in names
+            and all(name.startswith("data/") for name in names - {"cache.json", "latent_statistics.json"}),
             "space": {"app.py", "page.html", "style.css"} <= names,
         }[repo_type]
     if names and not same:
