@@ -13,12 +13,17 @@
 # limitations under the License.
 """A signal, or a launcher that is gone, asks for a stop."""
 
+import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
+from helpers import HANGS
 
+from erw_hf.data.samples import outlive_signals
 from erw_hf.trainer import signals
 from erw_hf.trainer.signals import stop_on_signals
 
@@ -101,3 +106,29 @@ def test_a_pipe_that_ended_with_ctrl_c_does_not_end_the_run():
     message = process.stderr.read()
     process.stderr.close()
     assert process.wait() == 0, message
+
+
+class Slow(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        time.sleep(0.05 if index < 2 else HANGS)
+        return index
+
+
+def test_a_loaders_worker_ends_for_its_loader_alone():
+    loader = iter(torch.utils.data.DataLoader(Slow(), num_workers=2, worker_init_fn=outlive_signals, batch_size=None))
+    assert [next(loader), next(loader)] == [0, 1]
+    for worker in loader._workers:
+        for signum in (signal.SIGINT, signal.SIGHUP):
+            os.kill(worker.pid, signum)
+        if hasattr(signal, "sigwaitinfo"):
+            subprocess.run(["kill", str(worker.pid)], check=True)  # of another process
+    time.sleep(0.5)
+    workers = loader._workers
+    assert all(worker.is_alive() for worker in workers)
+    del loader  # which waits five seconds for them, and then ends them
+    for worker in workers:
+        worker.join(HANGS)
+        assert not worker.is_alive()

@@ -18,7 +18,9 @@ The seeds of images drawn for an evaluation are in `evaluation.images`.
 
 import hashlib
 import logging
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -237,7 +239,15 @@ class StepSampler(torch.utils.data.Sampler[list[tuple[int, int]]]):
 
 def outlive_signals(_: int) -> None:
     """For a loader's workers. Terminals and schedulers signal all processes of a run at once, and the main one still needs
-    batches until its checkpoint. A worker that was told to end goes a minute later, if it is still there."""
+    batches until its checkpoint: of SIGTERM only the loader's own counts."""
     for signum in (signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_loader, daemon=True).start()
+
+
+def _end_with_loader() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
