@@ -294,19 +294,11 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         if not is_peft_available():
             raise ImportError("LoRA adapters need peft: pip install peft")
         self._check_switchable()
-        for found, remedy in (
-            (
-                _is_on_disk(self.transformer),
-                "the transformer is offloaded to a disk: load adapters before enable_group_offload()",
-            ),
-            (
-                _has_hook(self.transformer, "layerwise_casting")
-                and not getattr(self.transformer, "peft_config", None),
-                "layers are stored in another precision: load adapters before enable_layerwise_casting()",
-            ),
-        ):
-            if found:
-                raise ValueError(remedy)
+        if _is_on_disk(self.transformer):
+            raise ValueError("the transformer is offloaded to a disk: load adapters before enable_group_offload()")
+        is_cast = any(name == "layerwise_casting" for name, _ in _hooks(self.transformer))
+        if is_cast and not getattr(self.transformer, "peft_config", None):
+            raise ValueError("layers are stored in another precision: load adapters before enable_layerwise_casting()")
         if adapter_name is not None and (not adapter_name or "." in adapter_name):
             raise ValueError(f"adapter_name={adapter_name!r} must be a name without a dot")
         where = pretrained_model_name_or_path_or_dict
@@ -610,7 +602,7 @@ class ERWPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             if component is None or own_class.__module__.split(".")[0] == "diffusers":
                 continue
             source = Path(str(inspect.getsourcefile(own_class)))
-            for file in (source, *map(Path, get_relative_import_files(source))):
+            for file in map(Path, get_relative_import_files(source)):
                 shutil.copyfile(file, folder / name / file.name)
             (folder / name / source.name).write_bytes(_source_of(own_class))
             index[name] = [source.stem, own_class.__name__]
@@ -1326,7 +1318,7 @@ def _holds_state(model: Any) -> bool:
     """Whether a model works by hooks of diffusers or accelerate (caches, offloading, casting), or has LoRA layers."""
     return (
         bool(getattr(model, "peft_config", None))
-        or bool(list(_hooks(model)))
+        or next(_hooks(model), None) is not None
         or any(hasattr(module, "_hf_hook") for module in model.modules())
     )
 
@@ -1340,10 +1332,6 @@ def _hooks(model: Any) -> Iterator[tuple[str, Any]]:
 def _is_on_disk(model: Any) -> bool:
     """Whether group offloading keeps the weights on a disk, and empty tensors in their place."""
     return any(getattr(getattr(hook, "group", None), "offload_to_disk_path", None) for _, hook in _hooks(model))
-
-
-def _has_hook(model: Any, name: str) -> bool:
-    return any(name == own for own, _ in _hooks(model))
 
 
 @contextlib.contextmanager

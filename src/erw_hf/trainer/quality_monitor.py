@@ -79,10 +79,11 @@ class QualityMonitor:
             if config.probe_dataset is not None:
                 arguments["dataset_name"] = config.probe_dataset
                 source = load_source(**arguments)
-            held_out = load_source(**arguments | {"split": config.probe_split})
+            same = arguments["split"] == config.probe_split
+            held_out = None if same else load_source(**arguments | {"split": config.probe_split})
             self.fit_images, self.held_out_images = load_probe_pair(
                 source,
-                None if arguments["split"] == config.probe_split else held_out,
+                held_out,
                 config.probe_samples,
                 side,
                 channels,
